@@ -1,0 +1,409 @@
+"""Every knob of a run, once: its default, meaning, unit and the checks that need nothing else.
+
+A config is a YAML file of sections, changed by `section.key=value` overrides. Rules that need the
+target's own shape are in `shape.py`.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class ConfigError(ValueError):
+    """The user's settings cannot work; the message says what must hold and the way out."""
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(kw_only=True)
+class TargetConfig:
+    """The frozen model that the drafter is trained for."""
+
+    path: str = ""
+    """Folder with the target's `config.json`, safetensors and tokenizer."""
+    provider: str = "huggingface"
+    """Who loads and splits the target. `huggingface`: Transformers' native tensor parallelism."""
+    dtype: str = "auto"
+    """`auto` (as saved), `float32`, `bfloat16` or `float16`."""
+    attention: str = "sdpa"
+    """Transformers' attention implementation for the target: `sdpa`, `eager`,
+    `flash_attention_2`, ..."""
+    shard_across_data_parallel: int = 1
+    """Data-parallel ranks that share one copy of the target's weights. Only 1 (every
+    data-parallel rank holds its tensor-parallel slice whole) is supported today."""
+    check_teacher_logits: bool = True
+    """Compare `lm_head(last_hidden)` with the target's own logits on the first batch at start."""
+
+    def validate(self) -> None:
+        require(bool(self.path), "target.path is missing; set it to the target's folder")
+        _one_of("target.provider", self.provider, ("huggingface",))
+        _one_of("target.dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        require(
+            self.shard_across_data_parallel == 1,
+            f"target.shard_across_data_parallel ({self.shard_across_data_parallel}) must be 1: "
+            "sharding the frozen target over data-parallel ranks is not supported yet",
+        )
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The draft model. Widths left at null are the target's."""
+
+    num_layers: int = 5
+    """Draft decoder layers."""
+    block_size: int = 7
+    """Draft positions of one anchor (k); the anchor's own token is the first input."""
+    num_anchors: int = 512
+    """Anchors sampled per sample, at most."""
+    target_layer_ids: list[int] = field(default_factory=list)
+    """Target layers whose outputs feed the draft: 0-based decoder layers, strictly increasing,
+    in [0, N-2]. Layer i is Transformers' `hidden_states[i + 1]`."""
+    mask_token_id: int | None = None
+    """Token id fed at the positions after the anchor. Required; neither pad nor eos."""
+    markov_rank: int = 256
+    """Width of the Markov head (r); 0 means no Markov head."""
+    markov_head_type: str = "vanilla"
+    """`vanilla`, `gated` or `rnn`."""
+    enable_confidence_head: bool = True
+    """Train a head that predicts the chance that a draft token is kept."""
+    confidence_head_with_markov: bool = True
+    """Give the confidence head the previous token's Markov embedding as well."""
+    ffn_hidden_size: int | None = None
+    """Width of the draft's SwiGLU layers."""
+    num_attention_heads: int | None = None
+    """Query heads of the draft."""
+    num_key_value_heads: int | None = None
+    """Key/value heads of the draft."""
+    head_dim: int | None = None
+    """Width of one attention head of the draft."""
+    initializer_range: float = 0.02
+    """Standard deviation of the initial weights; biases start at zero, norms at one."""
+    attention_group_size: int = 32
+    """Blocks that share one attention call; bounds the mask to
+    [group * k, context + group * k]."""
+
+    def validate(self) -> None:
+        for name in ("num_layers", "block_size", "num_anchors", "attention_group_size"):
+            _positive(f"model.{name}", getattr(self, name))
+        _one_of("model.markov_head_type", self.markov_head_type, ("vanilla", "gated", "rnn"))
+        require(self.markov_rank >= 0, f"model.markov_rank ({self.markov_rank}) must be >= 0")
+        require(
+            not (self.enable_confidence_head and self.confidence_head_with_markov)
+            or self.markov_rank > 0,
+            "model.confidence_head_with_markov needs a Markov head: set model.markov_rank > 0 "
+            "or model.confidence_head_with_markov=false",
+        )
+        _positive("model.initializer_range", self.initializer_range)
+
+
+@dataclass(kw_only=True)
+class LossConfig:
+    """Weights and form of the training objective (paper Eq. 9-12)."""
+
+    ce_loss_alpha: float = 0.1
+    """Weight of the cross entropy with the data's tokens."""
+    l1_loss_alpha: float = 0.9
+    """Weight of the raw L1 distance (0..2) to the target's distribution."""
+    confidence_head_alpha: float = 1.0
+    """Weight of the confidence head's binary cross entropy."""
+    loss_decay_gamma: float | None = 4.0
+    """Slot k weighs exp(-k / loss_decay_gamma), k from 0; null means no decay."""
+    normalization: str = "global_step"
+    """`global_step`: sums over all samples of the step, divided once by the sum of weights.
+    `deepspec`: a mean over micro-batches of their own weighted means (parity runs)."""
+    chunk_rows: int = 512
+    """Rows whose logits exist at one time in the head loss."""
+
+    def validate(self) -> None:
+        for name in ("ce_loss_alpha", "l1_loss_alpha", "confidence_head_alpha"):
+            value = getattr(self, name)
+            require(value >= 0, f"loss.{name} ({value}) must be >= 0")
+        require(
+            self.loss_decay_gamma is None or self.loss_decay_gamma > 0,
+            f"loss.loss_decay_gamma ({self.loss_decay_gamma}) must be > 0, or null for no decay",
+        )
+        _one_of("loss.normalization", self.normalization, ("global_step", "deepspec"))
+        _positive("loss.chunk_rows", self.chunk_rows)
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Training conversations."""
+
+    train_files: list[str] = field(default_factory=list)
+    """JSONL files; each line has `messages` (chat) or `input_ids` with `loss_mask`."""
+    max_length: int = 4096
+    """Tokens kept of a sample; the rest is cut off."""
+    min_loss_tokens: int | None = None
+    """Supervised tokens that a sample needs after truncation; null means 2 * block_size."""
+    show_sample: bool = True
+    """Print one decoded sample with its loss mask at start."""
+
+    def validate(self) -> None:
+        require(bool(self.train_files), "data.train_files is empty; name at least one JSONL file")
+        require(self.max_length >= 2, f"data.max_length ({self.max_length}) must be >= 2")
+        require(
+            self.min_loss_tokens is None or self.min_loss_tokens >= 1,
+            f"data.min_loss_tokens ({self.min_loss_tokens}) must be >= 1, "
+            "or null for 2 * block_size",
+        )
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """How ranks share the work. Data parallelism is what is left of the world size."""
+
+    tensor_parallel: int = 1
+    """Ranks that split the target and the draft."""
+
+    def validate(self) -> None:
+        _positive("parallel.tensor_parallel", self.tensor_parallel)
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay."""
+
+    lr: float = 6e-4
+    """Peak learning rate."""
+    min_lr_ratio: float = 0.0
+    """Final learning rate as a share of the peak."""
+    warmup_ratio: float = 0.04
+    """Share of the iterations over which the rate rises from peak / warm-up steps to the peak."""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_grad: float = 1.0
+    """Largest gradient norm; 0 means no clipping."""
+    use_distributed_optimizer: bool = True
+    """Shard optimizer state and fp32 main weights over data-parallel ranks."""
+
+    def validate(self) -> None:
+        _positive("optimizer.lr", self.lr)
+        for name in ("min_lr_ratio", "warmup_ratio"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"optimizer.{name} ({value}) must be in [0, 1]")
+        for name in ("adam_beta1", "adam_beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"optimizer.{name} ({value}) must be in [0, 1)")
+        for name in ("weight_decay", "clip_grad"):
+            value = getattr(self, name)
+            require(value >= 0, f"optimizer.{name} ({value}) must be >= 0")
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """The run."""
+
+    output_dir: str = ""
+    """Folder of the run: metrics, TensorBoard, checkpoints, exports."""
+    iterations: int | None = None
+    """Optimizer steps. Give this or `epochs`."""
+    epochs: float | None = None
+    """Passes over the kept samples. Give this or `iterations`."""
+    micro_batch_size: int = 1
+    """Samples of one forward pass on one data-parallel rank."""
+    global_batch_size: int = 8
+    """Samples of one optimizer step; divisible by micro_batch_size * data-parallel size."""
+    dtype: str = "bfloat16"
+    """Draft weights in the forward pass: `bfloat16` (with fp32 main weights) or `float32`."""
+    seed: int = 1234
+    """Seeds data order, anchors and initial weights, whatever the layout."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    save_every: int = 500
+    """Steps between checkpoints; the last step is always saved."""
+    keep_last: int = 3
+    """Checkpoints kept; older ones are deleted after a newer one is complete."""
+    resume: bool = True
+    """Continue from the newest checkpoint of output_dir when there is one."""
+    tensorboard: bool = True
+    """Write TensorBoard events to output_dir/tensorboard."""
+
+    def validate(self) -> None:
+        require(bool(self.output_dir), "train.output_dir is missing")
+        require(
+            (self.iterations is None) != (self.epochs is None),
+            f"give exactly one of train.iterations ({self.iterations}) "
+            f"and train.epochs ({self.epochs})",
+        )
+        for name in ("iterations", "epochs"):
+            if getattr(self, name) is not None:
+                _positive(f"train.{name}", getattr(self, name))
+        for name in ("micro_batch_size", "global_batch_size", "log_every", "save_every"):
+            _positive(f"train.{name}", getattr(self, name))
+        _positive("train.keep_last", self.keep_last)
+        _one_of("train.dtype", self.dtype, ("bfloat16", "float32"))
+        require(self.seed >= 0, f"train.seed ({self.seed}) must be >= 0")
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig:
+    """Real speculative decoding of prompt files."""
+
+    prompt_files: list[str] = field(default_factory=list)
+    """JSONL files; each line has `messages`, `turns` (the first is used) or `prompt`."""
+    checkpoint: str = ""
+    """Run folder, checkpoint folder or `iter_*` folder; empty means train.output_dir."""
+    untrained: bool = False
+    """Evaluate the draft as it is before the first step, from train.seed."""
+    temperature: float = 1.0
+    """Sampling temperature of target and draft; 0 is greedy."""
+    max_new_tokens: int = 256
+    """Tokens generated per prompt, at most."""
+    max_prompts: int | None = None
+    """Prompts used of each file, from its start; null means all."""
+    max_prompt_length: int = 4096
+    """Prompts longer than this many tokens are refused."""
+    compare_plain: bool = True
+    """Decode the same prompts without the draft too, to report the speed-up."""
+    seed: int = 980406
+    """Seeds the sampling of each prompt, whatever the layout."""
+    output: str = ""
+    """JSON file for the results; empty means train.output_dir/evaluation.json."""
+
+    def validate(self) -> None:
+        require(
+            self.temperature >= 0,
+            f"evaluate.temperature ({self.temperature}) must be >= 0 (0 is greedy)",
+        )
+        for name in ("max_new_tokens", "max_prompt_length"):
+            _positive(f"evaluate.{name}", getattr(self, name))
+        if self.max_prompts is not None:
+            _positive("evaluate.max_prompts", self.max_prompts)
+
+
+@dataclass(kw_only=True)
+class Config:
+    """A whole run, by section."""
+
+    target: TargetConfig = field(default_factory=TargetConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def validate(self) -> None:
+        for section in dataclasses.fields(self):
+            getattr(self, section.name).validate()
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    @property
+    def min_loss_tokens(self) -> int:
+        """`data.min_loss_tokens`, or twice the block size (DeepSpec's default)."""
+        return self.data.min_loss_tokens or 2 * self.model.block_size
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML file, apply `section.key=value` overrides, check everything.
+
+    Raises ConfigError for an unreadable file, an unknown key (naming the nearest valid one), a
+    value of the wrong type, or settings that contradict each other.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    require(
+        raw is None or isinstance(raw, dict),
+        f"{path} must hold sections (a YAML mapping), not a {type(raw).__name__}",
+    )
+    config = config_from_dict(_with_overrides(raw or {}, overrides))
+    config.validate()
+    return config
+
+
+def config_from_dict(raw: dict[str, Any]) -> Config:
+    """Sections and keys to a Config, strictly; no cross-field checks."""
+    return _build(Config, raw, prefix="")
+
+
+def _with_overrides(raw: dict[str, Any], overrides: typing.Iterable[str]) -> dict[str, Any]:
+    raw = {k: dict(v) if isinstance(v, dict) else v for k, v in raw.items()}
+    for override in overrides:
+        name, separator, text = override.partition("=")
+        section, dot, key = name.partition(".")
+        require(
+            bool(separator and dot and key),
+            f"override {override!r} must look like section.key=value",
+        )
+        values = raw.setdefault(section, {})
+        require(isinstance(values, dict), f"section {section!r} must be a mapping")
+        try:
+            values[key] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {override!r} has no valid YAML value: {error}") from error
+    return raw
+
+
+def _build(cls: type, raw: dict[str, Any], prefix: str) -> Any:
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    values = {}
+    for key, value in raw.items():
+        name = f"{prefix}{key}"
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.4)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"valid: {', '.join(fields)}"
+            raise ConfigError(f"unknown config key {name}; {hint}")
+        kind = fields[key].type
+        if dataclasses.is_dataclass(kind):
+            require(
+                value is None or isinstance(value, dict),
+                f"{name} must be a section (a YAML mapping), got {value!r}",
+            )
+            values[key] = _build(kind, value or {}, prefix=f"{name}.")
+        else:
+            values[key] = _convert(name, value, kind)
+    return cls(**values)
+
+
+def _convert(name: str, value: Any, kind: Any) -> Any:
+    """A YAML value as the field's type; only lossless conversions."""
+    if isinstance(kind, types.UnionType):  # X | None
+        if value is None:
+            return None
+        kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
+    if typing.get_origin(kind) is list:
+        if isinstance(value, list):
+            return [_convert(f"{name}[{i}]", v, typing.get_args(kind)[0]) for i, v in
+                    enumerate(value)]
+    elif kind is float and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML 1.1 reads 6e-4 as a string
+        except (TypeError, ValueError):
+            pass
+    elif type(value) is kind:
+        return value
+    kind_name = str(kind) if typing.get_origin(kind) else kind.__name__
+    raise ConfigError(f"{name} must be of type {kind_name}, got {value!r}")
+
+
+def _positive(name: str, value: float) -> None:
+    require(value > 0, f"{name} ({value}) must be > 0")
+
+
+def _one_of(name: str, value: str, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        near = difflib.get_close_matches(value, valid, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{name} ({value!r}) must be one of {', '.join(valid)}{hint}")

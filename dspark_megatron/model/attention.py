@@ -1,0 +1,108 @@
+"""Context-injection attention: block queries over target context and their own block (Eq. 3).
+
+Shapes: n blocks, k slots, t context tokens, a/tp query heads, g/tp key/value heads, d head width.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+from torch import Tensor
+
+from dspark_megatron.ops.block_attention import block_attention
+from dspark_megatron.ops.rope import apply_rope
+
+
+@dataclass
+class ContextInjectionAttentionSubmodules:
+    """Classes or specs; every linear leaves the input gradient's all-reduce to the caller."""
+
+    linear_q: Any
+    linear_kv: Any
+    linear_proj: Any
+    q_layernorm: Any
+    k_layernorm: Any
+
+
+class ContextInjectionAttention(MegatronModule):
+    """Queries from the block; keys and values from context and block with the same weights.
+
+    `linear_kv` holds, for each key/value head, its key rows and then its value rows (as
+    Megatron-Core's CrossAttention), so a tensor-parallel split is a split of heads.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: ContextInjectionAttentionSubmodules,
+        *,
+        tp_group: dist.ProcessGroup,
+        group_size: int,
+    ) -> None:
+        super().__init__(config)
+        self.tp_group = tp_group
+        self.group_size = group_size
+        self.head_dim = config.kv_channels
+        hidden, width = config.hidden_size, config.kv_channels
+        column = dict(
+            config=config,
+            init_method=config.init_method,
+            bias=False,
+            gather_output=False,
+            skip_bias_add=False,
+            disable_grad_reduce=True,
+            tp_group=tp_group,
+        )
+        self.linear_q = build_module(
+            submodules.linear_q, hidden, config.num_attention_heads * width, **column
+        )
+        self.linear_kv = build_module(
+            submodules.linear_kv, hidden, 2 * config.num_query_groups * width, **column
+        )
+        self.linear_proj = build_module(
+            submodules.linear_proj,
+            config.num_attention_heads * width,
+            hidden,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=False,
+            tp_group=tp_group,
+        )
+        norm = dict(config=config, hidden_size=width, eps=config.layernorm_epsilon)
+        self.q_layernorm = build_module(submodules.q_layernorm, **norm)
+        self.k_layernorm = build_module(submodules.k_layernorm, **norm)
+
+    def key_value(self, states: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys (normed, rotated) and values of [..., h] states at rope's positions, each
+        [..., g/tp, d]. No collective: the caller has already made `states` a tensor-parallel
+        input (`copy_to_tensor_model_parallel_region`), once for all users of it."""
+        mixed, _ = self.linear_kv(states)
+        key, value = mixed.unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)
+        return apply_rope(self.k_layernorm(key), *rope), value
+
+    def forward(
+        self,
+        hidden: Tensor,
+        context_kv: tuple[Tensor, Tensor],
+        context_ranges: list[tuple[int, int]],
+        rope: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """hidden [n, k, h], context_kv each [t, g/tp, d], rope cos/sin [n, k, d] -> [n, k, h].
+
+        Forward: one all-reduce of [n, k, h]. Backward: one of the same size.
+        """
+        hidden = copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
+        query, _ = self.linear_q(hidden)
+        query = query.unflatten(-1, (-1, self.head_dim))  # [n, k, a/tp, d]
+        query = apply_rope(self.q_layernorm(query), *rope)
+        block_kv = self.key_value(hidden, rope)
+        out = block_attention(query, context_kv, block_kv, context_ranges, self.group_size)
+        out, _ = self.linear_proj(out.flatten(-2))
+        return out

@@ -1,0 +1,202 @@
+"""DSparkDraftModel: the parallel backbone and its heads, split over tensor-parallel ranks.
+
+Shapes: t context tokens (all samples of the micro-batch flattened), n blocks, k slots, m target
+layers, h hidden, r Markov rank, v padded vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    VocabParallelEmbedding,
+    copy_to_tensor_model_parallel_region,
+)
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.utils import sharded_state_dict_default
+from torch import Tensor
+
+from dspark_megatron.model.confidence_head import ConfidenceHead
+from dspark_megatron.model.layer_specs import local_layer_spec
+from dspark_megatron.model.markov_head import MARKOV_HEADS, MarkovHead
+from dspark_megatron.model.parameter_init import init_parameters
+from dspark_megatron.model.transformer_config import transformer_config
+from dspark_megatron.model.vocab_parallel_weight import VocabParallelWeight
+from dspark_megatron.ops.head_loss import HeadWeights
+from dspark_megatron.ops.rope import RotaryTable
+from dspark_megatron.ops.vocab_parallel import VocabShard
+from dspark_megatron.shape import DraftShape, padded_vocab_size
+
+ContextKV = list[tuple[Tensor, Tensor]]
+"""Keys and values of the context for each layer, each [t, g/tp, d]."""
+
+FROZEN_REPLICAS = ("embed_tokens", "lm_head")
+"""The target's own matrices: needed to run, never trained, not in training checkpoints."""
+
+
+@dataclass(frozen=True)
+class DraftOutput:
+    """What the loss needs. The vocabulary has not been touched yet."""
+
+    hidden: Tensor
+    """[n, k, h] after the final norm."""
+    latents: Tensor | None
+    """[n, k, r] z of the Markov bias W2 z; None without a Markov head."""
+    confidence_logits: Tensor | None
+    """[n, k] fp32; None without a confidence head."""
+
+
+class DSparkDraftModel(MegatronModule):
+    """A drafter for one target. Weights are zero-cost until `init_weights` or a checkpoint fills
+    them; the frozen replicas are filled by `load_frozen_replicas`."""
+
+    def __init__(
+        self,
+        shape: DraftShape,
+        *,
+        tp_group: dist.ProcessGroup,
+        params_dtype: torch.dtype,
+        attention_group_size: int = 32,
+        layer_spec: ModuleSpec | None = None,
+    ) -> None:
+        tp_size = tp_group.size()
+        config = transformer_config(shape, tp_size=tp_size, params_dtype=params_dtype)
+        super().__init__(config)
+        self.shape = shape
+        self.tp_group = tp_group
+        vocab = padded_vocab_size(shape.vocab_size, tp_size)
+        self.vocab_shard = VocabShard.of_group(shape.vocab_size, vocab, tp_group)
+        self.rotary = RotaryTable(
+            shape.rope_parameters, shape.head_dim, shape.max_position_embeddings
+        )
+        norm = dict(config=config, hidden_size=shape.hidden_size, eps=shape.rms_norm_eps)
+        self.embed_tokens = VocabParallelEmbedding(
+            vocab,
+            shape.hidden_size,
+            init_method=config.init_method,
+            config=config,
+            tp_group=tp_group,
+        )
+        self.fc = ColumnParallelLinear(
+            len(shape.target_layer_ids) * shape.hidden_size,
+            shape.hidden_size,
+            config=config,
+            init_method=config.init_method,
+            bias=False,
+            gather_output=True,
+            disable_grad_reduce=True,  # the target's states take no gradient
+            tp_group=tp_group,
+        )
+        self.hidden_norm = WrappedTorchNorm(**norm)
+        spec = layer_spec or local_layer_spec()
+        build = dict(config=config, tp_group=tp_group, group_size=attention_group_size)
+        self.layers = torch.nn.ModuleList(
+            build_module(spec, **build) for _ in range(shape.num_layers)
+        )
+        self.final_layernorm = WrappedTorchNorm(**norm)
+        self.lm_head = VocabParallelWeight(config, vocab, shape.hidden_size, tp_group=tp_group)
+        self.markov_head: MarkovHead | None = None
+        if shape.markov_rank:
+            head = MARKOV_HEADS[shape.markov_head_type]
+            self.markov_head = head(config, vocab, shape.markov_rank, tp_group=tp_group)
+        self.confidence_head: ConfidenceHead | None = None
+        if shape.enable_confidence_head:
+            rank = shape.markov_rank if shape.confidence_head_with_markov else 0
+            self.confidence_head = ConfidenceHead(config, rank)
+        for name in FROZEN_REPLICAS:
+            getattr(self, name).requires_grad_(False)
+
+    def init_weights(self, *, seed: int, std: float) -> None:
+        """Fill the trained parameters from (seed, name); the same at every layout."""
+        init_parameters(
+            self,
+            seed=seed,
+            std=std,
+            tp_rank=self.tp_group.rank(),
+            tp_size=self.tp_group.size(),
+            shard=self.vocab_shard,
+        )
+
+    @torch.no_grad()
+    def load_frozen_replicas(self, embed_tokens: Tensor, lm_head: Tensor) -> None:
+        """This rank's [v/tp, h] rows of the target's embedding and LM head, padding zero."""
+        self.embed_tokens.weight.copy_(embed_tokens)
+        self.lm_head.weight.copy_(lm_head)
+
+    def head_weights(self) -> HeadWeights:
+        """The vocabulary matrices for the head loss."""
+        w2 = None if self.markov_head is None else self.markov_head.markov_w2.weight
+        return HeadWeights(self.lm_head.weight, w2, self.vocab_shard)
+
+    def encode_context(self, taps: Tensor, positions: Tensor) -> ContextKV:
+        """Keys and values that every layer draws from the target's states (Eq. 2, 3).
+
+        taps [t, m*h], positions [t] -> for each layer key and value [t, g/tp, d]. Forward: one
+        all-gather of [t, h]. Backward: one all-reduce of [t, h] for all layers together.
+        """
+        context, _ = self.fc(taps.to(self.config.params_dtype))
+        context = self.hidden_norm(context)
+        context = copy_to_tensor_model_parallel_region(context, group=self.tp_group)
+        rope = self.rotary(positions, context.dtype)
+        return [layer.self_attention.key_value(context, rope) for layer in self.layers]
+
+    def backbone(
+        self,
+        anchor_token_ids: Tensor,
+        positions: Tensor,
+        context_kv: ContextKV,
+        context_ranges: list[tuple[int, int]],
+    ) -> Tensor:
+        """Hidden states of blocks. anchor_token_ids [n], positions [n, k], context_ranges: the
+        half-open range of context that each block sees -> [n, k, h].
+
+        Forward: one all-reduce of [n + 1, h] for the embedding, two of [n, k, h] a layer.
+        """
+        n, k = positions.shape
+        mask_token = anchor_token_ids.new_full((1,), self.shape.mask_token_id)
+        embedded = self.embed_tokens(torch.cat([anchor_token_ids, mask_token]))  # [n + 1, h]
+        hidden = torch.cat(
+            [embedded[:n, None], embedded[n].expand(n, k - 1, -1)], dim=1
+        )  # [n, k, h]
+        rope = self.rotary(positions, hidden.dtype)
+        for layer, layer_kv in zip(self.layers, context_kv, strict=True):
+            hidden = layer(hidden, layer_kv, context_ranges, rope)
+        return self.final_layernorm(hidden)
+
+    def forward(
+        self,
+        taps: Tensor,
+        context_positions: Tensor,
+        prev_token_ids: Tensor,
+        positions: Tensor,
+        context_ranges: list[tuple[int, int]],
+    ) -> DraftOutput:
+        """Training pass over the n blocks of a micro-batch. taps [t, m*h], context_positions [t],
+        prev_token_ids [n, k] (slot 0 is the anchor), positions [n, k]."""
+        context_kv = self.encode_context(taps, context_positions)
+        hidden = self.backbone(prev_token_ids[:, 0], positions, context_kv, context_ranges)
+        embeddings = latents = confidence_logits = None
+        if self.markov_head is not None:
+            embeddings = self.markov_head.embed(prev_token_ids)
+            latents = self.markov_head.latents(embeddings, hidden)
+        if self.confidence_head is not None:
+            confidence_logits = self.confidence_head(hidden, embeddings)
+        return DraftOutput(hidden, latents, confidence_logits)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """Everything but the frozen replicas; loads at any tensor-parallel size."""
+        named = [(n, m) for n, m in self.named_children() if n not in ("layers", *FROZEN_REPLICAS)]
+        for i, layer in enumerate(self.layers):
+            named += [(f"layers.{i}.{name}", module) for name, module in layer.named_children()]
+        state = {}
+        for name, module in named:
+            state |= sharded_state_dict_default(
+                module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=self.tp_group
+            )
+        return state

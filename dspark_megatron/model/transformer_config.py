@@ -1,0 +1,42 @@
+"""The draft's dimensions as Megatron-Core's `TransformerConfig`."""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig
+
+from dspark_megatron.shape import DraftShape
+
+
+def transformer_config(
+    shape: DraftShape, *, tp_size: int, params_dtype: torch.dtype
+) -> TransformerConfig:
+    """A Qwen3-style decoder: RMSNorm, SwiGLU, grouped-query attention, q/k norm, no biases.
+
+    Weights are left uninitialised: `parameter_init` fills them by name, so that they do not depend
+    on the layout. `calculate_per_token_loss` makes Megatron's data-parallel reduction a plain sum,
+    since the loss is already divided by the weight of the whole step.
+    """
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_key_value_heads,
+        kv_channels=shape.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.rms_norm_eps,
+        qk_layernorm=True,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=tp_size,
+        params_dtype=params_dtype,
+        bf16=params_dtype == torch.bfloat16,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        calculate_per_token_loss=True,
+        # Weight gradients go through .grad; fused accumulation needs Apex or Transformer Engine.
+        gradient_accumulation_fusion=False,
+    )

@@ -1,0 +1,175 @@
+"""The draft's dimensions, derived from the target's own config, and every rule between the two."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dspark_megatron.config import Config, ConfigError, ModelConfig, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftShape:
+    """All that fixes the draft's tensors and its mathematics; part of every checkpoint."""
+
+    hidden_size: int
+    ffn_hidden_size: int
+    num_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    rms_norm_eps: float
+    rope_parameters: dict[str, Any]
+    max_position_embeddings: int
+    num_target_layers: int
+    target_layer_ids: tuple[int, ...]
+    mask_token_id: int
+    block_size: int
+    markov_rank: int
+    markov_head_type: str
+    enable_confidence_head: bool
+    confidence_head_with_markov: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "target_layer_ids": list(self.target_layer_ids)}
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> "DraftShape":
+        return cls(**{**raw, "target_layer_ids": tuple(raw["target_layer_ids"])})
+
+
+def draft_shape(model: ModelConfig, target_config: Any) -> DraftShape:
+    """The draft for a target. `target_config`: a Transformers `PretrainedConfig`.
+
+    Raises ConfigError when a rule between the config and the target does not hold.
+    """
+    text = target_config.get_text_config()
+    _check_layer_ids(model.target_layer_ids, text.num_hidden_layers)
+    _check_mask_token(model.mask_token_id, text)
+    heads = model.num_attention_heads or text.num_attention_heads
+    kv_heads = model.num_key_value_heads or getattr(text, "num_key_value_heads", None) or heads
+    require(
+        heads % kv_heads == 0,
+        f"query heads ({heads}) must be divisible by key/value heads ({kv_heads})",
+    )
+    head_dim = model.head_dim or getattr(text, "head_dim", None) or text.hidden_size // heads
+    with_markov = model.enable_confidence_head and model.confidence_head_with_markov
+    return DraftShape(
+        hidden_size=text.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size or text.intermediate_size,
+        num_layers=model.num_layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=text.vocab_size,
+        rms_norm_eps=getattr(text, "rms_norm_eps", 1e-6),
+        rope_parameters=_rope_parameters(text),
+        max_position_embeddings=text.max_position_embeddings,
+        num_target_layers=text.num_hidden_layers,
+        target_layer_ids=tuple(model.target_layer_ids),
+        mask_token_id=model.mask_token_id,
+        block_size=model.block_size,
+        markov_rank=model.markov_rank,
+        markov_head_type=model.markov_head_type if model.markov_rank else "vanilla",
+        enable_confidence_head=model.enable_confidence_head,
+        confidence_head_with_markov=with_markov,
+    )
+
+
+def check_layout(config: Config, shape: DraftShape, world_size: int) -> int:
+    """Check tensor-parallel splits and batch sizes; returns the data-parallel size."""
+    tp = config.parallel.tensor_parallel
+    require(
+        world_size % tp == 0,
+        f"world size ({world_size}) must be divisible by parallel.tensor_parallel ({tp}); "
+        f"launch a multiple of {tp} processes",
+    )
+    splits = {
+        "query heads": shape.num_attention_heads,
+        "key/value heads": shape.num_key_value_heads,
+        "ffn_hidden_size": shape.ffn_hidden_size,
+        "hidden_size": shape.hidden_size,
+    }
+    bad = {name: size for name, size in splits.items() if size % tp}
+    if bad:
+        numbers = ", ".join(f"{name} ({size})" for name, size in bad.items())
+        good = [n for n in range(1, world_size + 1) if not any(s % n for s in splits.values())]
+        raise ConfigError(
+            f"{numbers} must be divisible by parallel.tensor_parallel ({tp}); "
+            f"sizes that work here: {good}"
+        )
+    dp = world_size // tp
+    step = config.train.micro_batch_size * dp
+    require(
+        config.train.global_batch_size % step == 0,
+        f"train.global_batch_size ({config.train.global_batch_size}) must be divisible by "
+        f"micro_batch_size ({config.train.micro_batch_size}) x data-parallel size ({dp}) = {step}",
+    )
+    return dp
+
+
+def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
+    """Smallest multiple of `tp_size` that holds the vocabulary; the padding is masked out."""
+    return -(-vocab_size // tp_size) * tp_size
+
+
+def check_special_tokens(mask_token_id: int, special: dict[str, int | list[int] | None]) -> None:
+    """Refuse a mask token that is one of the given `{name: id or ids}` (pad, eos)."""
+    for name, ids in special.items():
+        ids = ids if isinstance(ids, list) else [ids]
+        require(
+            mask_token_id not in ids,
+            f"model.mask_token_id ({mask_token_id}) must not be the {name} token; "
+            "choose an id that never occurs in the data, such as a reserved token",
+        )
+
+
+def _check_layer_ids(ids: list[int], num_layers: int) -> None:
+    last = num_layers - 2
+    require(
+        bool(ids),
+        "model.target_layer_ids is empty; name decoder layers of the target, "
+        f"strictly increasing, in [0, {last}]",
+    )
+    require(
+        all(0 <= i <= last for i in ids),
+        f"model.target_layer_ids {ids} must lie in [0, {last}]: the target has {num_layers} "
+        "layers (0-based), and the output of the last one cannot be captured by serving engines",
+    )
+    require(
+        all(a < b for a, b in zip(ids, ids[1:], strict=False)),
+        f"model.target_layer_ids {ids} must be strictly increasing (sorted, no duplicates)",
+    )
+
+
+def _check_mask_token(mask_token_id: int | None, text: Any) -> None:
+    require(
+        mask_token_id is not None,
+        "model.mask_token_id is missing; choose a token id that never occurs in the data",
+    )
+    require(
+        0 <= mask_token_id < text.vocab_size,
+        f"model.mask_token_id ({mask_token_id}) must be in the target's vocabulary "
+        f"[0, {text.vocab_size})",
+    )
+    special = {"pad": text.pad_token_id, "eos": text.eos_token_id}
+    check_special_tokens(mask_token_id, special)
+
+
+def _rope_parameters(text: Any) -> dict[str, Any]:
+    """The target's RoPE as a plain dict, without what the Qwen3-style draft does not apply."""
+    rope = dict(getattr(text, "rope_parameters", None) or {})
+    require(
+        "rope_theta" in rope,
+        "the target's config has no single rope_parameters with rope_theta "
+        f"(found keys {sorted(rope)}); its positions are not the draft's RoPE",
+    )
+    for key in ("partial_rotary_factor", "mrope_section", "mrope_interleaved"):
+        rope.pop(key, None)
+    rope.setdefault("rope_type", "default")
+    fixed = ("default", "linear", "llama3", "yarn")
+    require(
+        rope["rope_type"] in fixed,
+        f"the target's rope_type ({rope['rope_type']!r}) must be one of {', '.join(fixed)}: "
+        "the others change with the sequence length",
+    )
+    return rope
