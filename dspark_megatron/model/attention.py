@@ -6,7 +6,6 @@ Shapes: n blocks, k slots, t context tokens, a/tp query heads, g/tp key/value he
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from megatron.core.transformer import TransformerConfig

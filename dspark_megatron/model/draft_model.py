@@ -51,8 +51,8 @@ class DraftOutput:
 
 
 class DSparkDraftModel(MegatronModule):
-    """A drafter for one target. Weights are zero-cost until `init_weights` or a checkpoint fills
-    them; the frozen replicas are filled by `load_frozen_replicas`."""
+    """A drafter for one target. Its weights are undefined until `init_weights` or a checkpoint
+    fills them, and the frozen replicas until `load_frozen_replicas` does."""
 
     def __init__(
         self,
@@ -60,6 +60,7 @@ class DSparkDraftModel(MegatronModule):
         *,
         tp_group: dist.ProcessGroup,
         params_dtype: torch.dtype,
+        device: torch.device,
         attention_group_size: int = 32,
         layer_spec: ModuleSpec | None = None,
     ) -> None:
@@ -109,6 +110,7 @@ class DSparkDraftModel(MegatronModule):
             self.confidence_head = ConfidenceHead(config, rank)
         for name in FROZEN_REPLICAS:
             getattr(self, name).requires_grad_(False)
+        self.to(device=device, dtype=params_dtype)
 
     def init_weights(self, *, seed: int, std: float) -> None:
         """Fill the trained parameters from (seed, name); the same at every layout."""

@@ -12,9 +12,10 @@ def transformer_config(
 ) -> TransformerConfig:
     """A Qwen3-style decoder: RMSNorm, SwiGLU, grouped-query attention, q/k norm, no biases.
 
-    Weights are left uninitialised: `parameter_init` fills them by name, so that they do not depend
-    on the layout. `calculate_per_token_loss` makes Megatron's data-parallel reduction a plain sum,
-    since the loss is already divided by the weight of the whole step.
+    Megatron-Core allocates the weights and leaves them as they are: `parameter_init` fills them by
+    name, so that they do not depend on the layout. `calculate_per_token_loss` makes Megatron's
+    data-parallel reduction a plain sum, since the loss is already divided by the weight of the
+    whole step.
     """
     return TransformerConfig(
         num_layers=shape.num_layers,
@@ -34,9 +35,13 @@ def transformer_config(
         tensor_model_parallel_size=tp_size,
         params_dtype=params_dtype,
         bf16=params_dtype == torch.bfloat16,
-        use_cpu_initialization=True,
-        perform_initialization=False,
+        init_method=_leave,
+        output_layer_init_method=_leave,
         calculate_per_token_loss=True,
         # Weight gradients go through .grad; fused accumulation needs Apex or Transformer Engine.
         gradient_accumulation_fusion=False,
     )
+
+
+def _leave(weight: torch.Tensor) -> torch.Tensor:
+    return weight

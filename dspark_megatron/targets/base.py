@@ -1,0 +1,32 @@
+"""What a frozen target gives to the rest: states, never logits."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TargetStates:
+    """States of b sequences of s tokens, whole and equal on every tensor-parallel rank."""
+
+    taps: Tensor
+    """[b, s, m*h] outputs of the target layers, side by side in the order of their ids."""
+    last_hidden: Tensor
+    """[b, s, h] after the target's final norm."""
+
+
+class Target(Protocol):
+    """A frozen model, split over tensor-parallel ranks; all of them call together."""
+
+    def states(self, input_ids: Tensor) -> TargetStates:
+        """States of right-padded sequences. input_ids [b, s]. No gradient."""
+
+    def new_cache(self) -> Any:
+        """An empty key/value cache for one sequence."""
+
+    def extend(self, input_ids: Tensor, cache: Any) -> TargetStates:
+        """States of the next tokens [1, q] of the cached sequence; the cache takes them in."""
+
+    def forget(self, cache: Any, tokens: int) -> None:
+        """Drop the last `tokens` tokens from the cache."""

@@ -1,0 +1,94 @@
+"""Provider `huggingface`: any causal LM, split by Transformers' native tensor parallelism."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, DynamicCache, PretrainedConfig
+from transformers.distributed import DistributedConfig
+
+from dspark_megatron.config import ConfigError, TargetConfig
+from dspark_megatron.targets.base import TargetStates
+
+
+def load_target_config(path: str) -> PretrainedConfig:
+    """The target's `config.json`; ConfigError when the folder has none."""
+    if not (Path(path) / "config.json").is_file():
+        raise ConfigError(f"target.path {path} must be a folder with a config.json")
+    return AutoConfig.from_pretrained(path, local_files_only=True)
+
+
+class HuggingFaceTarget:
+    """A base model (no LM head) whose decoder layers are tapped by forward hooks."""
+
+    def __init__(
+        self,
+        config: TargetConfig,
+        target_layer_ids: tuple[int, ...],
+        *,
+        tp_size: int,
+        dp_size: int,
+        device: torch.device,
+    ) -> None:
+        split = {}
+        if tp_size > 1:
+            split["distributed_config"] = DistributedConfig(
+                tp_size=tp_size, dp_replicate_size=dp_size
+            )
+        dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
+        self.model = AutoModel.from_pretrained(
+            config.path,
+            dtype=dtype,
+            attn_implementation=config.attention,
+            local_files_only=True,
+            **split,
+        )
+        self.model.to(device).eval().requires_grad_(False)
+        self.device = device
+        self._ids = target_layer_ids
+        self._tapped: dict[int, Tensor] = {}
+        layers = _decoder_layers(self.model)
+        for layer_id in target_layer_ids:
+            layers[layer_id].register_forward_hook(self._keeper(layer_id))
+
+    def states(self, input_ids: Tensor) -> TargetStates:
+        return self._run(input_ids, use_cache=False)
+
+    def new_cache(self) -> DynamicCache:
+        return DynamicCache(config=self.model.config)
+
+    def extend(self, input_ids: Tensor, cache: DynamicCache) -> TargetStates:
+        return self._run(input_ids, use_cache=True, past_key_values=cache)
+
+    def forget(self, cache: DynamicCache, tokens: int) -> None:
+        if tokens:
+            cache.crop(-tokens)
+
+    @torch.no_grad()
+    def _run(self, input_ids: Tensor, **arguments: Any) -> TargetStates:
+        output = self.model(input_ids=input_ids.to(self.device), **arguments)
+        taps = torch.cat([self._tapped.pop(i) for i in self._ids], dim=-1)
+        return TargetStates(taps, output.last_hidden_state)
+
+    def _keeper(self, layer_id: int) -> Any:
+        def keep(_module: Any, _inputs: Any, output: Any) -> None:
+            self._tapped[layer_id] = output[0] if isinstance(output, tuple) else output
+
+        return keep
+
+
+def _decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
+    """The list of decoder layers, wherever the family keeps it."""
+    depth = model.config.get_text_config().num_hidden_layers
+    lists = [
+        module
+        for module in model.modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) == depth
+    ]
+    if len(lists) != 1:
+        raise ConfigError(
+            f"cannot tell the {depth} decoder layers of {type(model).__name__} apart: "
+            f"{len(lists)} module lists have that length"
+        )
+    return lists[0]

@@ -1,0 +1,44 @@
+"""Train a drafter: `torchrun --nproc-per-node N -m dspark_megatron.train --config FILE ...`."""
+
+import argparse
+
+# Nothing heavy is imported here: distributed checkpointing spawns helper processes that import
+# this module again, and megatron must not be imported before the CPU support is installed.
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train a DSpark drafter.")
+    parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved config, layout, parameters and memory per rank; train nothing",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    from dspark_megatron.training.runtime import launch, start
+
+    with launch() as job:
+        from dspark_megatron.config import load_config
+        from dspark_megatron.training.setup import check_run
+
+        config = load_config(arguments.config, arguments.overrides)
+        if arguments.dry_run:
+            from dspark_megatron.training.dry_run import describe_run
+
+            if job.rank == 0:
+                print(describe_run(config, job.world_size), flush=True)
+            return
+        plan = check_run(config, job.world_size)
+        runtime = start(job, config.parallel.tensor_parallel)
+        from dspark_megatron.training.loop import train
+
+        train(plan, runtime)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Checkpoints of a run: Megatron-Core's distributed format, complete or absent.
+
+    checkpoints/iter_0000100/                      tensors (torch_dist) and dspark.json
+    checkpoints/latest_checkpointed_iteration.txt  the newest complete one, written last
+
+A checkpoint is written under a temporary name and renamed when every rank is done, so a folder with
+an `iter_` name is always whole. It loads at any tensor- or data-parallel size.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+
+from dspark_megatron.config import ConfigError
+from dspark_megatron.model.draft_model import FROZEN_REPLICAS, DSparkDraftModel
+
+TRACKER = "latest_checkpointed_iteration.txt"
+META = "dspark.json"
+_SHARDING = {
+    # The only type of the distributed optimizer that loads at another TP and DP size.
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+    "singleton_local_shards": False,
+}
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands."""
+
+    iteration: int
+    consumed_samples: int
+
+
+def iteration_folder(checkpoints: Path, iteration: int) -> Path:
+    return checkpoints / f"iter_{iteration:07d}"
+
+
+def latest_iteration(checkpoints: Path) -> int | None:
+    """The newest complete checkpoint, or None when there is none."""
+    tracker = checkpoints / TRACKER
+    if not tracker.is_file():
+        return None
+    text = tracker.read_text(encoding="utf-8").strip()
+    if not text.isdigit() or not iteration_folder(checkpoints, int(text)).is_dir():
+        raise ConfigError(
+            f"{tracker} names iteration {text!r}, but there is no such checkpoint in "
+            f"{checkpoints}; write the number of one that is there into it"
+        )
+    return int(text)
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / META).read_text(encoding="utf-8"))
+
+
+def save_checkpoint(
+    checkpoints: Path,
+    state: RunState,
+    meta: dict[str, Any],
+    model: DSparkDraftModel,
+    optimizer: Any,
+    *,
+    keep_last: int,
+) -> Path:
+    """Write a checkpoint of all ranks, then point the tracker at it and delete the oldest.
+
+    Collective over the whole world. meta: what identifies the run, written to dspark.json.
+    """
+    final = iteration_folder(checkpoints, state.iteration)
+    partial = checkpoints / f".partial_{final.name}"
+    is_main = dist.get_rank() == 0
+    if is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(
+        _sharded_state(model, optimizer, is_loading=False),
+        str(partial),
+        content_metadata=_SHARDING,
+    )
+    if is_main:
+        meta = {**meta, "iteration": state.iteration, "consumed_samples": state.consumed_samples}
+        (partial / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        _replace_text(checkpoints / TRACKER, f"{state.iteration}\n")
+        _prune(checkpoints, final, keep_last)
+    dist.barrier()
+    return final
+
+
+def load_checkpoint(folder: Path, model: DSparkDraftModel, optimizer: Any | None) -> RunState:
+    """Fill the model, and the optimizer if given, from a checkpoint of any parallel layout."""
+    loaded = dist_checkpointing.load(_sharded_state(model, optimizer, is_loading=True), str(folder))
+    result = model.load_state_dict(loaded["model"], strict=False)
+    missing = [name for name in result.missing_keys if not name.startswith(FROZEN_REPLICAS)]
+    if missing or result.unexpected_keys:
+        raise ConfigError(
+            f"checkpoint {folder} lacks {missing} and has unknown {result.unexpected_keys}"
+        )
+    if optimizer is not None:
+        with torch.no_grad():  # the fp32 optimizer copies into views of leaf parameters
+            optimizer.load_state_dict(loaded["optimizer"])
+    meta = read_meta(folder)
+    return RunState(meta["iteration"], meta["consumed_samples"])
+
+
+def check_same_run(folder: Path, meta: dict[str, Any]) -> None:
+    """Refuse a checkpoint whose identity (shape, target, data, seed) is not this run's.
+
+    Compares every key of `meta` that the checkpoint has; ConfigError lists what differs.
+    """
+    saved = read_meta(folder)
+    different = []
+    for key, value in meta.items():
+        if isinstance(value, dict):
+            old = saved.get(key) or {}
+            different += [f"{key}.{k}: {old.get(k)!r} there, {v!r} here" for k, v in value.items()
+                          if old.get(k) != v]
+        elif key in saved and saved[key] != value:
+            different.append(f"{key}: {saved[key]!r} there, {value!r} here")
+    if different:
+        raise ConfigError(
+            f"checkpoint {folder} belongs to another run: {'; '.join(different)}. "
+            "Use another train.output_dir, or the settings of that run"
+        )
+
+
+def _sharded_state(model: DSparkDraftModel, optimizer: Any | None, *, is_loading: bool) -> dict:
+    model_state = model.sharded_state_dict(metadata=dict(_SHARDING))
+    if optimizer is None:
+        return {"model": model_state}
+    optimizer_state = optimizer.sharded_state_dict(
+        model_state, is_loading=is_loading, metadata=dict(_SHARDING)
+    )
+    return {"model": model_state, "optimizer": optimizer_state}
+
+
+def _replace_text(path: Path, text: str) -> None:
+    partial = path.with_name(f".partial_{path.name}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _prune(checkpoints: Path, newest: Path, keep_last: int) -> None:
+    """Delete all but the `keep_last` checkpoints up to `newest`."""
+    older = [f for f in sorted(checkpoints.glob("iter_*")) if f.name <= newest.name]
+    for folder in older[:-keep_last]:
+        shutil.rmtree(folder)
+    for leftover in checkpoints.glob(".partial_iter_*"):
+        shutil.rmtree(leftover)

@@ -1,0 +1,171 @@
+"""Megatron-Core on a machine without a GPU: the one place that knows what it then needs.
+
+Megatron-Core names CUDA in places where it only wants "the device". `install()` redirects exactly
+those calls to the CPU, for megatron-core 0.16 to 0.19; it does nothing where CUDA is available.
+It must run before anything imports megatron, in every process (the spawned helpers of distributed
+checkpointing re-import the main module and so get it too).
+"""
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.utils._device
+
+_INSTALLED = "_dspark_megatron_cpu"
+
+
+def install() -> bool:
+    """Make Megatron-Core run on the CPU; returns whether anything was changed."""
+    if torch.cuda.is_available() or hasattr(torch.cuda, _INSTALLED):
+        return False
+    # Their kernels need a driver; without them Megatron-Core takes its PyTorch paths.
+    for name in ("transformer_engine", "apex"):
+        sys.modules.setdefault(name, None)
+    # torch._dynamo indexes torch's functions by identity when it is first imported, and
+    # `with torch.device(...)` caches them: both must see the originals.
+    import megatron.core.optimizer as optimizer
+    import megatron.core.optimizer.distrib_optimizer as distributed_optimizer
+    import megatron.core.tensor_parallel.random as random
+
+    torch.utils._device._device_constructors()
+    setattr(torch.cuda, _INSTALLED, True)
+    _redirect_device_calls()
+    _redirect_factories()
+    _name_cpu_tensors_as_cuda()
+    _use_cpu_random_state(random)
+    _use_loadable_adam(optimizer, distributed_optimizer)
+    return True
+
+
+class _Nothing:
+    """Stands for a CUDA stream or event: there is nothing to order on a CPU."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __getattr__(self, name: str) -> Callable[..., "_Nothing"]:
+        return lambda *args, **kwargs: _Nothing()
+
+
+def _redirect_device_calls() -> None:
+    """`torch.cuda.current_device()` is used as a device argument all over Megatron-Core."""
+    cuda, cpu = torch.cuda, torch.device("cpu")
+    cuda.current_device = lambda: cpu
+    cuda.device_count = lambda: 1  # the async checkpoint worker takes rank % device_count
+    # One function for each name: dynamo refuses an object that has two.
+    for name in ("synchronize", "empty_cache", "set_device"):
+        setattr(cuda, name, lambda *args, **kwargs: None)
+    cuda.Stream = cuda.Event = cuda.current_stream = cuda.default_stream = _Nothing
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    cuda.manual_seed = lambda seed: torch.manual_seed(seed)
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+
+
+def _redirect_factories() -> None:
+    """Scalars for norms and scalers are made with `device="cuda"` written out."""
+    for name in ("tensor", "zeros", "ones", "empty", "empty_like"):
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def wrapper(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if str(kwargs.get("device")).startswith("cuda"):
+            kwargs["device"] = torch.device("cpu")
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return wrapper
+
+
+def _name_cpu_tensors_as_cuda() -> None:
+    """The optimizers compare `param.type()` with 'torch.cuda.*Tensor' strings."""
+    plain_type = torch.Tensor.type
+
+    def tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = plain_type(self, *args, **kwargs)
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if isinstance(result, str) and caller.startswith("megatron.core.optimizer"):
+            return result.replace("torch.", "torch.cuda.")
+        return result
+
+    torch.Tensor.type = tensor_type
+
+
+def _use_cpu_random_state(random: Any) -> None:
+    """Megatron-Core's tracker of parallel random states, over the CPU generator."""
+
+    class CpuRngStatesTracker(random.CudaRNGStatesTracker):
+        def add(self, name: str, seed: int) -> None:
+            if seed in self.seeds_ or name in self.states_:
+                raise ValueError(f"random state {name!r} or its seed {seed} exists already")
+            self._is_initialized = True
+            self.seeds_.add(seed)
+            self.states_[name] = torch.Generator().manual_seed(seed).get_state()
+
+        @contextlib.contextmanager
+        def fork(self, name: str = random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
+            outer = torch.get_rng_state()
+            torch.set_rng_state(self.states_[name])
+            try:
+                yield
+            finally:
+                self.states_[name] = torch.get_rng_state()
+                torch.set_rng_state(outer)
+
+    random.CudaRNGStatesTracker = CpuRngStatesTracker
+    random._CUDA_RNG_STATE_TRACKER = None
+    random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW with the state layout of Apex and Transformer Engine.
+
+    Megatron-Core's distributed optimizer keeps one `step` per parameter group and can only load
+    that layout back; PyTorch's AdamW keeps one per parameter.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        adam_w_mode: bool = True,
+        **_unused: Any,  # capturable and the like: choices between CUDA kernels
+    ) -> None:
+        if not adam_w_mode:
+            raise ValueError("only decoupled weight decay (adam_w_mode=True) is supported")
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps))
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            group["step"] = step = group.get("step", 0) + 1
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group, step)
+
+    def _update(self, parameter: torch.Tensor, group: dict[str, Any], step: int) -> None:
+        (beta1, beta2), grad, state = group["betas"], parameter.grad, self.state[parameter]
+        if not state:
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        state["exp_avg"].lerp_(grad, 1 - beta1)
+        state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        scale = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.addcdiv_(state["exp_avg"], scale, value=-group["lr"] / (1 - beta1**step))
+
+
+def _use_loadable_adam(optimizer: Any, distributed_optimizer: Any) -> None:
+    optimizer.Adam = distributed_optimizer.Adam = AdamW
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    distributed_optimizer.HAVE_APEX_OR_TE = True
+    distributed_optimizer.USING_APEX_OPTIMIZER = True

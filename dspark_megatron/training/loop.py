@@ -1,0 +1,298 @@
+"""The training run: start, steps, checkpoints, end."""
+
+import contextlib
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dspark_megatron.config import Config, ConfigError
+from dspark_megatron.data.collate import collate
+from dspark_megatron.data.dataset import ConversationDataset, load_samples
+from dspark_megatron.data.sampler import SampleRef, StepSampler
+from dspark_megatron.data.show import describe_sample
+from dspark_megatron.ops.anchors import anchor_seed, draft_blocks, sample_anchors
+from dspark_megatron.targets.teacher_check import check_teacher_logits
+from dspark_megatron.targets.weights import TargetWeights
+from dspark_megatron.training.checkpointing import (
+    RunState,
+    check_same_run,
+    iteration_folder,
+    latest_iteration,
+    load_checkpoint,
+    save_checkpoint,
+)
+from dspark_megatron.training.metrics import MetricSums
+from dspark_megatron.training.optimizer import (
+    build_optimizer,
+    build_scheduler,
+    wrap_data_parallel,
+)
+from dspark_megatron.training.reporter import Reporter
+from dspark_megatron.training.runtime import Runtime
+from dspark_megatron.training.setup import RunPlan, build_draft, build_target
+from dspark_megatron.training.step import GradientStep, MicroBatch
+
+
+def train(plan: RunPlan, runtime: Runtime) -> None:
+    """Train until the last iteration or a stop signal; every rank calls it."""
+    output_dir = Path(plan.config.train.output_dir)
+    if runtime.is_main:
+        _claim_output(output_dir, plan.config)
+    dist.barrier()
+    dataset = _load_data(plan, runtime)
+    Trainer(plan, runtime, dataset, output_dir).run()
+
+
+class Trainer:
+    def __init__(
+        self,
+        plan: RunPlan,
+        runtime: Runtime,
+        dataset: ConversationDataset,
+        output_dir: Path,
+    ) -> None:
+        config = plan.config
+        self.plan, self.runtime, self.dataset = plan, runtime, dataset
+        self.settings = config.train
+        self.checkpoints = output_dir / "checkpoints"
+        self.output_dir = output_dir
+        self.iterations = _iterations(config, len(dataset))
+        self.meta = _identity(plan, dataset)
+        resume_from = self._checkpoint_to_resume()
+        self.sampler = StepSampler(
+            len(dataset),
+            self.settings.seed,
+            self.settings.global_batch_size,
+            self.settings.micro_batch_size,
+            runtime.dp_group.rank(),
+            runtime.dp_group.size(),
+        )
+        self.draft = build_draft(plan, runtime)
+        self.target = build_target(plan, runtime)
+        if config.target.check_teacher_logits:
+            self._check_teacher()
+        self.model = wrap_data_parallel(self.draft, config.optimizer)
+        self.optimizer = build_optimizer(config.optimizer, self.model, plan.dtype)
+        self.scheduler = build_scheduler(config.optimizer, self.optimizer, self.iterations)
+        self.state = RunState(0, 0)
+        if resume_from is not None:
+            self.state = load_checkpoint(resume_from, self.draft, self.optimizer)
+            self.scheduler.step(self.state.iteration)
+            self._say(f"continuing from {resume_from}")
+        self.step = GradientStep(
+            config.loss,
+            self.model,
+            self.target,
+            tp_group=runtime.tp_group,
+            dp_group=runtime.dp_group,
+            device=runtime.device,
+        )
+
+    def run(self) -> None:
+        """Steps until the last iteration, saving on the way, at the end and on a stop signal."""
+        reporter = self._reporter()
+        metrics, clock = self._new_metrics(), time.perf_counter()
+        with _stop_signals() as signals:
+            while self.state.iteration < self.iterations:
+                grad_norm = self._train_step(metrics)
+                iteration = self.state.iteration
+                last = iteration == self.iterations
+                if reporter is not None:
+                    reporter.step()
+                if last or iteration % self.settings.log_every == 0:
+                    seconds = time.perf_counter() - clock
+                    self._log(reporter, metrics, grad_norm, seconds)
+                    metrics, clock = self._new_metrics(), time.perf_counter()
+                stop = self._any_rank(bool(signals))
+                if stop or last or iteration % self.settings.save_every == 0:
+                    self._save()
+                if stop:
+                    break
+        if reporter is not None:
+            reporter.close()
+        if self.state.iteration < self.iterations:
+            self._say(
+                f"stopped by a signal and saved iteration {self.state.iteration} of "
+                f"{self.iterations}; the same command continues from there"
+            )
+
+    def _train_step(self, metrics: MetricSums) -> float:
+        """One optimizer step; returns the gradient norm before clipping."""
+        micro_batches = [
+            self._micro_batch(refs)
+            for refs in self.sampler.micro_batches(self.state.consumed_samples)
+        ]
+        self.optimizer.zero_grad()
+        self.step.run(micro_batches, metrics)
+        self.scheduler.step(1)
+        _, grad_norm, _ = self.optimizer.step()
+        consumed = self.state.consumed_samples + self.settings.global_batch_size
+        self.state = RunState(self.state.iteration + 1, consumed)
+        return float(grad_norm)
+
+    def _micro_batch(self, refs: list[SampleRef]) -> MicroBatch:
+        samples = [self.dataset[ref.sample_index] for ref in refs]
+        model, seed = self.plan.config.model, self.settings.seed
+        anchors = [
+            sample_anchors(
+                sample.loss_mask,
+                model.num_anchors,
+                anchor_seed(seed, ref.epoch, ref.sample_index),
+            )
+            for sample, ref in zip(samples, refs, strict=True)
+        ]
+        input_ids, loss_mask = collate(samples)
+        blocks = draft_blocks(input_ids, loss_mask, anchors, model.block_size)
+        return MicroBatch(input_ids, [len(sample.input_ids) for sample in samples], blocks)
+
+    def _log(
+        self, reporter: Reporter | None, metrics: MetricSums, grad_norm: float, seconds: float
+    ) -> None:
+        total = metrics.reduced(dp_group=self.runtime.dp_group)
+        if reporter is None:
+            return
+        step = self.step
+        row = {
+            "iteration": self.state.iteration,
+            "consumed_samples": self.state.consumed_samples,
+            **total.means(step.alphas, step.with_teacher, step.with_confidence),
+            "grad_norm": grad_norm,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "tokens_per_second": total.scalars["tokens"].item() / seconds,
+        }
+        reporter.log(row)
+
+    def _save(self) -> None:
+        save_checkpoint(
+            self.checkpoints,
+            self.state,
+            self.meta,
+            self.draft,
+            self.optimizer,
+            keep_last=self.settings.keep_last,
+        )
+
+    def _checkpoint_to_resume(self) -> Path | None:
+        """The newest checkpoint of this run, checked before anything is loaded."""
+        if not self.settings.resume:
+            return None
+        iteration = latest_iteration(self.checkpoints)
+        if iteration is None:
+            return None
+        folder = iteration_folder(self.checkpoints, iteration)
+        check_same_run(folder, self.meta)
+        return folder
+
+    def _check_teacher(self) -> None:
+        sample = self.dataset[0].input_ids[None]
+        check_teacher_logits(
+            self.target,
+            self.draft.lm_head.weight,
+            sample,
+            self.plan.shape.vocab_size,
+            tp_group=self.runtime.tp_group,
+        )
+
+    def _any_rank(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank. One all-reduce of one number over the world."""
+        tensor = torch.tensor(float(flag), device=self.runtime.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return bool(tensor.item())
+
+    def _new_metrics(self) -> MetricSums:
+        return MetricSums.zeros(self.plan.shape.block_size, self.runtime.device)
+
+    def _reporter(self) -> Reporter | None:
+        if not self.runtime.is_main:
+            return None
+        return Reporter(
+            self.output_dir,
+            iterations=self.iterations,
+            start=self.state.iteration,
+            tensorboard=self.settings.tensorboard,
+        )
+
+    def _say(self, text: str) -> None:
+        if self.runtime.is_main:
+            print(text, flush=True)
+
+
+def _claim_output(output_dir: Path, config: Config) -> None:
+    """Make the run's folder and write the resolved config; ConfigError if that is impossible.
+
+    A folder with checkpoints that are not to be continued is refused, so nothing is overwritten.
+    """
+    checkpoints = output_dir / "checkpoints"
+    if not config.train.resume and latest_iteration(checkpoints) is not None:
+        raise ConfigError(
+            f"train.output_dir {output_dir} holds checkpoints and train.resume is false; "
+            "name another folder, or set train.resume=true"
+        )
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        partial = output_dir / ".partial_config.yaml"
+        partial.write_text(config.to_yaml(), encoding="utf-8")
+        os.replace(partial, output_dir / "config.yaml")
+    except OSError as error:
+        raise ConfigError(
+            f"train.output_dir {output_dir} must be writable: {error.strerror}"
+        ) from error
+
+
+def _load_data(plan: RunPlan, runtime: Runtime) -> ConversationDataset:
+    data = plan.config.data
+    dataset = load_samples(
+        data.train_files,
+        plan.tokenizer,
+        vocab_size=plan.shape.vocab_size,
+        max_length=data.max_length,
+        min_loss_tokens=plan.config.min_loss_tokens,
+        show_progress=runtime.is_main,
+    )
+    if runtime.is_main:
+        print(dataset.report.describe(), flush=True)
+        if data.show_sample:
+            print(describe_sample(dataset[0], plan.tokenizer), flush=True)
+    return dataset
+
+
+def _iterations(config: Config, num_samples: int) -> int:
+    if config.train.iterations is not None:
+        return config.train.iterations
+    return max(1, math.ceil(config.train.epochs * num_samples / config.train.global_batch_size))
+
+
+def _identity(plan: RunPlan, dataset: ConversationDataset) -> dict[str, Any]:
+    """What a checkpoint must share with a run that continues it, and what an export needs."""
+    model = plan.config.model
+    return {
+        "format": 1,
+        "shape": plan.shape.to_dict(),
+        "target_fingerprint": TargetWeights(plan.config.target.path).fingerprint(),
+        "data_fingerprint": dataset.fingerprint,
+        "seed": plan.config.train.seed,
+        "num_anchors": model.num_anchors,
+        "initializer_range": model.initializer_range,
+        "confidence_head_alpha": plan.config.loss.confidence_head_alpha,
+    }
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT instead of dying, so that a step can end and be saved."""
+    received: list[int] = []
+    names = (signal.SIGTERM, signal.SIGINT)
+    before = {name: signal.signal(name, lambda number, _: received.append(number)) for name in
+              names}
+    try:
+        yield received
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)

@@ -1,0 +1,92 @@
+"""Sums and weights of a run's metrics; the one place that adds them over data-parallel ranks and
+divides."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+SCALARS = (
+    "ce_sum",
+    "l1_sum",
+    "confidence_sum",
+    "confidence_error_sum",
+    "confidence_bias_sum",
+    "weight",
+    "tau_sum",
+    "blocks",
+    "rows",
+    "candidates",
+    "samples",
+    "tokens",
+)
+"""Numerators and denominators, in the order they travel."""
+
+
+@dataclass
+class MetricSums:
+    """Sums over micro-batches; `scalars` by name, accept rates by slot."""
+
+    scalars: dict[str, Tensor]
+    accept_sum: Tensor
+    """[k] sum of accept rates of supervised slots."""
+    accept_count: Tensor
+    """[k] supervised slots."""
+
+    @classmethod
+    def zeros(cls, block_size: int, device: torch.device) -> "MetricSums":
+        zero = dict(dtype=torch.float64, device=device)
+        scalars = {name: torch.zeros((), **zero) for name in SCALARS}
+        return cls(scalars, torch.zeros(block_size, **zero), torch.zeros(block_size, **zero))
+
+    def add(self, **terms: Tensor | float) -> None:
+        """Add to named scalars or to the per-slot sums."""
+        for name, value in terms.items():
+            total = getattr(self, name) if name.startswith("accept_") else self.scalars[name]
+            total += value
+
+    def reduced(self, *, dp_group: dist.ProcessGroup) -> "MetricSums":
+        """The sums over all data-parallel ranks: one all-reduce of 12 + 2k doubles."""
+        packed = torch.cat(
+            [torch.stack([self.scalars[n] for n in SCALARS]), self.accept_sum, self.accept_count]
+        )
+        if dp_group.size() > 1:
+            dist.all_reduce(packed, group=dp_group)
+        k = self.accept_sum.numel()
+        scalars, accept_sum, accept_count = packed.split([len(SCALARS), k, k])
+        return MetricSums(dict(zip(SCALARS, scalars, strict=True)), accept_sum, accept_count)
+
+    def means(
+        self, alphas: tuple[float, float, float], with_teacher: bool, with_confidence: bool
+    ) -> dict[str, float | list[float] | None]:
+        """What a log line shows. A mean without weight is null, not zero."""
+        s = {name: value.item() for name, value in self.scalars.items()}
+
+        def mean(name: str, over: str = "weight") -> float | None:
+            return s[name] / s[over] if s[over] else None
+
+        ce, l1, confidence = mean("ce_sum"), mean("l1_sum"), mean("confidence_sum")
+        row = {
+            "loss": _weighted([ce, l1, confidence], alphas),
+            "ce_loss": ce,
+            "sampler/anchors_per_sample": mean("blocks", "samples"),
+            "sampler/candidates_per_sample": mean("candidates", "samples"),
+            "sampler/supervised_slots_per_block": mean("rows", "blocks"),
+        }
+        if with_teacher:
+            counts = self.accept_count.clamp(min=1)
+            row["l1_loss"] = l1
+            row["tau"] = mean("tau_sum", "blocks")
+            row["accept_rate"] = (self.accept_sum / counts).tolist()
+        if with_confidence:
+            row["confidence_loss"] = confidence
+            row["confidence_abs_error"] = mean("confidence_error_sum")
+            row["confidence_bias"] = mean("confidence_bias_sum")
+        return row
+
+
+def _weighted(terms: list[float | None], alphas: tuple[float, ...]) -> float | None:
+    if any(term is None for term in terms):
+        return None
+    return sum(alpha * term for alpha, term in zip(alphas, terms, strict=True))

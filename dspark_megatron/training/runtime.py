@@ -1,0 +1,153 @@
+"""A rank's place in the job: environment, device, process groups, and how all ranks end together.
+
+The torchrun environment is read here and nowhere else.
+"""
+
+import contextlib
+import datetime
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from dspark_megatron.config import ConfigError
+from dspark_megatron.training import cpu_support
+
+_FAILURE_KEY = "dspark_failure"
+_CHECK_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Process groups and device of this rank; what the rooms get as arguments."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    tp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What torchrun tells a process; a plain `python` start is a job of one rank."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    store: dist.Store
+    watch_store: dist.Store
+    """A connection of its own for the watching thread: a blocked one is locked."""
+
+    @classmethod
+    def from_environment(cls) -> "Launch":
+        rank = int(os.environ.get("RANK", 0))
+        world_size = int(os.environ.get("WORLD_SIZE", 1))
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        host = os.environ.get("MASTER_ADDR", "localhost")
+        port = int(os.environ.get("MASTER_PORT", 0))
+        # torchrun's agent already serves a store at that address.
+        serve = "TORCHELASTIC_USE_AGENT_STORE" not in os.environ and rank == 0
+        store = dist.TCPStore(host, port, world_size, serve, wait_for_workers=False)
+        watch = dist.TCPStore(host, store.port, world_size, False, wait_for_workers=False)
+        attempt = f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        stores = (dist.PrefixStore(attempt, s) for s in (store, watch))
+        return cls(rank, world_size, local_rank, *stores)
+
+
+@contextlib.contextmanager
+def launch() -> Iterator[Launch]:
+    """Run a job so that the first failure of any rank ends every rank with that one message.
+
+    A failing rank leaves its message in the store. Ranks that wait in a collective cannot raise,
+    so a thread on each rank looks for the message and ends the process.
+    """
+    cpu_support.install()
+    job = Launch.from_environment()
+    done = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(job, done), daemon=True)
+    watcher.start()
+    try:
+        yield job
+    except ConfigError as error:
+        _fail(job, f"error: {error}")
+    except BaseException as error:
+        if isinstance(error, SystemExit) and not error.code:
+            raise
+        _fail(job, f"rank {job.rank} failed:\n{''.join(traceback.format_exception(error))}")
+    finally:
+        done.set()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _fail(job: Launch, message: str) -> None:
+    """Publish the message if no rank was faster, print it once, end this process with code 1."""
+    # A collective that broke because its peer failed must not hide the peer's own message.
+    with contextlib.suppress(Exception):
+        first = job.store.compare_set(_FAILURE_KEY, "", f"{job.rank}\n{message}").decode()
+        if int(first.partition("\n")[0]) != job.rank:
+            _exit()
+    print(message, file=sys.stderr, flush=True)
+    _exit()
+
+
+def _exit() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)  # other threads may be inside a collective that never returns
+
+
+def _watch(job: Launch, done: threading.Event) -> None:
+    while not done.wait(_CHECK_SECONDS):
+        try:
+            failed = job.watch_store.check([_FAILURE_KEY])
+        except Exception:  # the store went away with the launcher
+            return
+        if failed and not done.is_set():
+            _exit()
+
+
+def start(job: Launch, tensor_parallel: int) -> Runtime:
+    """Join all ranks and make Megatron-Core's tensor- and data-parallel groups.
+
+    NCCL on the GPU of `local_rank` where CUDA is available, gloo on the CPU otherwise.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    if torch.cuda.is_available():
+        device = torch.device("cuda", job.local_rank)
+        torch.cuda.set_device(device)
+        backend = "nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    if not dist.is_initialized():
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("world", job.store),
+            rank=job.rank,
+            world_size=job.world_size,
+            timeout=datetime.timedelta(minutes=30),
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_parallel, create_gloo_process_groups=False
+    )
+    # Megatron-Core's layers want its random states; no number of ours comes from them.
+    model_parallel_cuda_manual_seed(1)
+    return Runtime(
+        rank=job.rank,
+        world_size=job.world_size,
+        device=device,
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+    )

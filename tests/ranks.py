@@ -1,0 +1,103 @@
+"""Rank processes that live as long as the test session, so that a parallel test costs no start-up.
+
+`pool.run(function, world=2, tp=2, **arguments)` calls a module-level function on each rank with its
+`Runtime` and returns the results in rank order.
+"""
+
+import datetime
+import importlib
+import multiprocessing
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+MAX_RANKS = 4
+TIMEOUT_SECONDS = 300
+
+
+class RankPool:
+    def __init__(self) -> None:
+        self._processes: list[Any] = []
+        self._pipes: list[Any] = []
+        self._layout: tuple[int, int] | None = None
+        self._generation = 0
+
+    def run(self, function: Callable, *, world: int, tp: int, **arguments: Any) -> list[Any]:
+        if not self._processes:
+            self._start()
+        if self._layout != (world, tp):
+            self._layout, self._generation = (world, tp), self._generation + 1
+        layout = (world, tp, self._generation)
+        # Named, not pickled: a test module is imported under pytest's name for it.
+        call = (function.__module__, function.__name__, layout, arguments)
+        for pipe in self._pipes[:world]:
+            pipe.send(call)
+        results, failures = [], []
+        for rank, pipe in enumerate(self._pipes[:world]):
+            if failures or not pipe.poll(TIMEOUT_SECONDS):
+                failures.append(f"rank {rank}: no answer")
+                if not pipe.poll(1):
+                    continue
+            ok, value = pipe.recv()
+            (results if ok else failures).append(value if ok else f"rank {rank}:\n{value}")
+        if failures:
+            self.close()
+            raise AssertionError("\n".join(failures))
+        return results
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._store = dist.TCPStore("localhost", 0, None, True, wait_for_workers=False)
+        for rank in range(MAX_RANKS):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self._store.port, theirs), daemon=True)
+            process.start()
+            self._processes.append(process)
+            self._pipes.append(ours)
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes, self._pipes = [], []
+
+
+def _serve(rank: int, port: int, pipe: Any) -> None:
+    import torch
+
+    from dspark_megatron.training import cpu_support
+
+    cpu_support.install()
+    torch.set_num_threads(1)
+    store = dist.TCPStore("localhost", port, None, False)
+    current, runtime = None, None
+    while True:
+        module, name, layout, arguments = pipe.recv()
+        try:
+            if current != layout:
+                world, tp, generation = current = layout
+                runtime = _join(dist.PrefixStore(f"{generation}", store), rank, world, tp)
+            function = getattr(importlib.import_module(module), name)
+            pipe.send((True, function(runtime, **arguments)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+
+
+def _join(store: Any, rank: int, world: int, tp: int) -> Any:
+    from megatron.core import parallel_state
+
+    from dspark_megatron.training.runtime import Launch, start
+
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+    dist.init_process_group(
+        "gloo",
+        store=store,
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=TIMEOUT_SECONDS),
+    )
+    return start(Launch(rank, world, 0, store, store), tp)
