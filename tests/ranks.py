@@ -52,7 +52,8 @@ class RankPool:
         self._store = dist.TCPStore("localhost", 0, None, True, wait_for_workers=False)
         for rank in range(MAX_RANKS):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self._store.port, theirs), daemon=True)
+            arguments = (rank, self._store.port, theirs)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             self._processes.append(process)
             self._pipes.append(ours)

@@ -19,9 +19,9 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from dspark_megatron.config import ConfigError
+from dspark_megatron.conversion.megatron_checkpoint import TRACKER
 from dspark_megatron.model.draft_model import FROZEN_REPLICAS, DSparkDraftModel
 
-TRACKER = "latest_checkpointed_iteration.txt"
 META = "dspark.json"
 _SHARDING = {
     # The only type of the distributed optimizer that loads at another TP and DP size.

@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 
 from dspark_megatron.config import Config, ConfigError
+from dspark_megatron.conversion.megatron_checkpoint import FORMAT
 from dspark_megatron.data.collate import collate
 from dspark_megatron.data.dataset import ConversationDataset, load_samples
 from dspark_megatron.data.sampler import SampleRef, StepSampler
 from dspark_megatron.data.show import describe_sample
 from dspark_megatron.ops.anchors import anchor_seed, draft_blocks, sample_anchors
 from dspark_megatron.targets.teacher_check import check_teacher_logits
-from dspark_megatron.targets.weights import TargetWeights
 from dspark_megatron.training.checkpointing import (
     RunState,
     check_same_run,
@@ -36,7 +36,12 @@ from dspark_megatron.training.optimizer import (
 )
 from dspark_megatron.training.reporter import Reporter
 from dspark_megatron.training.runtime import Runtime
-from dspark_megatron.training.setup import RunPlan, build_draft, build_target
+from dspark_megatron.training.setup import (
+    RunPlan,
+    build_draft,
+    build_target,
+    draft_identity,
+)
 from dspark_megatron.training.step import GradientStep, MicroBatch
 
 
@@ -273,9 +278,8 @@ def _identity(plan: RunPlan, dataset: ConversationDataset) -> dict[str, Any]:
     """What a checkpoint must share with a run that continues it, and what an export needs."""
     model = plan.config.model
     return {
-        "format": 1,
-        "shape": plan.shape.to_dict(),
-        "target_fingerprint": TargetWeights(plan.config.target.path).fingerprint(),
+        "format": FORMAT,
+        **draft_identity(plan),
         "data_fingerprint": dataset.fingerprint,
         "seed": plan.config.train.seed,
         "num_anchors": model.num_anchors,

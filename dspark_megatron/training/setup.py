@@ -4,9 +4,16 @@
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from dspark_megatron.config import Config, ConfigError
 from dspark_megatron.model.draft_model import DSparkDraftModel
@@ -44,6 +51,14 @@ def check_run(config: Config, world_size: int) -> RunPlan:
     return RunPlan(config, target_config, shape, tokenizer, dp_size)
 
 
+def draft_identity(plan: RunPlan) -> dict[str, Any]:
+    """What a checkpoint must share with every use of it."""
+    return {
+        "shape": plan.shape.to_dict(),
+        "target_fingerprint": TargetWeights(plan.config.target.path).fingerprint(),
+    }
+
+
 def build_draft(plan: RunPlan, runtime: Runtime) -> DSparkDraftModel:
     """The draft with weights from train.seed and the target's embedding and head."""
     model = DSparkDraftModel(
@@ -55,12 +70,40 @@ def build_draft(plan: RunPlan, runtime: Runtime) -> DSparkDraftModel:
     )
     model.init_weights(seed=plan.config.train.seed, std=plan.config.model.initializer_range)
     weights = TargetWeights(plan.config.target.path)
-    rows = model.vocab_shard.vocab_start_index, model.vocab_shard.vocab_end_index
-    tied = plan.target_config.get_text_config().tie_word_embeddings
-    model.load_frozen_replicas(
-        weights.rows(weights.embedding_name(), *rows), weights.rows(weights.head_name(tied), *rows)
-    )
+    embedding = _vocab_rows(weights, weights.embedding_name(), model)
+    model.load_frozen_replicas(embedding, _vocab_rows(weights, _head_name(plan, weights), model))
     return model
+
+
+def load_target_head(
+    plan: RunPlan, draft: DSparkDraftModel, target: HuggingFaceTarget
+) -> Tensor:
+    """This rank's [v/tp, h] rows of the target's LM head in the target's own dtype; the draft's
+    replica when that is the same."""
+    if draft.lm_head.weight.dtype == target.model.dtype:
+        return draft.lm_head.weight
+    weights = TargetWeights(plan.config.target.path)
+    head = _vocab_rows(weights, _head_name(plan, weights), draft)
+    return head.to(device=target.device, dtype=target.model.dtype)
+
+
+def stop_token_ids(plan: RunPlan) -> list[int]:
+    """Tokens that end an answer: the target's generation config, or the tokenizer's eos."""
+    try:
+        ids = GenerationConfig.from_pretrained(plan.config.target.path).eos_token_id
+    except OSError:  # a target without generation_config.json
+        ids = None
+    ids = plan.tokenizer.eos_token_id if ids is None else ids
+    return ids if isinstance(ids, list) else [ids]
+
+
+def _head_name(plan: RunPlan, weights: TargetWeights) -> str:
+    return weights.head_name(plan.target_config.get_text_config().tie_word_embeddings)
+
+
+def _vocab_rows(weights: TargetWeights, name: str, model: DSparkDraftModel) -> Tensor:
+    shard = model.vocab_shard
+    return weights.rows(name, shard.vocab_start_index, shard.vocab_end_index)
 
 
 def build_target(plan: RunPlan, runtime: Runtime) -> HuggingFaceTarget:

@@ -1,0 +1,130 @@
+"""`config.json` of an export: one superset that DeepSpec, vLLM, SGLang and mlx-dspark read alike.
+
+DSpark's own keys stand twice, at the top level and in `dflash_config`, because readers differ in
+where they look; `verify.py` checks that the two agree.
+"""
+
+from typing import Any
+
+import torch
+
+from dspark_megatron.config import ConfigError
+from dspark_megatron.shape import DraftShape
+
+ARCHITECTURE = "Qwen3DSparkModel"
+
+
+def hugging_face_config(
+    shape: DraftShape,
+    *,
+    num_anchors: int,
+    initializer_range: float,
+    confidence_head_alpha: float,
+    target_config: Any,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """The whole `config.json`. target_config: the target's Transformers `PretrainedConfig`, for its
+    special tokens."""
+    text = target_config.get_text_config()
+    dtype_name = str(dtype).removeprefix("torch.")
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": "qwen3",
+        "dtype": dtype_name,
+        "torch_dtype": dtype_name,
+        **_backbone(shape, initializer_range),
+        **_rope(shape),
+        "bos_token_id": text.bos_token_id,
+        "eos_token_id": text.eos_token_id,
+        "pad_token_id": text.pad_token_id,
+        "block_size": shape.block_size,
+        "sample_from_anchor": True,
+        "num_target_layers": shape.num_target_layers,
+        "num_anchors": num_anchors,
+        **_shared_keys(shape),
+        "dflash_config": {
+            "projector_type": "dspark",
+            "attention_mode": _attention_mode(shape),
+            **_shared_keys(shape),
+            "confidence_head_alpha": confidence_head_alpha,
+        },
+    }
+
+
+def shape_of_config(config: dict[str, Any]) -> DraftShape:
+    """The draft's dimensions back from `config.json`. Raises ConfigError that lists the keys that
+    are missing."""
+    keys = {
+        "hidden_size": "hidden_size",
+        "ffn_hidden_size": "intermediate_size",
+        "num_layers": "num_hidden_layers",
+        "num_attention_heads": "num_attention_heads",
+        "num_key_value_heads": "num_key_value_heads",
+        "head_dim": "head_dim",
+        "vocab_size": "vocab_size",
+        "rms_norm_eps": "rms_norm_eps",
+        "rope_parameters": "rope_parameters",
+        "max_position_embeddings": "max_position_embeddings",
+        "num_target_layers": "num_target_layers",
+        "target_layer_ids": "target_layer_ids",
+        "mask_token_id": "mask_token_id",
+        "block_size": "block_size",
+        "markov_rank": "markov_rank",
+        "markov_head_type": "markov_head_type",
+        "enable_confidence_head": "enable_confidence_head",
+        "confidence_head_with_markov": "confidence_head_with_markov",
+    }
+    missing = [key for key in keys.values() if key not in config]
+    if missing:
+        raise ConfigError(f"config.json lacks {missing}; export the checkpoint again")
+    return DraftShape.from_dict({field: config[key] for field, key in keys.items()})
+
+
+def _backbone(shape: DraftShape, initializer_range: float) -> dict[str, Any]:
+    return {
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.ffn_hidden_size,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_key_value_heads": shape.num_key_value_heads,
+        "head_dim": shape.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": shape.rms_norm_eps,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "initializer_range": initializer_range,
+        "max_position_embeddings": shape.max_position_embeddings,
+        "layer_types": ["full_attention"] * shape.num_layers,
+        # Null, not absent: a window together with dflash_config makes mlx-dspark use it.
+        "sliding_window": None,
+        "use_sliding_window": False,
+        "max_window_layers": shape.num_layers,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+    }
+
+
+def _rope(shape: DraftShape) -> dict[str, Any]:
+    """Both spellings: `rope_parameters` (Transformers 5) and what came before it."""
+    parameters = dict(shape.rope_parameters)
+    rope = {"rope_theta": parameters["rope_theta"], "rope_parameters": parameters}
+    if parameters["rope_type"] != "default":
+        scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
+        rope["rope_scaling"] = scaling
+    return rope
+
+
+def _shared_keys(shape: DraftShape) -> dict[str, Any]:
+    return {
+        "mask_token_id": shape.mask_token_id,
+        "target_layer_ids": list(shape.target_layer_ids),
+        "markov_rank": shape.markov_rank,
+        "markov_head_type": shape.markov_head_type,
+        "enable_confidence_head": shape.enable_confidence_head,
+        "confidence_head_with_markov": shape.confidence_head_with_markov,
+    }
+
+
+def _attention_mode(shape: DraftShape) -> str:
+    return "mha" if shape.num_key_value_heads == shape.num_attention_heads else "gqa"

@@ -1,0 +1,120 @@
+"""Training checkpoints, read by one plain process: no process groups, one tensor at a time.
+
+Megatron-Core's `torch_dist` format is PyTorch's distributed checkpoint, so PyTorch reads it at
+global shapes, whatever layout wrote it. `dspark.json` beside the tensors says what they are.
+"""
+
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as distributed_checkpoint
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from dspark_megatron.config import ConfigError, require
+from dspark_megatron.shape import DraftShape
+
+FORMAT = 1
+TRACKER = "latest_checkpointed_iteration.txt"
+OPTIMIZER_PREFIX = "optimizer."
+
+
+class CheckpointReader:
+    """The draft's tensors of one `iter_*` folder; optimizer state is passed over."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.meta = _read_meta(self.path)
+        self.shape = DraftShape.from_dict(self.meta["shape"])
+        require(
+            (self.path / ".metadata").is_file(),
+            f"{self.path} has no .metadata: its save was not completed; use another iteration",
+        )
+        stored = self._storage().read_metadata().state_dict_metadata
+        self._tensors: dict[str, TensorStorageMetadata] = {
+            name: entry
+            for name, entry in stored.items()
+            if isinstance(entry, TensorStorageMetadata) and not name.startswith(OPTIMIZER_PREFIX)
+        }
+
+    def names(self) -> dict[str, tuple[int, ...]]:
+        """Global shape of every tensor, vocabulary padding included."""
+        return {name: tuple(entry.size) for name, entry in self._tensors.items()}
+
+    def tensor(self, name: str) -> Tensor:
+        """One whole tensor, in the type it was saved in. KeyError when there is none."""
+        entry = self._tensors[name]
+        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+        with warnings.catch_warnings():
+            # PyTorch wonders whether a single process is meant; it is.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            distributed_checkpoint.load(
+                {name: tensor}, storage_reader=self._storage(), no_dist=True
+            )
+        return tensor
+
+    def _storage(self) -> distributed_checkpoint.FileSystemReader:
+        return distributed_checkpoint.FileSystemReader(self.path)
+
+
+def find_checkpoint(path: str | Path, iteration: int | None = None) -> Path:
+    """The `iter_*` folder that is meant by a run folder, its `checkpoints/` folder or the folder
+    itself. `iteration`: null takes the newest complete one."""
+    path = Path(path)
+    require(path.is_dir(), f"{path} is not a folder; give a run, checkpoints or iter_* folder")
+    if _iteration_of(path) is not None:
+        require(
+            iteration in (None, _iteration_of(path)),
+            f"{path} is iteration {_iteration_of(path)}, not {iteration}; leave the iteration out",
+        )
+        return path
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    there = {_iteration_of(p): p for p in folder.iterdir() if _iteration_of(p) is not None}
+    listing = ", ".join(there[i].name for i in sorted(there)) or "none"
+    if iteration is None:
+        iteration = _latest(folder, listing)
+    require(
+        iteration in there,
+        f"{folder} has no checkpoint of iteration {iteration}; there: {listing}",
+    )
+    return there[iteration]
+
+
+def _iteration_of(path: Path) -> int | None:
+    match = re.fullmatch(r"iter_(\d+)", path.name)
+    return int(match[1]) if match and path.is_dir() else None
+
+
+def _latest(folder: Path, listing: str) -> int:
+    tracker = folder / TRACKER
+    require(
+        tracker.is_file(),
+        f"{folder} has no {TRACKER}, so its newest checkpoint is unknown; iter_* folders there: "
+        f"{listing}; name an iteration, or a run or checkpoints folder",
+    )
+    text = tracker.read_text(encoding="utf-8").strip()
+    require(text.isdecimal(), f"{tracker} must hold an iteration, holds {text!r}; name one")
+    return int(text)
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    file = path / "dspark.json"
+    require(
+        file.is_file(),
+        f"{path} has no dspark.json: it is not a complete checkpoint of dspark-megatron; "
+        "use another iteration",
+    )
+    try:
+        meta = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{file} is not valid JSON ({error}); use another iteration") from error
+    require(
+        meta.get("format") == FORMAT,
+        f"{file} has format {meta.get('format')}, this version reads format {FORMAT}; "
+        "use the version that wrote it",
+    )
+    return meta

@@ -1,0 +1,99 @@
+"""The target's embedding and LM head, found and read in its safetensors folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig
+
+from dspark_megatron.config import ConfigError, require
+
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
+HEADS = ("lm_head.weight",)
+
+
+def load_target_config(target_dir: str | Path) -> Any:
+    """The target's Transformers `PretrainedConfig`; only a folder will do, never a hub name."""
+    require((Path(target_dir) / "config.json").is_file(), f"{target_dir} has no config.json")
+    try:
+        return AutoConfig.from_pretrained(target_dir)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"Transformers cannot read {target_dir}/config.json: {error}") from error
+
+
+def shared_weights(target_dir: str | Path) -> tuple[str, str]:
+    """Names of the token embedding and the LM head; the same name twice when they are tied."""
+    names = list(tensor_files(target_dir))
+    embedding = _pick(names, EMBEDDINGS)
+    require(
+        len(embedding) == 1,
+        f"{target_dir} must hold exactly one token embedding (*{' or *'.join(EMBEDDINGS)}), "
+        f"found {embedding or 'none'}",
+    )
+    heads = _pick(names, HEADS)
+    require(len(heads) <= 1, f"{target_dir} must hold one LM head, found {heads}")
+    if not heads:
+        config = load_target_config(target_dir)
+        both = (config, config.get_text_config())
+        require(
+            any(getattr(part, "tie_word_embeddings", False) for part in both),
+            f"{target_dir} holds no lm_head.weight and its config does not tie it to the "
+            "embedding; use the folder of a causal language model",
+        )
+    return embedding[0], (heads or embedding)[0]
+
+
+def read_tensor(folder: str | Path, name: str) -> Tensor:
+    """One whole tensor of a safetensors folder."""
+    with safe_open(_file_of(folder, name), framework="pt") as file:
+        return file.get_tensor(name)
+
+
+def read_rows(folder: str | Path, name: str, start: int, end: int) -> Tensor:
+    """Rows [start, end) of a tensor; nothing else of it is read."""
+    with safe_open(_file_of(folder, name), framework="pt") as file:
+        return file.get_slice(name)[start:end]
+
+
+def tensor_files(folder: str | Path) -> dict[str, Path]:
+    """The file of every tensor of a folder with one safetensors file, or several and an index."""
+    folder = Path(folder)
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {name: folder / file for name, file in entries.items()}
+    require(
+        single.is_file(),
+        f"{folder} holds neither {single.name} nor {index.name}; save the model with "
+        "Transformers' save_pretrained",
+    )
+    with safe_open(single, framework="pt") as file:
+        return dict.fromkeys(file.keys(), single)
+
+
+def tensor_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of a safetensors folder, as its files have them."""
+    shapes = {}
+    for path in sorted(set(tensor_files(folder).values())):
+        with safe_open(path, framework="pt") as file:
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    return shapes
+
+
+def _file_of(folder: str | Path, name: str) -> Path:
+    files = tensor_files(folder)
+    if name not in files:
+        raise ConfigError(f"{folder} has no tensor {name}")
+    return files[name]
+
+
+def _pick(names: list[str], endings: tuple[str, ...]) -> list[str]:
+    """Names with such an ending. The main model's own comes before those of its parts (a layer for
+    multi-token prediction may carry a copy)."""
+    for prefix in ("", "model.", "transformer."):
+        exact = [name for name in names if name in [prefix + ending for ending in endings]]
+        if exact:
+            return exact
+    return [name for name in names if name.endswith(tuple("." + ending for ending in endings))]

@@ -1,0 +1,75 @@
+"""Prompts of an evaluation, ready for the target to answer."""
+
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from dspark_megatron.config import ConfigError, require
+from dspark_megatron.data.chat_template import ChatTemplate
+from dspark_megatron.data.conversation import checked_messages
+from dspark_megatron.data.jsonl import errors_at, read_jsonl
+
+
+class Prompt(NamedTuple):
+    """A chat up to where the assistant begins to write."""
+
+    input_ids: list[int]
+    text: str
+    """The rendered chat that the ids encode."""
+
+
+def load_prompts(
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompts: int | None,
+    max_prompt_length: int,
+) -> list[Prompt]:
+    """The first `max_prompts` (null: all) prompts of a JSONL file, through the chat template.
+
+    A line has `messages` (an assistant turn at the end is dropped), `turns` (strings; the first is
+    used) or `prompt` (a string), looked for in this order. Raises ConfigError, naming `file:line`,
+    for a malformed line and for a prompt of more than `max_prompt_length` tokens; and for a file
+    without prompts.
+    """
+    template = ChatTemplate(tokenizer)
+    prompts = []
+    for number, record in islice(read_jsonl(path), max_prompts):
+        with errors_at(path, number):
+            text = template.render(_prompt_messages(record), add_generation_prompt=True)
+            input_ids, _ = template.tokenize(text)
+            require(
+                len(input_ids) <= max_prompt_length,
+                f"the prompt has {len(input_ids)} tokens, more than evaluate.max_prompt_length "
+                f"({max_prompt_length}); raise it or remove the line",
+            )
+        prompts.append(Prompt(input_ids, text))
+    require(bool(prompts), f"{path} must hold at least one prompt and has no lines")
+    return prompts
+
+
+def _prompt_messages(record: dict) -> list[dict]:
+    """The chat of a line, ending with a turn to be answered."""
+    if "messages" in record:
+        messages = checked_messages(record["messages"])
+        if messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        require(
+            bool(messages) and messages[-1]["role"] != "assistant",
+            "the chat must have a turn to be answered before the assistant turn at its end",
+        )
+        return messages
+    if "turns" in record:
+        turns = record["turns"]
+        require(
+            isinstance(turns, list) and bool(turns) and isinstance(turns[0], str),
+            '"turns" must be a list of at least one string',
+        )
+        return [{"role": "user", "content": turns[0]}]
+    if "prompt" in record:
+        require(isinstance(record["prompt"], str), '"prompt" must be a string')
+        return [{"role": "user", "content": record["prompt"]}]
+    raise ConfigError(
+        f'a line must have "messages", "turns" or "prompt"; it has the keys {sorted(record)}'
+    )

@@ -1,0 +1,99 @@
+"""Evaluate a drafter: `torchrun --nproc-per-node N -m dspark_megatron.evaluate --config FILE ...`.
+
+Decodes prompt files by real speculative decoding with the target and reports tau, acceptance by
+position and speed, as a table and as JSON.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Evaluate a DSpark drafter.")
+    parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    from dspark_megatron.training.runtime import launch
+
+    with launch() as job:
+        from dspark_megatron.config import load_config
+
+        _evaluate(job, load_config(arguments.config, arguments.overrides))
+
+
+def _evaluate(job: Any, config: Any) -> None:
+    from dspark_megatron.config import require
+    from dspark_megatron.conversion.megatron_checkpoint import find_checkpoint
+    from dspark_megatron.data.prompts import load_prompts
+    from dspark_megatron.evaluation.decoding import Decoder
+    from dspark_megatron.evaluation.report import table
+    from dspark_megatron.evaluation.run import evaluate_prompts, write_results
+    from dspark_megatron.training.checkpointing import check_same_run, load_checkpoint
+    from dspark_megatron.training.runtime import start
+    from dspark_megatron.training.setup import (
+        build_draft,
+        build_target,
+        check_run,
+        draft_identity,
+        load_target_head,
+        stop_token_ids,
+    )
+
+    settings = config.evaluate
+    require(bool(settings.prompt_files), "evaluate.prompt_files is empty; name a JSONL file")
+    plan = check_run(config, job.world_size)
+    files = {
+        path: load_prompts(
+            path, plan.tokenizer, settings.max_prompts, settings.max_prompt_length
+        )
+        for path in settings.prompt_files
+    }
+    folder = None
+    if not settings.untrained:
+        folder = find_checkpoint(settings.checkpoint or config.train.output_dir)
+        check_same_run(folder, draft_identity(plan))
+    runtime = start(job, config.parallel.tensor_parallel)
+    draft = build_draft(plan, runtime).eval()
+    iteration = 0
+    if folder is not None:
+        iteration = load_checkpoint(folder, draft, optimizer=None).iteration
+    target = build_target(plan, runtime)
+    decoder = Decoder(
+        target,
+        draft,
+        load_target_head(plan, draft, target),
+        temperature=settings.temperature,
+        max_new_tokens=settings.max_new_tokens,
+        stop_token_ids=stop_token_ids(plan),
+        device=runtime.device,
+    )
+    figures = evaluate_prompts(
+        decoder, files, settings, dp_group=runtime.dp_group, show_progress=runtime.is_main
+    )
+    if not runtime.is_main:
+        return
+    print(table(figures, greedy=settings.temperature == 0), flush=True)
+    output = Path(settings.output or f"{config.train.output_dir}/evaluation.json")
+    write_results(
+        output,
+        {
+            "target": config.target.path,
+            "checkpoint": str(folder) if folder else None,
+            "iteration": iteration,
+            "temperature": settings.temperature,
+            "max_new_tokens": settings.max_new_tokens,
+            "block_size": plan.shape.block_size,
+            "seed": settings.seed,
+            "files": figures,
+        },
+    )
+    print(f"wrote {output}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

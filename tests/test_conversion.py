@@ -1,0 +1,564 @@
+"""Checkpoints to Hugging Face folders: names, layouts, strictness, config.json, the command."""
+
+import dataclasses
+import importlib.util
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as distributed_checkpoint
+from reference import PlainDraft
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, LlamaConfig, Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+
+from dspark_megatron.config import ConfigError
+from dspark_megatron.conversion import names
+from dspark_megatron.conversion.export import export_checkpoint, export_warnings
+from dspark_megatron.conversion.hf_config import hugging_face_config, shape_of_config
+from dspark_megatron.conversion.megatron_checkpoint import CheckpointReader, find_checkpoint
+from dspark_megatron.conversion.safetensors_writer import parse_size
+from dspark_megatron.conversion.target_weights import read_rows, read_tensor, shared_weights
+from dspark_megatron.conversion.verify import verify_export
+from dspark_megatron.ops.rope import RotaryTable
+from dspark_megatron.shape import DraftShape
+
+TOOL = Path(__file__).parents[1] / "tools" / "convert_checkpoint.py"
+VANILLA = DraftShape(
+    hidden_size=16,
+    ffn_hidden_size=24,
+    num_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=6,
+    vocab_size=33,
+    rms_norm_eps=1e-6,
+    rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    max_position_embeddings=256,
+    num_target_layers=6,
+    target_layer_ids=(0, 2, 4),
+    mask_token_id=32,
+    block_size=3,
+    markov_rank=5,
+    markov_head_type="vanilla",
+    enable_confidence_head=True,
+    confidence_head_with_markov=True,
+)
+SHAPES = {
+    "vanilla": VANILLA,
+    "gated": dataclasses.replace(VANILLA, markov_head_type="gated"),
+    "rnn": dataclasses.replace(VANILLA, markov_head_type="rnn"),
+    "rank 0": dataclasses.replace(VANILLA, markov_rank=0, confidence_head_with_markov=False),
+    "plain confidence": dataclasses.replace(VANILLA, confidence_head_with_markov=False),
+    "no confidence": dataclasses.replace(
+        VANILLA, enable_confidence_head=False, confidence_head_with_markov=False
+    ),
+    "mha": dataclasses.replace(VANILLA, num_key_value_heads=4),
+}
+ROPES = {
+    "default": {"rope_type": "default", "rope_theta": 10000.0},
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "yarn": {
+        "rope_type": "yarn",
+        "rope_theta": 1000000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}
+PADDED_VOCAB = 36
+FINGERPRINT = "0123456789abcdef"
+
+
+@pytest.fixture(params=SHAPES)
+def shape(request) -> DraftShape:
+    return SHAPES[request.param]
+
+
+def trained_tensors(shape: DraftShape, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = names.hugging_face_shapes(shape, shared_weights=False)
+    return {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
+
+
+def write_target(folder: Path, tied: bool = False, seed: int = 1) -> Path:
+    """A target with a config and the two matrices that an export needs of it."""
+    generator = torch.Generator().manual_seed(seed)
+    size = (VANILLA.vocab_size, VANILLA.hidden_size)
+    tensors = {"model.embed_tokens.weight": torch.randn(size, generator=generator)}
+    if not tied:
+        tensors["lm_head.weight"] = torch.randn(size, generator=generator)
+    config = LlamaConfig(
+        vocab_size=VANILLA.vocab_size,
+        hidden_size=VANILLA.hidden_size,
+        intermediate_size=VANILLA.ffn_hidden_size,
+        num_hidden_layers=VANILLA.num_target_layers,
+        num_attention_heads=VANILLA.num_attention_heads,
+        tie_word_embeddings=tied,
+        bos_token_id=1,
+        eos_token_id=[2, 3],
+    )
+    config.save_pretrained(folder)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def write_checkpoint(
+    run: Path, shape: DraftShape, iteration: int = 100, seed: int = 0, **changes: Tensor
+) -> Path:
+    """A run folder with one checkpoint as training leaves it, without Megatron."""
+    folder = run / "checkpoints" / f"iter_{iteration:07}"
+    folder.mkdir(parents=True)
+    state = dict(names.to_megatron(shape, trained_tensors(shape, seed).get, PADDED_VOCAB))
+    state["optimizer.state.exp_avg.fc.weight"] = torch.zeros(3)
+    state |= changes
+    state = {name: tensor for name, tensor in state.items() if tensor is not None}
+    distributed_checkpoint.save(state, checkpoint_id=folder, no_dist=True)
+    meta = {
+        "format": 1,
+        "iteration": iteration,
+        "consumed_samples": 8 * iteration,
+        "shape": shape.to_dict(),
+        "num_anchors": 16,
+        "initializer_range": 0.02,
+        "confidence_head_alpha": 1.0,
+        "target_fingerprint": FINGERPRINT,
+    }
+    (folder / "dspark.json").write_text(json.dumps(meta))
+    (folder.parent / "latest_checkpointed_iteration.txt").write_text(f"{iteration}\n")
+    return run
+
+
+@pytest.fixture
+def target(tmp_path) -> Path:
+    return write_target(tmp_path / "target")
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    return write_checkpoint(tmp_path / "run", VANILLA)
+
+
+def test_round_trip_is_bit_exact(shape):
+    ours = trained_tensors(shape)
+    megatron = dict(names.to_megatron(shape, ours.__getitem__, PADDED_VOCAB))
+    names.check_megatron_tensors(shape, {n: tuple(t.shape) for n, t in megatron.items()}, "it")
+    back = dict(names.to_hugging_face(shape, megatron.__getitem__))
+    assert list(back) == list(ours)
+    assert all(torch.equal(back[name], ours[name]) for name in ours)
+
+
+def test_table_uses_every_plain_parameter_once(shape):
+    plain = {name: tuple(p.shape) for name, p in PlainDraft(shape).named_parameters()}
+    assert names.hugging_face_shapes(shape) == plain
+    asked = []
+    padded = names.megatron_shapes(shape, PADDED_VOCAB)
+    for _ in names.to_hugging_face(shape, lambda n: asked.append(n) or torch.zeros(padded[n])):
+        pass
+    assert sorted(asked) == sorted(padded) and len(set(asked)) == len(asked)
+
+
+def test_fused_tensors_by_hand():
+    ours = trained_tensors(VANILLA)
+    megatron = dict(names.to_megatron(VANILLA, ours.__getitem__, PADDED_VOCAB))
+    kv = megatron["layers.1.self_attention.linear_kv.weight"]
+    key, value = (ours[f"layers.1.self_attn.{x}_proj.weight"] for x in "kv")
+    assert torch.equal(kv, torch.cat([key[:6], value[:6], key[6:], value[6:]]))
+    gate, up = (ours[f"layers.0.mlp.{x}_proj.weight"] for x in ("gate", "up"))
+    assert torch.equal(megatron["layers.0.mlp.linear_fc1.weight"], torch.cat([gate, up]))
+
+
+def test_vocabulary_padding_is_added_and_stripped():
+    ours = trained_tensors(VANILLA)
+    megatron = dict(names.to_megatron(VANILLA, ours.__getitem__, PADDED_VOCAB))
+    for name in ("markov_head.markov_w1.weight", "markov_head.markov_w2.weight"):
+        assert megatron[name].shape == (PADDED_VOCAB, 5) and not megatron[name][33:].any()
+        megatron[name][33:] = torch.nan
+    back = dict(names.to_hugging_face(VANILLA, megatron.__getitem__))
+    assert all(tensor.isfinite().all() for tensor in back.values())
+
+
+def test_every_bad_tensor_is_listed_at_once(tmp_path, target):
+    run = write_checkpoint(
+        tmp_path / "run",
+        VANILLA,
+        **{
+            "hidden_norm.weight": None,
+            "layers.0.mlp.linear_fc2.weight": torch.zeros(3, 3),
+            "markov_head.markov_w2.weight": torch.zeros(PADDED_VOCAB + 1, 5),
+            "extra.weight": torch.zeros(1),
+        },
+    )
+    with pytest.raises(ConfigError) as error:
+        export_checkpoint(run, target, tmp_path / "out")
+    for part in (
+        "4 problem(s)",
+        "missing hidden_norm.weight [16]",
+        "unexpected extra.weight [1]",
+        "layers.0.mlp.linear_fc2.weight must have shape [16, 24], has [3, 3]",
+        "markov_head.markov_w2.weight must have shape [36, 5], has [37, 5]",
+    ):
+        assert part in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_export_loads_strictly_and_verifies(tmp_path, target, shape):
+    run = write_checkpoint(tmp_path / "run", shape)
+    out = export_checkpoint(run, target, tmp_path / "out", dtype=torch.float32)
+    found = load_file(out / "model.safetensors")
+    draft = PlainDraft(shape)
+    draft.load_state_dict(found, strict=True)
+    ours = trained_tensors(shape)
+    assert all(torch.equal(found[name], ours[name]) for name in ours)
+    assert torch.equal(found["lm_head.weight"], read_tensor(target, "lm_head.weight"))
+    summary = verify_export(out, run, target)
+    assert len(summary) == 4 and f"{len(found)} tensors" in summary[0]
+    assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.safetensors"]
+    assert not list(tmp_path.glob("out.*"))
+
+
+def test_export_in_bfloat16_is_a_cast(tmp_path, target, run):
+    out = export_checkpoint(run, target, tmp_path / "out")
+    found = load_file(out / "model.safetensors")
+    assert all(
+        torch.equal(found[name], tensor.bfloat16())
+        for name, tensor in trained_tensors(VANILLA).items()
+    )
+    verify_export(out, run, target)
+
+
+def test_shards_hold_the_same_tensors_and_bytes_repeat(tmp_path, target, run):
+    whole = load_file(export_checkpoint(run, target, tmp_path / "one") / "model.safetensors")
+    out = export_checkpoint(run, target, tmp_path / "many", max_shard_size="2KB")
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in whole.values())
+    shards = [load_file(out / file) for file in files]
+    assert all(sum(t.nbytes for t in s.values()) <= 2000 or len(s) == 1 for s in shards)
+    together = {name: tensor for shard in shards for name, tensor in shard.items()}
+    assert together.keys() == whole.keys()
+    assert all(torch.equal(together[name], whole[name]) for name in whole)
+    verify_export(out, run, target)
+    again = export_checkpoint(run, target, tmp_path / "again", max_shard_size="2KB")
+    for path in out.iterdir():
+        assert path.read_bytes() == (again / path.name).read_bytes()
+
+
+def test_without_shared_weights(tmp_path, target, run):
+    out = export_checkpoint(run, target, tmp_path / "out", shared_weights=False)
+    found = load_file(out / "model.safetensors")
+    assert found.keys() == names.hugging_face_shapes(VANILLA, shared_weights=False).keys()
+    assert len(verify_export(out, run, target)) == 3
+
+
+def test_tied_target_gives_its_embedding_twice(tmp_path, run):
+    target = write_target(tmp_path / "tied", tied=True)
+    found = load_file(export_checkpoint(run, target, tmp_path / "out") / "model.safetensors")
+    assert torch.equal(found["embed_tokens.weight"], found["lm_head.weight"])
+
+
+def test_an_earlier_export_is_replaced_and_nothing_else_is(tmp_path, target, run):
+    out = export_checkpoint(run, target, tmp_path / "out", max_shard_size="2KB")
+    export_checkpoint(run, target, out)
+    assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.safetensors"]
+    for taken in (target, run):
+        before = sorted(taken.rglob("*"))
+        with pytest.raises(ConfigError, match="not an earlier export"):
+            export_checkpoint(run, target, taken)
+        assert sorted(taken.rglob("*")) == before
+
+
+def test_a_failed_export_leaves_the_earlier_one(tmp_path, target, run, monkeypatch):
+    out = export_checkpoint(run, target, tmp_path / "out")
+    before = (out / "model.safetensors").read_bytes()
+    write_checkpoint(run, VANILLA, iteration=200, seed=5)
+
+    def fail(self, name):
+        raise OSError("disk")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk"):
+        patch.setattr(CheckpointReader, "tensor", fail)
+        export_checkpoint(run, target, out)
+    assert (out / "model.safetensors").read_bytes() == before
+    export_checkpoint(run, target, out)
+    assert (out / "model.safetensors").read_bytes() != before
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"target_layer_ids": (0, 4, 2)}, "strictly increasing"),
+        ({"target_layer_ids": (0, 2, 5)}, r"in \[0, 4\]"),
+        ({"target_layer_ids": (-1, 0, 2)}, r"in \[0, 4\]"),
+        ({"mask_token_id": 33}, r"mask_token_id \(33\)"),
+        ({"vocab_size": 34}, r"vocab_size \(34\) must be the target's \(33\)"),
+        ({"hidden_size": 8}, r"hidden_size \(8\)"),
+        ({"num_target_layers": 9}, r"num_target_layers \(9\)"),
+    ],
+)
+def test_unusable_drafts_are_refused(tmp_path, target, change, message):
+    run = write_checkpoint(tmp_path / "run", dataclasses.replace(VANILLA, **change))
+    with pytest.raises(ConfigError, match=message):
+        export_checkpoint(run, target, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_another_target_is_refused(tmp_path, target, run):
+    export_checkpoint(run, target, tmp_path / "a", fingerprint=lambda path: FINGERPRINT)
+    with pytest.raises(ConfigError, match="trained for 0123456789ab"):
+        export_checkpoint(run, target, tmp_path / "b", fingerprint=lambda path: "f" * 64)
+    assert not (tmp_path / "b").exists()
+
+
+def test_warnings_name_the_engines(tmp_path, target, caplog):
+    assert not export_warnings(VANILLA, Path("runs/dspark-export"))
+    assert "vLLM" in export_warnings(SHAPES["gated"], Path("x"))[0]
+    assert "rnn" in export_warnings(SHAPES["rnn"], Path("x"))[0]
+    assert "SGLang" in export_warnings(SHAPES["rank 0"], Path("x"))[0]
+    run = write_checkpoint(tmp_path / "run", SHAPES["rnn"])
+    with caplog.at_level(logging.WARNING):
+        export_checkpoint(run, target, tmp_path / "my-dflash")
+    assert "rnn Markov head" in caplog.text and "['dflash']" in caplog.text
+
+
+LAYOUT_KEYS = """architectures model_type dtype torch_dtype vocab_size hidden_size intermediate_size
+num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_act rms_norm_eps
+attention_bias attention_dropout initializer_range max_position_embeddings rope_theta
+rope_parameters layer_types sliding_window use_sliding_window max_window_layers tie_word_embeddings
+use_cache bos_token_id eos_token_id pad_token_id block_size sample_from_anchor mask_token_id
+target_layer_ids num_target_layers num_anchors markov_rank markov_head_type enable_confidence_head
+confidence_head_with_markov dflash_config""".split()
+
+
+def config_of(shape: DraftShape) -> dict:
+    return hugging_face_config(
+        shape,
+        num_anchors=512,
+        initializer_range=0.02,
+        confidence_head_alpha=1.0,
+        target_config=Qwen3Config(bos_token_id=7, eos_token_id=8, pad_token_id=None),
+        dtype=torch.bfloat16,
+    )
+
+
+def test_config_has_exactly_the_keys_of_the_layout(shape):
+    config = config_of(shape)
+    assert sorted(config) == sorted(LAYOUT_KEYS)
+    assert config["architectures"] == ["Qwen3DSparkModel"] and config["dtype"] == "bfloat16"
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (7, 8, None)
+    nested = config["dflash_config"]
+    assert nested["projector_type"] == "dspark" and nested["confidence_head_alpha"] == 1.0
+    assert nested["attention_mode"] == ("mha" if shape is SHAPES["mha"] else "gqa")
+    copies = nested.keys() - {"projector_type", "attention_mode", "confidence_head_alpha"}
+    assert len(copies) == 6 and all(nested[key] == config[key] for key in copies)
+    assert shape_of_config(json.loads(json.dumps(config))) == shape
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_transformers_reads_the_config_and_its_rope(tmp_path, kind):
+    shape = dataclasses.replace(VANILLA, rope_parameters=ROPES[kind])
+    config = config_of(shape)
+    assert ("rope_scaling" in config) == (kind != "default")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ours = RotaryTable(shape.rope_parameters, shape.head_dim, shape.max_position_embeddings)
+    for loaded in (AutoConfig.from_pretrained(tmp_path), Qwen3Config.from_pretrained(tmp_path)):
+        rotary = Qwen3RotaryEmbedding(loaded)
+        assert torch.equal(rotary.inv_freq, ours.inv_freq)
+        assert rotary.attention_scaling == ours.attention_scaling
+        assert loaded.rope_parameters["rope_theta"] == ROPES[kind]["rope_theta"]
+        assert loaded.dtype == torch.bfloat16 and loaded.head_dim == 6
+        assert loaded.target_layer_ids == [0, 2, 4] and loaded.num_anchors == 512
+
+
+@pytest.mark.parametrize("spelling", ["rope_parameters", "legacy"])
+@pytest.mark.parametrize("kind", ROPES)
+def test_each_rope_spelling_is_complete_alone(tmp_path, kind, spelling):
+    shape = dataclasses.replace(VANILLA, rope_parameters=ROPES[kind])
+    drop = {"rope_parameters"} if spelling == "legacy" else {"rope_theta", "rope_scaling"}
+    config = {key: value for key, value in config_of(shape).items() if key not in drop}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    rotary = Qwen3RotaryEmbedding(AutoConfig.from_pretrained(tmp_path))
+    ours = RotaryTable(shape.rope_parameters, shape.head_dim, shape.max_position_embeddings)
+    assert torch.equal(rotary.inv_freq, ours.inv_freq)
+
+
+def rewrite(out: Path, change) -> None:
+    tensors = load_file(out / "model.safetensors")
+    change(tensors)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+
+
+def reconfigure(out: Path, change) -> None:
+    config = json.loads((out / "config.json").read_text())
+    change(config)
+    (out / "config.json").write_text(json.dumps(config))
+
+
+DAMAGE = {
+    "missing confidence_head.proj.bias": (rewrite, lambda t: t.pop("confidence_head.proj.bias")),
+    "unexpected model.fc.weight": (
+        rewrite,
+        lambda t: t.update({"model.fc.weight": torch.zeros(2)}),
+    ),
+    "markov_head.markov_w1.weight must have shape": (
+        rewrite,
+        lambda t: t.update({"markov_head.markov_w1.weight": torch.zeros(36, 5).bfloat16()}),
+    ),
+    "missing lm_head.weight": (rewrite, lambda t: t.pop("lm_head.weight")),
+    "fc.weight must be torch.bfloat16": (
+        rewrite,
+        lambda t: t.update({"fc.weight": t["fc.weight"].float()}),
+    ),
+    "not finite": (rewrite, lambda t: t["norm.weight"].fill_(torch.inf)),
+    "hidden_norm.weight differs from its source": (
+        rewrite,
+        lambda t: t["hidden_norm.weight"].mul_(2),
+    ),
+    "embed_tokens.weight differs from its source": (
+        rewrite,
+        lambda t: t["embed_tokens.weight"][3].mul_(2),
+    ),
+    "lacks num_anchors": (reconfigure, lambda c: c.pop("num_anchors")),
+    "lacks ['block_size']": (reconfigure, lambda c: c.pop("block_size")),
+    "dflash_config.mask_token_id must be 32, is 31": (
+        reconfigure,
+        lambda c: c["dflash_config"].update(mask_token_id=31),
+    ),
+    "rope_theta must be 10000.0, is 1.0": (reconfigure, lambda c: c.update(rope_theta=1.0)),
+    "in [0, 4]": (
+        reconfigure,
+        lambda c: c.update(target_layer_ids=[0, 2, 5]),
+    ),
+    "eos_token_id must be [2, 3], is 2": (reconfigure, lambda c: c.update(eos_token_id=2)),
+    "num_anchors must be 16, is 17": (reconfigure, lambda c: c.update(num_anchors=17)),
+    "dtype (None)": (reconfigure, lambda c: c.pop("dtype")),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGE)
+def test_verify_finds(tmp_path, target, run, message):
+    out = export_checkpoint(run, target, tmp_path / "out")
+    damage, change = DAMAGE[message]
+    damage(out, change)
+    with pytest.raises(ConfigError) as error:
+        verify_export(out, run, target)
+    assert message in str(error.value)
+
+
+def test_verify_finds_stray_and_unmarked_files(tmp_path, target, run):
+    out = export_checkpoint(run, target, tmp_path / "out")
+    save_file({"x": torch.zeros(1)}, out / "old.safetensors")
+    tensors = load_file(out / "model.safetensors")
+    save_file(tensors, out / "model.safetensors")
+    with pytest.raises(ConfigError, match="2 problem") as error:
+        verify_export(out)
+    assert "old.safetensors is not in the index" in str(error.value)
+    assert "model.safetensors lacks the metadata" in str(error.value)
+
+
+def test_find_checkpoint(tmp_path, run):
+    write_checkpoint(run, VANILLA, iteration=200)
+    folder = run / "checkpoints"
+    newest = folder / "iter_0000200"
+    assert find_checkpoint(run) == find_checkpoint(folder) == find_checkpoint(newest) == newest
+    assert find_checkpoint(run, 100).name == "iter_0000100"
+    with pytest.raises(ConfigError, match="there: iter_0000100, iter_0000200"):
+        find_checkpoint(run, 300)
+    with pytest.raises(ConfigError, match="is iteration 200, not 100"):
+        find_checkpoint(newest, 100)
+    with pytest.raises(ConfigError, match="is not a folder"):
+        find_checkpoint(tmp_path / "nothing")
+    (folder / "latest_checkpointed_iteration.txt").unlink()
+    with pytest.raises(ConfigError, match="iter_0000100, iter_0000200"):
+        find_checkpoint(run)
+    assert find_checkpoint(run, 100).name == "iter_0000100"
+
+
+def test_reader(run):
+    reader = CheckpointReader(find_checkpoint(run))
+    assert reader.shape == VANILLA and reader.meta["consumed_samples"] == 800
+    assert not any(name.startswith("optimizer.") for name in reader.names())
+    assert reader.names()["markov_head.markov_w1.weight"] == (PADDED_VOCAB, 5)
+    assert torch.equal(reader.tensor("fc.weight"), trained_tensors(VANILLA)["fc.weight"])
+    meta = reader.path / "dspark.json"
+    meta.write_text(json.dumps({**reader.meta, "format": 2}))
+    with pytest.raises(ConfigError, match="format 2"):
+        CheckpointReader(reader.path)
+    meta.unlink()
+    with pytest.raises(ConfigError, match="no dspark.json"):
+        CheckpointReader(reader.path)
+
+
+def test_shared_weights_are_found_or_refused(tmp_path, target):
+    assert shared_weights(target) == ("model.embed_tokens.weight", "lm_head.weight")
+    rows = read_rows(target, "lm_head.weight", 3, 7)
+    assert torch.equal(rows, read_tensor(target, "lm_head.weight")[3:7])
+    weights = load_file(target / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+
+    def found(**tensors: Tensor) -> tuple[str, str]:
+        save_file(tensors, target / "model.safetensors")
+        return shared_weights(target)
+
+    head = {"lm_head.weight": weights["lm_head.weight"]}
+    gpt2 = {"transformer.wte.weight": embedding}
+    assert found(**gpt2, **head)[0] == "transformer.wte.weight"
+    part = {"model.layers.6.embed_tokens.weight": embedding + 1}
+    assert found(**{"model.embed_tokens.weight": embedding}, **part, **head) == (
+        "model.embed_tokens.weight",
+        "lm_head.weight",
+    )
+    with pytest.raises(ConfigError, match="no lm_head.weight"):
+        found(**gpt2)
+    with pytest.raises(ConfigError, match="found none"):
+        found(**head)
+    with pytest.raises(ConfigError, match="exactly one token embedding"):
+        found(**{f"{x}.embed_tokens.weight": embedding + i for i, x in enumerate("ab")}, **head)
+
+
+@pytest.mark.parametrize(
+    "text, size", [("5GB", 5 * 10**9), ("1.5MB", 1_500_000), ("2KiB", 2048), (77, 77)]
+)
+def test_parse_size(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "5 apples"])
+def test_parse_size_refuses(text):
+    with pytest.raises(ConfigError, match="such as 5GB"):
+        parse_size(text)
+
+
+def load_tool():
+    spec = importlib.util.spec_from_file_location("convert_checkpoint", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_command(tmp_path, target, run, capsys, monkeypatch):
+    tool = load_tool()
+    monkeypatch.setattr(tool.TargetWeights, "fingerprint", lambda self: FINGERPRINT)
+    out = tmp_path / "out"
+    command = ["export", "--checkpoint", str(run), "--target", str(target), "--output", str(out)]
+    assert tool.main([*command, "--dtype", "fp16", "--max-shard-size", "3KB"]) == 0
+    assert "every trained tensor equals" in capsys.readouterr().out
+    assert json.loads((out / "config.json").read_text())["torch_dtype"] == "float16"
+    assert tool.main(["verify", "--input", str(out)]) == 0
+    assert "float16" in capsys.readouterr().out
+    assert tool.main([*command, "--iteration", "5"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert "there: iter_0000100" in captured.err

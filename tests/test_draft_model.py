@@ -1,0 +1,201 @@
+"""The split draft equals its plain twin in loss and every gradient, for every layout."""
+
+import pytest
+import torch
+from reference import PlainDraft, plain_blocks, plain_loss
+from tiny_draft import (
+    SHAPE,
+    SHAPES,
+    assemble,
+    build_tiny_draft,
+    layout_of,
+    make_samples,
+    make_step,
+    rank_micro_batches,
+    target_head,
+)
+
+from dspark_megatron.config import LossConfig
+from dspark_megatron.conversion.names import to_hugging_face
+
+ALPHAS = (0.1, 0.9, 1.0)
+GAMMA = 4.0
+
+
+def step_gradients(runtime, shape, micro_batch_size, normalization="global_step", dtype="float32"):
+    """One step over all samples on this rank: weights, gradients, metrics."""
+    from dspark_megatron.training.metrics import MetricSums
+
+    model = build_tiny_draft(runtime, shape, getattr(torch, dtype))
+    samples = make_samples(shape)
+    loss = LossConfig(chunk_rows=4, normalization=normalization)
+    step = make_step(runtime, model, samples, loss)
+    metrics = MetricSums.zeros(shape.block_size, runtime.device)
+    step.run(rank_micro_batches(runtime, samples, shape.block_size, micro_batch_size), metrics)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    total = metrics.reduced(dp_group=runtime.dp_group)
+    return {
+        "weights": {n: p.detach().clone() for n, p in trained.items()},
+        "grads": {n: p.main_grad.clone() for n, p in trained.items()},
+        "layout": layout_of(model),
+        "metrics": total.means(step.alphas, step.with_teacher, step.with_confidence),
+        "tp_rank": runtime.tp_group.rank(),
+        "dp_rank": runtime.dp_group.rank(),
+    }
+
+
+def whole(ranks, what, shape):
+    """Tensors under Hugging Face names from the ranks of the first data-parallel replica."""
+    replica = sorted((r for r in ranks if r["dp_rank"] == 0), key=lambda r: r["tp_rank"])
+    full = assemble([r[what] for r in replica], replica[0]["layout"])
+    return dict(to_hugging_face(shape, full.__getitem__))
+
+
+def plain_step(shape, weights):
+    """Loss and gradients of the plain twin over the same samples."""
+    twin = PlainDraft(shape)
+    embed, head = target_head(shape)
+    twin.load_state_dict({**weights, "embed_tokens.weight": embed, "lm_head.weight": head})
+    samples = make_samples(shape)
+    totals = {}
+    for ids, mask, anchors, taps, last in zip(
+        samples.input_ids, samples.loss_masks, samples.anchors, samples.taps, samples.last_hidden,
+        strict=True,
+    ):
+        out = twin(taps, ids, anchors)
+        blocks = plain_blocks(ids, mask, anchors, shape.block_size)
+        at = (anchors[:, None] + torch.arange(shape.block_size)).clamp(max=len(ids) - 1)
+        terms = plain_loss(out.logits, twin.lm_head(last[at]), blocks.labels, blocks.eval_mask,
+                           out.confidence_logits, GAMMA, ALPHAS)
+        for name in ("loss_sum", "ce_sum", "l1_sum", "confidence_sum", "weight"):
+            totals[name] = totals.get(name, 0) + terms[name]
+    loss = totals["loss_sum"] / totals["weight"]
+    loss.backward()
+    grads = {n: p.grad for n, p in twin.named_parameters() if p.requires_grad}
+    return loss.item(), grads, {k: v.item() for k, v in totals.items()}
+
+
+# World size, tensor-parallel size, micro-batch size.
+LAYOUTS = [(1, 1, 1), (1, 1, 4), (2, 2, 1), (4, 4, 2), (2, 1, 1), (2, 1, 2), (4, 2, 1)]
+
+
+@pytest.mark.parametrize("world, tp, micro_batch_size", LAYOUTS)
+@pytest.mark.parametrize("kind", SHAPES)
+def test_step_equals_the_plain_twin(pool, kind, world, tp, micro_batch_size):
+    shape = SHAPES[kind]
+    ranks = pool.run(step_gradients, world=world, tp=tp, shape=shape,
+                     micro_batch_size=micro_batch_size)
+    weights = whole(ranks, "weights", shape)
+    loss, grads, totals = plain_step(shape, weights)
+    metrics = ranks[0]["metrics"]
+    assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
+    assert metrics["l1_loss"] == pytest.approx(totals["l1_sum"] / totals["weight"], rel=1e-5)
+    got = whole(ranks, "grads", shape)
+    assert set(got) == set(grads)
+    for name, expected in grads.items():
+        torch.testing.assert_close(got[name], expected, rtol=1e-5, atol=2e-6,
+                                   msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_weights_do_not_depend_on_the_layout(pool):
+    runs = [
+        whole(pool.run(step_gradients, world=n, tp=n, shape=SHAPE, micro_batch_size=1),
+              "weights", SHAPE)
+        for n in (1, 2, 4)
+    ]
+    for other in runs[1:]:
+        assert all(torch.equal(runs[0][name], other[name]) for name in runs[0])
+
+
+def test_bfloat16_follows_float32(pool):
+    """bf16 keeps 8 bits; through two layers and a softmax, gradients agree to a few percent."""
+    arguments = dict(world=2, tp=2, shape=SHAPE, micro_batch_size=1)
+    exact = pool.run(step_gradients, **arguments)
+    rounded = pool.run(step_gradients, dtype="bfloat16", **arguments)
+    assert rounded[0]["metrics"]["loss"] == pytest.approx(exact[0]["metrics"]["loss"], rel=0.02)
+    for name, expected in whole(exact, "grads", SHAPE).items():
+        got = whole(rounded, "grads", SHAPE)[name]
+        assert got.dtype == torch.float32, "gradients accumulate in fp32"
+        error = (got - expected).norm() / expected.norm()
+        assert error < 0.1, f"{name}: {error:.3f}"
+
+
+def test_deepspec_normalization_is_the_mean_of_micro_batch_means(pool):
+    arguments = dict(shape=SHAPE, micro_batch_size=1, normalization="deepspec")
+    one = pool.run(step_gradients, world=1, tp=1, **arguments)
+    two = pool.run(step_gradients, world=2, tp=1, **arguments)
+    plain = pool.run(step_gradients, world=1, tp=1, shape=SHAPE, micro_batch_size=1)
+    samples = make_samples(SHAPE)
+    decay = torch.exp(-torch.arange(SHAPE.block_size) / GAMMA)
+    weights = [
+        (plain_blocks(i, m, a, SHAPE.block_size).eval_mask * decay).sum().item()
+        for i, m, a in zip(samples.input_ids, samples.loss_masks, samples.anchors, strict=True)
+    ]
+    assert len(set(weights)) > 1, "uneven micro-batches, or the forms would agree"
+    same = "confidence_head.proj.bias"
+    assert not torch.allclose(one[0]["grads"][same], plain[0]["grads"][same])
+    assert not torch.allclose(one[0]["grads"][same], two[0]["grads"][same]), (
+        "per-micro-batch means depend on the layout: that is why they are not the default"
+    )
+    whole_batch = {**arguments, "micro_batch_size": 4}
+    torch.testing.assert_close(
+        pool.run(step_gradients, world=1, tp=1, **whole_batch)[0]["grads"][same],
+        plain[0]["grads"][same],
+    )
+
+
+def block_hidden(runtime, shape, changed):
+    """Hidden states of one sample's blocks, with the tokens and states at `changed` replaced."""
+    samples = make_samples(shape, lengths=(20,))
+    anchors = torch.tensor([4, 9, 15])
+    ids, taps = samples.input_ids[0].clone(), samples.taps[0].clone()
+    for position in changed:
+        ids[position] = (ids[position] + 7) % 60
+        taps[position] += 1.0
+    model = build_tiny_draft(runtime, shape)
+    blocks = rank_blocks(ids, samples.loss_masks[0], anchors, shape.block_size)
+    with torch.no_grad():
+        out = model(taps, torch.arange(len(ids)), blocks.prev_token_ids, blocks.position_ids(),
+                    blocks.context_ranges(len(ids)))
+    return out.hidden
+
+
+def rank_blocks(ids, mask, anchors, block_size):
+    from dspark_megatron.ops.anchors import draft_blocks
+
+    return draft_blocks(ids[None], mask[None], [anchors], block_size)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_block_sees_nothing_at_or_after_its_anchor_but_the_anchor_token(pool, tp):
+    def run(*changed):
+        return pool.run(block_hidden, world=tp, tp=tp, shape=SHAPE, changed=changed)[0]
+
+    base = run()
+    # Block 1 has its anchor at 9: tokens after it, other blocks' anchors, later states.
+    assert torch.equal(run(*range(10, 20))[1], base[1])
+    assert torch.equal(run(4)[0].isnan(), base[0].isnan()) and not torch.equal(run(4)[0], base[0])
+    assert not torch.equal(run(8)[1], base[1]), "context before the anchor is seen"
+    assert not torch.equal(run(9)[1], base[1]), "the anchor's own token is seen"
+    assert torch.equal(run(*range(15, 20))[0], base[0])
+
+
+def test_the_anchors_own_target_state_is_not_seen(pool):
+    samples = make_samples(SHAPE, lengths=(20,))
+    base = pool.run(anchor_state, world=1, tp=1, shape=SHAPE, shift=0.0)[0]
+    assert torch.equal(pool.run(anchor_state, world=1, tp=1, shape=SHAPE, shift=9.0)[0], base)
+    assert samples.taps[0][9].abs().sum() > 0
+
+
+def anchor_state(runtime, shape, shift):
+    """Block 1's hidden states with only the target's state at its anchor shifted."""
+    samples = make_samples(shape, lengths=(20,))
+    anchors = torch.tensor([4, 9, 15])
+    taps = samples.taps[0].clone()
+    taps[9] += shift
+    model = build_tiny_draft(runtime, shape)
+    blocks = rank_blocks(samples.input_ids[0], samples.loss_masks[0], anchors, shape.block_size)
+    with torch.no_grad():
+        out = model(taps, torch.arange(20), blocks.prev_token_ids, blocks.position_ids(),
+                    blocks.context_ranges(20))
+    return out.hidden[1]
