@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dspark_megatron.config import Config, ConfigError, ModelConfig, require
+from dspark_megatron.config import Config, ConfigError, ModelConfig, TrainConfig, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ def draft_shape(model: ModelConfig, target_config: Any) -> DraftShape:
 
 
 def check_layout(config: Config, shape: DraftShape, world_size: int) -> int:
-    """Check tensor-parallel splits and batch sizes; returns the data-parallel size."""
+    """Check the tensor-parallel splits; returns the data-parallel size."""
     tp = config.parallel.tensor_parallel
     require(
         world_size % tp == 0,
@@ -97,14 +97,19 @@ def check_layout(config: Config, shape: DraftShape, world_size: int) -> int:
             f"{numbers} must be divisible by parallel.tensor_parallel ({tp}); "
             f"sizes that work here: {good}"
         )
-    dp = world_size // tp
-    step = config.train.micro_batch_size * dp
+    return world_size // tp
+
+
+def check_batch_size(train: TrainConfig, dp_size: int) -> None:
+    """A step must split evenly into micro-batches of all data-parallel ranks."""
+    step = train.micro_batch_size * dp_size
+    near = max(1, round(train.global_batch_size / step)) * step
     require(
-        config.train.global_batch_size % step == 0,
-        f"train.global_batch_size ({config.train.global_batch_size}) must be divisible by "
-        f"micro_batch_size ({config.train.micro_batch_size}) x data-parallel size ({dp}) = {step}",
+        train.global_batch_size % step == 0,
+        f"train.global_batch_size ({train.global_batch_size}) must be divisible by "
+        f"train.micro_batch_size ({train.micro_batch_size}) x data-parallel size ({dp_size}) "
+        f"= {step}; the nearest that works is {near}",
     )
-    return dp
 
 
 def padded_vocab_size(vocab_size: int, tp_size: int) -> int:

@@ -24,6 +24,7 @@ def main(argv: list[str] | None = None) -> None:
 
     with launch() as job:
         from dspark_megatron.config import load_config
+        from dspark_megatron.shape import check_batch_size
         from dspark_megatron.training.setup import check_run
 
         config = load_config(arguments.config, arguments.overrides)
@@ -34,6 +35,7 @@ def main(argv: list[str] | None = None) -> None:
                 print(describe_run(config, job.world_size), flush=True)
             return
         plan = check_run(config, job.world_size)
+        check_batch_size(config.train, plan.dp_size)
         runtime = start(job, config.parallel.tensor_parallel)
         from dspark_megatron.training.loop import train
 

@@ -8,3 +8,13 @@ def pool():
     pool = RankPool()
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """Settings of a tiny run; the target and the data are shared, the output is not to be used."""
+    from tiny_target import make_chats, make_target, tiny_settings
+
+    folder = tmp_path_factory.mktemp("tiny")
+    target = make_target(folder / "target")
+    return tiny_settings(target, make_chats(folder / "chats.jsonl"), folder / "unused")

@@ -53,7 +53,7 @@ class RankPool:
         for rank in range(MAX_RANKS):
             ours, theirs = context.Pipe()
             arguments = (rank, self._store.port, theirs)
-            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process = context.Process(target=_serve, args=arguments)
             process.start()
             self._processes.append(process)
             self._pipes.append(ours)
@@ -75,7 +75,10 @@ def _serve(rank: int, port: int, pipe: Any) -> None:
     store = dist.TCPStore("localhost", port, None, False)
     current, runtime = None, None
     while True:
-        module, name, layout, arguments = pipe.recv()
+        try:
+            module, name, layout, arguments = pipe.recv()
+        except EOFError:  # the test session is gone
+            return
         try:
             if current != layout:
                 world, tp, generation = current = layout

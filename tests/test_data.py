@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_tokenizer
+from tiny import CHATML_TEMPLATE, tiny_tokenizer
 from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -156,10 +156,18 @@ def test_a_token_that_begins_in_the_header_is_not_supervised(tokenizer) -> None:
     assert supervised_text(tokenizer, sample) == "\nyes<|im_end|>"
 
 
+def test_an_end_of_turn_that_is_not_the_eos_token(tokenizer) -> None:
+    tokenizer.eos_token = "<|pad|>"
+    sample = encode(tokenizer, chat("hi", "hello"))
+    assert supervised_text(tokenizer, sample) == "hello<|im_end|>"
+
+
+@pytest.mark.parametrize("template", [CHATML_TEMPLATE, GENERATION_TEMPLATE])
 @pytest.mark.parametrize("name", CHATS)
-def test_trimmed_offsets_give_the_same_mask(tokenizer, name: str) -> None:
+def test_trimmed_offsets_give_the_same_mask(tokenizer, name: str, template: str) -> None:
     expected = encode(tokenizer, chat(*CHATS[name]))
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    tokenizer.chat_template = template
     assert encode(tokenizer, chat(*CHATS[name])).loss_mask.tolist() == expected.loss_mask.tolist()
 
 

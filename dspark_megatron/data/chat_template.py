@@ -1,7 +1,8 @@
 """Chats through the tokenizer's template: their text, their tokens, and which the model wrote.
 
-Two ways to know the assistant's tokens. A template with `{% generation %}` says so itself. Any
-other is rendered turn by turn: what the assistant's turn adds to the text is the assistant's.
+Two ways to know the assistant's tokens. A template with `{% generation %}` says so itself (unless
+the tokenizer trims spaces). Any other is rendered turn by turn: what the assistant's turn adds to
+the text is the assistant's.
 """
 
 import os
@@ -39,7 +40,8 @@ class ChatTemplate:
                 "target's folder; training lines may have input_ids and loss_mask instead"
             ) from error
         self._tokenizer = tokenizer
-        self._marks_generation = GENERATION_TAG.search(template) is not None
+        marked = GENERATION_TAG.search(template) is not None
+        self._marks_generation = marked and not _trims_spaces(tokenizer)
         added = tokenizer.added_tokens_decoder.items()
         self._special_ids = {i for i, token in added if token.special}
         self._special_ids.update(tokenizer.all_special_ids)
@@ -111,6 +113,14 @@ class ChatTemplate:
             kept += [written] * (cut - start) + [False] * (end - cut)
             start = end
         return kept
+
+
+def _trims_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether spaces belong to no token's character range. Transformers then misplaces the marks
+    of `{% generation %}`: an answer that starts with a space loses its marks, and one that ends
+    with a space marks all that follows."""
+    encoded = tokenizer("a  ", add_special_tokens=False, return_offsets_mapping=True)
+    return sum(end - start for start, end in encoded["offset_mapping"]) < 3
 
 
 def _tokens_inside(

@@ -115,7 +115,7 @@ def _checked_tokens(record: dict) -> tuple[list[int], list[bool]]:
     for position, (token_id, learn) in enumerate(zip(token_ids, mask, strict=True)):
         if type(token_id) is not int:
             raise ConfigError(f"input_ids[{position}] must be an integer, not {_shown(token_id)}")
-        if type(learn) not in (int, bool) or learn not in (0, 1):
+        if learn not in (0, 1):
             raise ConfigError(f"loss_mask[{position}] must be 0 or 1, not {_shown(learn)}")
     return token_ids, mask
 

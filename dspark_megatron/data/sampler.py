@@ -4,12 +4,13 @@ Position p of a run is sample p % num_samples of epoch p // num_samples, in that
 layout only decides which rank takes which position, as Megatron does.
 """
 
-import hashlib
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from dspark_megatron.seeds import derived_seed
 
 
 class SampleRef(NamedTuple):
@@ -21,16 +22,10 @@ class SampleRef(NamedTuple):
     """In [0, num_samples)."""
 
 
-def order_seed(seed: int, epoch: int) -> int:
-    """A 63-bit seed that depends on nothing but its arguments."""
-    text = f"order/{seed}/{epoch}".encode()
-    return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
-
-
 @lru_cache(maxsize=2)  # a step may cross from one epoch into the next
 def epoch_order(num_samples: int, seed: int, epoch: int) -> Tensor:
     """The permutation of an epoch: [num_samples] int64. Shared: do not change it."""
-    generator = torch.Generator().manual_seed(order_seed(seed, epoch))
+    generator = torch.Generator().manual_seed(derived_seed("order", seed, epoch))
     return torch.randperm(num_samples, generator=generator)
 
 

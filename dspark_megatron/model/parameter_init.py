@@ -1,12 +1,11 @@
 """Initial weights as a pure function of (seed, parameter name), whatever the layout."""
 
-import hashlib
-
 import torch
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from dspark_megatron.ops.vocab_parallel import VocabShard
+from dspark_megatron.seeds import derived_seed
 
 
 @torch.no_grad()
@@ -40,8 +39,7 @@ def _draw(
     tp_size: int,
     vocab: VocabShard | None,
 ) -> Tensor:
-    digest = hashlib.sha256(f"{name}/{seed}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    generator = torch.Generator().manual_seed(derived_seed("weights", seed, name))
     shape = list(parameter.shape)
     if vocab is not None:
         full = torch.randn(vocab.vocab_size, shape[1], generator=generator) * std

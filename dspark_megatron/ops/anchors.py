@@ -7,11 +7,12 @@ alone, so it is the same on every tensor-parallel rank and for every layout.
 Shapes: b samples, s tokens, n blocks of the whole micro-batch (only real ones: no filler), k slots.
 """
 
-import hashlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from dspark_megatron.seeds import derived_seed
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,8 @@ def anchor_candidates(loss_mask: Tensor) -> Tensor:
 
 
 def anchor_seed(seed: int, epoch: int, sample_index: int) -> int:
-    """A 63-bit seed that depends on nothing but its arguments (not on the layout)."""
-    text = f"anchors/{seed}/{epoch}/{sample_index}".encode()
-    return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
+    """The seed of one use of a sample."""
+    return derived_seed("anchors", seed, epoch, sample_index)
 
 
 def sample_anchors(loss_mask: Tensor, num_anchors: int, seed: int) -> Tensor:

@@ -64,9 +64,8 @@ def log_sum_exp(
     if tp_group.size() == 1:
         return maxima + sums.log()
     local = torch.stack([maxima, sums])
-    shards = local.new_empty(tp_group.size() * 2, *maxima.shape)
-    dist.all_gather_into_tensor(shards, local, group=tp_group)
-    shards = shards.view(tp_group.size(), 2, *maxima.shape)
+    shards = local.new_empty(tp_group.size(), *local.shape)
+    dist.all_gather(list(shards.unbind()), local, group=tp_group)
     top = shards[:, 0].amax(dim=0)
     total = (shards[:, 1] * (shards[:, 0] - top).exp()).sum(dim=0)
     return top + total.log()

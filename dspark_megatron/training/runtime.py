@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -71,6 +72,8 @@ def launch() -> Iterator[Launch]:
     A failing rank leaves its message in the store. Ranks that wait in a collective cannot raise,
     so a thread on each rank looks for the message and ends the process.
     """
+    # Megatron-Core tells every rank what is not installed and what it deprecates of its own.
+    warnings.filterwarnings("ignore", module=r"megatron\.")
     cpu_support.install()
     job = Launch.from_environment()
     done = threading.Event()

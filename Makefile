@@ -1,0 +1,33 @@
+# Everything runs in a virtual environment that the first target makes; nothing else is needed.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# What must hold on every supported Megatron-Core; the rest does not depend on its version.
+CORE_TESTS := tests/test_head_loss.py tests/test_draft_model.py tests/test_training.py
+
+.PHONY: quickstart test test-core lint format clean
+
+quickstart: $(VENV)/.installed
+	$(BIN)/python examples/quickstart/quickstart.py
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+test-core: $(VENV)/.installed
+	$(BIN)/python -m pytest $(CORE_TESTS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,quickstart]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

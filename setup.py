@@ -1,0 +1,36 @@
+"""Package of dspark-megatron; `make quickstart` and `make test` install it with pinned versions."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+setup(
+    name="dspark-megatron",
+    version="0.1.0",
+    description="Train DSpark speculative-decoding drafters tensor-parallel with Megatron-Core",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["dspark_megatron", "dspark_megatron.*"]),
+    install_requires=[
+        "torch>=2.7",
+        "megatron-core>=0.16,<0.20",
+        "transformers>=5.18",  # native tensor parallelism by DistributedConfig
+        "safetensors>=0.5",
+        "pyyaml",
+        "tensorboard",
+        "matplotlib",
+        "tqdm",
+        "jinja2",  # chat templates
+        "psutil",  # megatron-core's distributed checkpoints import it
+        "setuptools",  # megatron-core imports it through torch.utils.cpp_extension
+    ],
+    extras_require={
+        "transformer-engine": ["transformer-engine[pytorch]"],
+        "quickstart": ["gguf", "accelerate", "sentencepiece"],  # reading the GGUF target
+        "dev": ["pytest", "ruff"],
+    },
+)

@@ -1,0 +1,66 @@
+"""Data flows one way, and so do imports: a room knows only the rooms it may know."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "dspark_megatron"
+LEAVES = {"config", "shape", "seeds", "target_folder"}
+"""Modules that every room may use; among themselves in this order of knowledge."""
+LEAF_MAY_IMPORT = {
+    "config": set(),
+    "seeds": set(),
+    "shape": {"config"},
+    "target_folder": {"config"},
+}
+ROOM_MAY_IMPORT = {
+    "ops": set(),
+    "model": {"ops"},
+    "targets": {"ops"},
+    "data": set(),
+    "conversion": {"model"},
+    "evaluation": {"ops", "model", "targets", "data"},
+    "training": {"ops", "model", "targets", "data", "conversion", "evaluation"},
+}
+ENTRY_POINTS = {"train", "evaluate", "__init__"}
+
+
+def imported_parts(path):
+    """The parts of the package that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative imports hide their direction"
+            names = [node.module]
+        for name in names:
+            if name.startswith("dspark_megatron."):
+                yield name.split(".")[1]
+
+
+@pytest.mark.parametrize("room", ROOM_MAY_IMPORT)
+def test_rooms_import_only_what_is_upstream(room):
+    allowed = ROOM_MAY_IMPORT[room] | LEAVES | {room}
+    for path in (PACKAGE / room).glob("*.py"):
+        wrong = set(imported_parts(path)) - allowed
+        assert not wrong, f"{path.name} in {room} imports {wrong}"
+
+
+@pytest.mark.parametrize("leaf", LEAF_MAY_IMPORT)
+def test_leaves_import_almost_nothing(leaf):
+    wrong = set(imported_parts(PACKAGE / f"{leaf}.py")) - LEAF_MAY_IMPORT[leaf]
+    assert not wrong, f"{leaf} imports {wrong}"
+
+
+def test_every_part_of_the_package_has_a_rule():
+    rooms = {p.name for p in PACKAGE.iterdir() if p.is_dir() and p.name != "__pycache__"}
+    modules = {p.stem for p in PACKAGE.glob("*.py")}
+    assert rooms == set(ROOM_MAY_IMPORT) and modules == LEAVES | ENTRY_POINTS
+
+
+@pytest.mark.parametrize("room", ["ops", "data", "targets"])
+def test_rooms_without_megatron(room):
+    for path in (PACKAGE / room).glob("*.py"):
+        assert "megatron.core" not in path.read_text(encoding="utf-8"), path

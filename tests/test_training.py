@@ -1,0 +1,274 @@
+"""Whole runs: the same curve for every layout, across kills and resumes, and one export."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_target import make_target, tiny_config
+
+from dspark_megatron.config import ConfigError
+
+ROOT = Path(__file__).parent.parent
+CURVE = ("loss", "ce_loss", "l1_loss", "confidence_loss", "tau", "grad_norm", "learning_rate")
+
+
+def run_training(runtime, config):
+    from dspark_megatron.shape import check_batch_size
+    from dspark_megatron.training.loop import train
+    from dspark_megatron.training.setup import check_run
+
+    plan = check_run(config, runtime.world_size)
+    check_batch_size(config.train, plan.dp_size)
+    train(plan, runtime)
+
+
+def curve(output):
+    lines = Path(output, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def assert_same_curve(got, expected, rel=1e-4):
+    assert [row["iteration"] for row in got] == [row["iteration"] for row in expected]
+    for mine, theirs in zip(got, expected, strict=True):
+        for name in CURVE:
+            assert mine[name] == pytest.approx(theirs[name], rel=rel), (
+                f"{name} at iteration {mine['iteration']}"
+            )
+        assert mine["accept_rate"] == pytest.approx(theirs["accept_rate"], rel=rel, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def unbroken(pool, tiny_run, tmp_path_factory):
+    """Twenty steps on one rank."""
+    output = tmp_path_factory.mktemp("unbroken")
+    config = tiny_config(tiny_run, train={"output_dir": str(output), "micro_batch_size": 4})
+    pool.run(run_training, world=1, tp=1, config=config)
+    return output
+
+
+def test_training_learns(unbroken):
+    rows = curve(unbroken)
+    assert len(rows) == 20
+    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
+    assert rows[-1]["tau"] > rows[0]["tau"]
+
+
+# World size, tensor-parallel size, micro-batch size.
+LAYOUTS = [(2, 2, 2), (2, 1, 1), (4, 2, 1), (4, 4, 4)]
+
+
+@pytest.mark.parametrize("world, tp, micro_batch_size", LAYOUTS)
+def test_the_curve_does_not_depend_on_the_layout(
+    pool, tiny_run, unbroken, tmp_path, world, tp, micro_batch_size
+):
+    settings = {"output_dir": str(tmp_path), "micro_batch_size": micro_batch_size}
+    config = tiny_config(tiny_run, train=settings, parallel={"tensor_parallel": tp})
+    pool.run(run_training, world=world, tp=tp, config=config)
+    assert_same_curve(curve(tmp_path), curve(unbroken))
+
+
+def test_bfloat16_with_fp32_main_weights_follows_float32(pool, tiny_run, unbroken, tmp_path):
+    """bf16 has 8 bits: losses near the fp32 ones, on one rank and with a sharded optimizer."""
+    config = tiny_config(tiny_run, train={"output_dir": str(tmp_path), "dtype": "bfloat16"})
+    pool.run(run_training, world=2, tp=1, config=config)
+    for mine, theirs in zip(curve(tmp_path), curve(unbroken), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=0.05)
+
+
+def launch(config_file, ranks, *overrides, module="train", **kwargs):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               "--nproc-per-node", str(ranks), "-m", f"dspark_megatron.{module}",
+               "--config", str(config_file), *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, start_new_session=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs)
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+def write_config(folder, settings, **sections):
+    path = Path(folder) / "run.yaml"
+    path.write_text(tiny_config(settings, **sections).to_yaml(), encoding="utf-8")
+    return path
+
+
+def wait_for(condition, process, seconds=240):
+    for _ in range(seconds * 500):
+        if condition():
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.002)  # a tiny run takes a fraction of a second between checkpoints
+    raise AssertionError("it did not happen in time")
+
+
+def latest(output):
+    tracker = Path(output, "checkpoints", "latest_checkpointed_iteration.txt")
+    return int(tracker.read_text()) if tracker.exists() else 0
+
+
+def test_killed_at_tp_2_and_resumed_at_tp_1(tiny_run, unbroken, tmp_path):
+    output = tmp_path / "run"
+    config_file = write_config(tmp_path, tiny_run, train={"output_dir": str(output)},
+                               parallel={"tensor_parallel": 2})
+    process = launch(config_file, 2)
+    wait_for(lambda: latest(output) >= 5, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    killed_at = latest(output)
+    assert killed_at < 20, "the run was over before it could be killed"
+    code, text = finish(launch(config_file, 1, "parallel.tensor_parallel=1"))
+    assert code == 0, text
+    assert f"iter_{killed_at:07d}" in text
+    assert_same_curve(curve(output), curve(unbroken))
+
+
+def test_sigterm_saves_and_the_run_continues_with_other_data_parallelism(
+    tiny_run, unbroken, tmp_path
+):
+    output = tmp_path / "run"
+    config_file = write_config(
+        tmp_path, tiny_run, train={"output_dir": str(output), "save_every": 1000}
+    )
+    process = launch(config_file, 1)
+    wait_for(lambda: (output / "metrics.jsonl").exists() and len(curve_lines(output)) >= 3, process)
+    os.kill(process.pid, signal.SIGTERM)
+    code, text = finish(process)
+    assert "stopped by a signal" in text
+    stopped_at = latest(output)
+    assert 3 <= stopped_at < 20
+    code, text = finish(launch(config_file, 2))
+    assert code == 0, text
+    assert_same_curve(curve(output), curve(unbroken))
+
+
+def curve_lines(output):
+    return Path(output, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+
+
+def resave(runtime, config, checkpoints):
+    """Load the newest checkpoint of the config's run at this layout and save it elsewhere."""
+    from dspark_megatron.training import checkpointing as c
+    from dspark_megatron.training.optimizer import build_optimizer, wrap_data_parallel
+    from dspark_megatron.training.setup import build_draft, check_run
+
+    plan = check_run(config, runtime.world_size)
+    draft = build_draft(plan, runtime)
+    optimizer = build_optimizer(
+        config.optimizer, wrap_data_parallel(draft, config.optimizer), plan.dtype
+    )
+    folder = c.iteration_folder(Path(config.train.output_dir, "checkpoints"), 20)
+    state = c.load_checkpoint(folder, draft, optimizer)
+    c.save_checkpoint(checkpoints, state, c.read_meta(folder), draft, optimizer, keep_last=3)
+
+
+@pytest.mark.parametrize("world, tp", [(2, 2), (4, 4), (2, 1)])
+def test_a_checkpoint_of_any_layout_exports_the_same_bytes(
+    pool, tiny_run, unbroken, tmp_path, world, tp
+):
+    from dspark_megatron.conversion.export import export_checkpoint
+
+    config = tiny_config(tiny_run, train={"output_dir": str(unbroken)},
+                         parallel={"tensor_parallel": tp})
+    pool.run(resave, world=world, tp=tp, config=config, checkpoints=tmp_path / "checkpoints")
+    exports = [
+        export_checkpoint(run, config.target.path, tmp_path / f"export_{i}")
+        for i, run in enumerate((unbroken, tmp_path))
+    ]
+    for file in ("model.safetensors", "config.json"):
+        assert (exports[0] / file).read_bytes() == (exports[1] / file).read_bytes(), file
+
+
+def test_only_the_newest_checkpoints_are_kept(unbroken):
+    names = sorted(p.name for p in (unbroken / "checkpoints").iterdir())
+    assert names == ["iter_0000010", "iter_0000015", "iter_0000020",
+                     "latest_checkpointed_iteration.txt"]
+
+
+@pytest.mark.parametrize(
+    "sections, message",
+    [
+        ({"model": {"block_size": 4}}, "shape.block_size: 3 there, 4 here"),
+        ({"train": {"seed": 9}}, "seed: 1234 there, 9 here"),
+        ({"data": {"max_length": 20}}, "data_fingerprint"),
+    ],
+)
+def test_a_run_with_other_settings_is_not_continued(
+    pool, tiny_run, unbroken, sections, message
+):
+    settings = {**sections, "train": {**sections.get("train", {}), "output_dir": str(unbroken)}}
+    with pytest.raises(AssertionError, match=message):
+        pool.run(run_training, world=1, tp=1, config=tiny_config(tiny_run, **settings))
+
+
+def test_another_target_is_not_continued(pool, tiny_run, unbroken, tmp_path):
+    other = make_target(tmp_path / "other", seed=1)
+    config = tiny_config(tiny_run, target={"path": str(other)},
+                         train={"output_dir": str(unbroken)})
+    with pytest.raises(AssertionError, match="target_fingerprint"):
+        pool.run(run_training, world=1, tp=1, config=config)
+
+
+def test_an_output_directory_that_cannot_be_made(tiny_run, tmp_path):
+    from dspark_megatron.training.loop import _claim_output
+
+    (tmp_path / "file").write_text("in the way")
+    config = tiny_config(tiny_run, train={"output_dir": str(tmp_path / "file" / "run")})
+    with pytest.raises(ConfigError, match="must be writable"):
+        _claim_output(Path(config.train.output_dir), config)
+
+
+def test_checkpoints_are_not_overwritten_when_resuming_is_off(tiny_run, unbroken):
+    from dspark_megatron.training.loop import _claim_output
+
+    config = tiny_config(tiny_run, train={"output_dir": str(unbroken), "resume": False})
+    with pytest.raises(ConfigError, match="train.resume"):
+        _claim_output(unbroken, config)
+
+
+def test_bad_settings_end_all_ranks_with_one_message(tiny_run, tmp_path):
+    settings = {name: dict(values) for name, values in tiny_run.items()}
+    settings["parallel"] = {"tensor_parallel": 3}
+    path = tmp_path / "bad.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    code, text = finish(launch(path, 3))
+    assert code != 0
+    assert text.count("must be divisible by parallel.tensor_parallel (3)") == 1
+    assert "query heads (8)" in text and "sizes that work here: [1, 2]" in text
+
+
+FAILING_JOB = """
+import sys, torch
+from dspark_megatron.training.runtime import launch, start
+def main():
+    with launch() as job:
+        runtime = start(job, 1)
+        if job.rank == 1:
+            raise RuntimeError("disk on fire")
+        torch.distributed.barrier()
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_a_failure_on_one_rank_ends_all_with_its_message(tmp_path):
+    script = tmp_path / "job.py"
+    script.write_text(FAILING_JOB)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               "--nproc-per-node", "2", str(script)]
+    start = time.monotonic()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode != 0
+    text = done.stdout + done.stderr
+    assert "rank 1 failed" in text and "disk on fire" in text
+    assert "rank 0 failed" not in text, "only the first failure is shown"
+    assert time.monotonic() - start < 100
