@@ -385,8 +385,9 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
         kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
     if typing.get_origin(kind) is list:
         if isinstance(value, list):
-            return [_convert(f"{name}[{i}]", v, typing.get_args(kind)[0]) for i, v in
-                    enumerate(value)]
+            return [
+                _convert(f"{name}[{i}]", v, typing.get_args(kind)[0]) for i, v in enumerate(value)
+            ]
     elif kind is float and not isinstance(value, bool):
         try:
             return float(value)  # YAML 1.1 reads 6e-4 as a string

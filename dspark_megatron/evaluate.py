@@ -48,9 +48,7 @@ def _evaluate(job: Any, config: Any) -> None:
     require(bool(settings.prompt_files), "evaluate.prompt_files is empty; name a JSONL file")
     plan = check_run(config, job.world_size)
     files = {
-        path: load_prompts(
-            path, plan.tokenizer, settings.max_prompts, settings.max_prompt_length
-        )
+        path: load_prompts(path, plan.tokenizer, settings.max_prompts, settings.max_prompt_length)
         for path in settings.prompt_files
     }
     folder = None

@@ -118,6 +118,7 @@ def test_attention_equals_the_dense_mask(group_size):
         start += len(positions)
     expected = torch.cat(expected)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
-    for mine, theirs in zip(got_grads, torch.autograd.grad(expected, leaves, upstream),
-                            strict=True):
+    for mine, theirs in zip(
+        got_grads, torch.autograd.grad(expected, leaves, upstream), strict=True
+    ):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)

@@ -27,16 +27,25 @@ train: {output_dir: runs/x, iterations: 10}
 def test_defaults_are_the_papers(tmp_path):
     config = load_config(write(tmp_path, MINIMAL))
     assert (config.model.block_size, config.model.num_anchors, config.model.num_layers) == (
-        7, 512, 5)
+        7,
+        512,
+        5,
+    )
     assert (config.loss.ce_loss_alpha, config.loss.l1_loss_alpha) == (0.1, 0.9)
     assert config.min_loss_tokens == 14
     assert config.optimizer.lr == 6e-4
 
 
 def test_overrides_are_typed(tmp_path):
-    config = load_config(write(tmp_path, MINIMAL), [
-        "optimizer.lr=3e-4", "model.target_layer_ids=[1, 2]", "loss.loss_decay_gamma=null",
-        "train.iterations=5"])
+    config = load_config(
+        write(tmp_path, MINIMAL),
+        [
+            "optimizer.lr=3e-4",
+            "model.target_layer_ids=[1, 2]",
+            "loss.loss_decay_gamma=null",
+            "train.iterations=5",
+        ],
+    )
     assert config.optimizer.lr == 3e-4
     assert config.model.target_layer_ids == [1, 2]
     assert config.loss.loss_decay_gamma is None
@@ -46,8 +55,10 @@ def test_overrides_are_typed(tmp_path):
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("model.block_sise=7", "unknown config key model.block_sise; did you mean "
-                               "model.block_size?"),
+        (
+            "model.block_sise=7",
+            "unknown config key model.block_sise; did you mean model.block_size?",
+        ),
         ("modell.block_size=7", "unknown config key modell; did you mean model?"),
         ("block_size=7", "must look like section.key=value"),
         ("model.block_size=seven", "model.block_size must be of type int, got 'seven'"),
@@ -55,7 +66,7 @@ def test_overrides_are_typed(tmp_path):
         ("model.block_size=true", "must be of type int"),
         ("optimizer.lr=fast", "optimizer.lr must be of type float"),
         ("data.train_files=chats.jsonl", "data.train_files must be of type list"),
-        ("model=5", "must be a mapping"),
+        ("model=5", "must look like section.key=value"),
         ("model.markov_head_type=gatd", "did you mean 'gated'?"),
         ("model.markov_rank=0", "set model.markov_rank > 0 or "),
         ("train.epochs=1", "give exactly one of train.iterations (10) and train.epochs (1.0)"),
@@ -71,11 +82,14 @@ def test_bad_values(tmp_path, override, message):
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("text, message", [
-    ("- a\n- b", "must hold sections"),
-    ("a: [", "is not valid YAML"),
-    ("model: 3", "model must be a section"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("- a\n- b", "must hold sections"),
+        ("a: [", "is not valid YAML"),
+        ("model: 3", "model must be a section"),
+    ],
+)
 def test_bad_files(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message):
         load_config(write(tmp_path, text))
@@ -134,7 +148,8 @@ def test_heads_must_divide_by_the_tensor_parallel_size(tiny_run, target_config):
     with pytest.raises(ConfigError) as error:
         check_layout(config, shape, 8)
     assert "key/value heads (4) must be divisible by parallel.tensor_parallel (8)" in str(
-        error.value)
+        error.value
+    )
     assert "[1, 2, 4]" in str(error.value)
     with pytest.raises(ConfigError, match="launch a multiple of 8"):
         check_layout(config, shape, 4)

@@ -21,10 +21,10 @@ from dspark_megatron.conversion.export import export_checkpoint, export_warnings
 from dspark_megatron.conversion.hf_config import hugging_face_config, shape_of_config
 from dspark_megatron.conversion.megatron_checkpoint import CheckpointReader, find_checkpoint
 from dspark_megatron.conversion.safetensors_writer import parse_size
-from dspark_megatron.conversion.target_weights import read_rows, read_tensor, shared_weights
 from dspark_megatron.conversion.verify import verify_export
 from dspark_megatron.ops.rope import RotaryTable
 from dspark_megatron.shape import DraftShape
+from dspark_megatron.target_folder import read_rows, read_tensor, shared_weights
 
 TOOL = Path(__file__).parents[1] / "tools" / "convert_checkpoint.py"
 VANILLA = DraftShape(
@@ -442,6 +442,10 @@ DAMAGE = {
         lambda c: c.update(target_layer_ids=[0, 2, 5]),
     ),
     "eos_token_id must be [2, 3], is 2": (reconfigure, lambda c: c.update(eos_token_id=2)),
+    "block_size is 4 in config.json and 3 in the checkpoint": (
+        reconfigure,
+        lambda c: c.update(block_size=4),
+    ),
     "num_anchors must be 16, is 17": (reconfigure, lambda c: c.update(num_anchors=17)),
     "dtype (None)": (reconfigure, lambda c: c.pop("dtype")),
 }
@@ -550,7 +554,7 @@ def load_tool():
 
 def test_command(tmp_path, target, run, capsys, monkeypatch):
     tool = load_tool()
-    monkeypatch.setattr(tool.TargetWeights, "fingerprint", lambda self: FINGERPRINT)
+    monkeypatch.setattr(tool, "target_fingerprint", lambda path: FINGERPRINT)
     out = tmp_path / "out"
     command = ["export", "--checkpoint", str(run), "--target", str(target), "--output", str(out)]
     assert tool.main([*command, "--dtype", "fp16", "--max-shard-size", "3KB"]) == 0

@@ -151,6 +151,15 @@ def test_both_kinds_of_template_agree(tokenizer, name: str) -> None:
     assert supervised_text(tokenizer, by_marks) == "".join(a + "<|im_end|>" for a in answers)
 
 
+@pytest.mark.parametrize("template", [CHATML_TEMPLATE, GENERATION_TEMPLATE])
+def test_an_answer_that_was_cut_short_does_not_teach_its_end(tokenizer, template: str) -> None:
+    tokenizer.chat_template = template
+    record = chat("hi", "one", "more", "two")
+    whole = supervised_text(tokenizer, encode(tokenizer, record))
+    cut = supervised_text(tokenizer, encode(tokenizer, {**record, "finish_reason": "length"}))
+    assert whole.count("<|im_end|>") == 2 and cut == whole.removesuffix("<|im_end|>")
+
+
 def test_a_token_that_begins_in_the_header_is_not_supervised(tokenizer) -> None:
     sample = encode(tokenizer, chat("hi", "\n\nyes"))  # the header's "\n" and the first are one
     assert supervised_text(tokenizer, sample) == "\nyes<|im_end|>"

@@ -41,8 +41,14 @@ def decode(runtime, config, prompts, seeds=(0,)):
         ids = plan.tokenizer(text)["input_ids"]
         for seed in seeds:
             fast, slow = decoder.speculative(ids, seed), decoder.plain(ids, seed)
-            out.append((ids, fast.token_ids, slow.token_ids,
-                        [(r.proposed, r.accepted, r.bonus) for r in fast.rounds]))
+            out.append(
+                (
+                    ids,
+                    fast.token_ids,
+                    slow.token_ids,
+                    [(r.proposed, r.accepted, r.bonus) for r in fast.rounds],
+                )
+            )
     return out
 
 
@@ -51,8 +57,9 @@ def decode(runtime, config, prompts, seeds=(0,)):
 def test_greedy_output_is_the_targets_own(pool, tiny_run, tp, head):
     from transformers import AutoModelForCausalLM
 
-    config = tiny_config(tiny_run, parallel={"tensor_parallel": tp},
-                         model={"markov_head_type": head})
+    config = tiny_config(
+        tiny_run, parallel={"tensor_parallel": tp}, model={"markov_head_type": head}
+    )
     ranks = pool.run(decode, world=tp, tp=tp, config=config, prompts=PROMPTS)
     model = AutoModelForCausalLM.from_pretrained(config.target.path)
     for ids, fast, slow, rounds in ranks[0]:
@@ -97,10 +104,13 @@ def test_the_first_tokens_of_sampled_answers(pool, tiny_run):
     """The whole decoder at temperature 1: the second token, which a draft always proposes, is
     distributed as in plain decoding (chi-square on pairs, 400 answers each)."""
     config = tiny_config(tiny_run, evaluate={"temperature": 0.5, "max_new_tokens": 2})
-    answers = pool.run(decode, world=1, tp=1, config=config, prompts=PROMPTS[:1],
-                       seeds=range(400))[0]
-    seconds = [[a[1][1] for a in answers if len(a[1]) > 1], [a[2][1] for a in answers
-               if len(a[2]) > 1]]
+    answers = pool.run(decode, world=1, tp=1, config=config, prompts=PROMPTS[:1], seeds=range(400))[
+        0
+    ]
+    seconds = [
+        [a[1][1] for a in answers if len(a[1]) > 1],
+        [a[2][1] for a in answers if len(a[2]) > 1],
+    ]
     tokens = sorted(set(seconds[0]) | set(seconds[1]))
     table_ = torch.tensor([[s.count(t) for t in tokens] for s in seconds], dtype=torch.float64)
     common = table_.sum(0) >= 10

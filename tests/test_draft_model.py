@@ -59,14 +59,25 @@ def plain_step(shape, weights):
     samples = make_samples(shape)
     totals = {}
     for ids, mask, anchors, taps, last in zip(
-        samples.input_ids, samples.loss_masks, samples.anchors, samples.taps, samples.last_hidden,
+        samples.input_ids,
+        samples.loss_masks,
+        samples.anchors,
+        samples.taps,
+        samples.last_hidden,
         strict=True,
     ):
         out = twin(taps, ids, anchors)
         blocks = plain_blocks(ids, mask, anchors, shape.block_size)
         at = (anchors[:, None] + torch.arange(shape.block_size)).clamp(max=len(ids) - 1)
-        terms = plain_loss(out.logits, twin.lm_head(last[at]), blocks.labels, blocks.eval_mask,
-                           out.confidence_logits, GAMMA, ALPHAS)
+        terms = plain_loss(
+            out.logits,
+            twin.lm_head(last[at]),
+            blocks.labels,
+            blocks.eval_mask,
+            out.confidence_logits,
+            GAMMA,
+            ALPHAS,
+        )
         for name in ("loss_sum", "ce_sum", "l1_sum", "confidence_sum", "weight"):
             totals[name] = totals.get(name, 0) + terms[name]
     loss = totals["loss_sum"] / totals["weight"]
@@ -83,8 +94,9 @@ LAYOUTS = [(1, 1, 1), (1, 1, 4), (2, 2, 1), (4, 4, 2), (2, 1, 1), (2, 1, 2), (4,
 @pytest.mark.parametrize("kind", SHAPES)
 def test_step_equals_the_plain_twin(pool, kind, world, tp, micro_batch_size):
     shape = SHAPES[kind]
-    ranks = pool.run(step_gradients, world=world, tp=tp, shape=shape,
-                     micro_batch_size=micro_batch_size)
+    ranks = pool.run(
+        step_gradients, world=world, tp=tp, shape=shape, micro_batch_size=micro_batch_size
+    )
     weights = whole(ranks, "weights", shape)
     loss, grads, totals = plain_step(shape, weights)
     metrics = ranks[0]["metrics"]
@@ -93,14 +105,18 @@ def test_step_equals_the_plain_twin(pool, kind, world, tp, micro_batch_size):
     got = whole(ranks, "grads", shape)
     assert set(got) == set(grads)
     for name, expected in grads.items():
-        torch.testing.assert_close(got[name], expected, rtol=1e-5, atol=2e-6,
-                                   msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            got[name], expected, rtol=1e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_weights_do_not_depend_on_the_layout(pool):
     runs = [
-        whole(pool.run(step_gradients, world=n, tp=n, shape=SHAPE, micro_batch_size=1),
-              "weights", SHAPE)
+        whole(
+            pool.run(step_gradients, world=n, tp=n, shape=SHAPE, micro_batch_size=1),
+            "weights",
+            SHAPE,
+        )
         for n in (1, 2, 4)
     ]
     for other in runs[1:]:
@@ -155,8 +171,13 @@ def block_hidden(runtime, shape, changed):
     model = build_tiny_draft(runtime, shape)
     blocks = rank_blocks(ids, samples.loss_masks[0], anchors, shape.block_size)
     with torch.no_grad():
-        out = model(taps, torch.arange(len(ids)), blocks.prev_token_ids, blocks.position_ids(),
-                    blocks.context_ranges(len(ids)))
+        out = model(
+            taps,
+            torch.arange(len(ids)),
+            blocks.prev_token_ids,
+            blocks.position_ids(),
+            blocks.context_ranges(len(ids)),
+        )
     return out.hidden
 
 
@@ -196,6 +217,11 @@ def anchor_state(runtime, shape, shift):
     model = build_tiny_draft(runtime, shape)
     blocks = rank_blocks(samples.input_ids[0], samples.loss_masks[0], anchors, shape.block_size)
     with torch.no_grad():
-        out = model(taps, torch.arange(20), blocks.prev_token_ids, blocks.position_ids(),
-                    blocks.context_ranges(20))
+        out = model(
+            taps,
+            torch.arange(20),
+            blocks.prev_token_ids,
+            blocks.position_ids(),
+            blocks.context_ranges(20),
+        )
     return out.hidden[1]

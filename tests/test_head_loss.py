@@ -64,8 +64,12 @@ def fused(runtime, inputs, alphas, upstream, chunk_rows):
     local = dict(inputs)
     for name in ("lm_head", "markov_w2"):
         if inputs[name] is not None:
-            full = torch.cat([inputs[name], inputs[name].new_full((padded - vocab_size,
-                             inputs[name].shape[1]), 3.0)])
+            full = torch.cat(
+                [
+                    inputs[name],
+                    inputs[name].new_full((padded - vocab_size, inputs[name].shape[1]), 3.0),
+                ]
+            )
             local[name] = full[shard.vocab_start_index : shard.vocab_end_index]
     leaves = leaf_copies(local)
     result = head_loss(
@@ -90,8 +94,9 @@ def compare(ranks, expected, vocab_size, rtol, atol):
             if expected[name] is None:
                 assert got[name] is None
                 continue
-            torch.testing.assert_close(got[name], expected[name], rtol=rtol, atol=atol,
-                                       msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                got[name], expected[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+            )
     if expected["markov_w2"] is not None:
         w2 = torch.cat([got["markov_w2"] for got in ranks])
         torch.testing.assert_close(w2[:vocab_size], expected["markov_w2"], rtol=rtol, atol=atol)
@@ -116,8 +121,15 @@ def test_equals_the_plain_loss(pool, alphas, vocab_size, with_latent, tp):
     inputs = make_inputs(vocab_size, torch.float32, with_latent=with_latent)
     expected = plain(inputs, alphas, upstream=0.37)
     for chunk_rows in (1, 4, 100):
-        got = pool.run(fused, world=tp, tp=tp, inputs=inputs, alphas=alphas, upstream=0.37,
-                       chunk_rows=chunk_rows)
+        got = pool.run(
+            fused,
+            world=tp,
+            tp=tp,
+            inputs=inputs,
+            alphas=alphas,
+            upstream=0.37,
+            chunk_rows=chunk_rows,
+        )
         compare(got, expected, vocab_size, rtol=1e-5, atol=1e-6)
 
 
@@ -127,8 +139,9 @@ def test_bfloat16(pool, tp):
     sum of two products: relative differences of a few 2^-8."""
     inputs = make_inputs(61, torch.bfloat16)
     expected = plain(inputs, (0.1, 0.9, True), upstream=1.0)
-    got = pool.run(fused, world=tp, tp=tp, inputs=inputs, alphas=(0.1, 0.9, True), upstream=1.0,
-                   chunk_rows=4)
+    got = pool.run(
+        fused, world=tp, tp=tp, inputs=inputs, alphas=(0.1, 0.9, True), upstream=1.0, chunk_rows=4
+    )
     compare(got, expected, 61, rtol=0.05, atol=0.02)
 
 
@@ -136,8 +149,9 @@ def test_bfloat16(pool, tp):
 def test_extreme_logits_stay_finite(pool, tp):
     inputs = make_inputs(61, torch.float32, kind="extreme")
     expected = plain(inputs, (0.1, 0.9, True), upstream=1.0)
-    got = pool.run(fused, world=tp, tp=tp, inputs=inputs, alphas=(0.1, 0.9, True), upstream=1.0,
-                   chunk_rows=4)
+    got = pool.run(
+        fused, world=tp, tp=tp, inputs=inputs, alphas=(0.1, 0.9, True), upstream=1.0, chunk_rows=4
+    )
     assert all(torch.isfinite(x).all() for x in got[0].values())
     torch.testing.assert_close(got[0]["l1"], expected["l1"], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(got[0]["ce"], expected["ce"], rtol=1e-4, atol=1e-2)
@@ -154,12 +168,20 @@ def one_hot_case(disjoint):
 
 @pytest.mark.parametrize("disjoint, l1", [(True, 2.0), (False, 0.0)])
 def test_l1_of_disjoint_and_identical_distributions(pool, disjoint, l1):
-    got = pool.run(fused, world=2, tp=2, inputs=one_hot_case(disjoint), alphas=(0.0, 1.0, True),
-                   upstream=1.0, chunk_rows=4)
+    got = pool.run(
+        fused,
+        world=2,
+        tp=2,
+        inputs=one_hot_case(disjoint),
+        alphas=(0.0, 1.0, True),
+        upstream=1.0,
+        chunk_rows=4,
+    )
     torch.testing.assert_close(got[0]["l1"], torch.full((ROWS,), l1))
 
 
 def test_l1_needs_a_teacher():
     with pytest.raises(ValueError, match="teacher_hidden"):
-        head_loss(None, None, None, None, None, None, ce_alpha=1, l1_alpha=1, chunk_rows=1,
-                  tp_group=None)
+        head_loss(
+            None, None, None, None, None, None, ce_alpha=1, l1_alpha=1, chunk_rows=1, tp_group=None
+        )

@@ -5,7 +5,7 @@ import torch
 from tiny_target import VOCAB_SIZE, make_target, tiny_config
 
 from dspark_megatron.config import ConfigError
-from dspark_megatron.targets.weights import TargetWeights
+from dspark_megatron.target_folder import read_rows, shared_weights, target_fingerprint
 
 IDS = torch.arange(30).view(2, 15) + 40
 
@@ -18,8 +18,9 @@ def tapped(runtime, config):
     plan = check_run(config, runtime.world_size)
     target, draft = build_target(plan, runtime), build_draft(plan, runtime)
     states = target.states(IDS)
-    check_teacher_logits(target, draft.lm_head.weight, IDS, plan.shape.vocab_size,
-                         tp_group=runtime.tp_group)
+    check_teacher_logits(
+        target, draft.lm_head.weight, IDS, plan.shape.vocab_size, tp_group=runtime.tp_group
+    )
     cache = target.new_cache()
     first = target.extend(IDS[:1, :6], cache)
     target.extend(IDS[1:, :3], cache)
@@ -60,17 +61,26 @@ def test_a_target_whose_logits_are_scaled_is_refused(pool, tiny_run, tmp_path):
     from transformers import CohereConfig, CohereForCausalLM
 
     plain = make_target(tmp_path / "tokenizer")
-    config = CohereConfig(vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=48,
-                          num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
-                          logit_scale=0.25, initializer_range=0.2, pad_token_id=None,
-                          bos_token_id=0, eos_token_id=1, max_position_embeddings=256)
+    config = CohereConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        logit_scale=0.25,
+        initializer_range=0.2,
+        pad_token_id=None,
+        bos_token_id=0,
+        eos_token_id=1,
+        max_position_embeddings=256,
+    )
     path = tmp_path / "cohere"
     CohereForCausalLM(config).save_pretrained(path)
     for file in plain.glob("*token*"):
         (path / file.name).write_bytes(file.read_bytes())
     with pytest.raises(AssertionError, match="logit scale"):
-        pool.run(tapped, world=1, tp=1,
-                 config=tiny_config(tiny_run, target={"path": str(path)}))
+        pool.run(tapped, world=1, tp=1, config=tiny_config(tiny_run, target={"path": str(path)}))
 
 
 def test_a_wrong_head_is_found(pool, tiny_run):
@@ -89,18 +99,18 @@ def check_wrong_head(runtime, config):
     states = target.states(IDS)
     target.model.norm = norm
     target.states = lambda _: states
-    weights = TargetWeights(config.target.path)
-    head = weights.rows(weights.embedding_name(), 0, VOCAB_SIZE)
+    _, name = shared_weights(config.target.path)
+    head = read_rows(config.target.path, name, 0, VOCAB_SIZE)
     check_teacher_logits(target, head, IDS, VOCAB_SIZE, tp_group=runtime.tp_group)
 
 
 def test_fingerprints_tell_targets_apart(tmp_path):
-    one = TargetWeights(make_target(tmp_path / "one")).fingerprint()
-    assert one == TargetWeights(make_target(tmp_path / "same")).fingerprint()
-    assert one != TargetWeights(make_target(tmp_path / "other", seed=1)).fingerprint()
-    assert one != TargetWeights(make_target(tmp_path / "untied", tie=False)).fingerprint()
+    one = target_fingerprint(make_target(tmp_path / "one"))
+    assert one == target_fingerprint(make_target(tmp_path / "same"))
+    assert one != target_fingerprint(make_target(tmp_path / "other", seed=1))
+    assert one != target_fingerprint(make_target(tmp_path / "untied", tie=False))
 
 
 def test_a_folder_without_safetensors(tmp_path):
     with pytest.raises(ConfigError, match="save_pretrained"):
-        TargetWeights(tmp_path)
+        shared_weights(tmp_path)

@@ -82,12 +82,30 @@ def test_bfloat16_with_fp32_main_weights_follows_float32(pool, tiny_run, unbroke
 
 
 def launch(config_file, ranks, *overrides, module="train", **kwargs):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               "--nproc-per-node", str(ranks), "-m", f"dspark_megatron.{module}",
-               "--config", str(config_file), *overrides]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+        "-m",
+        f"dspark_megatron.{module}",
+        "--config",
+        str(config_file),
+        *overrides,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, start_new_session=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs)
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        **kwargs,
+    )
 
 
 def finish(process):
@@ -117,8 +135,9 @@ def latest(output):
 
 def test_killed_at_tp_2_and_resumed_at_tp_1(tiny_run, unbroken, tmp_path):
     output = tmp_path / "run"
-    config_file = write_config(tmp_path, tiny_run, train={"output_dir": str(output)},
-                               parallel={"tensor_parallel": 2})
+    config_file = write_config(
+        tmp_path, tiny_run, train={"output_dir": str(output)}, parallel={"tensor_parallel": 2}
+    )
     process = launch(config_file, 2)
     wait_for(lambda: latest(output) >= 5, process)
     os.killpg(process.pid, signal.SIGKILL)
@@ -176,8 +195,9 @@ def test_a_checkpoint_of_any_layout_exports_the_same_bytes(
 ):
     from dspark_megatron.conversion.export import export_checkpoint
 
-    config = tiny_config(tiny_run, train={"output_dir": str(unbroken)},
-                         parallel={"tensor_parallel": tp})
+    config = tiny_config(
+        tiny_run, train={"output_dir": str(unbroken)}, parallel={"tensor_parallel": tp}
+    )
     pool.run(resave, world=world, tp=tp, config=config, checkpoints=tmp_path / "checkpoints")
     exports = [
         export_checkpoint(run, config.target.path, tmp_path / f"export_{i}")
@@ -189,8 +209,12 @@ def test_a_checkpoint_of_any_layout_exports_the_same_bytes(
 
 def test_only_the_newest_checkpoints_are_kept(unbroken):
     names = sorted(p.name for p in (unbroken / "checkpoints").iterdir())
-    assert names == ["iter_0000010", "iter_0000015", "iter_0000020",
-                     "latest_checkpointed_iteration.txt"]
+    assert names == [
+        "iter_0000010",
+        "iter_0000015",
+        "iter_0000020",
+        "latest_checkpointed_iteration.txt",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -201,9 +225,7 @@ def test_only_the_newest_checkpoints_are_kept(unbroken):
         ({"data": {"max_length": 20}}, "data_fingerprint"),
     ],
 )
-def test_a_run_with_other_settings_is_not_continued(
-    pool, tiny_run, unbroken, sections, message
-):
+def test_a_run_with_other_settings_is_not_continued(pool, tiny_run, unbroken, sections, message):
     settings = {**sections, "train": {**sections.get("train", {}), "output_dir": str(unbroken)}}
     with pytest.raises(AssertionError, match=message):
         pool.run(run_training, world=1, tp=1, config=tiny_config(tiny_run, **settings))
@@ -211,8 +233,7 @@ def test_a_run_with_other_settings_is_not_continued(
 
 def test_another_target_is_not_continued(pool, tiny_run, unbroken, tmp_path):
     other = make_target(tmp_path / "other", seed=1)
-    config = tiny_config(tiny_run, target={"path": str(other)},
-                         train={"output_dir": str(unbroken)})
+    config = tiny_config(tiny_run, target={"path": str(other)}, train={"output_dir": str(unbroken)})
     with pytest.raises(AssertionError, match="target_fingerprint"):
         pool.run(run_training, world=1, tp=1, config=config)
 
@@ -262,11 +283,24 @@ if __name__ == "__main__":
 def test_a_failure_on_one_rank_ends_all_with_its_message(tmp_path):
     script = tmp_path / "job.py"
     script.write_text(FAILING_JOB)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               "--nproc-per-node", "2", str(script)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(script),
+    ]
     start = time.monotonic()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode != 0
     text = done.stdout + done.stderr
     assert "rank 1 failed" in text and "disk on fire" in text

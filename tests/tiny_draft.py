@@ -80,13 +80,18 @@ class CachedStates:
     def states(self, input_ids):
         rows = []
         for row in input_ids:
-            index = next(i for i, ids in enumerate(self.samples.input_ids)
-                         if torch.equal(row[: len(ids)], ids))
+            index = next(
+                i
+                for i, ids in enumerate(self.samples.input_ids)
+                if torch.equal(row[: len(ids)], ids)
+            )
             pad = (0, 0, 0, len(row) - len(self.samples.input_ids[index]))
-            rows.append([
-                torch.nn.functional.pad(x[index], pad)
-                for x in (self.samples.taps, self.samples.last_hidden)
-            ])
+            rows.append(
+                [
+                    torch.nn.functional.pad(x[index], pad)
+                    for x in (self.samples.taps, self.samples.last_hidden)
+                ]
+            )
         return TargetStates(*(torch.stack(x) for x in zip(*rows, strict=True)))
 
 
@@ -100,8 +105,13 @@ def target_head(shape):
 def build_tiny_draft(runtime, shape, dtype=torch.float32):
     from dspark_megatron.model.draft_model import DSparkDraftModel
 
-    model = DSparkDraftModel(shape, tp_group=runtime.tp_group, params_dtype=dtype,
-                             device=runtime.device, attention_group_size=2)
+    model = DSparkDraftModel(
+        shape,
+        tp_group=runtime.tp_group,
+        params_dtype=dtype,
+        device=runtime.device,
+        attention_group_size=2,
+    )
     model.init_weights(seed=5, std=0.2)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:  # norms and biases away from their special values
@@ -124,9 +134,14 @@ def make_step(runtime, model, samples, loss=None):
     from dspark_megatron.training.step import GradientStep
 
     wrapped = wrap_data_parallel(model, OptimizerConfig(use_distributed_optimizer=False))
-    return GradientStep(loss or LossConfig(chunk_rows=4), wrapped, CachedStates(samples),
-                        tp_group=runtime.tp_group, dp_group=runtime.dp_group,
-                        device=runtime.device)
+    return GradientStep(
+        loss or LossConfig(chunk_rows=4),
+        wrapped,
+        CachedStates(samples),
+        tp_group=runtime.tp_group,
+        dp_group=runtime.dp_group,
+        device=runtime.device,
+    )
 
 
 def rank_micro_batches(runtime, samples, block_size, micro_batch_size):
@@ -141,10 +156,12 @@ def rank_micro_batches(runtime, samples, block_size, micro_batch_size):
     out = []
     for start in range(first, len(samples.input_ids), stride):
         part = slice(start, start + micro_batch_size)
-        ids, masks = collate([
-            Sample(i, m) for i, m in zip(samples.input_ids[part], samples.loss_masks[part],
-                                         strict=True)
-        ])
+        ids, masks = collate(
+            [
+                Sample(i, m)
+                for i, m in zip(samples.input_ids[part], samples.loss_masks[part], strict=True)
+            ]
+        )
         blocks = draft_blocks(ids, masks, samples.anchors[part], block_size)
         out.append(MicroBatch(ids, [len(x) for x in samples.input_ids[part]], blocks))
     return out
@@ -154,8 +171,10 @@ def layout_of(model):
     """How each trained parameter is split: name -> (dim or None, stride)."""
     return {
         name: (p.partition_dim, p.partition_stride)
-        if getattr(p, "tensor_model_parallel", False) else (None, 1)
-        for name, p in model.named_parameters() if p.requires_grad
+        if getattr(p, "tensor_model_parallel", False)
+        else (None, 1)
+        for name, p in model.named_parameters()
+        if p.requires_grad
     }
 
 

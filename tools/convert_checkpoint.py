@@ -16,7 +16,7 @@ import torch
 from dspark_megatron.config import ConfigError
 from dspark_megatron.conversion.export import export_checkpoint
 from dspark_megatron.conversion.verify import verify_export
-from dspark_megatron.targets.weights import TargetWeights
+from dspark_megatron.target_folder import target_fingerprint
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -30,7 +30,7 @@ def export(args: argparse.Namespace) -> list[str]:
         dtype=DTYPES[args.dtype],
         max_shard_size=args.max_shard_size,
         shared_weights=not args.no_shared_weights,
-        fingerprint=lambda path: TargetWeights(path).fingerprint(),
+        fingerprint=target_fingerprint,
     )
     return verify_export(output, args.checkpoint, args.target, args.iteration)
 

@@ -27,13 +27,13 @@ from dspark_megatron.conversion.names import (
     to_hugging_face,
 )
 from dspark_megatron.conversion.safetensors_writer import parse_size, write_safetensors
-from dspark_megatron.conversion.target_weights import (
+from dspark_megatron.shape import DraftShape
+from dspark_megatron.target_folder import (
     load_target_config,
     read_tensor,
     tensor_shapes,
 )
-from dspark_megatron.conversion.target_weights import shared_weights as shared_weight_names
-from dspark_megatron.shape import DraftShape
+from dspark_megatron.target_folder import shared_weights as shared_weight_names
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def export_checkpoint(
 
     checkpoint: a run, checkpoints or `iter_*` folder. shared_weights: include the target's
     embedding and LM head, which DeepSpec needs and serving engines take from the target.
-    fingerprint: how training fingerprinted the target; null skips that comparison. Raises
+    fingerprint: how training fingerprinted the target; None skips that comparison. Raises
     ConfigError before anything is written when the export could not be used; logs a warning when
     only some engines could use it.
     """
@@ -114,9 +114,7 @@ def shape_problems(shape: DraftShape) -> list[str]:
             "sort them and cannot capture the output of the last layer"
         )
     if not 0 <= shape.mask_token_id < shape.vocab_size:
-        problems.append(
-            f"mask_token_id ({shape.mask_token_id}) must be in [0, {shape.vocab_size})"
-        )
+        problems.append(f"mask_token_id ({shape.mask_token_id}) must be in [0, {shape.vocab_size})")
     return problems
 
 

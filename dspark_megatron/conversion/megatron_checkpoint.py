@@ -63,7 +63,7 @@ class CheckpointReader:
 
 def find_checkpoint(path: str | Path, iteration: int | None = None) -> Path:
     """The `iter_*` folder that is meant by a run folder, its `checkpoints/` folder or the folder
-    itself. `iteration`: null takes the newest complete one."""
+    itself. `iteration`: None takes the newest complete one."""
     path = Path(path)
     require(path.is_dir(), f"{path} is not a folder; give a run, checkpoints or iter_* folder")
     if _iteration_of(path) is not None:

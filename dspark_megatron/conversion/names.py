@@ -68,10 +68,14 @@ MARKOV = tuple(
 )
 LATENT = {
     "vanilla": (),
-    "gated": tuple(Row(f"markov_head.gate_proj.{x}", (f"markov_head.gate_proj.{x}",))
-                   for x in ("weight", "bias")),
-    "rnn": tuple(Row(f"markov_head.joint_proj.{x}", (f"markov_head.joint_proj.{x}",))
-                 for x in ("weight", "bias")),
+    "gated": tuple(
+        Row(f"markov_head.gate_proj.{x}", (f"markov_head.gate_proj.{x}",))
+        for x in ("weight", "bias")
+    ),
+    "rnn": tuple(
+        Row(f"markov_head.joint_proj.{x}", (f"markov_head.joint_proj.{x}",))
+        for x in ("weight", "bias")
+    ),
 }
 CONFIDENCE = tuple(
     Row(f"confidence_head.proj.{x}", (f"confidence_head.proj.{x}",)) for x in ("weight", "bias")
@@ -105,7 +109,7 @@ def to_megatron(
     shape: DraftShape, get: Callable[[str], Tensor], padded_vocab_size: int | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """The way back, with global shapes; the vocabulary is padded with zero rows up to
-    `padded_vocab_size` (null: not at all)."""
+    `padded_vocab_size` (None: not at all)."""
     padding = (padded_vocab_size or shape.vocab_size) - shape.vocab_size
     for row in name_table(shape):
         yield row.megatron, _join([get(name) for name in row.hugging_face], row, shape, padding)
@@ -115,8 +119,9 @@ def hugging_face_shapes(
     shape: DraftShape, shared_weights: bool = True
 ) -> dict[str, tuple[int, ...]]:
     """The exact tensors of an export and their shapes, in the order they are written."""
-    trained = {name: _shape_of(name, shape) for row in name_table(shape)
-               for name in row.hugging_face}
+    trained = {
+        name: _shape_of(name, shape) for row in name_table(shape) for name in row.hugging_face
+    }
     if not shared_weights:
         return trained
     matrix = (shape.vocab_size, shape.hidden_size)

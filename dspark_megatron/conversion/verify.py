@@ -21,14 +21,14 @@ from dspark_megatron.conversion.names import (
     raise_if_any,
     to_hugging_face,
 )
-from dspark_megatron.conversion.target_weights import (
+from dspark_megatron.shape import DraftShape
+from dspark_megatron.target_folder import (
     load_target_config,
     read_tensor,
     shared_weights,
     tensor_files,
     tensor_shapes,
 )
-from dspark_megatron.shape import DraftShape
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -92,8 +92,12 @@ def _config_problems(
     }
     problems = shape_problems(shape)
     if reader is not None:
-        if shape != reader.shape:
-            problems.append(f"config.json describes {shape}, the checkpoint {reader.shape}")
+        ours, theirs = shape.to_dict(), reader.shape.to_dict()
+        problems += [
+            f"{key} is {ours[key]} in config.json and {theirs[key]} in the checkpoint"
+            for key in ours
+            if ours[key] != theirs[key]
+        ]
         meta = {key: reader.meta[key] for key in meta}
     wanted = hugging_face_config(
         shape,

@@ -63,11 +63,14 @@ class ChatTemplate:
             raise ConfigError(f"the text is not valid Unicode: {error}") from error
         return encoded["input_ids"], encoded["offset_mapping"]
 
-    def encode(self, messages: list[dict]) -> tuple[list[int], list[bool]]:
+    def encode(
+        self, messages: list[dict], *, cut_short: bool = False
+    ) -> tuple[list[int], list[bool]]:
         """Ids of the rendered chat and whether the assistant wrote them: [s] and [s].
 
-        The end-of-turn token counts as written; white space that the template puts after it does
-        not. Raises ConfigError for a template that rewrites earlier turns.
+        The end-of-turn token counts as written, but not that of a last answer that was cut short;
+        white space that the template puts after it does not. Raises ConfigError for a template
+        that rewrites earlier turns.
         """
         if self._marks_generation:
             token_ids, mask = self._encode_marked(messages)
@@ -75,7 +78,11 @@ class ChatTemplate:
             text = self.render(messages)
             token_ids, offsets = self.tokenize(text)
             mask = _tokens_inside(offsets, self._assistant_spans(messages, text), len(text))
-        return token_ids, self._without_space_after_end_of_turn(token_ids, mask)
+        mask = self._without_space_after_end_of_turn(token_ids, mask)
+        if cut_short and any(mask):
+            last = len(mask) - 1 - mask[::-1].index(True)
+            mask[last] = token_ids[last] not in self._special_ids
+        return token_ids, mask
 
     def _encode_marked(self, messages: list[dict]) -> tuple[list[int], list[bool]]:
         try:

@@ -36,9 +36,11 @@ class ConversationEncoder:
     def encode(self, record: dict) -> Sample:
         """`{"messages": [...]}` or `{"input_ids": [...], "loss_mask": [...]}` to a Sample.
 
-        Other keys are ignored. Raises ConfigError (without the line) for a record of neither form
-        or of both, malformed parts, ids outside the vocabulary, a chat without an assistant turn,
-        and a chat template that does not tell the assistant's tokens.
+        `"finish_reason": "length"` says that the last answer was cut short, so its end-of-turn
+        token is not to be learnt. Other keys are ignored. Raises ConfigError (without the line)
+        for a record of neither form or of both, malformed parts, ids outside the vocabulary, a
+        chat without an assistant turn, and a chat template that does not tell the assistant's
+        tokens.
         """
         require(
             ("messages" in record) != ("input_ids" in record),
@@ -46,7 +48,8 @@ class ConversationEncoder:
             f"it has the keys {sorted(record)}",
         )
         if "messages" in record:
-            token_ids, mask = self._encode_chat(record["messages"])
+            cut_short = record.get("finish_reason") == "length"
+            token_ids, mask = self._encode_chat(record["messages"], cut_short)
         else:
             token_ids, mask = _checked_tokens(record)
         self._check_vocabulary(token_ids)
@@ -59,7 +62,7 @@ class ConversationEncoder:
         """Made at the first chat: a file of ids needs no template."""
         return ChatTemplate(self._tokenizer)
 
-    def _encode_chat(self, messages: object) -> tuple[list[int], list[bool]]:
+    def _encode_chat(self, messages: object, cut_short: bool) -> tuple[list[int], list[bool]]:
         messages = checked_messages(messages)
         roles = [message["role"] for message in messages]
         require(
@@ -67,7 +70,7 @@ class ConversationEncoder:
             f'no message has the role "assistant" (roles: {", ".join(roles)}), so there is '
             "nothing to learn; answer the prompts first, or remove the line",
         )
-        token_ids, mask = self._template.encode(messages)
+        token_ids, mask = self._template.encode(messages, cut_short=cut_short)
         require(
             any(mask),
             f"the chat has an assistant turn, but the chat template marks none of its "

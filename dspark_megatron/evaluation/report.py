@@ -21,9 +21,7 @@ def acceptance(pairs: Sequence[Pair], block_size: int) -> dict[str, Any]:
     rounds = [r for g in generations for r in g.rounds]
     kept = [sum(r.accepted > k for r in rounds) for k in range(block_size)]
     offered = [sum(r.proposed > k for r in rounds) for k in range(block_size)]
-    reached = [
-        sum(r.proposed > k and r.accepted >= k for r in rounds) for k in range(block_size)
-    ]
+    reached = [sum(r.proposed > k and r.accepted >= k for r in rounds) for k in range(block_size)]
     gained = sum(r.length for r in rounds)
     figures = {
         "prompts": len(pairs),
@@ -45,8 +43,18 @@ def acceptance(pairs: Sequence[Pair], block_size: int) -> dict[str, Any]:
 
 def table(rows: dict[str, dict[str, Any]], greedy: bool) -> str:
     """Figures of several prompt files, one line each."""
-    header = ["file", "prompts", "tau", "accept@0", "accept@1", "accept@2", "verify rate", "tok/s",
-              "plain tok/s", "speed-up"]
+    header = [
+        "file",
+        "prompts",
+        "tau",
+        "accept@0",
+        "accept@1",
+        "accept@2",
+        "verify rate",
+        "tok/s",
+        "plain tok/s",
+        "speed-up",
+    ]
     if greedy:
         header.append("= plain")
     lines = [header]
@@ -54,16 +62,19 @@ def table(rows: dict[str, dict[str, Any]], greedy: bool) -> str:
         rates = [*figures["accept_rate"], None, None, None][:3]
         line = [name, str(figures["prompts"])]
         line += [_show(x) for x in (figures["tau"], *rates, figures["verify_rate"])]
-        line += [_show(figures.get(key), 1) for key in ("tokens_per_second",
-                                                        "plain_tokens_per_second")]
+        line += [
+            _show(figures.get(key), 1) for key in ("tokens_per_second", "plain_tokens_per_second")
+        ]
         line.append(_show(figures.get("speedup")))
         if greedy:
             line.append(f"{figures.get('identical_to_plain', '-')}/{figures['prompts']}")
         lines.append(line)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
-        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in
-                  enumerate(zip(line, widths, strict=True)))
+        "  ".join(
+            cell.rjust(w) if i else cell.ljust(w)
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
         for line in lines
     )
 

@@ -69,8 +69,10 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     rows, heads, width = query.shape
     kv_heads = key.shape[1]
     share = heads // kv_heads
-    query = query.view(rows, kv_heads, share, width).permute(1, 2, 0, 3).reshape(
-        1, kv_heads, share * rows, width
+    query = (
+        query.view(rows, kv_heads, share, width)
+        .permute(1, 2, 0, 3)
+        .reshape(1, kv_heads, share * rows, width)
     )
     out = F.scaled_dot_product_attention(
         query,

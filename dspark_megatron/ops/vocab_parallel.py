@@ -53,9 +53,7 @@ def all_reduce_sum(tensor: Tensor, *, tp_group: dist.ProcessGroup) -> Tensor:
     return tensor
 
 
-def log_sum_exp(
-    maxima: Tensor, sums: Tensor, *, tp_group: dist.ProcessGroup
-) -> Tensor:
+def log_sum_exp(maxima: Tensor, sums: Tensor, *, tp_group: dist.ProcessGroup) -> Tensor:
     """Global log-sum-exp from each shard's row maxima and sums of exp(x - maximum).
 
     maxima, sums: [j, n] -> [j, n]. One all-gather of 2*j*n floats; none for a group of one. A

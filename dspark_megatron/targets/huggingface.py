@@ -1,22 +1,14 @@
 """Provider `huggingface`: any causal LM, split by Transformers' native tensor parallelism."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, DynamicCache, PretrainedConfig
+from transformers import AutoModel, DynamicCache
 from transformers.distributed import DistributedConfig
 
 from dspark_megatron.config import ConfigError, TargetConfig
 from dspark_megatron.targets.base import TargetStates
-
-
-def load_target_config(path: str) -> PretrainedConfig:
-    """The target's `config.json`; ConfigError when the folder has none."""
-    if not (Path(path) / "config.json").is_file():
-        raise ConfigError(f"target.path {path} must be a folder with a config.json")
-    return AutoConfig.from_pretrained(path, local_files_only=True)
 
 
 class HuggingFaceTarget:

@@ -123,8 +123,11 @@ def check_same_run(folder: Path, meta: dict[str, Any]) -> None:
     for key, value in meta.items():
         if isinstance(value, dict):
             old = saved.get(key) or {}
-            different += [f"{key}.{k}: {old.get(k)!r} there, {v!r} here" for k, v in value.items()
-                          if old.get(k) != v]
+            different += [
+                f"{key}.{k}: {old.get(k)!r} there, {v!r} here"
+                for k, v in value.items()
+                if old.get(k) != v
+            ]
         elif key in saved and saved[key] != value:
             different.append(f"{key}: {saved[key]!r} there, {value!r} here")
     if different:

@@ -293,8 +293,9 @@ def _stop_signals() -> Iterator[list[int]]:
     """Collect SIGTERM and SIGINT instead of dying, so that a step can end and be saved."""
     received: list[int] = []
     names = (signal.SIGTERM, signal.SIGINT)
-    before = {name: signal.signal(name, lambda number, _: received.append(number)) for name in
-              names}
+    before = {
+        name: signal.signal(name, lambda number, _: received.append(number)) for name in names
+    }
     try:
         yield received
     finally:

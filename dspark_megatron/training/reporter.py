@@ -11,9 +11,7 @@ from tqdm import tqdm
 class Reporter:
     """Writes each logged step once; lines past a resumed iteration are dropped first."""
 
-    def __init__(
-        self, output_dir: Path, *, iterations: int, start: int, tensorboard: bool
-    ) -> None:
+    def __init__(self, output_dir: Path, *, iterations: int, start: int, tensorboard: bool) -> None:
         self._path = output_dir / "metrics.jsonl"
         self._forget_after(start)
         self._file = self._path.open("a", encoding="utf-8")

@@ -18,8 +18,13 @@ from transformers import (
 from dspark_megatron.config import Config, ConfigError
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.shape import DraftShape, check_layout, check_special_tokens, draft_shape
-from dspark_megatron.targets.huggingface import HuggingFaceTarget, load_target_config
-from dspark_megatron.targets.weights import TargetWeights
+from dspark_megatron.target_folder import (
+    load_target_config,
+    read_rows,
+    shared_weights,
+    target_fingerprint,
+)
+from dspark_megatron.targets.huggingface import HuggingFaceTarget
 from dspark_megatron.training.runtime import Runtime
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -55,7 +60,7 @@ def draft_identity(plan: RunPlan) -> dict[str, Any]:
     """What a checkpoint must share with every use of it."""
     return {
         "shape": plan.shape.to_dict(),
-        "target_fingerprint": TargetWeights(plan.config.target.path).fingerprint(),
+        "target_fingerprint": target_fingerprint(plan.config.target.path),
     }
 
 
@@ -69,21 +74,16 @@ def build_draft(plan: RunPlan, runtime: Runtime) -> DSparkDraftModel:
         attention_group_size=plan.config.model.attention_group_size,
     )
     model.init_weights(seed=plan.config.train.seed, std=plan.config.model.initializer_range)
-    weights = TargetWeights(plan.config.target.path)
-    embedding = _vocab_rows(weights, weights.embedding_name(), model)
-    model.load_frozen_replicas(embedding, _vocab_rows(weights, _head_name(plan, weights), model))
+    model.load_frozen_replicas(*_frozen_rows(plan, model))
     return model
 
 
-def load_target_head(
-    plan: RunPlan, draft: DSparkDraftModel, target: HuggingFaceTarget
-) -> Tensor:
+def load_target_head(plan: RunPlan, draft: DSparkDraftModel, target: HuggingFaceTarget) -> Tensor:
     """This rank's [v/tp, h] rows of the target's LM head in the target's own dtype; the draft's
     replica when that is the same."""
     if draft.lm_head.weight.dtype == target.model.dtype:
         return draft.lm_head.weight
-    weights = TargetWeights(plan.config.target.path)
-    head = _vocab_rows(weights, _head_name(plan, weights), draft)
+    _, head = _frozen_rows(plan, draft)
     return head.to(device=target.device, dtype=target.model.dtype)
 
 
@@ -97,13 +97,13 @@ def stop_token_ids(plan: RunPlan) -> list[int]:
     return ids if isinstance(ids, list) else [ids]
 
 
-def _head_name(plan: RunPlan, weights: TargetWeights) -> str:
-    return weights.head_name(plan.target_config.get_text_config().tie_word_embeddings)
-
-
-def _vocab_rows(weights: TargetWeights, name: str, model: DSparkDraftModel) -> Tensor:
-    shard = model.vocab_shard
-    return weights.rows(name, shard.vocab_start_index, shard.vocab_end_index)
+def _frozen_rows(plan: RunPlan, model: DSparkDraftModel) -> list[Tensor]:
+    """This rank's rows of the target's embedding and LM head, as they are in its folder."""
+    folder, shard = plan.config.target.path, model.vocab_shard
+    return [
+        read_rows(folder, name, shard.vocab_start_index, shard.vocab_end_index)
+        for name in shared_weights(folder)
+    ]
 
 
 def build_target(plan: RunPlan, runtime: Runtime) -> HuggingFaceTarget:

@@ -1,12 +1,13 @@
-"""The target's embedding and LM head, found and read in its safetensors folder."""
+"""What is read straight from the target's folder: its config, single tensors, its fingerprint."""
 
+import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from dspark_megatron.config import ConfigError, require
 
@@ -14,17 +15,23 @@ EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
 HEADS = ("lm_head.weight",)
 
 
-def load_target_config(target_dir: str | Path) -> Any:
-    """The target's Transformers `PretrainedConfig`; only a folder will do, never a hub name."""
-    require((Path(target_dir) / "config.json").is_file(), f"{target_dir} has no config.json")
+def load_target_config(target_dir: str | Path) -> PretrainedConfig:
+    """The target's `config.json`; only a folder will do, never a hub name."""
+    require(
+        (Path(target_dir) / "config.json").is_file(),
+        f"the target's folder {target_dir} must hold a config.json",
+    )
     try:
-        return AutoConfig.from_pretrained(target_dir)
+        return AutoConfig.from_pretrained(target_dir, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"Transformers cannot read {target_dir}/config.json: {error}") from error
 
 
 def shared_weights(target_dir: str | Path) -> tuple[str, str]:
-    """Names of the token embedding and the LM head; the same name twice when they are tied."""
+    """Names of the token embedding and the LM head; the same name twice when they are tied.
+
+    As Transformers does, a head that is in the folder counts even if the config ties it.
+    """
     names = list(tensor_files(target_dir))
     embedding = _pick(names, EMBEDDINGS)
     require(
@@ -52,9 +59,13 @@ def read_tensor(folder: str | Path, name: str) -> Tensor:
 
 
 def read_rows(folder: str | Path, name: str, start: int, end: int) -> Tensor:
-    """Rows [start, end) of a tensor; nothing else of it is read."""
+    """Rows [start, end) of a matrix, and nothing else of it; rows past its end are zero (the
+    padding of a vocabulary)."""
     with safe_open(_file_of(folder, name), framework="pt") as file:
-        return file.get_slice(name)[start:end]
+        matrix = file.get_slice(name)
+        total, width = matrix.get_shape()
+        found = matrix[min(start, total) : min(end, total)]
+    return torch.cat([found, found.new_zeros(end - start - len(found), width)])
 
 
 def tensor_files(folder: str | Path) -> dict[str, Path]:
@@ -80,6 +91,21 @@ def tensor_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
         with safe_open(path, framework="pt") as file:
             shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     return shapes
+
+
+def target_fingerprint(folder: str | Path) -> str:
+    """Hex digest of every tensor's name, shape, type and first row: cheap at any size, and
+    different for another model, another type or another fine-tune of the same model."""
+    files = tensor_files(folder)
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        with safe_open(files[name], framework="pt") as file:
+            tensor = file.get_slice(name)
+            shape = tensor.get_shape()
+            first = tensor[:1] if shape else file.get_tensor(name)
+            digest.update(f"{name}{shape}{tensor.get_dtype()}".encode())
+            digest.update(first.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _file_of(folder: str | Path, name: str) -> Path:
