@@ -1,0 +1,67 @@
+"""What a run would be: resolved config, layout, parameters and memory of a rank, without weights."""
+
+import math
+
+from dspark_megatron.config import Config
+from dspark_megatron.conversion.names import hugging_face_shapes
+from dspark_megatron.shape import DraftShape, check_batch_size, padded_vocab_size
+from dspark_megatron.target_folder import tensor_shapes
+from dspark_megatron.training.setup import DTYPES, check_run
+
+REPLICATED = ("markov_head.gate_proj", "markov_head.joint_proj", "confidence_head")
+"""Trained matrices that every tensor-parallel rank holds whole; so it does all vectors."""
+
+
+def describe_run(config: Config, world_size: int) -> str:
+    """The text of `--dry-run`. Raises ConfigError exactly where the run itself would."""
+    plan = check_run(config, world_size)
+    check_batch_size(config.train, plan.dp_size)
+    tp = config.parallel.tensor_parallel
+    trained = hugging_face_shapes(plan.shape, shared_weights=False)
+    total = sum(math.prod(size) for size in trained.values())
+    lines = [
+        config.to_yaml(),
+        f"layout: {world_size} ranks = {tp} tensor-parallel x {plan.dp_size} data-parallel",
+        f"draft: {total:,} trained parameters, {_local_parameters(plan.shape, tp):,} on a rank",
+        "memory of a rank, GiB (weights and states; activations of the backbone come on top):",
+    ]
+    memory = rank_memory(config, plan.shape, plan.dp_size)
+    lines += [f"  {part:<34}{size / 2**30:9.3f}" for part, size in memory.items()]
+    lines.append(f"  {'sum':<34}{sum(memory.values()) / 2**30:9.3f}")
+    return "\n".join(lines)
+
+
+def rank_memory(config: Config, shape: DraftShape, dp_size: int) -> dict[str, int]:
+    """Bytes of a rank by part. The target's matrices count as split evenly, in its saved shapes."""
+    tp = config.parallel.tensor_parallel
+    size = DTYPES[config.train.dtype].itemsize
+    local = _local_parameters(shape, tp)
+    vocab = padded_vocab_size(shape.vocab_size, tp) // tp
+    tokens = config.train.micro_batch_size * config.data.max_length
+    features = (len(shape.target_layer_ids) + 1) * shape.hidden_size
+    target = sum(math.prod(s) for s in tensor_shapes(config.target.path).values())
+    target_size = 4 if config.target.dtype == "float32" else 2
+    shards = dp_size if config.optimizer.use_distributed_optimizer else 1
+    states = 3 if size == 2 else 2  # fp32 main weights, where the weights are not fp32 themselves
+    return {
+        "frozen target": target * target_size // tp,
+        "frozen embedding and head": 2 * vocab * shape.hidden_size * size,
+        "draft weights": local * size,
+        "draft gradients (fp32)": local * 4,
+        "optimizer state (fp32)": states * local * 4 // shards,
+        "target states of a micro-batch": tokens * features * target_size,
+        "head loss, one chunk (fp32)": 4 * config.loss.chunk_rows * vocab * 4,
+    }
+
+
+def _local_parameters(shape: DraftShape, tp: int) -> int:
+    """Trained parameters of one tensor-parallel rank, vocabulary padding included."""
+    vocab = padded_vocab_size(shape.vocab_size, tp)
+    total = 0
+    for name, size in hugging_face_shapes(shape, shared_weights=False).items():
+        count = math.prod(size)
+        if "markov_w" in name:
+            count = vocab * shape.markov_rank
+        whole = len(size) == 1 or any(part in name for part in REPLICATED)
+        total += count if whole else count // tp
+    return total
