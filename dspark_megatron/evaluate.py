@@ -30,46 +30,23 @@ def _evaluate(job: Any, config: Any) -> None:
     from dspark_megatron.config import require
     from dspark_megatron.conversion.megatron_checkpoint import find_checkpoint
     from dspark_megatron.data.prompts import load_prompts
-    from dspark_megatron.evaluation.decoding import Decoder
     from dspark_megatron.evaluation.report import table
     from dspark_megatron.evaluation.run import evaluate_prompts, write_results
-    from dspark_megatron.training.checkpointing import check_same_run, load_checkpoint
+    from dspark_megatron.training.checkpointing import check_same_run
     from dspark_megatron.training.runtime import start
-    from dspark_megatron.training.setup import (
-        build_draft,
-        build_target,
-        check_run,
-        draft_identity,
-        load_target_head,
-        stop_token_ids,
-    )
+    from dspark_megatron.training.setup import check_run, draft_identity
 
     settings = config.evaluate
     require(bool(settings.prompt_files), "evaluate.prompt_files is empty; name a JSONL file")
     plan = check_run(config, job.world_size)
-    files = {
-        path: load_prompts(path, plan.tokenizer, settings.max_prompts, settings.max_prompt_length)
-        for path in settings.prompt_files
-    }
+    limits = settings.max_prompts, settings.max_prompt_length
+    files = {path: load_prompts(path, plan.tokenizer, *limits) for path in settings.prompt_files}
     folder = None
     if not settings.untrained:
         folder = find_checkpoint(settings.checkpoint or config.train.output_dir)
         check_same_run(folder, draft_identity(plan))
     runtime = start(job, config.parallel.tensor_parallel)
-    draft = build_draft(plan, runtime).eval()
-    iteration = 0
-    if folder is not None:
-        iteration = load_checkpoint(folder, draft, optimizer=None).iteration
-    target = build_target(plan, runtime)
-    decoder = Decoder(
-        target,
-        draft,
-        load_target_head(plan, draft, target),
-        temperature=settings.temperature,
-        max_new_tokens=settings.max_new_tokens,
-        stop_token_ids=stop_token_ids(plan),
-        device=runtime.device,
-    )
+    decoder, iteration = _build_decoder(plan, runtime, folder)
     figures = evaluate_prompts(
         decoder, files, settings, dp_group=runtime.dp_group, show_progress=runtime.is_main
     )
@@ -91,6 +68,34 @@ def _evaluate(job: Any, config: Any) -> None:
         },
     )
     print(f"wrote {output}", flush=True)
+
+
+def _build_decoder(plan: Any, runtime: Any, folder: Path | None) -> tuple[Any, int]:
+    """The decoder of a checkpoint folder (null: the untrained draft) and its iteration."""
+    from dspark_megatron.evaluation.decoding import Decoder
+    from dspark_megatron.training.checkpointing import load_checkpoint
+    from dspark_megatron.training.setup import (
+        build_draft,
+        build_target,
+        load_target_head,
+        stop_token_ids,
+    )
+
+    draft = build_draft(plan, runtime).eval()
+    iteration = 0
+    if folder is not None:
+        iteration = load_checkpoint(folder, draft, optimizer=None).iteration
+    target = build_target(plan, runtime)
+    decoder = Decoder(
+        target,
+        draft,
+        load_target_head(plan, draft, target),
+        temperature=plan.config.evaluate.temperature,
+        max_new_tokens=plan.config.evaluate.max_new_tokens,
+        stop_token_ids=stop_token_ids(plan),
+        device=runtime.device,
+    )
+    return decoder, iteration
 
 
 if __name__ == "__main__":

@@ -34,16 +34,19 @@ class RankPool:
         call = (function.__module__, function.__name__, layout, arguments)
         for pipe in self._pipes[:world]:
             pipe.send(call)
-        results, failures = [], []
+        results, failures, silent = [], [], False
         for rank, pipe in enumerate(self._pipes[:world]):
-            if failures or not pipe.poll(TIMEOUT_SECONDS):
+            # After one failure the others may wait for it in a collective for ever.
+            if not pipe.poll(5 if failures else TIMEOUT_SECONDS):
+                silent = True
                 failures.append(f"rank {rank}: no answer")
-                if not pipe.poll(1):
-                    continue
+                continue
             ok, value = pipe.recv()
             (results if ok else failures).append(value if ok else f"rank {rank}:\n{value}")
         if failures:
-            self.close()
+            self._layout = None  # groups in which something failed are not used again
+            if silent:
+                self.close()
             raise AssertionError("\n".join(failures))
         return results
 

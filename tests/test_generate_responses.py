@@ -2,7 +2,8 @@
 
 import importlib.util
 import json
-import sys
+import re
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -11,10 +12,13 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from dspark_megatron.data.chat_template import ChatTemplate
+
 TOOL = Path(__file__).parents[1] / "tools" / "generate_responses.py"
 WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "sun", "moon", "sea"]
 SPECIAL = ["<|start|>", "<|end|>", "<unk>"]
 CHAT_TEMPLATE = (
+    "{% if messages[0].content == 'unspeakable' %}{{ raise_exception('no such word') }}{% endif %}"
     "{% for m in messages %}<|start|> {{ m.role }} {{ m.content }} <|end|> {% endfor %}"
     "{% if add_generation_prompt %}<|start|> assistant {% endif %}"
 )
@@ -29,7 +33,6 @@ def load_tool() -> ModuleType:
     """The tool as a module; tools/ is a folder of scripts, not a package."""
     spec = importlib.util.spec_from_file_location("generate_responses", TOOL)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up by name
     spec.loader.exec_module(module)
     return module
 
@@ -90,30 +93,47 @@ def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def run(target: Path, source: Path, output: Path, *options: str) -> Path:
+def arguments(target: Path, source: Path, output: Path, *options: str) -> list[str]:
     files = ["--target", str(target), "--input", str(source), "--output", str(output)]
-    tool.main([*files, *OPTIONS, *options])
+    return [*files, *OPTIONS, *options]
+
+
+def run(target: Path, source: Path, output: Path, *options: str) -> Path:
+    assert tool.main(arguments(target, source, output, *options)) == 0
     return output
 
 
-def forbid_model(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def refusal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Runs the tool where it must give up before it loads the model; returns its one line."""
+
     def fail(*args: object, **kwargs: object) -> None:
         raise AssertionError("the model must not be loaded")
 
-    monkeypatch.setattr(tool.AutoModelForCausalLM, "from_pretrained", fail)
+    def refused(*args: object) -> str:
+        monkeypatch.setattr(tool.AutoModelForCausalLM, "from_pretrained", fail)
+        capsys.readouterr()  # what earlier runs wrote
+        assert tool.main(arguments(*args)) == 2
+        out, error = capsys.readouterr()
+        assert (out, error[:7], error.count("\n")) == ("", "error: ", 1)
+        return error
+
+    return refused
 
 
 def kill_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the run die when it starts the batch after the first `batches`."""
-    answer_prompts, calls = tool.answer_prompts, []
+    answer, calls = tool.Answerer.answer, []
 
     def dying(*args: object) -> list:
         if len(calls) == batches:
             raise Killed
         calls.append(args)
-        return answer_prompts(*args)
+        return answer(*args)
 
-    monkeypatch.setattr(tool, "answer_prompts", dying)
+    monkeypatch.setattr(tool.Answerer, "answer", dying)
 
 
 # Answers
@@ -162,8 +182,8 @@ def test_greedy_takes_the_most_likely_token_of_the_bare_model(
     answered = read_rows(run(target, prompts, tmp_path / "out.jsonl", "--temperature", "0"))
     model = LlamaForCausalLM.from_pretrained(target).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(target)
-    tokenized = tool.tokenize_prompts(tokenizer, read_rows(prompts))
-    for row, ids in zip(answered, tokenized, strict=True):
+    asked = tool.read_prompts(prompts, ChatTemplate(tokenizer))
+    for row, (_, ids) in zip(answered, asked, strict=True):
         generated = []
         while len(generated) < 12 and generated[-1:] != [tokenizer.eos_token_id]:
             with torch.no_grad():
@@ -178,13 +198,12 @@ def test_sampling_follows_the_plain_softmax(target: Path) -> None:
     """2000 first tokens at temperature 2 against the model's own probabilities."""
     model = LlamaForCausalLM.from_pretrained(target).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(target)
-    ids = tool.tokenize_prompts(tokenizer, [prompt("sun", "moon")])[0]
+    ids = tool.make_prompt(prompt("sun", "moon"), ChatTemplate(tokenizer)).input_ids
     with torch.no_grad():
         probs = torch.softmax(model(torch.tensor([ids])).logits[0, -1] / 2, dim=-1)  # [v]
 
-    sampling = tool.Sampling(temperature=2.0, max_new_tokens=1)
-    tool.configure_sampling(model, tool.stop_token_ids(model, tokenizer), sampling)
-    answers = tool.answer_prompts(model, tokenizer, [ids] * 2000, seed=3)
+    answerer = tool.Answerer(model, tokenizer, temperature=2.0, max_new_tokens=1)
+    answers = answerer.answer([ids] * 2000, seed=3)
     for word in WORDS:
         share = sum(answer.content == word for answer in answers) / 2000
         expected = float(probs[tokenizer.convert_tokens_to_ids(word)])
@@ -226,24 +245,21 @@ def test_a_killed_run_continues_to_the_same_file(
 
 
 def test_a_partial_file_of_other_settings_is_refused(
-    target: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    target: Path, prompts: Path, tmp_path: Path, refusal: Callable[..., str]
 ) -> None:
     output = tmp_path / "out.jsonl"
     with pytest.MonkeyPatch.context() as killing, pytest.raises(Killed):
         kill_after(1, killing)
         run(target, prompts, output)
-    forbid_model(monkeypatch)
-    with pytest.raises(SystemExit, match=r"other settings \(temperature 1.0 -> 0.5\)"):
-        run(target, prompts, output, "--temperature", "0.5")
+    error = refusal(target, prompts, output, "--temperature", "0.5")
+    assert "other settings (temperature 1.0 -> 0.5)" in error
 
 
 def test_a_finished_output_is_not_overwritten(
-    target: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    target: Path, prompts: Path, tmp_path: Path, refusal: Callable[..., str]
 ) -> None:
     output = write_lines(tmp_path / "out.jsonl", ["precious"])
-    forbid_model(monkeypatch)
-    with pytest.raises(SystemExit, match="exists already"):
-        run(target, prompts, output)
+    assert "exists already" in refusal(target, prompts, output)
     assert output.read_text() == "precious\n"
 
 
@@ -253,51 +269,66 @@ def test_a_finished_output_is_not_overwritten(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"messages": [', "Expecting value"),
-        ("", "Expecting value"),
-        ('["a list"]', 'an object with a list "messages"'),
-        ('{"conversations": []}', 'an object with a list "messages"'),
-        ('{"messages": []}', "must end with a user turn"),
+        ('{"messages": [', "not valid JSON: Expecting value"),
+        ('["a list"]', "must be a JSON object"),
+        ('{"conversations": []}', '"messages" must be a list'),
+        ('{"messages": []}', "at least one message"),
         ('{"messages": [{"role": "assistant", "content": "hi"}]}', "must end with a user turn"),
-        ('{"messages": [{"role": "human", "content": "hi"}]}', 'message 0 .* "role"'),
+        ('{"messages": [{"role": "human", "content": "hi"}]}', "must end with a user turn"),
+        ('{"messages": [{"content": "hi"}]}', 'message 0 .* "role"'),
         ('{"messages": [{"role": "user", "content": null}]}', 'message 0 .* "content"'),
         ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "surrogates not allowed"),
+        (json.dumps({"id": "\ud800", **prompt("red")}), "surrogates not allowed"),
+        (json.dumps(prompt("unspeakable")), "template refuses this chat: .* no such word"),
     ],
 )
 def test_a_malformed_line_is_named_before_the_model_is_loaded(
-    target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, message: str
+    target: Path, tmp_path: Path, refusal: Callable[..., str], line: str, message: str
 ) -> None:
     good = json.dumps(prompt("red"))
-    source = write_lines(tmp_path / "prompts.jsonl", [good, good, line, good])
-    forbid_model(monkeypatch)
-    with pytest.raises(SystemExit, match=rf"prompts\.jsonl, line 3: .*{message}"):
-        run(target, source, tmp_path / "out.jsonl")
+    source = write_lines(tmp_path / "prompts.jsonl", [good, "", line, good])  # a blank one counts
+    error = refusal(target, source, tmp_path / "out.jsonl")
+    assert re.search(rf"prompts\.jsonl:3: .*{message}", error)
     assert not list(tmp_path.glob("out*"))
 
 
-def test_an_empty_or_absent_file_is_refused(target: Path, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="at least one prompt"):
-        run(target, write_lines(tmp_path / "empty.jsonl", []), tmp_path / "out.jsonl")
-    with pytest.raises(SystemExit, match="is not there"):
-        run(target, tmp_path / "absent.jsonl", tmp_path / "out.jsonl")
-
-
-@pytest.mark.parametrize("option", ["--temperature=-1", "--max-new-tokens=0", "--batch-size=0"])
-def test_an_option_out_of_range_is_refused(
-    target: Path, prompts: Path, tmp_path: Path, option: str
+def test_an_empty_or_absent_file_is_refused(
+    target: Path, tmp_path: Path, refusal: Callable[..., str]
 ) -> None:
-    with pytest.raises(SystemExit, match="must be"):
-        run(target, prompts, tmp_path / "out.jsonl", option)
+    empty = write_lines(tmp_path / "empty.jsonl", [])
+    assert "at least one prompt" in refusal(target, empty, tmp_path / "out.jsonl")
+    absent = tmp_path / "absent.jsonl"
+    assert f"cannot read {absent}" in refusal(target, absent, tmp_path / "out.jsonl")
+
+
+def test_a_folder_that_is_no_target_is_refused(
+    prompts: Path, tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    assert "must exist" in refusal(tmp_path / "absent", prompts, tmp_path / "out.jsonl")
+    (tmp_path / "empty").mkdir()
+    assert "cannot load" in refusal(tmp_path / "empty", prompts, tmp_path / "out.jsonl")
+
+
+@pytest.mark.parametrize(
+    "option", ["--temperature=-1", "--temperature=nan", "--max-new-tokens=0", "--batch-size=0"]
+)
+def test_an_option_out_of_range_is_refused(
+    target: Path, prompts: Path, tmp_path: Path, refusal: Callable[..., str], option: str
+) -> None:
+    assert "must be" in refusal(target, prompts, tmp_path / "out.jsonl", option)
 
 
 # Parts
 
 
 def test_batches_hold_each_prompt_once_the_longest_first() -> None:
-    assert tool.plan_batches([3, 9, 3, 7, 1], batch_size=2) == [[1, 3], [0, 2], [4]]
+    prompts = [tool.Prompt({}, [0] * length) for length in (3, 9, 3, 7, 1)]
+    assert tool.plan_batches(prompts, batch_size=2) == [[1, 3], [0, 2], [4]]
 
 
-def test_left_pad() -> None:
-    ids, mask = tool.left_pad([[5, 6, 7], [8]], pad_id=1)
-    assert ids.tolist() == [[5, 6, 7], [1, 1, 8]]
-    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+def test_batch_seeds_are_those_of_the_quickstart() -> None:
+    """Others would make another file of the same command."""
+    assert [tool.batch_seed(0, batch) for batch in range(2)] == [
+        4440543551817394114,
+        5337895739374401191,
+    ]

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from tiny_target import make_target, tiny_config
@@ -128,6 +129,14 @@ def wait_for(condition, process, seconds=240):
     raise AssertionError("it did not happen in time")
 
 
+def kill_tree(process):
+    """kill -9 of the launcher and all ranks (torchrun puts each in a session of its own)."""
+    launcher = psutil.Process(process.pid)
+    for one in [*launcher.children(recursive=True), launcher]:
+        one.kill()
+    process.communicate()
+
+
 def latest(output):
     tracker = Path(output, "checkpoints", "latest_checkpointed_iteration.txt")
     return int(tracker.read_text()) if tracker.exists() else 0
@@ -140,8 +149,7 @@ def test_killed_at_tp_2_and_resumed_at_tp_1(tiny_run, unbroken, tmp_path):
     )
     process = launch(config_file, 2)
     wait_for(lambda: latest(output) >= 5, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    kill_tree(process)
     killed_at = latest(output)
     assert killed_at < 20, "the run was over before it could be killed"
     code, text = finish(launch(config_file, 1, "parallel.tensor_parallel=1"))
@@ -222,7 +230,7 @@ def test_only_the_newest_checkpoints_are_kept(unbroken):
     [
         ({"model": {"block_size": 4}}, "shape.block_size: 3 there, 4 here"),
         ({"train": {"seed": 9}}, "seed: 1234 there, 9 here"),
-        ({"data": {"max_length": 20}}, "data_fingerprint"),
+        ({"data": {"max_length": 40}}, "data_fingerprint"),
     ],
 )
 def test_a_run_with_other_settings_is_not_continued(pool, tiny_run, unbroken, sections, message):
@@ -239,20 +247,20 @@ def test_another_target_is_not_continued(pool, tiny_run, unbroken, tmp_path):
 
 
 def test_an_output_directory_that_cannot_be_made(tiny_run, tmp_path):
-    from dspark_megatron.training.loop import _claim_output
+    from dspark_megatron.training.output import claim_output
 
     (tmp_path / "file").write_text("in the way")
     config = tiny_config(tiny_run, train={"output_dir": str(tmp_path / "file" / "run")})
     with pytest.raises(ConfigError, match="must be writable"):
-        _claim_output(Path(config.train.output_dir), config)
+        claim_output(Path(config.train.output_dir), config)
 
 
 def test_checkpoints_are_not_overwritten_when_resuming_is_off(tiny_run, unbroken):
-    from dspark_megatron.training.loop import _claim_output
+    from dspark_megatron.training.output import claim_output
 
     config = tiny_config(tiny_run, train={"output_dir": str(unbroken), "resume": False})
     with pytest.raises(ConfigError, match="train.resume"):
-        _claim_output(unbroken, config)
+        claim_output(unbroken, config)
 
 
 def test_bad_settings_end_all_ranks_with_one_message(tiny_run, tmp_path):
@@ -306,3 +314,93 @@ def test_a_failure_on_one_rank_ends_all_with_its_message(tmp_path):
     assert "rank 1 failed" in text and "disk on fire" in text
     assert "rank 0 failed" not in text, "only the first failure is shown"
     assert time.monotonic() - start < 100
+
+
+def test_tensorboard_has_the_scalars(unbroken):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(unbroken / "tensorboard"))
+    board.Reload()
+    losses = [event.value for event in board.Scalars("loss")]
+    assert losses == pytest.approx([row["loss"] for row in curve(unbroken)], rel=1e-6)
+    assert "accept_rate/2" in board.Tags()["scalars"]
+
+
+def megatron_logits(runtime, config):
+    """Whole draft logits and confidence of the run's last checkpoint on a fixed sample."""
+    import torch
+    from tiny_draft import make_samples
+
+    from dspark_megatron.conversion.megatron_checkpoint import find_checkpoint
+    from dspark_megatron.ops.anchors import draft_blocks
+    from dspark_megatron.ops.vocab_parallel import gather_vocab
+    from dspark_megatron.training.checkpointing import load_checkpoint
+    from dspark_megatron.training.setup import build_draft, check_run
+
+    plan = check_run(config, runtime.world_size)
+    draft = build_draft(plan, runtime)
+    load_checkpoint(find_checkpoint(config.train.output_dir), draft, optimizer=None)
+    samples = make_samples(plan.shape, lengths=(20,))
+    ids, anchors = samples.input_ids[0], torch.tensor([2, 7, 16])
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    blocks = draft_blocks(ids[None], mask[None], [anchors], plan.shape.block_size)
+    with torch.no_grad():
+        out = draft(
+            samples.taps[0],
+            torch.arange(20),
+            blocks.prev_token_ids,
+            blocks.position_ids(),
+            blocks.context_ranges(20),
+        )
+        head = draft.head_weights()
+        logits = out.hidden @ head.lm_head.t() + out.latents @ head.markov_w2.t()
+        logits = gather_vocab(logits, plan.shape.vocab_size, tp_group=runtime.tp_group)
+    return plan.shape, samples.taps[0], ids, anchors, logits, out.confidence_logits
+
+
+def test_the_export_gives_the_same_logits(pool, tiny_run, unbroken, tmp_path):
+    import torch
+    from reference import PlainDraft
+    from safetensors.torch import load_file
+
+    from dspark_megatron.conversion.export import export_checkpoint
+
+    config = tiny_config(
+        tiny_run, train={"output_dir": str(unbroken)}, parallel={"tensor_parallel": 2}
+    )
+    shape, taps, ids, anchors, logits, confidence = pool.run(
+        megatron_logits, world=2, tp=2, config=config
+    )[0]
+    export = export_checkpoint(
+        unbroken, config.target.path, tmp_path / "export", dtype=torch.float32
+    )
+    plain = PlainDraft(shape)
+    plain.load_state_dict(load_file(export / "model.safetensors"), strict=True)
+    with torch.no_grad():
+        own = plain(taps, ids, anchors)
+    torch.testing.assert_close(logits, own.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(confidence, own.confidence_logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_evaluate_command(tiny_run, unbroken, tmp_path):
+    """Two ranks share out the prompts of two files; the checkpoint was trained on one."""
+    files = []
+    for name, prompts in {"a": ["hello", "the hill"], "b": ["inn well"]}.items():
+        files.append(tmp_path / f"{name}.jsonl")
+        files[-1].write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+    settings = {
+        "prompt_files": [str(f) for f in files],
+        "max_new_tokens": 10,
+        "output": str(tmp_path / "out.json"),
+    }
+    config_file = write_config(
+        tmp_path, tiny_run, train={"output_dir": str(unbroken)}, evaluate=settings
+    )
+    code, text = finish(launch(config_file, 2, module="evaluate"))
+    assert code == 0, text
+    assert "speed-up" in text
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["iteration"] == 20
+    assert result["files"]["all"]["prompts"] == 3
+    assert result["files"][str(files[0])]["identical_to_plain"] == 2
+    assert 1 <= result["files"]["all"]["tau"] <= 4

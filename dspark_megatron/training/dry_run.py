@@ -1,4 +1,4 @@
-"""What a run would be: resolved config, layout, parameters and memory of a rank, without weights."""
+"""What a run would be: resolved config, layout, parameters and memory of a rank."""
 
 import math
 

@@ -1,18 +1,14 @@
 """The training run: start, steps, checkpoints, end."""
 
-import contextlib
 import math
-import os
-import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from dspark_megatron.config import Config, ConfigError
+from dspark_megatron.config import Config
 from dspark_megatron.conversion.megatron_checkpoint import FORMAT
 from dspark_megatron.data.collate import collate
 from dspark_megatron.data.dataset import ConversationDataset, load_samples
@@ -34,6 +30,7 @@ from dspark_megatron.training.optimizer import (
     build_scheduler,
     wrap_data_parallel,
 )
+from dspark_megatron.training.output import claim_output, write_config
 from dspark_megatron.training.reporter import Reporter
 from dspark_megatron.training.runtime import Runtime
 from dspark_megatron.training.setup import (
@@ -43,16 +40,18 @@ from dspark_megatron.training.setup import (
     draft_identity,
 )
 from dspark_megatron.training.step import GradientStep, MicroBatch
+from dspark_megatron.training.stop_signals import stop_signals
 
 
 def train(plan: RunPlan, runtime: Runtime) -> None:
     """Train until the last iteration or a stop signal; every rank calls it."""
     output_dir = Path(plan.config.train.output_dir)
     if runtime.is_main:
-        _claim_output(output_dir, plan.config)
+        claim_output(output_dir, plan.config)
     dist.barrier()
+    resume_from = _checkpoint_to_resume(plan, output_dir / "checkpoints")
     dataset = _load_data(plan, runtime)
-    Trainer(plan, runtime, dataset, output_dir).run()
+    Trainer(plan, runtime, dataset, output_dir, resume_from).run()
 
 
 class Trainer:
@@ -62,6 +61,7 @@ class Trainer:
         runtime: Runtime,
         dataset: ConversationDataset,
         output_dir: Path,
+        resume_from: Path | None,
     ) -> None:
         config = plan.config
         self.plan, self.runtime, self.dataset = plan, runtime, dataset
@@ -70,7 +70,10 @@ class Trainer:
         self.output_dir = output_dir
         self.iterations = _iterations(config, len(dataset))
         self.meta = _identity(plan, dataset)
-        resume_from = self._checkpoint_to_resume()
+        if resume_from is not None:
+            check_same_run(resume_from, self.meta)
+        if runtime.is_main:
+            write_config(output_dir, config)
         self.sampler = StepSampler(
             len(dataset),
             self.settings.seed,
@@ -90,7 +93,7 @@ class Trainer:
         if resume_from is not None:
             self.state = load_checkpoint(resume_from, self.draft, self.optimizer)
             self.scheduler.step(self.state.iteration)
-            self._say(f"continuing from {resume_from}")
+            self._say(f"continuing from {resume_from} of {self.iterations} iterations")
         self.step = GradientStep(
             config.loss,
             self.model,
@@ -104,7 +107,7 @@ class Trainer:
         """Steps until the last iteration, saving on the way, at the end and on a stop signal."""
         reporter = self._reporter()
         metrics, clock = self._new_metrics(), time.perf_counter()
-        with _stop_signals() as signals:
+        with stop_signals() as signals:
             while self.state.iteration < self.iterations:
                 grad_norm = self._train_step(metrics)
                 iteration = self.state.iteration
@@ -184,17 +187,6 @@ class Trainer:
             keep_last=self.settings.keep_last,
         )
 
-    def _checkpoint_to_resume(self) -> Path | None:
-        """The newest checkpoint of this run, checked before anything is loaded."""
-        if not self.settings.resume:
-            return None
-        iteration = latest_iteration(self.checkpoints)
-        if iteration is None:
-            return None
-        folder = iteration_folder(self.checkpoints, iteration)
-        check_same_run(folder, self.meta)
-        return folder
-
     def _check_teacher(self) -> None:
         sample = self.dataset[0].input_ids[None]
         check_teacher_logits(
@@ -229,26 +221,14 @@ class Trainer:
             print(text, flush=True)
 
 
-def _claim_output(output_dir: Path, config: Config) -> None:
-    """Make the run's folder and write the resolved config; ConfigError if that is impossible.
-
-    A folder with checkpoints that are not to be continued is refused, so nothing is overwritten.
-    """
-    checkpoints = output_dir / "checkpoints"
-    if not config.train.resume and latest_iteration(checkpoints) is not None:
-        raise ConfigError(
-            f"train.output_dir {output_dir} holds checkpoints and train.resume is false; "
-            "name another folder, or set train.resume=true"
-        )
-    try:
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        partial = output_dir / ".partial_config.yaml"
-        partial.write_text(config.to_yaml(), encoding="utf-8")
-        os.replace(partial, output_dir / "config.yaml")
-    except OSError as error:
-        raise ConfigError(
-            f"train.output_dir {output_dir} must be writable: {error.strerror}"
-        ) from error
+def _checkpoint_to_resume(plan: RunPlan, checkpoints: Path) -> Path | None:
+    """The newest checkpoint, if it is to be continued; checked before any data is read."""
+    iteration = latest_iteration(checkpoints) if plan.config.train.resume else None
+    if iteration is None:
+        return None
+    folder = iteration_folder(checkpoints, iteration)
+    check_same_run(folder, {**draft_identity(plan), "seed": plan.config.train.seed})
+    return folder
 
 
 def _load_data(plan: RunPlan, runtime: Runtime) -> ConversationDataset:
@@ -286,18 +266,3 @@ def _identity(plan: RunPlan, dataset: ConversationDataset) -> dict[str, Any]:
         "initializer_range": model.initializer_range,
         "confidence_head_alpha": plan.config.loss.confidence_head_alpha,
     }
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT instead of dying, so that a step can end and be saved."""
-    received: list[int] = []
-    names = (signal.SIGTERM, signal.SIGINT)
-    before = {
-        name: signal.signal(name, lambda number, _: received.append(number)) for name in names
-    }
-    try:
-        yield received
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)

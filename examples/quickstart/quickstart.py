@@ -22,9 +22,11 @@ def run(*command: str) -> float:
     """Run a command from the repository's root, shown; returns its seconds."""
     print(f"\n$ {' '.join(command)}", flush=True)
     start = time.monotonic()
-    program = [sys.executable, "-m", "torch.distributed.run"] if command[0] == "torchrun" else [
-        sys.executable
-    ]
+    program = (
+        [sys.executable, "-m", "torch.distributed.run"]
+        if command[0] == "torchrun"
+        else [sys.executable]
+    )
     # One thread a rank; torchrun would set the same, with a warning on each start.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run([*program, *command[1:]], cwd=ROOT, env=environment)
@@ -64,18 +66,29 @@ def closing_table(results: dict[str, dict], seconds: dict[str, float]) -> str:
 
 def main() -> None:
     seconds, results = {}, {}
-    seconds["target"] = run("python", "examples/quickstart/prepare_target.py", "--output",
-                            str(TARGET))
+    seconds["target"] = run(
+        "python", "examples/quickstart/prepare_target.py", "--output", str(TARGET)
+    )
     start = time.monotonic()
     results["untrained"] = evaluate(
         "untrained", "evaluate.untrained=true", "evaluate.compare_plain=false"
     )
-    seconds["training"] = run("torchrun", "--nproc-per-node", "3", "-m", "dspark_megatron.train",
-                              "--config", CONFIG)
+    seconds["training"] = run(
+        "torchrun", "--nproc-per-node", "3", "-m", "dspark_megatron.train", "--config", CONFIG
+    )
     results["trained"] = evaluate("trained")
     seconds["evaluation"] = time.monotonic() - start - seconds["training"]
-    seconds["export"] = run("python", "tools/convert_checkpoint.py", "export", "--checkpoint",
-                            str(RUN), "--target", str(TARGET), "--output", str(RUN / "export"))
+    seconds["export"] = run(
+        "python",
+        "tools/convert_checkpoint.py",
+        "export",
+        "--checkpoint",
+        str(RUN),
+        "--target",
+        str(TARGET),
+        "--output",
+        str(RUN / "export"),
+    )
     text = json.dumps(results, indent=2) + "\n"
     (ROOT / RUN / "evaluation.json").write_text(text, encoding="utf-8")
     print(f"\n{closing_table(results, seconds)}")

@@ -1,0 +1,36 @@
+"""The folder of a run, claimed before any long work."""
+
+import os
+from pathlib import Path
+
+from dspark_megatron.config import Config, ConfigError
+from dspark_megatron.training.checkpointing import latest_iteration
+
+
+def claim_output(output_dir: Path, config: Config) -> None:
+    """Make the run's folder; ConfigError if that is impossible.
+
+    A folder with checkpoints that are not to be continued is refused, so nothing is overwritten.
+    """
+    checkpoints = output_dir / "checkpoints"
+    if not config.train.resume and latest_iteration(checkpoints) is not None:
+        raise ConfigError(
+            f"train.output_dir {output_dir} holds checkpoints and train.resume is false; "
+            "name another folder, or set train.resume=true"
+        )
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        probe = checkpoints / ".partial_probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"train.output_dir {output_dir} must be writable: {error.strerror}"
+        ) from error
+
+
+def write_config(output_dir: Path, config: Config) -> None:
+    """Write the resolved config, once the run is sure to be this one."""
+    partial = output_dir / ".partial_config.yaml"
+    partial.write_text(config.to_yaml(), encoding="utf-8")
+    os.replace(partial, output_dir / "config.yaml")
