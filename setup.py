@@ -30,7 +30,7 @@ setup(
     ],
     extras_require={
         "transformer-engine": ["transformer-engine[pytorch]"],
-        "quickstart": ["gguf", "accelerate", "sentencepiece"],  # reading the GGUF target
+        "quickstart": ["gguf", "accelerate"],  # reading the GGUF target
         "dev": ["pytest", "ruff"],
     },
 )
