@@ -5,6 +5,7 @@ The torchrun environment is read here and nowhere else.
 
 import contextlib
 import datetime
+import logging
 import os
 import sys
 import threading
@@ -72,8 +73,7 @@ def launch() -> Iterator[Launch]:
     A failing rank leaves its message in the store. Ranks that wait in a collective cannot raise,
     so a thread on each rank looks for the message and ends the process.
     """
-    # Megatron-Core tells every rank what is not installed and what it deprecates of its own.
-    warnings.filterwarnings("ignore", module=r"megatron\.")
+    _quiet_megatron()
     cpu_support.install()
     job = Launch.from_environment()
     done = threading.Event()
@@ -91,6 +91,14 @@ def launch() -> Iterator[Launch]:
         done.set()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _quiet_megatron() -> None:
+    """Megatron-Core tells every rank what is not installed, what it deprecates of its own, and
+    which deprecated collectives of PyTorch it calls; none of it is for the user to act on."""
+    for module in (r"megatron\.", r"torch\.distributed\.c10d_logger"):
+        warnings.filterwarnings("ignore", module=module)
+    logging.getLogger("megatron").setLevel(logging.ERROR)
 
 
 def _fail(job: Launch, message: str) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import (
     AutoTokenizer,
@@ -108,6 +109,8 @@ def _frozen_rows(plan: RunPlan, model: DSparkDraftModel) -> list[Tensor]:
 
 def build_target(plan: RunPlan, runtime: Runtime) -> HuggingFaceTarget:
     """The frozen target, this rank's tensor-parallel slice of it."""
+    if not runtime.is_main:
+        transformers.utils.logging.disable_progress_bar()
     return HuggingFaceTarget(
         plan.config.target,
         plan.shape.target_layer_ids,
