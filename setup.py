@@ -22,7 +22,6 @@ setup(
         "safetensors>=0.5",
         "pyyaml",
         "tensorboard",
-        "matplotlib",
         "tqdm",
         "jinja2",  # chat templates
         "psutil",  # megatron-core's distributed checkpoints import it

@@ -103,6 +103,9 @@ class ModelConfig:
             "or model.confidence_head_with_markov=false",
         )
         _positive("model.initializer_range", self.initializer_range)
+        for name in ("ffn_hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
+            if getattr(self, name) is not None:
+                _positive(f"model.{name}", getattr(self, name))
 
 
 @dataclass(kw_only=True)
@@ -190,6 +193,7 @@ class OptimizerConfig:
 
     def validate(self) -> None:
         _positive("optimizer.lr", self.lr)
+        _positive("optimizer.adam_eps", self.adam_eps)
         for name in ("min_lr_ratio", "warmup_ratio"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"optimizer.{name} ({value}) must be in [0, 1]")

@@ -27,6 +27,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _evaluate(job: Any, config: Any) -> None:
+    import torch
+
     from dspark_megatron.config import require
     from dspark_megatron.conversion.megatron_checkpoint import find_checkpoint
     from dspark_megatron.data.prompts import load_prompts
@@ -46,7 +48,8 @@ def _evaluate(job: Any, config: Any) -> None:
         folder = find_checkpoint(settings.checkpoint or config.train.output_dir)
         check_same_run(folder, draft_identity(plan))
     runtime = start(job, config.parallel.tensor_parallel)
-    decoder, iteration = _build_decoder(plan, runtime, folder)
+    first_prompt = torch.tensor([files[settings.prompt_files[0]][0].input_ids])
+    decoder, iteration = _build_decoder(plan, runtime, folder, first_prompt)
     figures = evaluate_prompts(
         decoder, files, settings, dp_group=runtime.dp_group, show_progress=runtime.is_main
     )
@@ -70,15 +73,19 @@ def _evaluate(job: Any, config: Any) -> None:
     print(f"wrote {output}", flush=True)
 
 
-def _build_decoder(plan: Any, runtime: Any, folder: Path | None) -> tuple[Any, int]:
-    """The decoder of a checkpoint folder (null: the untrained draft) and its iteration."""
+def _build_decoder(
+    plan: Any, runtime: Any, folder: Path | None, first_prompt: Any
+) -> tuple[Any, int]:
+    """The decoder of a checkpoint folder (null: the untrained draft) and its iteration.
+    first_prompt [1, s]: token ids to check the teacher logits on."""
     from dspark_megatron.evaluation.decoding import Decoder
+    from dspark_megatron.target_folder import stop_token_ids
+    from dspark_megatron.targets.teacher_check import check_teacher_logits
     from dspark_megatron.training.checkpointing import load_checkpoint
     from dspark_megatron.training.setup import (
         build_draft,
         build_target,
         load_target_head,
-        stop_token_ids,
     )
 
     draft = build_draft(plan, runtime).eval()
@@ -86,13 +93,18 @@ def _build_decoder(plan: Any, runtime: Any, folder: Path | None) -> tuple[Any, i
     if folder is not None:
         iteration = load_checkpoint(folder, draft, optimizer=None).iteration
     target = build_target(plan, runtime)
+    target_head = load_target_head(plan, draft, target)
+    if plan.config.target.check_teacher_logits:
+        check_teacher_logits(
+            target, plan.config.target.path, target_head, draft.vocab_shard, first_prompt
+        )
     decoder = Decoder(
         target,
         draft,
-        load_target_head(plan, draft, target),
+        target_head,
         temperature=plan.config.evaluate.temperature,
         max_new_tokens=plan.config.evaluate.max_new_tokens,
-        stop_token_ids=stop_token_ids(plan),
+        stop_token_ids=stop_token_ids(plan.config.target.path, plan.tokenizer),
         device=runtime.device,
     )
     return decoder, iteration

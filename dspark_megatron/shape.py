@@ -75,9 +75,9 @@ def draft_shape(model: ModelConfig, target_config: Any) -> DraftShape:
     )
 
 
-def check_layout(config: Config, shape: DraftShape, world_size: int) -> int:
-    """Check the tensor-parallel splits; returns the data-parallel size."""
-    tp = config.parallel.tensor_parallel
+def check_layout(config: Config, shape: DraftShape, target_config: Any, world_size: int) -> int:
+    """Check the tensor-parallel splits of draft and target; returns the data-parallel size."""
+    tp, text = config.parallel.tensor_parallel, target_config.get_text_config()
     require(
         world_size % tp == 0,
         f"world size ({world_size}) must be divisible by parallel.tensor_parallel ({tp}); "
@@ -88,6 +88,9 @@ def check_layout(config: Config, shape: DraftShape, world_size: int) -> int:
         "key/value heads": shape.num_key_value_heads,
         "ffn_hidden_size": shape.ffn_hidden_size,
         "hidden_size": shape.hidden_size,
+        "the target's query heads": text.num_attention_heads,
+        "the target's key/value heads": getattr(text, "num_key_value_heads", None)
+        or text.num_attention_heads,
     }
     bad = {name: size for name, size in splits.items() if size % tp}
     if bad:

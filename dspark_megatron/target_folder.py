@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from dspark_megatron.config import ConfigError, require
 
@@ -25,6 +25,23 @@ def load_target_config(target_dir: str | Path) -> PretrainedConfig:
         return AutoConfig.from_pretrained(target_dir, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"Transformers cannot read {target_dir}/config.json: {error}") from error
+
+
+def stop_token_ids(target_dir: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end an answer, ascending: those of the target's generation config (or its
+    config) and the tokenizer's eos. A chat model's end of turn is often known only to the former,
+    while its tokenizer names the end of a document."""
+    if (Path(target_dir) / "generation_config.json").is_file():
+        own = GenerationConfig.from_pretrained(target_dir, local_files_only=True).eos_token_id
+    else:
+        own = load_target_config(target_dir).get_text_config().eos_token_id
+    stops = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
+    require(
+        bool(stops),
+        f"the target {target_dir} must name a token that ends an answer; set eos_token_id in its "
+        "generation_config.json",
+    )
+    return sorted(stops)
 
 
 def shared_weights(target_dir: str | Path) -> tuple[str, str]:

@@ -71,9 +71,9 @@ class RankPool:
 def _serve(rank: int, port: int, pipe: Any) -> None:
     import torch
 
-    from dspark_megatron.training import cpu_support
+    from dspark_megatron.training.runtime import prepare_megatron
 
-    cpu_support.install()
+    prepare_megatron()
     torch.set_num_threads(1)
     store = dist.TCPStore("localhost", port, None, False)
     current, runtime = None, None

@@ -146,13 +146,13 @@ def test_heads_must_divide_by_the_tensor_parallel_size(tiny_run, target_config):
     config = tiny_config(tiny_run, parallel={"tensor_parallel": 8})
     shape = draft_shape(config.model, target_config)
     with pytest.raises(ConfigError) as error:
-        check_layout(config, shape, 8)
+        check_layout(config, shape, target_config, 8)
     assert "key/value heads (4) must be divisible by parallel.tensor_parallel (8)" in str(
         error.value
     )
     assert "[1, 2, 4]" in str(error.value)
     with pytest.raises(ConfigError, match="launch a multiple of 8"):
-        check_layout(config, shape, 4)
+        check_layout(config, shape, target_config, 4)
 
 
 def test_batches_must_split_evenly(tiny_run):

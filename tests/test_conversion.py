@@ -272,7 +272,12 @@ def test_an_earlier_export_is_replaced_and_nothing_else_is(tmp_path, target, run
     out = export_checkpoint(run, target, tmp_path / "out", max_shard_size="2KB")
     export_checkpoint(run, target, out)
     assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.safetensors"]
-    for taken in (target, run):
+    foreign = export_checkpoint(run, target, tmp_path / "foreign")
+    config = json.loads((foreign / "config.json").read_text())
+    (foreign / "config.json").write_text(json.dumps({**config, "transformers_version": "5"}))
+    noted = export_checkpoint(run, target, tmp_path / "noted")
+    (noted / "README.md").write_text("mine")
+    for taken in (target, run, foreign, noted):
         before = sorted(taken.rglob("*"))
         with pytest.raises(ConfigError, match="not an earlier export"):
             export_checkpoint(run, target, taken)

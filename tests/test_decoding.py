@@ -17,12 +17,12 @@ PROMPTS = ["hello", "the hill in the", "then all bells", "inn well"]
 def decode(runtime, config, prompts, seeds=(0,)):
     """Token ids by plain and by speculative decoding, and the rounds."""
     from dspark_megatron.evaluation.decoding import Decoder
+    from dspark_megatron.target_folder import stop_token_ids
     from dspark_megatron.training.setup import (
         build_draft,
         build_target,
         check_run,
         load_target_head,
-        stop_token_ids,
     )
 
     plan = check_run(config, runtime.world_size)
@@ -33,7 +33,7 @@ def decode(runtime, config, prompts, seeds=(0,)):
         load_target_head(plan, draft, target),
         temperature=config.evaluate.temperature,
         max_new_tokens=config.evaluate.max_new_tokens,
-        stop_token_ids=stop_token_ids(plan),
+        stop_token_ids=stop_token_ids(config.target.path, plan.tokenizer),
         device=runtime.device,
     )
     out = []

@@ -5,6 +5,7 @@ import torch
 from tiny_target import VOCAB_SIZE, make_target, tiny_config
 
 from dspark_megatron.config import ConfigError
+from dspark_megatron.ops.vocab_parallel import VocabShard
 from dspark_megatron.target_folder import read_rows, shared_weights, target_fingerprint
 
 IDS = torch.arange(30).view(2, 15) + 40
@@ -18,15 +19,15 @@ def tapped(runtime, config):
     plan = check_run(config, runtime.world_size)
     target, draft = build_target(plan, runtime), build_draft(plan, runtime)
     states = target.states(IDS)
-    check_teacher_logits(
-        target, draft.lm_head.weight, IDS, plan.shape.vocab_size, tp_group=runtime.tp_group
-    )
+    check_teacher_logits(target, config.target.path, draft.lm_head.weight, draft.vocab_shard, IDS)
     cache = target.new_cache()
-    first = target.extend(IDS[:1, :6], cache)
-    target.extend(IDS[1:, :3], cache)
-    target.forget(cache, 3)
-    second = target.extend(IDS[:1, 6:], cache)
-    cached = torch.cat([first.taps, second.taps], dim=1)
+    cached = []
+    for start, end in ((0, 8), (8, 11), (11, 15)):
+        cached.append(target.extend(IDS[:1, start:end], cache).taps)
+        target.forget(cache, 0)
+        target.extend(IDS[1:, :3], cache)  # a draft that is rejected
+        target.forget(cache, 3)
+    cached = torch.cat(cached, dim=1)
     elements = sum(
         (p.to_local() if hasattr(p, "to_local") else p).numel() for p in target.model.parameters()
     )
@@ -56,52 +57,85 @@ def test_taps_are_the_whole_targets(pool, tiny_run, tmp_path, world, tp, family,
     assert not rows[VOCAB_SIZE:].any()
 
 
-def test_a_target_whose_logits_are_scaled_is_refused(pool, tiny_run, tmp_path):
-    """Cohere multiplies its logits: training on lm_head(last_hidden) would be wrong."""
-    from transformers import CohereConfig, CohereForCausalLM
+def other_family(folder, model):
+    """Save a model of another family with the tiny tokenizer; returns its folder."""
+    from tiny import tiny_tokenizer
 
-    plain = make_target(tmp_path / "tokenizer")
-    config = CohereConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        logit_scale=0.25,
-        initializer_range=0.2,
-        pad_token_id=None,
-        bos_token_id=0,
-        eos_token_id=1,
-        max_position_embeddings=256,
+    model.save_pretrained(folder)
+    tiny_tokenizer(VOCAB_SIZE).save_pretrained(folder)
+    return folder
+
+
+SIZES = dict(
+    vocab_size=VOCAB_SIZE,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    initializer_range=0.2,
+    max_position_embeddings=256,
+    pad_token_id=None,
+    bos_token_id=0,
+    eos_token_id=1,
+)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("trap", ["logit scale", "bias in the head", "soft cap"])
+def test_targets_whose_logits_are_not_the_plain_head(pool, tiny_run, tmp_path, trap, tp):
+    import transformers as t
+
+    attention = "eager" if trap == "soft cap" else "sdpa"  # Gemma 2 has no other
+    if trap == "logit scale":
+        model = t.CohereForCausalLM(t.CohereConfig(**SIZES, logit_scale=0.25))
+    elif trap == "soft cap":
+        config = t.Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=3.0, sliding_window=64)
+        model = t.Gemma2ForCausalLM(config)
+    else:
+        model = t.PhiForCausalLM(t.PhiConfig(**SIZES))
+        torch.nn.init.normal_(model.lm_head.bias)
+    path = other_family(tmp_path / "target", model)
+    config = tiny_config(
+        tiny_run,
+        target={"path": str(path), "attention": attention},
+        parallel={"tensor_parallel": tp},
     )
-    path = tmp_path / "cohere"
-    CohereForCausalLM(config).save_pretrained(path)
-    for file in plain.glob("*token*"):
-        (path / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(AssertionError, match="logit scale"):
-        pool.run(tapped, world=1, tp=1, config=tiny_config(tiny_run, target={"path": str(path)}))
+    with pytest.raises(AssertionError, match="own logits are not"):
+        pool.run(tapped, world=tp, tp=tp, config=config)
 
 
-def test_a_wrong_head_is_found(pool, tiny_run):
-    with pytest.raises(AssertionError, match="differ by"):
-        pool.run(check_wrong_head, world=1, tp=1, config=tiny_config(tiny_run))
+@pytest.mark.parametrize("mistake", ["rows of another rank", "no final norm"])
+def test_mistakes_of_our_own_are_found(pool, tiny_run, mistake):
+    with pytest.raises(AssertionError, match="own logits are not"):
+        pool.run(make_a_mistake, world=1, tp=1, config=tiny_config(tiny_run), mistake=mistake)
 
 
-def check_wrong_head(runtime, config):
+def make_a_mistake(runtime, config, mistake):
     from dspark_megatron.targets.teacher_check import check_teacher_logits
     from dspark_megatron.training.setup import build_target, check_run
 
     plan = check_run(config, runtime.world_size)
     target = build_target(plan, runtime)
-    norm = target.model.norm
-    target.model.norm = torch.nn.Sequential(norm, norm)  # a final norm applied twice
-    states = target.states(IDS)
-    target.model.norm = norm
-    target.states = lambda _: states
     _, name = shared_weights(config.target.path)
     head = read_rows(config.target.path, name, 0, VOCAB_SIZE)
-    check_teacher_logits(target, head, IDS, VOCAB_SIZE, tp_group=runtime.tp_group)
+    if mistake == "rows of another rank":
+        head = head.roll(10, 0)
+    else:
+        target.model.norm = torch.nn.Identity()
+    shard = VocabShard(0, VOCAB_SIZE, VOCAB_SIZE)
+    check_teacher_logits(target, config.target.path, head, shard, IDS)
+
+
+def test_a_sliding_window_takes_rejected_drafts_back(pool, tiny_run, tmp_path):
+    """Beyond the window the cache must still return to where it was."""
+    import transformers as t
+
+    model = t.MistralForCausalLM(t.MistralConfig(**SIZES, head_dim=8, sliding_window=5))
+    path = other_family(tmp_path / "target", model)
+    config = tiny_config(tiny_run, target={"path": str(path)})
+    taps, _, cached, _, _ = pool.run(tapped, world=1, tp=1, config=config)[0]
+    torch.testing.assert_close(cached, taps[:1], rtol=1e-4, atol=1e-5)
 
 
 def test_fingerprints_tell_targets_apart(tmp_path):

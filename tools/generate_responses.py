@@ -36,6 +36,7 @@ from dspark_megatron.config import ConfigError, require
 from dspark_megatron.data.chat_template import ChatTemplate
 from dspark_megatron.data.conversation import checked_messages
 from dspark_megatron.data.jsonl import errors_at, read_jsonl
+from dspark_megatron.target_folder import stop_token_ids
 
 
 class Prompt(NamedTuple):
@@ -98,7 +99,7 @@ class Answerer:
         max_new_tokens: int,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.stops = stop_token_ids(model, tokenizer)
+        self.stops = stop_token_ids(model.name_or_path, tokenizer)
         choice = {"do_sample": False}
         if temperature > 0:
             choice = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
@@ -132,19 +133,6 @@ class Answerer:
             return Answer(content, "stop", end)
         # The cut may fall inside a character of several tokens; its first bytes decode to U+FFFD.
         return Answer(content.rstrip("\ufffd"), "length", len(generated))
-
-
-def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """All ids that end an answer. A chat model's end of turn is often known only to its generation
-    config, while its tokenizer names the end of a document."""
-    known = model.generation_config.eos_token_id
-    stops = {*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id} - {None}
-    require(
-        bool(stops),
-        "the target must name a token that ends an answer; set eos_token_id in its "
-        "generation_config.json",
-    )
-    return sorted(stops)
 
 
 def batch_seed(seed: int, batch: int) -> int:

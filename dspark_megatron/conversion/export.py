@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dspark_megatron.config import require
-from dspark_megatron.conversion.hf_config import ARCHITECTURE, hugging_face_config
+from dspark_megatron.config import ConfigError, require
+from dspark_megatron.conversion.hf_config import hugging_face_config
 from dspark_megatron.conversion.megatron_checkpoint import CheckpointReader, find_checkpoint
 from dspark_megatron.conversion.names import (
     EMBEDDING,
@@ -67,9 +67,6 @@ def export_checkpoint(
     check_megatron_tensors(reader.shape, reader.names(), str(reader.path))
     _check_fingerprint(reader, target_dir, fingerprint)
     shared = _shared_names(reader.shape, target_dir) if shared_weights else {}
-    _check_output(output_dir)
-    for warning in export_warnings(reader.shape, output_dir):
-        logger.warning(warning)
     config = hugging_face_config(
         reader.shape,
         num_anchors=reader.meta["num_anchors"],
@@ -78,9 +75,12 @@ def export_checkpoint(
         target_config=target_config,
         dtype=dtype,
     )
-    partial = output_dir.with_name(f"{output_dir.name}.partial")
+    _check_output(output_dir, config)
+    for warning in export_warnings(reader.shape, output_dir):
+        logger.warning(warning)
+    partial = _partial(output_dir)
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial.mkdir()
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     sizes = {
         name: math.prod(size) * dtype.itemsize
@@ -177,18 +177,35 @@ def _shared_names(shape: DraftShape, target_dir: Path) -> dict[str, str]:
     return names
 
 
-def _check_output(output_dir: Path) -> None:
-    if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
-        return
+def _check_output(output_dir: Path, config: dict[str, Any]) -> None:
+    """Only a folder that holds nothing but an earlier export of ours may be replaced: our files,
+    and a config with our keys (DeepSpec's own folders have others)."""
     try:
-        config = json.loads((output_dir / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        config = {}
+        output_dir.parent.mkdir(parents=True, exist_ok=True)
+        names = {path.name for path in output_dir.iterdir()} if output_dir.exists() else set()
+        probe = output_dir.with_name(f"{output_dir.name}.probe")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"cannot write to {output_dir}: {error.strerror}") from error
+    ours = {path.name for path in output_dir.glob("model*.safetensors")}
+    foreign = names - ours - {"config.json", "model.safetensors.index.json"}
     require(
-        ARCHITECTURE in (config.get("architectures") or []),
-        f"{output_dir} exists and is not an earlier export ({ARCHITECTURE}); "
-        "delete it or choose another output",
+        not names or (not foreign and _keys(output_dir) == config.keys()),
+        f"{output_dir} exists and is not an earlier export and nothing else (other files: "
+        f"{', '.join(sorted(foreign)) or 'none'}); delete it or choose another output",
     )
+
+
+def _keys(output_dir: Path) -> set[str]:
+    try:
+        return set(json.loads((output_dir / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return set()
+
+
+def _partial(output_dir: Path) -> Path:
+    return output_dir.with_name(f"{output_dir.name}.partial")
 
 
 def _put_in_place(partial: Path, output_dir: Path) -> None:

@@ -19,6 +19,7 @@ from dspark_megatron.config import ConfigError, require
 from dspark_megatron.shape import DraftShape
 
 FORMAT = 1
+META = "dspark.json"
 TRACKER = "latest_checkpointed_iteration.txt"
 OPTIMIZER_PREFIX = "optimizer."
 
@@ -28,7 +29,7 @@ class CheckpointReader:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.meta = _read_meta(self.path)
+        self.meta = read_meta(self.path)
         self.shape = DraftShape.from_dict(self.meta["shape"])
         require(
             (self.path / ".metadata").is_file(),
@@ -76,7 +77,12 @@ def find_checkpoint(path: str | Path, iteration: int | None = None) -> Path:
     there = {_iteration_of(p): p for p in folder.iterdir() if _iteration_of(p) is not None}
     listing = ", ".join(there[i].name for i in sorted(there)) or "none"
     if iteration is None:
-        iteration = _latest(folder, listing)
+        iteration = latest_iteration(folder)
+    require(
+        iteration is not None,
+        f"{folder} has no {TRACKER}, so its newest checkpoint is unknown; iter_* folders there: "
+        f"{listing}; name an iteration, or a run or checkpoints folder",
+    )
     require(
         iteration in there,
         f"{folder} has no checkpoint of iteration {iteration}; there: {listing}",
@@ -89,20 +95,28 @@ def _iteration_of(path: Path) -> int | None:
     return int(match[1]) if match and path.is_dir() else None
 
 
-def _latest(folder: Path, listing: str) -> int:
-    tracker = folder / TRACKER
-    require(
-        tracker.is_file(),
-        f"{folder} has no {TRACKER}, so its newest checkpoint is unknown; iter_* folders there: "
-        f"{listing}; name an iteration, or a run or checkpoints folder",
-    )
+def latest_iteration(checkpoints: Path) -> int | None:
+    """The newest complete checkpoint of a checkpoints folder, or None when it has no tracker file.
+    ConfigError when the tracker names none that is there."""
+    tracker = checkpoints / TRACKER
+    if not tracker.is_file():
+        return None
     text = tracker.read_text(encoding="utf-8").strip()
-    require(text.isdecimal(), f"{tracker} must hold an iteration, holds {text!r}; name one")
+    require(
+        text.isdecimal() and iteration_folder(checkpoints, int(text)).is_dir(),
+        f"{tracker} names iteration {text!r}, but there is no such checkpoint in {checkpoints}; "
+        "write the number of one that is there into it",
+    )
     return int(text)
 
 
-def _read_meta(path: Path) -> dict[str, Any]:
-    file = path / "dspark.json"
+def iteration_folder(checkpoints: Path, iteration: int) -> Path:
+    return checkpoints / f"iter_{iteration:07d}"
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """What `dspark.json` says of a checkpoint folder; ConfigError if it is not whole."""
+    file = path / META
     require(
         file.is_file(),
         f"{path} has no dspark.json: it is not a complete checkpoint of dspark-megatron; "

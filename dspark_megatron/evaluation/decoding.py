@@ -68,6 +68,7 @@ class Decoder:
         generator = self._generator(seed)
         drafter, cache = Drafter(self.draft), self.target.new_cache()
         states = self.target.extend(self._row(prompt), cache)
+        self.target.forget(cache, 0)
         drafter.extend(states.taps[0])
         token = self._draw(self._target_probs(states.last_hidden[0, -1:]), generator)
         result = Generation([int(token)])
@@ -95,11 +96,13 @@ class Decoder:
         generator = self._generator(seed)
         cache = self.target.new_cache()
         states = self.target.extend(self._row(prompt), cache)
+        self.target.forget(cache, 0)
         token = self._draw(self._target_probs(states.last_hidden[0, -1:]), generator)
         result = Generation([int(token)])
         start = time.perf_counter()
         while not self._finished(result):
             states = self.target.extend(self._row(result.token_ids[-1:]), cache)
+            self.target.forget(cache, 0)
             token = self._draw(self._target_probs(states.last_hidden[0, -1:]), generator)
             result.token_ids.append(int(token))
         result.seconds = time.perf_counter() - start

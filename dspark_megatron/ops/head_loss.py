@@ -108,6 +108,7 @@ class _HeadLoss(torch.autograd.Function):
             ce[part], l1[part], grad = _chunk(
                 logits, teacher, labels[part], weights[part], shard, alphas, tp_group
             )
+            del logits, teacher
             grad = grad.to(hidden.dtype)
             grad_hidden[part] = grad @ lm_head
             if latent is not None:
@@ -130,36 +131,47 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _chunk(logits, teacher, labels, weights, shard, alphas, tp_group):
-    """CE and L1 of a chunk and the weighted gradient of its draft logits, [c], [c], [c, v/tp]."""
-    draft = shard.mask_padding_(logits.float())
-    both = [draft] if teacher is None else [draft, shard.mask_padding_(teacher.float())]
+    """CE and L1 of a chunk and the weighted gradient of its draft logits, [c], [c], [c, v/tp].
+
+    Works in place on logits and teacher, which the caller gives away: three [c, v/tp] tensors of
+    fp32 at most, two without a teacher.
+    """
+    both = [logits.float()] if teacher is None else [logits.float(), teacher.float()]
+    del logits, teacher
+    for x in both:
+        shard.mask_padding_(x)
+    local, mine = shard.local_ids(labels)
+    terms = [torch.where(mine, both[0].gather(1, local[:, None]).squeeze(1), 0)]
     maxima = torch.stack([x.amax(dim=-1) for x in both])
     # A shard of nothing but padding has only -inf; any finite shift gives its sum of 0.
     shifts = maxima.clamp(min=torch.finfo(torch.float32).min)
-    probs = [(x - shift[:, None]).exp_() for x, shift in zip(both, shifts, strict=True)]
-    sums = torch.stack([x.sum(dim=-1) for x in probs])
+    for x, shift in zip(both, shifts, strict=True):
+        x.sub_(shift[:, None]).exp_()
+    sums = torch.stack([x.sum(dim=-1) for x in both])
     lse = log_sum_exp(maxima, sums, tp_group=tp_group)
-    local, mine = shard.local_ids(labels)
-    picked = draft.gather(1, local[:, None]).squeeze(1)
-    terms = [torch.where(mine, picked, 0)]
-    for x, shift, total in zip(probs, shifts, lse, strict=True):
+    for x, shift, total in zip(both, shifts, lse, strict=True):
         x *= (shift - total).exp()[:, None]
-    p = probs[0]
-    if teacher is not None:
-        difference = p - probs[1]
-        terms.append(difference.abs().sum(dim=-1))
-        sign = difference.sign_()
-        terms.append((p * sign).sum(dim=-1))
+    p = both[0]
+    if len(both) == 2:
+        difference = both[1].neg_().add_(p)
+        sign = difference.sign()
+        terms += [_row_dot(difference, sign), _row_dot(p, sign)]
     terms = all_reduce_sum(torch.stack(terms), tp_group=tp_group)
     ce = lse[0] - terms[0]
-    l1 = terms[1] if teacher is not None else torch.zeros_like(ce)
+    l1 = terms[1] if len(both) == 2 else torch.zeros_like(ce)
     ce_weight, l1_weight = weights * alphas[0], weights * alphas[1]
-    factor = ce_weight[:, None]
     if alphas[1] > 0:
-        factor = factor + l1_weight[:, None] * (sign - terms[2][:, None])
-    grad = p * factor
+        factor = sign.sub_(terms[2][:, None]).mul_(l1_weight[:, None]).add_(ce_weight[:, None])
+        grad = p.mul_(factor)
+    else:
+        grad = p.mul_(ce_weight[:, None])
     grad.scatter_add_(1, local[:, None], torch.where(mine, -ce_weight, 0)[:, None])
     return ce, l1, grad
+
+
+def _row_dot(a: Tensor, b: Tensor) -> Tensor:
+    """Sums of products of rows, [c, v] x [c, v] -> [c], without a tensor of the products."""
+    return torch.einsum("cv,cv->c", a, b)
 
 
 def _sum_over_shards(grad_hidden: Tensor, grad_latent: Tensor | None, tp_group) -> None:

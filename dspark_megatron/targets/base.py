@@ -29,4 +29,4 @@ class Target(Protocol):
         """States of the next tokens [1, q] of the cached sequence; the cache takes them in."""
 
     def forget(self, cache: Any, tokens: int) -> None:
-        """Drop the last `tokens` tokens from the cache."""
+        """Settle the cache after `extend`: drop the last `tokens` (>= 0) of its tokens."""

@@ -28,10 +28,9 @@ class HuggingFaceTarget:
             split["distributed_config"] = DistributedConfig(
                 tp_size=tp_size, dp_replicate_size=dp_size
             )
-        dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
         self.model = AutoModel.from_pretrained(
             config.path,
-            dtype=dtype,
+            dtype="auto" if config.dtype == "auto" else getattr(torch, config.dtype),
             attn_implementation=config.attention,
             local_files_only=True,
             **split,
@@ -40,22 +39,24 @@ class HuggingFaceTarget:
         self.device = device
         self._ids = target_layer_ids
         self._tapped: dict[int, Tensor] = {}
-        layers = _decoder_layers(self.model)
+        self.layers = _decoder_layers(self.model)
         for layer_id in target_layer_ids:
-            layers[layer_id].register_forward_hook(self._keeper(layer_id))
+            self.layers[layer_id].register_forward_hook(self._keeper(layer_id))
 
     def states(self, input_ids: Tensor) -> TargetStates:
         return self._run(input_ids, use_cache=False)
 
     def new_cache(self) -> DynamicCache:
-        return DynamicCache(config=self.model.config)
+        cache = DynamicCache(config=self.model.config)
+        # A sliding window drops states that a rejected draft would need back.
+        cache.activate_past_recording()
+        return cache
 
     def extend(self, input_ids: Tensor, cache: DynamicCache) -> TargetStates:
         return self._run(input_ids, use_cache=True, past_key_values=cache)
 
     def forget(self, cache: DynamicCache, tokens: int) -> None:
-        if tokens:
-            cache.crop(-tokens)
+        cache.crop(-tokens)
 
     @torch.no_grad()
     def _run(self, input_ids: Tensor, **arguments: Any) -> TargetStates:
@@ -65,9 +66,14 @@ class HuggingFaceTarget:
 
     def _keeper(self, layer_id: int) -> Any:
         def keep(_module: Any, _inputs: Any, output: Any) -> None:
-            self._tapped[layer_id] = output[0] if isinstance(output, tuple) else output
+            self._tapped[layer_id] = layer_output(output)
 
         return keep
+
+
+def layer_output(output: Any) -> Tensor:
+    """The hidden states among what a decoder layer returns."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:

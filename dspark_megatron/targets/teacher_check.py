@@ -1,62 +1,80 @@
 """Start-up check: the logits that the loss makes are the target's own."""
 
+from pathlib import Path
+
 import torch
-import torch.distributed as dist
+import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dspark_megatron.config import ConfigError
-from dspark_megatron.ops.vocab_parallel import gather_vocab
-from dspark_megatron.targets.huggingface import HuggingFaceTarget
+from dspark_megatron.ops.vocab_parallel import VocabShard
+from dspark_megatron.target_folder import load_target_config
+from dspark_megatron.targets.huggingface import HuggingFaceTarget, layer_output
 
 _POSITIONS = 16
-
-
-class _SplitHead(torch.nn.Module):
-    """The draft's LM-head shard in the place of the target's own head."""
-
-    def __init__(self, weight: Tensor, vocab_size: int, tp_group: dist.ProcessGroup) -> None:
-        super().__init__()
-        self.shard, self.vocab_size, self.tp_group = weight, vocab_size, tp_group
-
-    @property
-    def weight(self) -> Tensor:
-        return self.shard
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        local = hidden.to(self.shard.dtype) @ self.shard.t()
-        return gather_vocab(local, self.vocab_size, tp_group=self.tp_group)
 
 
 @torch.no_grad()
 def check_teacher_logits(
     target: HuggingFaceTarget,
+    folder: str | Path,
     lm_head: Tensor,
+    shard: VocabShard,
     input_ids: Tensor,
-    vocab_size: int,
-    *,
-    tp_group: dist.ProcessGroup,
 ) -> None:
-    """Compare `lm_head(last_hidden)` with what the family's own LM class makes of the same weights.
+    """Compare `lm_head(last_hidden)` with the logits of the family's own language-model class.
 
-    The LM class is built without weights around the loaded base model, so a logit scale, a soft
-    cap, a missing or a doubled final norm shows. lm_head [v/tp, h], input_ids [1, s].
+    Transformers loads that class from the same folder with no decoder layer, and it turns the split
+    target's last layer output into logits: so wrong rows of the head, a head with a bias, a logit
+    scale or soft cap, and a final norm that is missing or doubled all show. Costs the embedding and
+    the head, whole, in host memory while it runs. lm_head [v/tp, h], input_ids [1, s], alike on
+    every tensor-parallel rank; each compares its own columns, without a collective of ours.
     Raises ConfigError when they differ by more than rounding.
     """
-    input_ids = input_ids[:1, :_POSITIONS].to(target.device)
-    with torch.device("meta"):
-        causal = AutoModelForCausalLM.from_config(target.model.config)
-    setattr(causal, causal.base_model_prefix, target.model)
-    head = _SplitHead(lm_head, vocab_size, tp_group)
-    causal.set_output_embeddings(head)
-    own = causal(input_ids=input_ids, use_cache=False).logits.float()
-    ours = head(target.states(input_ids).last_hidden).float()
-    difference = (own - ours).abs().max().item()
-    scale = own.abs().max().item()
-    tolerance = 1e-4 if lm_head.dtype == torch.float32 else 0.05
-    if not difference <= tolerance * max(scale, 1.0):
+    input_ids = input_ids[:1, :_POSITIONS]
+    last_layer, last_hidden = _last_states(target, input_ids)
+    causal = _without_layers(folder, target.model.dtype)
+    own = causal(inputs_embeds=last_layer.cpu(), use_cache=False).logits.float()
+    ours = (last_hidden.to(lm_head.dtype) @ lm_head.t()).float().cpu()
+    real = slice(shard.vocab_start_index, min(shard.vocab_end_index, shard.vocab_size))
+    own = own[..., real]
+    difference = (own - ours[..., : own.shape[-1]]).abs().amax().item() if own.numel() else 0.0
+    scale = own.abs().amax().item() if own.numel() else 0.0
+    # bf16 rounds hidden states and logits to 2^-8 of themselves; fp32 differs by summation order.
+    exact = {lm_head.dtype, target.model.dtype} == {torch.float32}
+    if not difference <= (1e-4 if exact else 0.02) * max(scale, 1.0):
         raise ConfigError(
-            f"{type(causal).__name__} does not make its logits as lm_head(last_hidden): they "
-            f"differ by {difference:.3g} (largest logit {scale:.3g}). A target with a logit scale "
-            "or soft cap is not supported; a final norm may be missing or doubled"
+            f"the target's own logits are not lm_head(last_hidden): they differ by "
+            f"{difference:.3g} (largest logit {scale:.3g}). A target with a bias in its head, a "
+            "logit scale or a soft cap is not supported; else its final norm or head was not "
+            "loaded right"
         )
+
+
+def _last_states(target: HuggingFaceTarget, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Output of the last decoder layer and of the final norm, each [1, s, h]."""
+    kept = []
+    hook = target.layers[-1].register_forward_hook(
+        lambda _module, _inputs, output: kept.append(layer_output(output))
+    )
+    states = target.states(input_ids)
+    hook.remove()
+    return kept[0], states.last_hidden
+
+
+def _without_layers(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The language-model class with embedding, final norm and head only, on the CPU."""
+    config = load_target_config(folder)
+    text = config.get_text_config()
+    text.num_hidden_layers = 0
+    if getattr(text, "layer_types", None) is not None:
+        text.layer_types = []
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # every layer's tensors are reported as unexpected
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, local_files_only=True, attn_implementation="eager"
+        ).eval()
+    finally:
+        transformers.logging.set_verbosity(verbosity)

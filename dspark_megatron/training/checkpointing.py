@@ -10,7 +10,7 @@ an `iter_` name is always whole. It loads at any tensor- or data-parallel size.
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,14 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from dspark_megatron.config import ConfigError
-from dspark_megatron.conversion.megatron_checkpoint import TRACKER
+from dspark_megatron.conversion.megatron_checkpoint import (
+    META,
+    TRACKER,
+    iteration_folder,
+    read_meta,
+)
 from dspark_megatron.model.draft_model import FROZEN_REPLICAS, DSparkDraftModel
 
-META = "dspark.json"
 _SHARDING = {
     # The only type of the distributed optimizer that loads at another TP and DP size.
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -37,28 +41,8 @@ class RunState:
 
     iteration: int
     consumed_samples: int
-
-
-def iteration_folder(checkpoints: Path, iteration: int) -> Path:
-    return checkpoints / f"iter_{iteration:07d}"
-
-
-def latest_iteration(checkpoints: Path) -> int | None:
-    """The newest complete checkpoint, or None when there is none."""
-    tracker = checkpoints / TRACKER
-    if not tracker.is_file():
-        return None
-    text = tracker.read_text(encoding="utf-8").strip()
-    if not text.isdigit() or not iteration_folder(checkpoints, int(text)).is_dir():
-        raise ConfigError(
-            f"{tracker} names iteration {text!r}, but there is no such checkpoint in "
-            f"{checkpoints}; write the number of one that is there into it"
-        )
-    return int(text)
-
-
-def read_meta(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / META).read_text(encoding="utf-8"))
+    open_metrics: tuple[float, ...] = ()
+    """Packed sums of the log interval that the checkpoint stands in, over all ranks."""
 
 
 def save_checkpoint(
@@ -87,7 +71,7 @@ def save_checkpoint(
         content_metadata=_SHARDING,
     )
     if is_main:
-        meta = {**meta, "iteration": state.iteration, "consumed_samples": state.consumed_samples}
+        meta = {**meta, **asdict(state)}
         (partial / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
@@ -110,7 +94,7 @@ def load_checkpoint(folder: Path, model: DSparkDraftModel, optimizer: Any | None
         with torch.no_grad():  # the fp32 optimizer copies into views of leaf parameters
             optimizer.load_state_dict(loaded["optimizer"])
     meta = read_meta(folder)
-    return RunState(meta["iteration"], meta["consumed_samples"])
+    return RunState(meta["iteration"], meta["consumed_samples"], tuple(meta["open_metrics"]))
 
 
 def check_same_run(folder: Path, meta: dict[str, Any]) -> None:
@@ -154,9 +138,10 @@ def _replace_text(path: Path, text: str) -> None:
 
 
 def _prune(checkpoints: Path, newest: Path, keep_last: int) -> None:
-    """Delete all but the `keep_last` checkpoints up to `newest`."""
+    """Delete all but the `keep_last` checkpoints up to `newest`; a folder loses its name first, so
+    that a kill on the way leaves no half checkpoint."""
     older = [f for f in sorted(checkpoints.glob("iter_*")) if f.name <= newest.name]
     for folder in older[:-keep_last]:
-        shutil.rmtree(folder)
+        folder.rename(checkpoints / f".partial_{folder.name}")
     for leftover in checkpoints.glob(".partial_iter_*"):
         shutil.rmtree(leftover)

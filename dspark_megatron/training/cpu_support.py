@@ -2,8 +2,7 @@
 
 Megatron-Core names CUDA in places where it only wants "the device". `install()` redirects exactly
 those calls to the CPU, for megatron-core 0.16 to 0.19; it does nothing where CUDA is available.
-It must run before anything imports megatron, in every process (the spawned helpers of distributed
-checkpointing re-import the main module and so get it too).
+It must run before anything imports megatron.
 """
 
 import contextlib
@@ -27,8 +26,7 @@ def install() -> bool:
         sys.modules.setdefault(name, None)
     # torch._dynamo indexes torch's functions by identity when it is first imported, and
     # `with torch.device(...)` caches them: both must see the originals.
-    import megatron.core.optimizer as optimizer
-    import megatron.core.optimizer.distrib_optimizer as distributed_optimizer
+    import megatron.core.optimizer  # noqa: F401
     import megatron.core.tensor_parallel.random as random
 
     torch.utils._device._device_constructors()
@@ -37,7 +35,6 @@ def install() -> bool:
     _redirect_factories()
     _name_cpu_tensors_as_cuda()
     _use_cpu_random_state(random)
-    _use_loadable_adam(optimizer, distributed_optimizer)
     return True
 
 
@@ -121,51 +118,3 @@ def _use_cpu_random_state(random: Any) -> None:
     random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-
-
-class AdamW(torch.optim.Optimizer):
-    """AdamW with the state layout of Apex and Transformer Engine.
-
-    Megatron-Core's distributed optimizer keeps one `step` per parameter group and can only load
-    that layout back; PyTorch's AdamW keeps one per parameter.
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        weight_decay: float = 0.0,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        adam_w_mode: bool = True,
-        **_unused: Any,  # capturable and the like: choices between CUDA kernels
-    ) -> None:
-        if not adam_w_mode:
-            raise ValueError("only decoupled weight decay (adam_w_mode=True) is supported")
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps))
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        for group in self.param_groups:
-            group["step"] = step = group.get("step", 0) + 1
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group, step)
-
-    def _update(self, parameter: torch.Tensor, group: dict[str, Any], step: int) -> None:
-        (beta1, beta2), grad, state = group["betas"], parameter.grad, self.state[parameter]
-        if not state:
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
-        state["exp_avg"].lerp_(grad, 1 - beta1)
-        state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        scale = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.addcdiv_(state["exp_avg"], scale, value=-group["lr"] / (1 - beta1**step))
-
-
-def _use_loadable_adam(optimizer: Any, distributed_optimizer: Any) -> None:
-    optimizer.Adam = distributed_optimizer.Adam = AdamW
-    optimizer.USING_PYTORCH_OPTIMIZER = False
-    distributed_optimizer.HAVE_APEX_OR_TE = True
-    distributed_optimizer.USING_APEX_OPTIMIZER = True

@@ -2,14 +2,19 @@
 
 import math
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from dspark_megatron.config import Config
-from dspark_megatron.conversion.megatron_checkpoint import FORMAT
+from dspark_megatron.config import Config, require
+from dspark_megatron.conversion.megatron_checkpoint import (
+    FORMAT,
+    iteration_folder,
+    latest_iteration,
+)
 from dspark_megatron.data.collate import collate
 from dspark_megatron.data.dataset import ConversationDataset, load_samples
 from dspark_megatron.data.sampler import SampleRef, StepSampler
@@ -19,8 +24,6 @@ from dspark_megatron.targets.teacher_check import check_teacher_logits
 from dspark_megatron.training.checkpointing import (
     RunState,
     check_same_run,
-    iteration_folder,
-    latest_iteration,
     load_checkpoint,
     save_checkpoint,
 )
@@ -49,7 +52,7 @@ def train(plan: RunPlan, runtime: Runtime) -> None:
     if runtime.is_main:
         claim_output(output_dir, plan.config)
     dist.barrier()
-    resume_from = _checkpoint_to_resume(plan, output_dir / "checkpoints")
+    resume_from = _checkpoint_to_resume(plan, output_dir / "checkpoints", runtime)
     dataset = _load_data(plan, runtime)
     Trainer(plan, runtime, dataset, output_dir, resume_from).run()
 
@@ -69,9 +72,10 @@ class Trainer:
         self.checkpoints = output_dir / "checkpoints"
         self.output_dir = output_dir
         self.iterations = _iterations(config, len(dataset))
-        self.meta = _identity(plan, dataset)
+        identity = {**_identity(plan), "data_fingerprint": dataset.fingerprint}
         if resume_from is not None:
-            check_same_run(resume_from, self.meta)
+            check_same_run(resume_from, identity)
+        self.meta = {"format": FORMAT, **identity, **_export_settings(plan)}
         if runtime.is_main:
             write_config(output_dir, config)
         self.sampler = StepSampler(
@@ -106,7 +110,7 @@ class Trainer:
     def run(self) -> None:
         """Steps until the last iteration, saving on the way, at the end and on a stop signal."""
         reporter = self._reporter()
-        metrics, clock = self._new_metrics(), time.perf_counter()
+        metrics, clock = self._open_metrics(), time.perf_counter()
         with stop_signals() as signals:
             while self.state.iteration < self.iterations:
                 grad_norm = self._train_step(metrics)
@@ -120,7 +124,7 @@ class Trainer:
                     metrics, clock = self._new_metrics(), time.perf_counter()
                 stop = self._any_rank(bool(signals))
                 if stop or last or iteration % self.settings.save_every == 0:
-                    self._save()
+                    self._save(metrics)
                 if stop:
                     break
         if reporter is not None:
@@ -177,10 +181,11 @@ class Trainer:
         }
         reporter.log(row)
 
-    def _save(self) -> None:
+    def _save(self, metrics: MetricSums) -> None:
+        open_metrics = metrics.reduced(dp_group=self.runtime.dp_group).packed().tolist()
         save_checkpoint(
             self.checkpoints,
-            self.state,
+            replace(self.state, open_metrics=tuple(open_metrics)),
             self.meta,
             self.draft,
             self.optimizer,
@@ -188,13 +193,12 @@ class Trainer:
         )
 
     def _check_teacher(self) -> None:
-        sample = self.dataset[0].input_ids[None]
         check_teacher_logits(
             self.target,
+            self.plan.config.target.path,
             self.draft.lm_head.weight,
-            sample,
-            self.plan.shape.vocab_size,
-            tp_group=self.runtime.tp_group,
+            self.draft.vocab_shard,
+            self.dataset[0].input_ids[None],
         )
 
     def _any_rank(self, flag: bool) -> bool:
@@ -202,6 +206,17 @@ class Trainer:
         tensor = torch.tensor(float(flag), device=self.runtime.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return bool(tensor.item())
+
+    def _open_metrics(self) -> MetricSums:
+        """The sums of the log interval that the run stands in. What a checkpoint kept of them is
+        of all ranks together, so one data-parallel rank takes it."""
+        kept = self.state.open_metrics
+        if not kept or self.runtime.dp_group.rank():
+            return self._new_metrics()
+        packed = torch.tensor(kept, dtype=torch.float64, device=self.runtime.device)
+        metrics = MetricSums.unpacked(packed)
+        metrics.scalars["tokens"].zero_()  # the clock starts anew, too
+        return metrics
 
     def _new_metrics(self) -> MetricSums:
         return MetricSums.zeros(self.plan.shape.block_size, self.runtime.device)
@@ -221,13 +236,23 @@ class Trainer:
             print(text, flush=True)
 
 
-def _checkpoint_to_resume(plan: RunPlan, checkpoints: Path) -> Path | None:
-    """The newest checkpoint, if it is to be continued; checked before any data is read."""
+def _checkpoint_to_resume(plan: RunPlan, checkpoints: Path, runtime: Runtime) -> Path | None:
+    """The newest checkpoint, if it is to be continued; checked before any data is read.
+
+    The main rank decides for all: a file system may show its files late to other nodes.
+    """
     iteration = latest_iteration(checkpoints) if plan.config.train.resume else None
-    if iteration is None:
+    decision = torch.tensor(-1 if iteration is None else iteration, device=runtime.device)
+    dist.broadcast(decision, 0)
+    if decision < 0:
         return None
-    folder = iteration_folder(checkpoints, iteration)
-    check_same_run(folder, {**draft_identity(plan), "seed": plan.config.train.seed})
+    folder = iteration_folder(checkpoints, int(decision))
+    require(
+        folder.is_dir(),
+        f"rank {runtime.rank} does not see {folder}, which the main rank continues from; "
+        "train.output_dir must be on a file system that all nodes share",
+    )
+    check_same_run(folder, _identity(plan))
     return folder
 
 
@@ -254,15 +279,21 @@ def _iterations(config: Config, num_samples: int) -> int:
     return max(1, math.ceil(config.train.epochs * num_samples / config.train.global_batch_size))
 
 
-def _identity(plan: RunPlan, dataset: ConversationDataset) -> dict[str, Any]:
-    """What a checkpoint must share with a run that continues it, and what an export needs."""
-    model = plan.config.model
+def _identity(plan: RunPlan) -> dict[str, Any]:
+    """What a checkpoint must share with a run that continues it, the data aside."""
+    loss = asdict(plan.config.loss)
+    del loss["chunk_rows"]  # no part of the mathematics
     return {
-        "format": FORMAT,
         **draft_identity(plan),
-        "data_fingerprint": dataset.fingerprint,
         "seed": plan.config.train.seed,
-        "num_anchors": model.num_anchors,
-        "initializer_range": model.initializer_range,
+        "num_anchors": plan.config.model.num_anchors,
+        "loss": loss,
+    }
+
+
+def _export_settings(plan: RunPlan) -> dict[str, Any]:
+    """What an export says of the training, beside the shape."""
+    return {
+        "initializer_range": plan.config.model.initializer_range,
         "confidence_head_alpha": plan.config.loss.confidence_head_alpha,
     }

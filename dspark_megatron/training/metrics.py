@@ -1,5 +1,4 @@
-"""Sums and weights of a run's metrics; the one place that adds them over data-parallel ranks and
-divides."""
+"""Sums and weights of a run's metrics: added over data-parallel ranks and divided once, here."""
 
 from dataclasses import dataclass
 
@@ -48,14 +47,21 @@ class MetricSums:
 
     def reduced(self, *, dp_group: dist.ProcessGroup) -> "MetricSums":
         """The sums over all data-parallel ranks: one all-reduce of 12 + 2k doubles."""
-        packed = torch.cat(
-            [torch.stack([self.scalars[n] for n in SCALARS]), self.accept_sum, self.accept_count]
-        )
+        packed = self.packed()
         if dp_group.size() > 1:
             dist.all_reduce(packed, group=dp_group)
-        k = self.accept_sum.numel()
+        return MetricSums.unpacked(packed)
+
+    def packed(self) -> Tensor:
+        """All sums as one vector of 12 + 2k doubles, to travel or to be kept."""
+        scalars = torch.stack([self.scalars[name] for name in SCALARS])
+        return torch.cat([scalars, self.accept_sum, self.accept_count])
+
+    @classmethod
+    def unpacked(cls, packed: Tensor) -> "MetricSums":
+        k = (packed.numel() - len(SCALARS)) // 2
         scalars, accept_sum, accept_count = packed.split([len(SCALARS), k, k])
-        return MetricSums(dict(zip(SCALARS, scalars, strict=True)), accept_sum, accept_count)
+        return cls(dict(zip(SCALARS, scalars.clone(), strict=True)), accept_sum, accept_count)
 
     def means(
         self, alphas: tuple[float, float, float], with_teacher: bool, with_confidence: bool

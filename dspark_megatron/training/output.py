@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from dspark_megatron.config import Config, ConfigError
-from dspark_megatron.training.checkpointing import latest_iteration
+from dspark_megatron.conversion.megatron_checkpoint import latest_iteration
 
 
 def claim_output(output_dir: Path, config: Config) -> None:

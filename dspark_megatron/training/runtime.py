@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from dspark_megatron.config import ConfigError
-from dspark_megatron.training import cpu_support
+from dspark_megatron.training import cpu_support, loadable_adam
 
 _FAILURE_KEY = "dspark_failure"
 _CHECK_SECONDS = 1.0
@@ -57,8 +57,8 @@ class Launch:
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         host = os.environ.get("MASTER_ADDR", "localhost")
         port = int(os.environ.get("MASTER_PORT", 0))
-        # torchrun's agent already serves a store at that address.
-        serve = "TORCHELASTIC_USE_AGENT_STORE" not in os.environ and rank == 0
+        # torchrun's agent may already serve a store at that address.
+        serve = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and rank == 0
         store = dist.TCPStore(host, port, world_size, serve, wait_for_workers=False)
         watch = dist.TCPStore(host, store.port, world_size, False, wait_for_workers=False)
         attempt = f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
@@ -73,8 +73,7 @@ def launch() -> Iterator[Launch]:
     A failing rank leaves its message in the store. Ranks that wait in a collective cannot raise,
     so a thread on each rank looks for the message and ends the process.
     """
-    _quiet_megatron()
-    cpu_support.install()
+    prepare_megatron()
     job = Launch.from_environment()
     done = threading.Event()
     watcher = threading.Thread(target=_watch, args=(job, done), daemon=True)
@@ -93,12 +92,17 @@ def launch() -> Iterator[Launch]:
         dist.destroy_process_group()
 
 
-def _quiet_megatron() -> None:
-    """Megatron-Core tells every rank what is not installed, what it deprecates of its own, and
-    which deprecated collectives of PyTorch it calls; none of it is for the user to act on."""
+def prepare_megatron() -> None:
+    """Make Megatron-Core usable on this machine; before anything else imports it.
+
+    It tells every rank what is not installed, what it deprecates of its own and which deprecated
+    collectives of PyTorch it calls; none of that is for the user to act on, so it is silenced.
+    """
     for module in (r"megatron\.", r"torch\.distributed\.c10d_logger"):
         warnings.filterwarnings("ignore", module=module)
     logging.getLogger("megatron").setLevel(logging.ERROR)
+    cpu_support.install()
+    loadable_adam.install()
 
 
 def _fail(job: Launch, message: str) -> None:

@@ -4,6 +4,7 @@
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,7 +12,6 @@ import transformers
 from torch import Tensor
 from transformers import (
     AutoTokenizer,
-    GenerationConfig,
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
@@ -23,6 +23,7 @@ from dspark_megatron.target_folder import (
     load_target_config,
     read_rows,
     shared_weights,
+    stop_token_ids,
     target_fingerprint,
 )
 from dspark_megatron.targets.huggingface import HuggingFaceTarget
@@ -41,6 +42,10 @@ class RunPlan:
     tokenizer: PreTrainedTokenizerBase
     dp_size: int
 
+    @cached_property
+    def target_fingerprint(self) -> str:
+        return target_fingerprint(self.config.target.path)
+
     @property
     def dtype(self) -> torch.dtype:
         return DTYPES[self.config.train.dtype]
@@ -50,9 +55,10 @@ def check_run(config: Config, world_size: int) -> RunPlan:
     """Settings against the target's config and tokenizer; ConfigError if they cannot work."""
     target_config = load_target_config(config.target.path)
     shape = draft_shape(config.model, target_config)
-    dp_size = check_layout(config, shape, world_size)
+    dp_size = check_layout(config, shape, target_config, world_size)
     tokenizer = _load_tokenizer(config.target.path)
-    special = {"pad": tokenizer.pad_token_id, "eos": tokenizer.eos_token_id}
+    stops = stop_token_ids(config.target.path, tokenizer)
+    special = {"pad": tokenizer.pad_token_id, "eos": stops}
     check_special_tokens(shape.mask_token_id, special)
     return RunPlan(config, target_config, shape, tokenizer, dp_size)
 
@@ -61,7 +67,7 @@ def draft_identity(plan: RunPlan) -> dict[str, Any]:
     """What a checkpoint must share with every use of it."""
     return {
         "shape": plan.shape.to_dict(),
-        "target_fingerprint": target_fingerprint(plan.config.target.path),
+        "target_fingerprint": plan.target_fingerprint,
     }
 
 
@@ -86,16 +92,6 @@ def load_target_head(plan: RunPlan, draft: DSparkDraftModel, target: HuggingFace
         return draft.lm_head.weight
     _, head = _frozen_rows(plan, draft)
     return head.to(device=target.device, dtype=target.model.dtype)
-
-
-def stop_token_ids(plan: RunPlan) -> list[int]:
-    """Tokens that end an answer: the target's generation config, or the tokenizer's eos."""
-    try:
-        ids = GenerationConfig.from_pretrained(plan.config.target.path).eos_token_id
-    except OSError:  # a target without generation_config.json
-        ids = None
-    ids = plan.tokenizer.eos_token_id if ids is None else ids
-    return ids if isinstance(ids, list) else [ids]
 
 
 def _frozen_rows(plan: RunPlan, model: DSparkDraftModel) -> list[Tensor]:
