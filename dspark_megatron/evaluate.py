@@ -33,7 +33,7 @@ def _evaluate(job: Any, config: Any) -> None:
     from dspark_megatron.conversion.megatron_checkpoint import find_checkpoint
     from dspark_megatron.data.prompts import load_prompts
     from dspark_megatron.evaluation.report import table
-    from dspark_megatron.evaluation.run import evaluate_prompts, write_results
+    from dspark_megatron.evaluation.run import claim_file, evaluate_prompts, write_results
     from dspark_megatron.training.checkpointing import check_same_run
     from dspark_megatron.training.runtime import start
     from dspark_megatron.training.setup import check_run, draft_identity
@@ -47,6 +47,8 @@ def _evaluate(job: Any, config: Any) -> None:
     if not settings.untrained:
         folder = find_checkpoint(settings.checkpoint or config.train.output_dir)
         check_same_run(folder, draft_identity(plan))
+    output = Path(settings.output or f"{config.train.output_dir}/evaluation.json")
+    claim_file(output)
     runtime = start(job, config.parallel.tensor_parallel)
     first_prompt = torch.tensor([files[settings.prompt_files[0]][0].input_ids])
     decoder, iteration = _build_decoder(plan, runtime, folder, first_prompt)
@@ -56,7 +58,6 @@ def _evaluate(job: Any, config: Any) -> None:
     if not runtime.is_main:
         return
     print(table(figures, greedy=settings.temperature == 0), flush=True)
-    output = Path(settings.output or f"{config.train.output_dir}/evaluation.json")
     write_results(
         output,
         {

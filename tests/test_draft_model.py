@@ -17,6 +17,7 @@ from tiny_draft import (
 
 from dspark_megatron.config import LossConfig
 from dspark_megatron.conversion.names import to_hugging_face
+from dspark_megatron.ops.anchors import draft_blocks
 
 ALPHAS = (0.1, 0.9, 1.0)
 GAMMA = 4.0
@@ -108,6 +109,8 @@ def test_step_equals_the_plain_twin(pool, kind, world, tp, micro_batch_size):
         torch.testing.assert_close(
             got[name], expected, rtol=1e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
         )
+        # The absolute tolerance is for elements near zero; the whole must be as near.
+        assert (got[name] - expected).norm() < 1e-5 * expected.norm(), name
 
 
 def test_weights_do_not_depend_on_the_layout(pool):
@@ -160,62 +163,16 @@ def test_deepspec_normalization_is_the_mean_of_micro_batch_means(pool):
     )
 
 
-def block_hidden(runtime, shape, changed):
-    """Hidden states of one sample's blocks, with the tokens and states at `changed` replaced."""
+def block_states(runtime, shape, changed=(), shifted=()):
+    """Hidden states and this rank's logits of one sample's blocks, with the tokens at `changed`
+    replaced and the target's states at `shifted` (default: the same positions) moved."""
     samples = make_samples(shape, lengths=(20,))
-    anchors = torch.tensor([4, 9, 15])
     ids, taps = samples.input_ids[0].clone(), samples.taps[0].clone()
-    for position in changed:
-        ids[position] = (ids[position] + 7) % 60
-        taps[position] += 1.0
+    ids[list(changed)] = (ids[list(changed)] + 7) % 60
+    taps[list(shifted or changed)] += 1.0
     model = build_tiny_draft(runtime, shape)
-    blocks = rank_blocks(ids, samples.loss_masks[0], anchors, shape.block_size)
-    with torch.no_grad():
-        out = model(
-            taps,
-            torch.arange(len(ids)),
-            blocks.prev_token_ids,
-            blocks.position_ids(),
-            blocks.context_ranges(len(ids)),
-        )
-    return out.hidden
-
-
-def rank_blocks(ids, mask, anchors, block_size):
-    from dspark_megatron.ops.anchors import draft_blocks
-
-    return draft_blocks(ids[None], mask[None], [anchors], block_size)
-
-
-@pytest.mark.parametrize("tp", [1, 2])
-def test_a_block_sees_nothing_at_or_after_its_anchor_but_the_anchor_token(pool, tp):
-    def run(*changed):
-        return pool.run(block_hidden, world=tp, tp=tp, shape=SHAPE, changed=changed)[0]
-
-    base = run()
-    # Block 1 has its anchor at 9: tokens after it, other blocks' anchors, later states.
-    assert torch.equal(run(*range(10, 20))[1], base[1])
-    assert torch.equal(run(4)[0].isnan(), base[0].isnan()) and not torch.equal(run(4)[0], base[0])
-    assert not torch.equal(run(8)[1], base[1]), "context before the anchor is seen"
-    assert not torch.equal(run(9)[1], base[1]), "the anchor's own token is seen"
-    assert torch.equal(run(*range(15, 20))[0], base[0])
-
-
-def test_the_anchors_own_target_state_is_not_seen(pool):
-    samples = make_samples(SHAPE, lengths=(20,))
-    base = pool.run(anchor_state, world=1, tp=1, shape=SHAPE, shift=0.0)[0]
-    assert torch.equal(pool.run(anchor_state, world=1, tp=1, shape=SHAPE, shift=9.0)[0], base)
-    assert samples.taps[0][9].abs().sum() > 0
-
-
-def anchor_state(runtime, shape, shift):
-    """Block 1's hidden states with only the target's state at its anchor shifted."""
-    samples = make_samples(shape, lengths=(20,))
-    anchors = torch.tensor([4, 9, 15])
-    taps = samples.taps[0].clone()
-    taps[9] += shift
-    model = build_tiny_draft(runtime, shape)
-    blocks = rank_blocks(samples.input_ids[0], samples.loss_masks[0], anchors, shape.block_size)
+    mask = torch.ones(1, 20, dtype=torch.bool)
+    blocks = draft_blocks(ids[None], mask, [torch.tensor([4, 9, 15])], shape.block_size)
     with torch.no_grad():
         out = model(
             taps,
@@ -224,4 +181,50 @@ def anchor_state(runtime, shape, shift):
             blocks.position_ids(),
             blocks.context_ranges(20),
         )
-    return out.hidden[1]
+        head = model.head_weights()
+        logits = out.hidden @ head.lm_head.t() + out.latents @ head.markov_w2.t()
+    return out.hidden, logits
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_block_sees_its_context_and_its_anchor_token_and_nothing_else(pool, tp):
+    """Three blocks of 3 slots with anchors at 4, 9 and 15; the middle one is looked at."""
+
+    def run(**changes):
+        ranks = pool.run(block_states, world=tp, tp=tp, shape=SHAPE, **changes)
+        return torch.stack([rank[0][1] for rank in ranks]), torch.stack([r[1][1] for r in ranks])
+
+    hidden, logits = run()
+    after_block = run(changed=range(12, 20))
+    assert torch.equal(after_block[0], hidden) and torch.equal(after_block[1], logits)
+    in_block = run(changed=(10, 11))  # labels; the Markov head is teacher-forced with them
+    assert torch.equal(in_block[0], hidden) and not torch.equal(in_block[1], logits)
+    assert torch.equal(run(shifted=range(9, 20))[1], logits), "the state at the anchor is not seen"
+    assert not torch.equal(run(changed=(9,))[0], hidden), "the anchor's token is seen"
+    assert not torch.equal(run(changed=(8,))[0], hidden), "the context is seen"
+    assert not torch.equal(run(shifted=(8,))[0], hidden)
+
+
+def micro_batch_without_blocks(runtime, shape):
+    """Gradients of a step with one empty micro-batch more."""
+    from dspark_megatron.training.metrics import MetricSums
+    from dspark_megatron.training.step import MicroBatch
+
+    model, samples = build_tiny_draft(runtime, shape), make_samples(shape)
+    step = make_step(runtime, model, samples)
+    batches = rank_micro_batches(runtime, samples, shape.block_size, 1)
+    empty = draft_blocks(
+        torch.zeros(1, 5, dtype=torch.long), torch.zeros(1, 5), [torch.tensor([]).long()], 3
+    )
+    batches.insert(1, MicroBatch(torch.zeros(1, 5, dtype=torch.long), [5], empty))
+    metrics = MetricSums.zeros(shape.block_size, runtime.device)
+    step.run(batches, metrics)
+    return {n: p.main_grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_a_micro_batch_without_blocks_changes_nothing(pool):
+    got = pool.run(micro_batch_without_blocks, world=2, tp=2, shape=SHAPE)
+    arguments = dict(world=2, tp=2, shape=SHAPE, micro_batch_size=1)
+    expected = pool.run(step_gradients, **arguments)
+    for mine, theirs in zip(got, expected, strict=True):
+        assert all(torch.equal(mine[name], theirs["grads"][name]) for name in mine)

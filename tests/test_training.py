@@ -239,6 +239,90 @@ def test_a_run_with_other_settings_is_not_continued(pool, tiny_run, unbroken, se
         pool.run(run_training, world=1, tp=1, config=tiny_config(tiny_run, **settings))
 
 
+def test_a_log_interval_survives_a_stop_in_its_middle(pool, tiny_run, tmp_path):
+    """Stopped after 10 steps and logged every 4: the line at 12 is the mean of 9 to 12."""
+    runs = {name: tmp_path / name for name in ("whole", "halted")}
+    for name, output in runs.items():
+        settings = {"output_dir": str(output), "log_every": 4}
+        config = tiny_config(tiny_run, train=settings, parallel={"tensor_parallel": 2})
+        if name == "halted":
+            pool.run(run_until_stopped, world=4, tp=2, config=config, steps=10)
+            assert latest(output) == 10
+        pool.run(run_training, world=2, tp=2, config=config)
+    assert_same_curve(curve(runs["halted"]), curve(runs["whole"]))
+
+
+def run_until_stopped(runtime, config, steps):
+    """A run that gets SIGTERM in its `steps`-th step."""
+    from dspark_megatron.training import loop
+
+    train_step, done = loop.Trainer._train_step, []
+
+    def counted(self, metrics):
+        done.append(1)
+        if len(done) == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(self, metrics)
+
+    loop.Trainer._train_step = counted
+    try:
+        run_training(runtime, config)
+    finally:
+        loop.Trainer._train_step = train_step
+
+
+def test_without_the_distributed_optimizer_at_another_layout(pool, tiny_run, unbroken, tmp_path):
+    plain = {"use_distributed_optimizer": False}
+    config = tiny_config(tiny_run, train={"output_dir": str(tmp_path)}, optimizer=plain)
+    pool.run(run_until_stopped, world=1, tp=1, config=config, steps=7)
+    split = tiny_config(
+        tiny_run,
+        train={"output_dir": str(tmp_path)},
+        optimizer=plain,
+        parallel={"tensor_parallel": 2},
+    )
+    pool.run(run_training, world=4, tp=2, config=split)
+    assert_same_curve(curve(tmp_path), curve(unbroken))
+
+
+def test_other_loss_weights_are_not_continued(pool, tiny_run, unbroken):
+    config = tiny_config(tiny_run, train={"output_dir": str(unbroken)}, loss={"ce_loss_alpha": 0.5})
+    with pytest.raises(AssertionError, match="loss.ce_loss_alpha: 0.1 there, 0.5 here"):
+        pool.run(run_training, world=1, tp=1, config=config)
+
+
+def save_untrained(runtime, config):
+    from dspark_megatron.training import checkpointing as c
+    from dspark_megatron.training.loop import _export_settings, _identity
+    from dspark_megatron.training.setup import build_draft, check_run
+
+    plan = check_run(config, runtime.world_size)
+    draft = build_draft(plan, runtime)
+    meta = {"format": 1, **_identity(plan), **_export_settings(plan)}
+    checkpoints = Path(config.train.output_dir, "checkpoints")
+    c.save_checkpoint(checkpoints, c.RunState(0, 0), meta, draft, optimizer=None, keep_last=1)
+
+
+def test_tp_3_exports_the_bytes_of_tp_1(pool, tiny_run, tmp_path):
+    """Nine query and three key/value heads, as in SmolLM2."""
+    from dspark_megatron.conversion.export import export_checkpoint
+
+    target = make_target(tmp_path / "target", hidden_size=36, heads=9, kv_heads=3)
+    exports = []
+    for tp in (1, 3):
+        run = tmp_path / f"tp{tp}"
+        config = tiny_config(
+            tiny_run,
+            target={"path": str(target)},
+            train={"output_dir": str(run)},
+            parallel={"tensor_parallel": tp},
+        )
+        pool.run(save_untrained, world=tp, tp=tp, config=config)
+        exports.append(export_checkpoint(run, target, tmp_path / f"export{tp}"))
+    for file in ("model.safetensors", "config.json"):
+        assert (exports[0] / file).read_bytes() == (exports[1] / file).read_bytes(), file
+
+
 def test_another_target_is_not_continued(pool, tiny_run, unbroken, tmp_path):
     other = make_target(tmp_path / "other", seed=1)
     config = tiny_config(tiny_run, target={"path": str(other)}, train={"output_dir": str(unbroken)})
@@ -383,7 +467,7 @@ def test_the_export_gives_the_same_logits(pool, tiny_run, unbroken, tmp_path):
 
 
 def test_the_evaluate_command(tiny_run, unbroken, tmp_path):
-    """Two ranks share out the prompts of two files; the checkpoint was trained on one."""
+    """Two replicas of two ranks share out three prompts; the checkpoint was trained on one."""
     files = []
     for name, prompts in {"a": ["hello", "the hill"], "b": ["inn well"]}.items():
         files.append(tmp_path / f"{name}.jsonl")
@@ -394,9 +478,13 @@ def test_the_evaluate_command(tiny_run, unbroken, tmp_path):
         "output": str(tmp_path / "out.json"),
     }
     config_file = write_config(
-        tmp_path, tiny_run, train={"output_dir": str(unbroken)}, evaluate=settings
+        tmp_path,
+        tiny_run,
+        train={"output_dir": str(unbroken)},
+        evaluate=settings,
+        parallel={"tensor_parallel": 2},
     )
-    code, text = finish(launch(config_file, 2, module="evaluate"))
+    code, text = finish(launch(config_file, 4, module="evaluate"))
     assert code == 0, text
     assert "speed-up" in text
     result = json.loads((tmp_path / "out.json").read_text())

@@ -13,7 +13,16 @@ VOCAB_SIZE = 301  # no multiple of 2 or 4
 WORDS = "the hill in the inn well hello then all bell thin there".split()
 
 
-def make_target(folder: Path, *, tie: bool = True, seed: int = 0, model_type: str = "qwen3"):
+def make_target(
+    folder: Path,
+    *,
+    tie: bool = True,
+    seed: int = 0,
+    model_type: str = "qwen3",
+    hidden_size: int = 32,
+    heads: int = 8,
+    kv_heads: int = 4,
+):
     """Save a random target of 4 layers; returns its folder."""
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -24,11 +33,11 @@ def make_target(folder: Path, *, tie: bool = True, seed: int = 0, model_type: st
     }[model_type]
     config = config_class(
         vocab_size=VOCAB_SIZE,
-        hidden_size=32,
+        hidden_size=hidden_size,
         intermediate_size=48,
         num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
         head_dim=8,
         max_position_embeddings=256,
         tie_word_embeddings=tie,

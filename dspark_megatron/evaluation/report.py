@@ -14,7 +14,7 @@ def acceptance(pairs: Sequence[Pair], block_size: int) -> dict[str, Any]:
 
     `tau`: mean tokens of a round, bonus token included. `accept_rate[k]`: share of the tokens at
     slot k that were kept, of those whose predecessors were. `prefix_survival[k]`: share of the
-    proposals that reached slot k whose first k + 1 tokens were all kept. `verify_rate`: tokens
+    proposals with a slot k whose first k + 1 tokens were all kept. `verify_rate`: tokens
     gained per token that the target had to verify.
     """
     generations = [speculative for speculative, _ in pairs]

@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from tqdm import tqdm
 
-from dspark_megatron.config import EvaluateConfig
+from dspark_megatron.config import ConfigError, EvaluateConfig
 from dspark_megatron.data.prompts import Prompt
 from dspark_megatron.evaluation.decoding import Decoder
 from dspark_megatron.evaluation.report import Pair, acceptance
@@ -41,9 +41,19 @@ def evaluate_prompts(
     return results
 
 
+def claim_file(path: Path) -> None:
+    """Make the folder of a file to be written later; ConfigError if it will not be possible."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = path.with_name(f".partial_{path.name}.{os.getpid()}")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"evaluate.output {path} must be writable: {error.strerror}") from error
+
+
 def write_results(path: Path, results: dict[str, Any]) -> None:
     """Write the JSON whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial_{path.name}")
     partial.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, path)

@@ -1,8 +1,7 @@
 """Collectives over a vocabulary that is split over tensor-parallel ranks.
 
-Rank i of tp holds the columns [i * v/tp, (i + 1) * v/tp) of the padded vocabulary. Only here do
-`ops` and `evaluation` talk to other tensor-parallel ranks. None of these carries a gradient: the
-head loss writes its own.
+Rank i of tp holds the columns [i * v/tp, (i + 1) * v/tp) of the padded vocabulary. None of these
+carries a gradient: the head loss writes its own.
 """
 
 from dataclasses import dataclass

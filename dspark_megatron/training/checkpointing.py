@@ -50,13 +50,14 @@ def save_checkpoint(
     state: RunState,
     meta: dict[str, Any],
     model: DSparkDraftModel,
-    optimizer: Any,
+    optimizer: Any | None,
     *,
     keep_last: int,
 ) -> Path:
     """Write a checkpoint of all ranks, then point the tracker at it and delete the oldest.
 
     Collective over the whole world. meta: what identifies the run, written to dspark.json.
+    optimizer: None saves weights only (Megatron-Core cannot save one that has taken no step).
     """
     final = iteration_folder(checkpoints, state.iteration)
     partial = checkpoints / f".partial_{final.name}"

@@ -2,6 +2,8 @@
 
 import math
 
+import torch
+
 from dspark_megatron.config import Config
 from dspark_megatron.conversion.names import hugging_face_shapes
 from dspark_megatron.shape import DraftShape, check_batch_size, padded_vocab_size
@@ -13,7 +15,8 @@ REPLICATED = ("markov_head.gate_proj", "markov_head.joint_proj", "confidence_hea
 
 
 def describe_run(config: Config, world_size: int) -> str:
-    """The text of `--dry-run`. Raises ConfigError exactly where the run itself would."""
+    """The text of `--dry-run`. Raises ConfigError where the run would, as far as that needs
+    neither weights nor data."""
     plan = check_run(config, world_size)
     check_batch_size(config.train, plan.dp_size)
     tp = config.parallel.tensor_parallel
@@ -25,13 +28,17 @@ def describe_run(config: Config, world_size: int) -> str:
         f"draft: {total:,} trained parameters, {_local_parameters(plan.shape, tp):,} on a rank",
         "memory of a rank, GiB (weights and states; activations of the backbone come on top):",
     ]
-    memory = rank_memory(config, plan.shape, plan.dp_size)
+    saved = plan.target_config.dtype or torch.float32  # what `auto` takes
+    target_dtype = saved if config.target.dtype == "auto" else getattr(torch, config.target.dtype)
+    memory = rank_memory(config, plan.shape, plan.dp_size, target_dtype)
     lines += [f"  {part:<34}{size / 2**30:9.3f}" for part, size in memory.items()]
     lines.append(f"  {'sum':<34}{sum(memory.values()) / 2**30:9.3f}")
     return "\n".join(lines)
 
 
-def rank_memory(config: Config, shape: DraftShape, dp_size: int) -> dict[str, int]:
+def rank_memory(
+    config: Config, shape: DraftShape, dp_size: int, target_dtype: torch.dtype
+) -> dict[str, int]:
     """Bytes of a rank by part. The target's matrices count as split evenly, in its saved shapes."""
     tp = config.parallel.tensor_parallel
     size = DTYPES[config.train.dtype].itemsize
@@ -40,7 +47,7 @@ def rank_memory(config: Config, shape: DraftShape, dp_size: int) -> dict[str, in
     tokens = config.train.micro_batch_size * config.data.max_length
     features = (len(shape.target_layer_ids) + 1) * shape.hidden_size
     target = sum(math.prod(s) for s in tensor_shapes(config.target.path).values())
-    target_size = 4 if config.target.dtype == "float32" else 2
+    target_size = target_dtype.itemsize
     shards = dp_size if config.optimizer.use_distributed_optimizer else 1
     states = 3 if size == 2 else 2  # fp32 main weights, where the weights are not fp32 themselves
     return {
