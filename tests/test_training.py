@@ -1,6 +1,7 @@
 """Whole runs: the same curve for every layout, across kills and resumes, and one export."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -283,6 +284,18 @@ def test_without_the_distributed_optimizer_at_another_layout(pool, tiny_run, unb
     )
     pool.run(run_training, world=4, tp=2, config=split)
     assert_same_curve(curve(tmp_path), curve(unbroken))
+
+
+def test_learning_rate_and_length_may_change_on_the_way(pool, tiny_run, tmp_path):
+    before = tiny_config(tiny_run, train={"output_dir": str(tmp_path)})
+    pool.run(run_until_stopped, world=1, tp=1, config=before, steps=6)
+    settings = {"output_dir": str(tmp_path), "iterations": 10}
+    after = tiny_config(tiny_run, train=settings, optimizer={"lr": 1e-3, "min_lr_ratio": 0.5})
+    pool.run(run_training, world=1, tp=1, config=after)
+    rates = [row["learning_rate"] for row in curve(tmp_path)]
+    assert max(rates) == rates[3] == 1e-2
+    cosine = [0.5 + 0.5 * (1 + math.cos(math.pi * (i - 2) / 8)) / 2 for i in range(7, 11)]
+    assert rates[6:] == pytest.approx([1e-3 * c for c in cosine])
 
 
 def test_other_loss_weights_are_not_continued(pool, tiny_run, unbroken):
