@@ -192,8 +192,8 @@ def _check_output(output_dir: Path, config: dict[str, Any]) -> None:
     foreign = names - ours - {"config.json", "model.safetensors.index.json"}
     require(
         not names or (not foreign and _keys(output_dir) == config.keys()),
-        f"{output_dir} exists and is not an earlier export and nothing else (other files: "
-        f"{', '.join(sorted(foreign)) or 'none'}); delete it or choose another output",
+        f"{output_dir} exists and is not an earlier export alone (also there: "
+        f"{', '.join(sorted(foreign)) or 'a config of another tool'}); delete it or choose another",
     )
 
 
