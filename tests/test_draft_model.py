@@ -12,6 +12,7 @@ from tiny_draft import (
     make_samples,
     make_step,
     rank_micro_batches,
+    sample_logits,
     target_head,
 )
 
@@ -171,19 +172,7 @@ def block_states(runtime, shape, changed=(), shifted=()):
     ids[list(changed)] = (ids[list(changed)] + 7) % 60
     taps[list(shifted or changed)] += 1.0
     model = build_tiny_draft(runtime, shape)
-    mask = torch.ones(1, 20, dtype=torch.bool)
-    blocks = draft_blocks(ids[None], mask, [torch.tensor([4, 9, 15])], shape.block_size)
-    with torch.no_grad():
-        out = model(
-            taps,
-            torch.arange(20),
-            blocks.prev_token_ids,
-            blocks.position_ids(),
-            blocks.context_ranges(20),
-        )
-        head = model.head_weights()
-        logits = out.hidden @ head.lm_head.t() + out.latents @ head.markov_w2.t()
-    return out.hidden, logits
+    return sample_logits(model, taps, ids, torch.tensor([4, 9, 15]))[:2]
 
 
 @pytest.mark.parametrize("tp", [1, 2])

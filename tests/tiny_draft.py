@@ -191,3 +191,23 @@ def assemble(shards, layout):
         split = [part.chunk(stride, dim=dim) for part in parts]
         whole[name] = torch.cat([s[i] for i in range(stride) for s in split], dim=dim)
     return whole
+
+
+def sample_logits(draft, taps, ids, anchors):
+    """A fully supervised sample's blocks: hidden states [n, k, h], this rank's logits
+    [n, k, v/tp], confidence logits [n, k]."""
+    from dspark_megatron.ops.anchors import draft_blocks
+
+    mask = torch.ones(1, len(ids), dtype=torch.bool)
+    blocks = draft_blocks(ids[None], mask, [anchors], draft.shape.block_size)
+    with torch.no_grad():
+        out = draft(
+            taps,
+            torch.arange(len(ids)),
+            blocks.prev_token_ids,
+            blocks.position_ids(),
+            blocks.context_ranges(len(ids)),
+        )
+        head = draft.head_weights()
+        logits = out.hidden @ head.lm_head.t() + out.latents @ head.markov_w2.t()
+    return out.hidden, logits, out.confidence_logits
