@@ -33,6 +33,8 @@ _SHARDING = {
     "chained_optim_avoid_prefix": True,
     "singleton_local_shards": False,
 }
+_SETTINGS = ("max_lr", "min_lr", "betas", "eps")
+"""What a parameter group takes from the config, not from a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ def load_checkpoint(folder: Path, model: DSparkDraftModel, optimizer: Any | None
             f"checkpoint {folder} lacks {missing} and has unknown {result.unexpected_keys}"
         )
     if optimizer is not None:
+        _keep_settings(optimizer, loaded["optimizer"])
         with torch.no_grad():  # the fp32 optimizer copies into views of leaf parameters
             optimizer.load_state_dict(loaded["optimizer"])
     meta = read_meta(folder)
@@ -130,6 +133,14 @@ def _sharded_state(model: DSparkDraftModel, optimizer: Any | None, *, is_loading
         model_state, is_loading=is_loading, metadata=dict(_SHARDING)
     )
     return {"model": model_state, "optimizer": optimizer_state}
+
+
+def _keep_settings(optimizer: Any, loaded: dict) -> None:
+    """Put this run's learning rates and constants into the loaded parameter groups: the config
+    rules, not the checkpoint. Before loading, since newer Megatron-Core finds groups by them."""
+    ours = optimizer.param_groups[0]  # all groups share them
+    for group in loaded.get("optimizer", loaded)["param_groups"]:
+        group.update({name: ours[name] for name in _SETTINGS})
 
 
 def _replace_text(path: Path, text: str) -> None:

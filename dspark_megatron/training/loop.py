@@ -29,7 +29,6 @@ from dspark_megatron.training.checkpointing import (
 )
 from dspark_megatron.training.metrics import MetricSums
 from dspark_megatron.training.optimizer import (
-    apply_settings,
     build_optimizer,
     build_scheduler,
     wrap_data_parallel,
@@ -97,7 +96,6 @@ class Trainer:
         self.state = RunState(0, 0)
         if resume_from is not None:
             self.state = load_checkpoint(resume_from, self.draft, self.optimizer)
-            apply_settings(config.optimizer, self.optimizer)
             self.scheduler.step(self.state.iteration)
             self._say(f"continuing from {resume_from} of {self.iterations} iterations")
         self.step = GradientStep(

@@ -47,15 +47,6 @@ def build_optimizer(config: OptimizerConfig, model: Any, dtype: torch.dtype) -> 
     return get_megatron_optimizer(megatron_config, [model], use_gloo_process_groups=False)
 
 
-def apply_settings(config: OptimizerConfig, optimizer: MegatronOptimizer) -> None:
-    """Let the config rule again after a checkpoint brought its own parameter groups along."""
-    for group in optimizer.param_groups:
-        group["max_lr"] = config.lr
-        group["min_lr"] = config.lr * config.min_lr_ratio
-        group["betas"] = (config.adam_beta1, config.adam_beta2)
-        group["eps"] = config.adam_eps
-
-
 def build_scheduler(
     config: OptimizerConfig, optimizer: MegatronOptimizer, iterations: int
 ) -> OptimizerParamScheduler:
