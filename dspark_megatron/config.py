@@ -1,15 +1,11 @@
 """Every knob of a run, once: its default, meaning, unit and the checks that need nothing else.
 
-A config is a YAML file of sections, changed by `section.key=value` overrides. Rules that need the
-target's own shape are in `shape.py`.
+`config_file.py` reads them from YAML. Rules that need the target's own shape are in `shape.py`.
 """
 
 import dataclasses
 import difflib
-import types
-import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -87,14 +83,18 @@ class ModelConfig:
     """Width of one attention head of the draft."""
     initializer_range: float = 0.02
     """Standard deviation of the initial weights; biases start at zero, norms at one."""
+    attention_backend: str = "sdpa"
+    """Attention of the draft in training: `sdpa` (grouped, any device) or `flex` (FlexAttention
+    with a block mask; GPUs only)."""
     attention_group_size: int = 32
-    """Blocks that share one attention call; bounds the mask to
+    """Blocks that share one attention call of `sdpa`; bounds the mask to
     [group * k, context + group * k]."""
 
     def validate(self) -> None:
         for name in ("num_layers", "block_size", "num_anchors", "attention_group_size"):
             _positive(f"model.{name}", getattr(self, name))
         _one_of("model.markov_head_type", self.markov_head_type, ("vanilla", "gated", "rnn"))
+        _one_of("model.attention_backend", self.attention_backend, ("sdpa", "flex"))
         require(self.markov_rank >= 0, f"model.markov_rank ({self.markov_rank}) must be >= 0")
         require(
             not (self.enable_confidence_head and self.confidence_head_with_markov)
@@ -108,34 +108,105 @@ class ModelConfig:
                 _positive(f"model.{name}", getattr(self, name))
 
 
+LOSS_PRESETS: dict[str, dict[str, Any]] = {
+    "deepspec": {},
+    "modelopt": {"anchor_rule": "token", "supervised_slots": "all", "normalization": "local"},
+    "speculators": {
+        "anchor_rule": "token",
+        "supervised_slots": "all",
+        "slot_mask": "input",
+        "ce_labels": "target_argmax",
+        "l1_loss_alpha": 0.0,
+        "tvd_loss_alpha": 0.9,
+        "normalization": "local_count",
+    },
+}
+"""What each neighbour's training does otherwise: defaults of the loss section."""
+
+
 @dataclass(kw_only=True)
 class LossConfig:
     """Weights and form of the training objective (paper Eq. 9-12)."""
 
+    preset: str = "deepspec"
+    """Whose semantics the keys left out take: `deepspec` (the paper's checkpoints), `modelopt` or
+    `speculators`."""
     ce_loss_alpha: float = 0.1
-    """Weight of the cross entropy with the data's tokens."""
+    """Weight of the cross entropy with the labels."""
     l1_loss_alpha: float = 0.9
     """Weight of the raw L1 distance (0..2) to the target's distribution."""
+    tvd_loss_alpha: float = 0.0
+    """Weight of the total variation distance, half of L1: the same term in speculators' unit.
+    Give this or `l1_loss_alpha`."""
+    kl_loss_alpha: float = 0.0
+    """Weight of the forward divergence KL(target || draft) in nats."""
     confidence_head_alpha: float = 1.0
     """Weight of the confidence head's binary cross entropy."""
     loss_decay_gamma: float | None = 4.0
     """Slot k weighs exp(-k / loss_decay_gamma), k from 0; null means no decay."""
+    ce_labels: str = "data"
+    """Labels of the cross entropy: `data` (the next token) or `target_argmax` (the token that the
+    target holds most likely there)."""
+    anchor_rule: str = "label"
+    """Positions that may be anchors: `label` (a token in the loss mask whose next one is too) or
+    `token` (any token in the loss mask; a block may then have no supervised slot)."""
+    supervised_slots: str = "prefix"
+    """Slots of a block that are learnt: `prefix` (up to the first that the mask leaves out) or
+    `all` (also those after a gap)."""
+    slot_mask: str = "label"
+    """Whose place in the loss mask decides on a slot: its `label`'s or its `input`'s, one before
+    (then one token past the end of an answer is learnt)."""
     normalization: str = "global_step"
     """`global_step`: sums over all samples of the step, divided once by the sum of weights.
-    `deepspec`: a mean over micro-batches of their own weighted means (parity runs)."""
-    chunk_rows: int = 512
-    """Rows whose logits exist at one time in the head loss."""
+    `deepspec`: a mean over micro-batches of their own weighted means.
+    `local`: a mean over micro-batches and data-parallel ranks of each one's own weighted mean.
+    `local_count`: as `local`, divided by the number of supervised slots, not by their weights.
+    With all but the first, the layout is part of the mathematics."""
+    memory_budget_mb: int = 256
+    """MiB that the logits of the head loss may take on a rank; sets the rows of a chunk."""
+    chunk_rows: int | None = None
+    """Rows whose logits exist at one time in the head loss; null: as many as the budget holds."""
+    compile: bool = False
+    """Fuse the elementwise part of the head loss with torch.compile."""
 
     def validate(self) -> None:
-        for name in ("ce_loss_alpha", "l1_loss_alpha", "confidence_head_alpha"):
+        _one_of("loss.preset", self.preset, tuple(LOSS_PRESETS))
+        names = ("ce_loss", "l1_loss", "tvd_loss", "kl_loss", "confidence_head")
+        for name in (f"{name}_alpha" for name in names):
             value = getattr(self, name)
             require(value >= 0, f"loss.{name} ({value}) must be >= 0")
+        require(
+            not (self.l1_loss_alpha and self.tvd_loss_alpha),
+            f"loss.l1_loss_alpha ({self.l1_loss_alpha}) and loss.tvd_loss_alpha "
+            f"({self.tvd_loss_alpha}) weigh one term (tvd is half of l1); set either to 0",
+        )
         require(
             self.loss_decay_gamma is None or self.loss_decay_gamma > 0,
             f"loss.loss_decay_gamma ({self.loss_decay_gamma}) must be > 0, or null for no decay",
         )
-        _one_of("loss.normalization", self.normalization, ("global_step", "deepspec"))
-        _positive("loss.chunk_rows", self.chunk_rows)
+        _one_of("loss.ce_labels", self.ce_labels, ("data", "target_argmax"))
+        _one_of("loss.anchor_rule", self.anchor_rule, ("label", "token"))
+        _one_of("loss.supervised_slots", self.supervised_slots, ("prefix", "all"))
+        _one_of("loss.slot_mask", self.slot_mask, ("label", "input"))
+        forms = ("global_step", "deepspec", "local", "local_count")
+        _one_of("loss.normalization", self.normalization, forms)
+        _positive("loss.memory_budget_mb", self.memory_budget_mb)
+        if self.chunk_rows is not None:
+            _positive("loss.chunk_rows", self.chunk_rows)
+
+    @property
+    def l1_weight(self) -> float:
+        """Weight of the raw L1 distance, whichever name it was given under."""
+        return self.l1_loss_alpha + self.tvd_loss_alpha / 2
+
+    def needs_teacher(self, *, with_confidence_head: bool) -> bool:
+        """Whether any term compares with the target's distribution."""
+        return (
+            self.l1_weight > 0
+            or self.kl_loss_alpha > 0
+            or self.ce_labels == "target_argmax"
+            or (with_confidence_head and self.confidence_head_alpha > 0)
+        )
 
 
 @dataclass(kw_only=True)
@@ -221,6 +292,8 @@ class TrainConfig:
     """Samples of one optimizer step; divisible by micro_batch_size * data-parallel size."""
     dtype: str = "bfloat16"
     """Draft weights in the forward pass: `bfloat16` (with fp32 main weights) or `float32`."""
+    recompute_activations: bool = False
+    """Keep only the inputs of draft layers and compute the rest again in the backward pass."""
     seed: int = 1234
     """Seeds data order, anchors and initial weights, whatever the layout."""
     log_every: int = 10
@@ -311,96 +384,14 @@ class Config:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
     @property
+    def needs_teacher(self) -> bool:
+        """Whether the loss compares with the target's distribution."""
+        return self.loss.needs_teacher(with_confidence_head=self.model.enable_confidence_head)
+
+    @property
     def min_loss_tokens(self) -> int:
         """`data.min_loss_tokens`, or twice the block size (DeepSpec's default)."""
         return self.data.min_loss_tokens or 2 * self.model.block_size
-
-
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read a YAML file, apply `section.key=value` overrides, check everything.
-
-    Raises ConfigError for an unreadable file, an unknown key (naming the nearest valid one), a
-    value of the wrong type, or settings that contradict each other.
-    """
-    try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    require(
-        raw is None or isinstance(raw, dict),
-        f"{path} must hold sections (a YAML mapping), not a {type(raw).__name__}",
-    )
-    config = config_from_dict(_with_overrides(raw or {}, overrides))
-    config.validate()
-    return config
-
-
-def config_from_dict(raw: dict[str, Any]) -> Config:
-    """Sections and keys to a Config, strictly; no cross-field checks."""
-    return _build(Config, raw, prefix="")
-
-
-def _with_overrides(raw: dict[str, Any], overrides: typing.Iterable[str]) -> dict[str, Any]:
-    raw = {k: dict(v) if isinstance(v, dict) else v for k, v in raw.items()}
-    for override in overrides:
-        name, separator, text = override.partition("=")
-        section, dot, key = name.partition(".")
-        require(
-            bool(separator and dot and key),
-            f"override {override!r} must look like section.key=value",
-        )
-        values = raw.setdefault(section, {})
-        require(isinstance(values, dict), f"section {section!r} must be a mapping")
-        try:
-            values[key] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"override {override!r} has no valid YAML value: {error}") from error
-    return raw
-
-
-def _build(cls: type, raw: dict[str, Any], prefix: str) -> Any:
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    values = {}
-    for key, value in raw.items():
-        name = f"{prefix}{key}"
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.4)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"valid: {', '.join(fields)}"
-            raise ConfigError(f"unknown config key {name}; {hint}")
-        kind = fields[key].type
-        if dataclasses.is_dataclass(kind):
-            require(
-                value is None or isinstance(value, dict),
-                f"{name} must be a section (a YAML mapping), got {value!r}",
-            )
-            values[key] = _build(kind, value or {}, prefix=f"{name}.")
-        else:
-            values[key] = _convert(name, value, kind)
-    return cls(**values)
-
-
-def _convert(name: str, value: Any, kind: Any) -> Any:
-    """A YAML value as the field's type; only lossless conversions."""
-    if isinstance(kind, types.UnionType):  # X | None
-        if value is None:
-            return None
-        kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
-    if typing.get_origin(kind) is list:
-        if isinstance(value, list):
-            return [
-                _convert(f"{name}[{i}]", v, typing.get_args(kind)[0]) for i, v in enumerate(value)
-            ]
-    elif kind is float and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML 1.1 reads 6e-4 as a string
-        except (TypeError, ValueError):
-            pass
-    elif type(value) is kind:
-        return value
-    kind_name = str(kind) if typing.get_origin(kind) else kind.__name__
-    raise ConfigError(f"{name} must be of type {kind_name}, got {value!r}")
 
 
 def _positive(name: str, value: float) -> None:

@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     from dspark_megatron.training.runtime import launch
 
     with launch() as job:
-        from dspark_megatron.config import load_config
+        from dspark_megatron.config_file import load_config
 
         _evaluate(job, load_config(arguments.config, arguments.overrides))
 

@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     from dspark_megatron.training.runtime import launch, start
 
     with launch() as job:
-        from dspark_megatron.config import load_config
+        from dspark_megatron.config_file import load_config
         from dspark_megatron.shape import check_batch_size
         from dspark_megatron.training.setup import check_run
 

@@ -279,19 +279,32 @@ def plain_head_loss(
     *,
     ce_alpha: float,
     l1_alpha: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    kl_alpha: float = 0.0,
+    labels_from_target: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """`ops.head_loss.head_loss` on whole, unpadded matrices [v, h] and [v, r], by autograd.
-    Returns the weighted loss [], and CE and raw L1 of each row [n]."""
+    Returns the weighted loss [], and CE, raw L1 and KL of each row [n]; None for L1 without a
+    teacher and for KL without weight."""
     logits = hidden @ lm_head.t()
     if latent is not None:
         logits = logits + latent @ markov_w2.t()
-    ce = F.cross_entropy(logits.float(), labels, reduction="none")
-    l1 = torch.zeros_like(ce)
+    l1 = kl = None
     if teacher_hidden is not None:
-        q = (teacher_hidden @ lm_head.t()).float().softmax(dim=-1)
+        teacher_logits = (teacher_hidden @ lm_head.t()).float()
+        q = teacher_logits.softmax(dim=-1)
         l1 = (logits.float().softmax(dim=-1) - q).abs().sum(dim=-1)
-    loss = (weights * (ce_alpha * ce + l1_alpha * l1)).sum()
-    return loss, ce, l1
+        if labels_from_target:
+            labels = teacher_logits.argmax(dim=-1)
+    if kl_alpha > 0:
+        log_p, log_q = (x.float().log_softmax(dim=-1) for x in (logits, teacher_logits))
+        kl = F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(dim=-1)
+    ce = F.cross_entropy(logits.float(), labels, reduction="none")
+    terms = ce_alpha * ce
+    if l1_alpha > 0:
+        terms = terms + l1_alpha * l1
+    if kl_alpha > 0:
+        terms = terms + kl_alpha * kl
+    return (weights * terms).sum(), ce, l1, kl
 
 
 def plain_tau(accept_rate: Tensor, eval_mask: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from tiny_target import make_target, tiny_config
 
-from dspark_megatron.config import ConfigError, config_from_dict, load_config
+from dspark_megatron.config import ConfigError
+from dspark_megatron.config_file import config_from_dict, load_config
 from dspark_megatron.shape import check_batch_size, check_layout, draft_shape, padded_vocab_size
 
 ROOT = Path(__file__).parent.parent

@@ -40,7 +40,7 @@ def step_gradients(runtime, shape, micro_batch_size, normalization="global_step"
         "weights": {n: p.detach().clone() for n, p in trained.items()},
         "grads": {n: p.main_grad.clone() for n, p in trained.items()},
         "layout": layout_of(model),
-        "metrics": total.means(step.alphas, step.with_teacher, step.with_confidence),
+        "metrics": total.means(step.draft_loss.weights),
         "tp_rank": runtime.tp_group.rank(),
         "dp_rank": runtime.dp_group.rank(),
     }

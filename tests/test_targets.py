@@ -19,7 +19,7 @@ def tapped(runtime, config):
     plan = check_run(config, runtime.world_size)
     target, draft = build_target(plan, runtime), build_draft(plan, runtime)
     states = target.states(IDS)
-    check_teacher_logits(target, config.target.path, draft.lm_head.weight, draft.vocab_shard, IDS)
+    check_teacher_logits(target, config.target.path, draft.lm_head, draft.vocab_shard, IDS)
     cache = target.new_cache()
     cached = []
     for start, end in ((0, 8), (8, 11), (11, 15)):

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from tiny import tiny_tokenizer
 
-from dspark_megatron.config import Config, config_from_dict
+from dspark_megatron.config import Config
+from dspark_megatron.config_file import config_from_dict
 
 VOCAB_SIZE = 301  # no multiple of 2 or 4
 WORDS = "the hill in the inn well hello then all bell thin there".split()

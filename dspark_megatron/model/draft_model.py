@@ -34,7 +34,7 @@ from dspark_megatron.shape import DraftShape, padded_vocab_size
 ContextKV = list[tuple[Tensor, Tensor]]
 """Keys and values of the context for each layer, each [t, g/tp, d]."""
 
-FROZEN_REPLICAS = ("embed_tokens", "lm_head")
+FROZEN_REPLICAS = ("embed_tokens", "joint_head")
 """The target's own matrices: needed to run, never trained, not in training checkpoints."""
 
 
@@ -99,7 +99,9 @@ class DSparkDraftModel(MegatronModule):
             build_module(spec, **build) for _ in range(shape.num_layers)
         )
         self.final_layernorm = WrappedTorchNorm(**norm)
-        self.lm_head = VocabParallelWeight(config, vocab, shape.hidden_size, tp_group=tp_group)
+        # The target's LM head, and room for markov_w2 beside it: see HeadWeights.joint.
+        width = shape.hidden_size + shape.markov_rank
+        self.joint_head = VocabParallelWeight(config, vocab, width, tp_group=tp_group)
         self.markov_head: MarkovHead | None = None
         if shape.markov_rank:
             head = MARKOV_HEADS[shape.markov_head_type]
@@ -127,12 +129,17 @@ class DSparkDraftModel(MegatronModule):
     def load_frozen_replicas(self, embed_tokens: Tensor, lm_head: Tensor) -> None:
         """This rank's [v/tp, h] rows of the target's embedding and LM head, padding zero."""
         self.embed_tokens.weight.copy_(embed_tokens)
-        self.lm_head.weight.copy_(lm_head)
+        self.lm_head.copy_(lm_head)
 
     def head_weights(self) -> HeadWeights:
         """The vocabulary matrices for the head loss."""
         w2 = None if self.markov_head is None else self.markov_head.markov_w2.weight
-        return HeadWeights(self.lm_head.weight, w2, self.vocab_shard)
+        return HeadWeights(self.joint_head.weight, w2, self.vocab_shard)
+
+    @property
+    def lm_head(self) -> Tensor:
+        """This rank's [v/tp, h] rows of the target's LM head."""
+        return self.head_weights().lm_head
 
     def encode_context(self, taps: Tensor, positions: Tensor) -> ContextKV:
         """Keys and values that every layer draws from the target's states (Eq. 2, 3).

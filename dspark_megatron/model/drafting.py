@@ -80,7 +80,7 @@ class Drafter:
         confidence logit [1] or None, and the next Markov state. One all-reduce (W1) and one
         all-gather of the logits."""
         model, embedding = self.model, None
-        logits = hidden @ model.lm_head.weight.t()  # [1, v/tp]
+        logits = hidden @ model.lm_head.t()  # [1, v/tp]
         if model.markov_head is not None:
             embedding = model.markov_head.embed(prev_token_id)
             latent, state = model.markov_head.step(embedding, hidden, state)

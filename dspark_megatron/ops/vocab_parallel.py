@@ -45,27 +45,40 @@ class VocabShard:
         return torch.where(mine, token_ids - self.vocab_start_index, 0), mine
 
 
-def all_reduce_sum(tensor: Tensor, *, tp_group: dist.ProcessGroup) -> Tensor:
+@dataclass(frozen=True)
+class Pending:
+    """A collective under way, so that other work can run until its result is needed."""
+
+    tensor: Tensor
+    work: dist.Work | None
+
+    def wait(self) -> Tensor:
+        if self.work is not None:
+            self.work.wait()
+        return self.tensor
+
+
+def start_all_reduce(tensor: Tensor, *, tp_group: dist.ProcessGroup) -> Pending:
     """Sum over the group, in place. One all-reduce of the tensor; none for a group of one."""
+    work = None
     if tp_group.size() > 1:
-        dist.all_reduce(tensor, group=tp_group)
-    return tensor
+        work = dist.all_reduce(tensor, group=tp_group, async_op=True)
+    return Pending(tensor, work)
 
 
-def log_sum_exp(maxima: Tensor, sums: Tensor, *, tp_group: dist.ProcessGroup) -> Tensor:
-    """Global log-sum-exp from each shard's row maxima and sums of exp(x - maximum).
-
-    maxima, sums: [j, n] -> [j, n]. One all-gather of 2*j*n floats; none for a group of one. A
-    shard that is all padding passes maxima of -inf and sums of 0.
-    """
+def start_all_gather(tensor: Tensor, *, tp_group: dist.ProcessGroup) -> Pending:
+    """[...] of every rank as [tp, ...]. One all-gather; none for a group of one."""
     if tp_group.size() == 1:
-        return maxima + sums.log()
-    local = torch.stack([maxima, sums])
-    shards = local.new_empty(tp_group.size(), *local.shape)
-    dist.all_gather(list(shards.unbind()), local, group=tp_group)
-    top = shards[:, 0].amax(dim=0)
-    total = (shards[:, 1] * (shards[:, 0] - top).exp()).sum(dim=0)
-    return top + total.log()
+        return Pending(tensor[None], None)
+    shards = tensor.new_empty(tp_group.size(), *tensor.shape)
+    work = dist.all_gather(list(shards.unbind()), tensor, group=tp_group, async_op=True)
+    return Pending(shards, work)
+
+
+def combine_log_sum_exp(shifts: Tensor, sums: Tensor) -> Tensor:
+    """Log-sum-exp over all shards of [tp, n] shifts and sums of exp(x - shift) -> [n]."""
+    top = shifts.amax(dim=0)
+    return top + (sums * (shifts - top).exp()).sum(dim=0).log()
 
 
 def gather_vocab(logits: Tensor, vocab_size: int, *, tp_group: dist.ProcessGroup) -> Tensor:

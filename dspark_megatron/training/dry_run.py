@@ -6,6 +6,7 @@ import torch
 
 from dspark_megatron.config import Config
 from dspark_megatron.conversion.names import hugging_face_shapes
+from dspark_megatron.ops.chunk_budget import chunk_rows, row_bytes
 from dspark_megatron.shape import DraftShape, check_batch_size, padded_vocab_size
 from dspark_megatron.target_folder import tensor_shapes
 from dspark_megatron.training.setup import DTYPES, check_run
@@ -52,13 +53,22 @@ def rank_memory(
     states = 3 if size == 2 else 2  # fp32 main weights, where the weights are not fp32 themselves
     return {
         "frozen target": target * target_size // tp,
-        "frozen embedding and head": 2 * vocab * shape.hidden_size * size,
+        "frozen embedding and head": vocab * (2 * shape.hidden_size + shape.markov_rank) * size,
         "draft weights": local * size,
         "draft gradients (fp32)": local * 4,
         "optimizer state (fp32)": states * local * 4 // shards,
         "target states of a micro-batch": tokens * features * target_size,
-        "head loss, one chunk (fp32)": 4 * config.loss.chunk_rows * vocab * 4,
+        "logits of the head loss": _logits(config, vocab),
     }
+
+
+def _logits(config: Config, vocab_local: int) -> int:
+    """Bytes of the chunks of logits under way at one time."""
+    options = dict(with_teacher=config.needs_teacher, tp_size=config.parallel.tensor_parallel)
+    dtype = DTYPES[config.train.dtype]
+    rows = chunk_rows(config.loss, vocab_local, dtype, **options)
+    with_kl = config.loss.kl_loss_alpha > 0
+    return rows * row_bytes(vocab_local, dtype, with_kl=with_kl, **options)
 
 
 def _local_parameters(shape: DraftShape, tp: int) -> int:

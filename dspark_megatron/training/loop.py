@@ -19,7 +19,7 @@ from dspark_megatron.data.collate import collate
 from dspark_megatron.data.dataset import ConversationDataset, load_samples
 from dspark_megatron.data.sampler import SampleRef, StepSampler
 from dspark_megatron.data.show import describe_sample
-from dspark_megatron.ops.anchors import anchor_seed, draft_blocks, sample_anchors
+from dspark_megatron.ops.anchors import BlockRules, anchor_seed, draft_blocks, sample_anchors
 from dspark_megatron.targets.teacher_check import check_teacher_logits
 from dspark_megatron.training.checkpointing import (
     RunState,
@@ -151,18 +151,17 @@ class Trainer:
 
     def _micro_batch(self, refs: list[SampleRef]) -> MicroBatch:
         samples = [self.dataset[ref.sample_index] for ref in refs]
-        model, seed = self.plan.config.model, self.settings.seed
+        ids = [sample.input_ids for sample in samples]
+        masks = [sample.loss_mask for sample in samples]
+        model, rules = self.plan.config.model, BlockRules.of(self.plan.config.loss)
+        seeds = (anchor_seed(self.settings.seed, r.epoch, r.sample_index) for r in refs)
         anchors = [
-            sample_anchors(
-                sample.loss_mask,
-                model.num_anchors,
-                anchor_seed(seed, ref.epoch, ref.sample_index),
-            )
-            for sample, ref in zip(samples, refs, strict=True)
+            sample_anchors(mask, model.num_anchors, seed, rules)
+            for mask, seed in zip(masks, seeds, strict=True)
         ]
-        input_ids, loss_mask = collate(samples)
-        blocks = draft_blocks(input_ids, loss_mask, anchors, model.block_size)
-        return MicroBatch(input_ids, [len(sample.input_ids) for sample in samples], blocks)
+        blocks = draft_blocks(ids, masks, anchors, model.block_size, rules)
+        input_ids, _ = collate(samples)
+        return MicroBatch(input_ids, [len(row) for row in ids], blocks)
 
     def _log(
         self, reporter: Reporter | None, metrics: MetricSums, grad_norm: float, seconds: float
@@ -170,11 +169,10 @@ class Trainer:
         total = metrics.reduced(dp_group=self.runtime.dp_group)
         if reporter is None:
             return
-        step = self.step
         row = {
             "iteration": self.state.iteration,
             "consumed_samples": self.state.consumed_samples,
-            **total.means(step.alphas, step.with_teacher, step.with_confidence),
+            **total.means(self.step.draft_loss.weights),
             "grad_norm": grad_norm,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "tokens_per_second": total.scalars["tokens"].item() / seconds,
@@ -196,7 +194,7 @@ class Trainer:
         check_teacher_logits(
             self.target,
             self.plan.config.target.path,
-            self.draft.lm_head.weight,
+            self.draft.lm_head,
             self.draft.vocab_shard,
             self.dataset[0].input_ids[None],
         )

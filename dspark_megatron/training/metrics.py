@@ -9,6 +9,7 @@ from torch import Tensor
 SCALARS = (
     "ce_sum",
     "l1_sum",
+    "kl_sum",
     "confidence_sum",
     "confidence_error_sum",
     "confidence_bias_sum",
@@ -46,14 +47,14 @@ class MetricSums:
             total += value
 
     def reduced(self, *, dp_group: dist.ProcessGroup) -> "MetricSums":
-        """The sums over all data-parallel ranks: one all-reduce of 12 + 2k doubles."""
+        """The sums over all data-parallel ranks: one all-reduce of 13 + 2k doubles."""
         packed = self.packed()
         if dp_group.size() > 1:
             dist.all_reduce(packed, group=dp_group)
         return MetricSums.unpacked(packed)
 
     def packed(self) -> Tensor:
-        """All sums as one vector of 12 + 2k doubles, to travel or to be kept."""
+        """All sums as one vector of 13 + 2k doubles, to travel or to be kept."""
         scalars = torch.stack([self.scalars[name] for name in SCALARS])
         return torch.cat([scalars, self.accept_sum, self.accept_count])
 
@@ -63,36 +64,32 @@ class MetricSums:
         scalars, accept_sum, accept_count = packed.split([len(SCALARS), k, k])
         return cls(dict(zip(SCALARS, scalars.clone(), strict=True)), accept_sum, accept_count)
 
-    def means(
-        self, alphas: tuple[float, float, float], with_teacher: bool, with_confidence: bool
-    ) -> dict[str, float | list[float] | None]:
-        """What a log line shows. A mean without weight is null, not zero."""
+    def means(self, weights: dict[str, float]) -> dict[str, float | list[float] | None]:
+        """What a log line shows. weights: of the terms in use, by name. A mean without weight is
+        null, not zero."""
         s = {name: value.item() for name, value in self.scalars.items()}
 
         def mean(name: str, over: str = "weight") -> float | None:
             return s[name] / s[over] if s[over] else None
 
-        ce, l1, confidence = mean("ce_sum"), mean("l1_sum"), mean("confidence_sum")
+        terms = {name: mean(f"{name}_sum") for name in weights}
         row = {
-            "loss": _weighted([ce, l1, confidence], alphas),
-            "ce_loss": ce,
+            "loss": _weighted(terms, weights),
+            **{f"{name}_loss": value for name, value in terms.items()},
             "sampler/anchors_per_sample": mean("blocks", "samples"),
             "sampler/candidates_per_sample": mean("candidates", "samples"),
             "sampler/supervised_slots_per_block": mean("rows", "blocks"),
         }
-        if with_teacher:
-            counts = self.accept_count.clamp(min=1)
-            row["l1_loss"] = l1
+        if "l1" in weights:
             row["tau"] = mean("tau_sum", "blocks")
-            row["accept_rate"] = (self.accept_sum / counts).tolist()
-        if with_confidence:
-            row["confidence_loss"] = confidence
+            row["accept_rate"] = (self.accept_sum / self.accept_count.clamp(min=1)).tolist()
+        if "confidence" in weights:
             row["confidence_abs_error"] = mean("confidence_error_sum")
             row["confidence_bias"] = mean("confidence_bias_sum")
         return row
 
 
-def _weighted(terms: list[float | None], alphas: tuple[float, ...]) -> float | None:
-    if any(term is None for term in terms):
+def _weighted(terms: dict[str, float | None], weights: dict[str, float]) -> float | None:
+    if any(term is None for term in terms.values()):
         return None
-    return sum(alpha * term for alpha, term in zip(alphas, terms, strict=True))
+    return sum(weight * terms[name] for name, weight in weights.items())

@@ -18,7 +18,14 @@ from transformers import (
 
 from dspark_megatron.config import Config, ConfigError
 from dspark_megatron.model.draft_model import DSparkDraftModel
-from dspark_megatron.shape import DraftShape, check_layout, check_special_tokens, draft_shape
+from dspark_megatron.ops.chunk_budget import chunk_rows
+from dspark_megatron.shape import (
+    DraftShape,
+    check_layout,
+    check_special_tokens,
+    draft_shape,
+    padded_vocab_size,
+)
 from dspark_megatron.target_folder import (
     load_target_config,
     read_rows,
@@ -56,6 +63,14 @@ def check_run(config: Config, world_size: int) -> RunPlan:
     target_config = load_target_config(config.target.path)
     shape = draft_shape(config.model, target_config)
     dp_size = check_layout(config, shape, target_config, world_size)
+    tp_size = config.parallel.tensor_parallel
+    chunk_rows(  # holds a row
+        config.loss,
+        padded_vocab_size(shape.vocab_size, tp_size) // tp_size,
+        DTYPES[config.train.dtype],
+        with_teacher=config.needs_teacher,
+        tp_size=tp_size,
+    )
     tokenizer = _load_tokenizer(config.target.path)
     stops = stop_token_ids(config.target.path, tokenizer)
     special = {"pad": tokenizer.pad_token_id, "eos": stops}
@@ -88,8 +103,8 @@ def build_draft(plan: RunPlan, runtime: Runtime) -> DSparkDraftModel:
 def load_target_head(plan: RunPlan, draft: DSparkDraftModel, target: HuggingFaceTarget) -> Tensor:
     """This rank's [v/tp, h] rows of the target's LM head in the target's own dtype; the draft's
     replica when that is the same."""
-    if draft.lm_head.weight.dtype == target.model.dtype:
-        return draft.lm_head.weight
+    if draft.lm_head.dtype == target.model.dtype:
+        return draft.lm_head
     _, head = _frozen_rows(plan, draft)
     return head.to(device=target.device, dtype=target.model.dtype)
 

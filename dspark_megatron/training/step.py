@@ -5,16 +5,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
 
 from dspark_megatron.config import LossConfig
 from dspark_megatron.model.draft_model import DraftOutput
-from dspark_megatron.ops.acceptance import tau
 from dspark_megatron.ops.anchors import DraftBlocks, slot_weights
-from dspark_megatron.ops.head_loss import head_loss
 from dspark_megatron.targets.base import Target, TargetStates
+from dspark_megatron.training.draft_loss import DraftLoss
 from dspark_megatron.training.metrics import MetricSums
 
 
@@ -37,8 +35,8 @@ class GradientStep:
 
     The loss of a step is `sum of weighted terms / sum of weights` over all micro-batches of all
     data-parallel ranks. The weights depend on the data alone, so the divisor is known before the
-    first forward pass and gradients are simply summed. `normalization: deepspec` instead gives
-    each micro-batch its own divisor and takes the mean of them.
+    first forward pass and gradients are simply summed. The other forms of `loss.normalization`
+    give each micro-batch a divisor of its own, such that summing takes the mean of them.
     """
 
     def __init__(
@@ -57,14 +55,7 @@ class GradientStep:
         self.draft = model.module
         self.block_size = self.draft.shape.block_size
         self.slots = slot_weights(self.block_size, loss.loss_decay_gamma)
-        self.with_confidence = self.draft.confidence_head is not None
-        self.with_teacher = loss.l1_loss_alpha > 0 or self.with_confidence
-
-    @property
-    def alphas(self) -> tuple[float, float, float]:
-        loss = self.loss
-        confidence = loss.confidence_head_alpha if self.with_confidence else 0.0
-        return loss.ce_loss_alpha, loss.l1_loss_alpha, confidence
+        self.draft_loss = DraftLoss(loss, self.draft, tp_group=tp_group, device=device)
 
     def run(self, micro_batches: list[MicroBatch], metrics: MetricSums) -> None:
         """Leave the step's gradients in the model's buckets, reduced; add to `metrics`."""
@@ -75,15 +66,20 @@ class GradientStep:
         finalize_model_grads([self.model])
 
     def _divisors(self, micro_batches: list[MicroBatch]) -> list[float]:
-        """One number for each micro-batch. One all-reduce of a double per micro-batch."""
+        """One number for each micro-batch; 0 where there is nothing to learn. One all-reduce of a
+        double per micro-batch, none for the local forms."""
+        form = self.loss.normalization
+        slots = torch.ones_like(self.slots) if form == "local_count" else self.slots
         weights = torch.tensor(
-            [micro_batch.weight(self.slots) for micro_batch in micro_batches],
+            [micro_batch.weight(slots) for micro_batch in micro_batches],
             dtype=torch.float64,
             device=self.device,
         )
+        if form in ("local", "local_count"):
+            return (weights * len(micro_batches) * self.dp_group.size()).tolist()
         if self.dp_group.size() > 1:
             dist.all_reduce(weights, group=self.dp_group)
-        if self.loss.normalization == "global_step":
+        if form == "global_step":
             weights = weights.sum().expand(len(micro_batches))
         else:
             weights = weights * len(micro_batches)
@@ -100,78 +96,21 @@ class GradientStep:
             blocks=blocks.num_blocks,
             rows=float(blocks.eval_mask.sum()),
         )
-        if blocks.num_blocks == 0:  # the same on every tensor-parallel rank
+        # A small loss_decay_gamma may round the weight of late slots, and of all there are, to 0.
+        if blocks.num_blocks == 0 or divisor == 0:  # the same on every tensor-parallel rank
             return
         states = self.target.states(micro_batch.input_ids)
         output = self._draft(micro_batch, states)
-        loss = self._loss(blocks, states, output, metrics)
+        loss = self.draft_loss(blocks, states, output, metrics)
         (loss / divisor).backward()
 
     def _draft(self, micro_batch: MicroBatch, states: TargetStates) -> DraftOutput:
         blocks = micro_batch.blocks
-        batch, length = micro_batch.input_ids.shape
+        context = blocks.visible_context(micro_batch.input_ids.shape[1])
         return self.model(
-            states.taps.flatten(0, 1),
-            torch.arange(length, device=self.device).repeat(batch),
+            states.taps.flatten(0, 1)[context.index.to(self.device)],
+            context.positions.to(self.device),
             blocks.prev_token_ids.to(self.device),
             blocks.position_ids().to(self.device),
-            blocks.context_ranges(length),
+            context.ranges,
         )
-
-    def _loss(
-        self, blocks: DraftBlocks, states: TargetStates, output: DraftOutput, metrics: MetricSums
-    ) -> Tensor:
-        """The micro-batch's weighted sum of all terms; supervised rows only."""
-        mask = blocks.eval_mask.to(self.device)
-        weights = self.slots.expand(mask.shape)[blocks.eval_mask].to(self.device)
-        teacher = None
-        if self.with_teacher:
-            index = blocks.teacher_index(states.last_hidden.shape[1])[blocks.eval_mask]
-            teacher = states.last_hidden.flatten(0, 1)[index.to(self.device)]
-            teacher = teacher.to(output.hidden.dtype)
-        result = head_loss(
-            output.hidden[mask],
-            None if output.latents is None else output.latents[mask],
-            teacher,
-            blocks.labels.to(self.device)[mask],
-            weights,
-            self.draft.head_weights(),
-            ce_alpha=self.loss.ce_loss_alpha,
-            l1_alpha=self.loss.l1_loss_alpha,
-            chunk_rows=self.loss.chunk_rows,
-            tp_group=self.tp_group,
-        )
-        metrics.add(
-            weight=weights.sum(),
-            ce_sum=(weights * result.ce).sum(),
-            l1_sum=(weights * result.l1).sum(),
-        )
-        if self.with_teacher:
-            self._add_acceptance(mask, result.accept_rate, metrics)
-        if not self.with_confidence:
-            return result.loss
-        logits = output.confidence_logits[mask]
-        confidence_sum = self._confidence(logits, result.accept_rate, weights, metrics)
-        return result.loss + self.loss.confidence_head_alpha * confidence_sum
-
-    def _add_acceptance(self, mask: Tensor, accept_rate: Tensor, metrics: MetricSums) -> None:
-        by_slot = torch.zeros(mask.shape, device=self.device).masked_scatter_(mask, accept_rate)
-        metrics.add(
-            accept_sum=by_slot.sum(dim=0),
-            accept_count=mask.sum(dim=0),
-            tau_sum=tau(by_slot, mask).sum(),
-        )
-
-    def _confidence(
-        self, logits: Tensor, accept_rate: Tensor, weights: Tensor, metrics: MetricSums
-    ) -> Tensor:
-        """Weighted binary cross entropy with the accept rate as its (constant) label."""
-        bce = F.binary_cross_entropy_with_logits(logits, accept_rate, reduction="none")
-        total = (bce * weights).sum()
-        error = logits.detach().sigmoid() - accept_rate
-        metrics.add(
-            confidence_sum=total.detach(),
-            confidence_error_sum=(error.abs() * weights).sum(),
-            confidence_bias_sum=(error * weights).sum(),
-        )
-        return total

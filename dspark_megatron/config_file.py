@@ -1,0 +1,111 @@
+"""A config from a YAML file of sections, changed by `section.key=value` overrides; strict."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dspark_megatron.config import LOSS_PRESETS, Config, ConfigError, require
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML file, apply `section.key=value` overrides, check everything.
+
+    Raises ConfigError for an unreadable file, an unknown key (naming the nearest valid one), a
+    value of the wrong type, or settings that contradict each other.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    require(
+        raw is None or isinstance(raw, dict),
+        f"{path} must hold sections (a YAML mapping), not a {type(raw).__name__}",
+    )
+    config = config_from_dict(_with_overrides(raw or {}, overrides))
+    config.validate()
+    return config
+
+
+def config_from_dict(raw: dict[str, Any]) -> Config:
+    """Sections and keys to a Config, strictly; no cross-field checks."""
+    return _build(Config, _with_preset(raw), prefix="")
+
+
+def _with_overrides(raw: dict[str, Any], overrides: typing.Iterable[str]) -> dict[str, Any]:
+    raw = {k: dict(v) if isinstance(v, dict) else v for k, v in raw.items()}
+    for override in overrides:
+        name, separator, text = override.partition("=")
+        section, dot, key = name.partition(".")
+        require(
+            bool(separator and dot and key),
+            f"override {override!r} must look like section.key=value",
+        )
+        values = raw.setdefault(section, {})
+        require(isinstance(values, dict), f"section {section!r} must be a mapping")
+        try:
+            values[key] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {override!r} has no valid YAML value: {error}") from error
+    return raw
+
+
+def _with_preset(raw: dict[str, Any]) -> dict[str, Any]:
+    """The loss section with what its preset says of keys that are left out."""
+    loss = raw.get("loss")
+    if not isinstance(loss, dict):
+        return raw
+    preset = loss.get("preset")
+    values = LOSS_PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+    if "l1_loss_alpha" in loss or "tvd_loss_alpha" in loss:  # one term: whoever names it sets it
+        values = {k: v for k, v in values.items() if k not in ("l1_loss_alpha", "tvd_loss_alpha")}
+    return {**raw, "loss": {**values, **loss}}
+
+
+def _build(cls: type, raw: dict[str, Any], prefix: str) -> Any:
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    values = {}
+    for key, value in raw.items():
+        name = f"{prefix}{key}"
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.4)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"valid: {', '.join(fields)}"
+            raise ConfigError(f"unknown config key {name}; {hint}")
+        kind = fields[key].type
+        if dataclasses.is_dataclass(kind):
+            require(
+                value is None or isinstance(value, dict),
+                f"{name} must be a section (a YAML mapping), got {value!r}",
+            )
+            values[key] = _build(kind, value or {}, prefix=f"{name}.")
+        else:
+            values[key] = _convert(name, value, kind)
+    return cls(**values)
+
+
+def _convert(name: str, value: Any, kind: Any) -> Any:
+    """A YAML value as the field's type; only lossless conversions."""
+    if isinstance(kind, types.UnionType):  # X | None
+        if value is None:
+            return None
+        kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
+    if typing.get_origin(kind) is list:
+        if isinstance(value, list):
+            return [
+                _convert(f"{name}[{i}]", v, typing.get_args(kind)[0]) for i, v in enumerate(value)
+            ]
+    elif kind is float and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML 1.1 reads 6e-4 as a string
+        except (TypeError, ValueError):
+            pass
+    elif type(value) is kind:
+        return value
+    kind_name = str(kind) if typing.get_origin(kind) else kind.__name__
+    raise ConfigError(f"{name} must be of type {kind_name}, got {value!r}")
