@@ -100,6 +100,12 @@ def check_layout(config: Config, shape: DraftShape, target_config: Any, world_si
             f"{numbers} must be divisible by parallel.tensor_parallel ({tp}); "
             f"sizes that work here: {good}"
         )
+    per_rank = padded_vocab_size(shape.vocab_size, tp) // tp
+    require(
+        per_rank * (tp - 1) < shape.vocab_size,
+        f"the vocabulary ({shape.vocab_size}) leaves a rank without an entry at "
+        f"parallel.tensor_parallel ({tp}), {per_rank} entries a rank; use fewer ranks",
+    )
     return world_size // tp
 
 

@@ -10,13 +10,9 @@ def lanes_of(tp_size: int) -> int:
     return 2 if tp_size > 1 else 1
 
 
-def row_bytes(
-    vocab_local: int, dtype: torch.dtype, *, with_teacher: bool, with_kl: bool, tp_size: int
-) -> int:
-    """Bytes of logits for each row of a chunk: fp32 of the draft, of the target, and of the
-    target's distribution for KL; half precision goes through one more buffer."""
-    itemsize = 4 * (1 + with_teacher + with_kl) + (2 if dtype.itemsize == 2 else 0)
-    return vocab_local * itemsize * lanes_of(tp_size)
+def row_bytes(vocab_local: int, dtype: torch.dtype, *, with_teacher: bool, tp_size: int) -> int:
+    """Bytes of logits for each row of a chunk: the draft's and the target's."""
+    return vocab_local * dtype.itemsize * (1 + with_teacher) * lanes_of(tp_size)
 
 
 def chunk_rows(
@@ -26,13 +22,7 @@ def chunk_rows(
     fit, as matrix products like it. Raises ConfigError when it does not hold one row."""
     if loss.chunk_rows is not None:
         return loss.chunk_rows
-    one = row_bytes(
-        vocab_local,
-        dtype,
-        with_teacher=with_teacher,
-        with_kl=loss.kl_loss_alpha > 0,
-        tp_size=tp_size,
-    )
+    one = row_bytes(vocab_local, dtype, with_teacher=with_teacher, tp_size=tp_size)
     rows = loss.memory_budget_mb * 2**20 // one
     require(
         rows >= 1,
@@ -49,3 +39,10 @@ def tail_padding(rows: int, chunk_rows: int) -> int:
     if not tail:
         return 0
     return min(1 << (tail - 1).bit_length(), chunk_rows) - tail
+
+
+def tile_rows(columns: int, device: torch.device) -> int:
+    """Rows that elementwise passes take at a time: on a CPU as many as stay in a core's cache, on
+    a GPU, where each step is a kernel, as many as make it worth launching."""
+    tile_bytes = 2**19 if device.type == "cpu" else 2**26
+    return max(1, tile_bytes // (4 * columns))

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dspark_megatron.ops import logit_terms
-from dspark_megatron.ops.chunk_budget import lanes_of, tail_padding
-from dspark_megatron.ops.logit_terms import ChunkLogits, Objective
+from dspark_megatron.ops.chunk_budget import lanes_of, tail_padding, tile_rows
+from dspark_megatron.ops.logit_terms import Objective
 from dspark_megatron.ops.vocab_parallel import (
     Pending,
     VocabShard,
@@ -69,19 +69,23 @@ class ChunkRun:
         self.head, self.objective, self.tp_group = head, objective, tp_group
         rows = len(features)
         self.chunk_rows = max(1, min(chunk_rows, rows))
-        self.passes = logit_terms.compiled_passes() if compile else logit_terms.PASSES
+        real = head.shard.num_real  # padded columns come last and never reach a product
+        self.joint, self.lm_head = head.joint[:real], head.lm_head[:real]
+        if compile:
+            self.passes = logit_terms.compiled_passes()
+        else:
+            self.passes = logit_terms.tiled_passes(tile_rows(real, head.joint.device))
         padding = tail_padding(rows, self.chunk_rows) if compile else 0
         self.labels = F.pad(labels, (0, padding))
-        # fp32 inside the softmax and for sums over chunks; float64 stays what it is.
-        self.dtype = torch.promote_types(features.dtype, torch.float32)
-        per_row = features.new_zeros(3, rows + padding, dtype=self.dtype)
+        dtype = logit_terms.precise(features.dtype)
+        per_row = features.new_zeros(3, rows + padding, dtype=dtype)
         self._ce, self._l1, self._kl = per_row
         self.grad_features = torch.empty_like(features)
         """[n, h + r]"""
         self.grad_w2: Tensor | None = None
         """[v/tp, r] in fp32: many chunks add up in it."""
         if head.markov_w2 is not None:
-            self.grad_w2 = torch.zeros_like(head.markov_w2, dtype=self.dtype)
+            self.grad_w2 = torch.zeros_like(head.markov_w2, dtype=dtype)
         self._reductions: list[Pending] = []
 
     @property
@@ -117,97 +121,57 @@ class ChunkRun:
             reduction.wait()
 
     def _lane(self, starts: range) -> Iterator[None]:
-        """Every so many-th chunk, one after the other in the same buffers."""
-        buffers = _Buffers(self)
+        """Every so many-th chunk, one after the other in the same two buffers."""
+        columns = len(self.joint)
+        draft = self.joint.new_empty(self.chunk_rows, columns)
+        teacher = None if self.teacher_hidden is None else torch.empty_like(draft)
         for start in starts:
-            yield from self._chunk(slice(start, start + self.chunk_rows), buffers)
+            yield from self._chunk(slice(start, start + self.chunk_rows), draft, teacher)
 
-    def _chunk(self, part: slice, buffers: "_Buffers") -> Iterator[None]:
+    def _chunk(self, part: slice, draft: Tensor, teacher: Tensor | None) -> Iterator[None]:
         """Results and gradients of some rows; pauses where a collective is under way."""
         objective, passes, labels = self.objective, self.passes, self.labels[part]
-        logits = buffers.logits(len(labels))
-        self._multiply_out(part, logits, buffers)
+        rows, real = len(labels), len(self.features[part])
+        draft = draft[:rows]  # [c, v/tp]
+        torch.mm(self.features[part], self.joint.t(), out=draft[:real])
+        if teacher is not None:
+            teacher = teacher[:rows]
+            torch.mm(self.teacher_hidden[part], self.lm_head.t(), out=teacher[:real])
         columns, mine = self.head.shard.local_ids(labels)
-        found = passes.statistics(logits, columns, mine, objective)
-        gathered = start_all_gather(torch.stack(list(found.values())), tp_group=self.tp_group)
+        found = passes.statistics(draft, teacher, columns, mine, objective)
+        gathered = start_all_gather(found, tp_group=self.tp_group)
         yield
-        shards = dict(zip(found, gathered.wait().unbind(dim=1), strict=True))
-        combined = logit_terms.combine(shards)
-        self._ce[part] = combined.ce
-        if combined.kl is not None:
-            self._kl[part] = combined.kl
-        if combined.label_shard is not None:
-            columns, mine = combined.label_column, combined.label_shard == self.tp_group.rank()
-        row_scale = (found["draft_shift"] - combined.draft_lse).exp()
-        if combined.teacher_lse is None:
-            row_scale = row_scale * objective.ce
-        else:
-            teacher_scale = (found["teacher_shift"] - combined.teacher_lse).exp()
-            sums = passes.distances(logits, row_scale, teacher_scale, objective.l1 > 0)
+        shards = logit_terms.combine(gathered.wait())
+        self._ce[part], lse, teacher_lse, label_shard, label_column = shards
+        if label_shard is not None:
+            mine = label_shard == self.tp_group.rank()
+            columns = torch.where(mine, label_column, 0)
+        signed_sum = None
+        if teacher is not None:
+            sums = passes.distances(draft, teacher, lse, teacher_lse, objective)
             reduced = start_all_reduce(sums, tp_group=self.tp_group)
             yield
-            self._l1[part], signed_sum = reduced.wait()
-            row_scale = objective.ce + objective.kl - objective.l1 * signed_sum
-        at_label = -objective.ce * mine.to(self.dtype)
-        passes.gradient(logits, row_scale, columns, at_label, objective)
-        self._multiply_back(part, buffers)
+            self._l1[part], signed_sum, cross = reduced.wait()
+            self._kl[part] = cross - teacher_lse + lse
+        passes.gradient(draft, teacher, lse, teacher_lse, signed_sum, columns, mine, objective)
+        self._multiply_back(part, draft[:real])
 
-    def _multiply_out(self, part: slice, logits: ChunkLogits, buffers: "_Buffers") -> None:
-        head = self.head
-        buffers.product(self.features[part], head.joint, logits.draft)
-        head.shard.mask_padding_(logits.draft)
-        if logits.teacher is not None:
-            buffers.product(self.teacher_hidden[part], head.lm_head, logits.teacher)
-            head.shard.mask_padding_(logits.teacher)
-
-    def _multiply_back(self, part: slice, buffers: "_Buffers") -> None:
-        """Gradients of this chunk's features, and its share of that of W2. Row weights are applied
-        here, to the narrow side of the products."""
+    def _multiply_back(self, part: slice, gradient: Tensor) -> None:
+        """From the gradient of logits [c, v/tp] to that of features and this chunk's share of that
+        of W2. Row weights are applied here, to the narrow side of the products."""
         features = self.features[part]
-        gradient = buffers.for_products(len(features))  # [c, v/tp]
         weights = self.weights[part, None].to(features.dtype)
-        grad_features = torch.mm(gradient, self.head.joint, out=self.grad_features[part])
+        grad_features = torch.mm(gradient, self.joint, out=self.grad_features[part])
         grad_features.mul_(weights)
         self._reductions.append(start_all_reduce(grad_features, tp_group=self.tp_group))
-        if self.grad_w2 is not None:
-            latents = features[:, self.head.hidden_size :] * weights
-            if self.dtype == features.dtype:
-                self.grad_w2.addmm_(gradient.t(), latents)
-            else:
-                self.grad_w2 += gradient.t() @ latents
-
-
-class _Buffers:
-    """Room for the logits of one chunk, [chunk_rows, v/tp] each."""
-
-    def __init__(self, run: ChunkRun) -> None:
-        def room(wanted: bool, dtype: torch.dtype) -> Tensor | None:
-            return joint.new_empty(run.chunk_rows, len(joint), dtype=dtype) if wanted else None
-
-        joint, dtype = run.head.joint, run.dtype
-        self._rooms = ChunkLogits(
-            draft=room(True, dtype),
-            teacher=room(run.teacher_hidden is not None, dtype),
-            kept=room(run.objective.kl > 0, dtype),
-        )
-        self._products = room(joint.dtype != dtype, joint.dtype)
-
-    def logits(self, rows: int) -> ChunkLogits:
-        rooms = self._rooms.draft, self._rooms.teacher, self._rooms.kept
-        return ChunkLogits(*(None if room is None else room[:rows] for room in rooms))
-
-    def product(self, a: Tensor, b: Tensor, out: Tensor) -> None:
-        """a b^T into the first rows of `out`, by way of the products' own type."""
-        out = out[: len(a)]
-        if self._products is None:
-            torch.mm(a, b.t(), out=out)
+        if self.grad_w2 is None:
+            return
+        latents = features[:, self.head.hidden_size :] * weights
+        grad_w2 = self.grad_w2[: len(self.joint)]
+        if grad_w2.dtype == latents.dtype:
+            grad_w2.addmm_(gradient.t(), latents)
         else:
-            out.copy_(torch.mm(a, b.t(), out=self._products[: len(a)]))
-
-    def for_products(self, rows: int) -> Tensor:
-        """The first rows of the draft's room, now their gradient, in the products' own type."""
-        gradient = self._rooms.draft[:rows]
-        return gradient if self._products is None else self._products[:rows].copy_(gradient)
+            grad_w2 += gradient.t() @ latents
 
 
 def _take_turns(lanes: list[Iterator[None]]) -> None:

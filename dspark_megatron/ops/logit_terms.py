@@ -1,16 +1,19 @@
-"""Elementwise mathematics of the head loss on one chunk of split logits: three passes.
+"""Elementwise mathematics of the head loss on one chunk of split logits, in three passes.
 
-    statistics -> (gathered over ranks, combine) -> distances -> (added over ranks) -> gradient
+    statistics -> (gathered over ranks) combine -> distances -> (summed over ranks) gradient
 
-Each is whole-tensor work in place and sums over rows: what a shard can say by itself. Nothing here
-knows of ranks. With u the draft's logits, t the target's, and p, q their softmax over the whole
-vocabulary (paper Eq. 4, 8-10):
+With u the draft's logits, t the target's, and p, q their softmax over the whole vocabulary
+(paper Eq. 4, 8-10):
 
     CE = lse(u) - u[label]             dCE/du = p - onehot(label)
     L1 = sum |p - q|                   dL1/du = p * (sign(p - q) - sum p * sign(p - q))
     KL = sum q * (log q - log p)       dKL/du = p - q
 
-Shapes: c rows of a chunk, v/tp columns of this rank.
+Every pass reads the logits as the products left them and computes in fp32 (float64 for float64);
+only the last one writes: the gradient, over the draft's logits. So p and q are computed anew in
+each, which costs less than keeping them. Nothing here knows of ranks.
+
+Shapes: c rows, v/tp columns of this rank without padding.
 """
 
 import functools
@@ -41,125 +44,131 @@ class Objective:
         return self.l1 > 0 or self.kl > 0 or self.labels_from_target
 
 
-@dataclass(frozen=True)
-class ChunkLogits:
-    """Logits of a chunk, [c, v/tp] each, of which all passes make what they need in place."""
-
-    draft: Tensor
-    """u, then exp(u - shift), then p, then the gradient."""
-    teacher: Tensor | None
-    """t, then exp(t - shift), then p - q, then p * sign(p - q); None without a teacher."""
-    kept: Tensor | None
-    """t - u, then q; None without KL."""
+def precise(dtype: torch.dtype) -> torch.dtype:
+    """What is computed in: fp32, or float64 where the inputs are."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def statistics(
-    logits: ChunkLogits, local_labels: Tensor, mine: Tensor, objective: Objective
-) -> dict[str, Tensor]:
-    """First pass: logits become exponentials. What every rank must know of this shard, [c] each.
+    draft: Tensor, teacher: Tensor | None, columns: Tensor, mine: Tensor, objective: Objective
+) -> Tensor:
+    """First pass: what every rank must know of this shard, [3, 5 or 6, c]: the label's logit; the
+    draft's maximum and sum of exp(u - maximum); the same of the target; the target's own label.
 
-    local_labels: labels as columns of this shard where `mine`; the target's own labels are found
-    here if the objective asks for them.
+    columns [c]: of the labels in this shard, where `mine`. Of a label that the target chooses,
+    each shard names its best candidate.
     """
-    draft, teacher, kept = logits.draft, logits.teacher, logits.kept
-    found = {}
     if objective.labels_from_target:
-        local_labels = teacher.argmax(dim=-1)
-        found["label"] = local_labels.to(draft.dtype)  # exact: fp32 counts to 2^24
-        mine = torch.ones_like(mine)
-    chosen = draft.gather(1, local_labels[:, None]).squeeze(1)
-    found["label_logit"] = torch.where(mine, chosen, 0)
-    if kept is not None:
-        # Padding is -inf in both; its difference must not be NaN.
-        torch.sub(teacher, draft, out=kept).nan_to_num_(nan=0.0)
-    found["draft_shift"], found["draft_sum"] = _exponentials(draft)
+        columns, mine = teacher.argmax(dim=-1), torch.ones_like(mine)
+    chosen = draft.gather(1, columns[:, None]).squeeze(1)
+    found = [torch.where(mine, chosen, 0).to(precise(draft.dtype)), *_maximum_and_sum(draft)]
     if teacher is not None:
-        found["teacher_shift"], found["teacher_sum"] = _exponentials(teacher)
-    if kept is not None:
-        found["cross"] = kept.mul_(teacher).sum(dim=-1)
-    return found
+        found += _maximum_and_sum(teacher)
+    if objective.labels_from_target:
+        found.append(columns.to(found[0].dtype))  # exact: fp32 counts to 2^24
+    return torch.stack(found)
 
 
-def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:
-    # A shard of nothing but padding has only -inf; any finite shift gives its sum of 0.
-    shift = logits.amax(dim=-1).clamp(min=torch.finfo(logits.dtype).min)
-    logits.sub_(shift[:, None]).exp_()
-    return shift, logits.sum(dim=-1)
+def _maximum_and_sum(logits: Tensor) -> tuple[Tensor, Tensor]:
+    maximum = logits.amax(dim=-1).to(precise(logits.dtype))
+    return maximum, _exp(logits, maximum).sum(dim=-1)
 
 
-@dataclass(frozen=True)
-class Combined:
-    """What the gathered statistics say, [c] each and the same on every rank."""
+def _exp(logits: Tensor, shift: Tensor) -> Tensor:
+    return (logits - shift[:, None]).exp_()
+
+
+class Combined(NamedTuple):
+    """What the statistics of all ranks say, [c] each."""
 
     ce: Tensor
-    kl: Tensor | None
     draft_lse: Tensor
     teacher_lse: Tensor | None
     label_shard: Tensor | None
-    """Rank that holds the target's most likely token, and which of its columns it is."""
+    """Rank that holds the target's label, and the column it has there; None for given labels."""
     label_column: Tensor | None
 
 
-def combine(shards: dict[str, Tensor]) -> Combined:
-    """Statistics [tp, c] of all ranks to CE, KL and the log-sum-exps."""
-    draft_lse = combine_log_sum_exp(shards["draft_shift"], shards["draft_sum"])
-    teacher_lse = label_shard = label_column = kl = None
-    label_logit = shards["label_logit"].sum(dim=0)
-    if "teacher_shift" in shards:
-        teacher_lse = combine_log_sum_exp(shards["teacher_shift"], shards["teacher_sum"])
-    if "label" in shards:
-        label_shard = shards["teacher_shift"].argmax(dim=0)
-        label_logit, label_column = (
-            shards[name].gather(0, label_shard[None])[0] for name in ("label_logit", "label")
-        )
-        label_column = label_column.long()
-    if "cross" in shards:
-        part = (shards["teacher_shift"] - teacher_lse).exp()
-        kl = (shards["cross"] * part).sum(dim=0) - teacher_lse + draft_lse
-    return Combined(draft_lse - label_logit, kl, draft_lse, teacher_lse, label_shard, label_column)
+def combine(shards: Tensor) -> Combined:
+    """Statistics [tp, 3, 5 or 6, c] of all ranks -> CE and log-sum-exps, the same everywhere."""
+    label_logit, *sums = shards.unbind(dim=1)
+    draft_lse = combine_log_sum_exp(*sums[:2])
+    teacher_lse = combine_log_sum_exp(*sums[2:4]) if len(sums) > 2 else None
+    if len(sums) < 5:
+        ce = draft_lse - label_logit.sum(dim=0)
+        return Combined(ce, draft_lse, teacher_lse, None, None)
+    best = sums[2].argmax(dim=0, keepdim=True)  # [1, c]
+    ce = draft_lse - label_logit.gather(0, best)[0]
+    return Combined(ce, draft_lse, teacher_lse, best[0], sums[4].gather(0, best)[0].long())
 
 
 def distances(
-    logits: ChunkLogits, draft_scale: Tensor, teacher_scale: Tensor, with_sign: bool
+    draft: Tensor, teacher: Tensor, draft_lse: Tensor, teacher_lse: Tensor, objective: Objective
 ) -> Tensor:
-    """Second pass, with a teacher: exponentials times scales [c] become p and p - q, and that
-    p * sign(p - q) if wanted. This shard's part of L1 and of sum p * sign(p - q), [2, c]; the
-    latter is 0 if not wanted."""
-    draft, teacher = logits.draft.mul_(draft_scale[:, None]), logits.teacher
-    teacher.mul_(teacher_scale[:, None])
-    if logits.kept is not None:
-        logits.kept.copy_(teacher)
-    torch.sub(draft, teacher, out=teacher)
-    l1 = torch.linalg.vector_norm(teacher, ord=1, dim=-1)
-    signed = teacher.sign_().mul_(draft).sum(dim=-1) if with_sign else torch.zeros_like(l1)
-    return torch.stack([l1, signed])
+    """Second pass, with a teacher: this shard's parts of L1, of sum p * sign(p - q) and of
+    sum q * (t - u), [3, c]; the last two are 0 where no term needs them."""
+    p, q = _exp(draft, draft_lse), _exp(teacher, teacher_lse)
+    cross = signed = torch.zeros_like(draft_lse)
+    if objective.kl > 0:
+        cross = (teacher - draft).to(q.dtype).mul_(q).sum(dim=-1)
+    difference = torch.sub(p, q, out=q)
+    l1 = difference.abs().sum(dim=-1)
+    if objective.l1 > 0:
+        signed = difference.sign_().mul_(p).sum(dim=-1)
+    return torch.stack([l1, signed, cross])
 
 
 def gradient(
-    logits: ChunkLogits, row_scale: Tensor, labels: Tensor, at_label: Tensor, objective: Objective
+    draft: Tensor,
+    teacher: Tensor | None,
+    draft_lse: Tensor,
+    teacher_lse: Tensor | None,
+    signed_sum: Tensor | None,
+    columns: Tensor,
+    mine: Tensor,
+    objective: Objective,
 ) -> None:
-    """Third pass: `draft` becomes the gradient of an unweighted row's loss.
-
-    row_scale [c] of the draft's exponentials or of p; at_label [c] is added in column `labels`.
-    """
-    draft = logits.draft.mul_(row_scale[:, None])
-    if objective.l1 > 0:
-        draft.add_(logits.teacher, alpha=objective.l1)
-    if logits.kept is not None:
-        draft.sub_(logits.kept, alpha=objective.kl)
-    draft.scatter_add_(1, labels[:, None], at_label[:, None])
+    """Third pass: `draft` becomes the gradient of its rows' unweighted losses. signed_sum [c]: sum
+    p * sign(p - q) over all shards; columns [c]: of the labels, where `mine`."""
+    p = _exp(draft, draft_lse)
+    if objective.l1 > 0 or objective.kl > 0:
+        difference = _exp(teacher, teacher_lse).neg_().add_(p)
+        by_kl = difference * objective.kl if objective.kl > 0 else None
+        signed = difference.sign_().mul_(p)
+        p.mul_((objective.ce - objective.l1 * signed_sum)[:, None])
+        p.add_(signed, alpha=objective.l1)
+        if by_kl is not None:
+            p.add_(by_kl)
+    else:
+        p.mul_(objective.ce)
+    p.scatter_add_(1, columns[:, None], (-objective.ce * mine.to(p.dtype))[:, None])
+    draft.copy_(p)
 
 
 class Passes(NamedTuple):
-    statistics: Callable[..., dict[str, Tensor]]
+    statistics: Callable[..., Tensor]
     distances: Callable[..., Tensor]
     gradient: Callable[..., None]
-
-
-PASSES = Passes(statistics, distances, gradient)
 
 
 @functools.cache
 def compiled_passes() -> Passes:
     """The passes, each fused by torch.compile for every shape it meets."""
-    return Passes(*(torch.compile(function, dynamic=False) for function in PASSES))
+    return Passes(*(torch.compile(f, dynamic=False) for f in (statistics, distances, gradient)))
+
+
+@functools.cache
+def tiled_passes(tile_rows: int) -> Passes:
+    """The passes a few rows at a time: bounds what they allocate, and keeps it in the cache."""
+    return Passes(*(_in_tiles(f, tile_rows) for f in (statistics, distances, gradient)))
+
+
+def _in_tiles(function: Callable, tile_rows: int) -> Callable:
+    def run(*arguments: object) -> Tensor | None:
+        parts = []
+        for start in range(0, len(arguments[0]), tile_rows):
+            rows = slice(start, start + tile_rows)
+            parts.append(function(*(x[rows] if isinstance(x, Tensor) else x for x in arguments)))
+        return None if parts[0] is None else torch.cat(parts, dim=-1)
+
+    return run

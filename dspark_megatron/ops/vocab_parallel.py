@@ -28,16 +28,9 @@ class VocabShard:
         return cls(start, start + size, vocab_size)
 
     @property
-    def num_padded(self) -> int:
-        """Columns of this shard that are padding; they are its last ones."""
-        size = self.vocab_end_index - self.vocab_start_index
-        return min(max(self.vocab_end_index - self.vocab_size, 0), size)
-
-    def mask_padding_(self, logits: Tensor) -> Tensor:
-        """Set padded columns of [..., v/tp] to -inf, in place."""
-        if self.num_padded:
-            logits[..., logits.shape[-1] - self.num_padded :] = -torch.inf
-        return logits
+    def num_real(self) -> int:
+        """Entries of this shard that are no padding; they are its first ones."""
+        return min(self.vocab_end_index, self.vocab_size) - self.vocab_start_index
 
     def local_ids(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Ids as columns of this shard, and whether they lie in it; foreign ids become 0."""

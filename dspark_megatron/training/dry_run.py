@@ -67,8 +67,7 @@ def _logits(config: Config, vocab_local: int) -> int:
     options = dict(with_teacher=config.needs_teacher, tp_size=config.parallel.tensor_parallel)
     dtype = DTYPES[config.train.dtype]
     rows = chunk_rows(config.loss, vocab_local, dtype, **options)
-    with_kl = config.loss.kl_loss_alpha > 0
-    return rows * row_bytes(vocab_local, dtype, with_kl=with_kl, **options)
+    return rows * row_bytes(vocab_local, dtype, **options)
 
 
 def _local_parameters(shape: DraftShape, tp: int) -> int:
