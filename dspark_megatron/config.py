@@ -86,7 +86,7 @@ class ModelConfig:
     attention_backend: str = "sdpa"
     """Attention of the draft in training: `sdpa` (grouped, any device) or `flex` (FlexAttention
     with a block mask; GPUs only)."""
-    attention_group_size: int = 32
+    attention_group_size: int = 16
     """Blocks that share one attention call of `sdpa`; bounds the mask to
     [group * k, context + group * k]."""
 

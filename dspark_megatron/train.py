@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     with launch() as job:
         from dspark_megatron.config_file import load_config
         from dspark_megatron.shape import check_batch_size
-        from dspark_megatron.training.setup import check_run
+        from dspark_megatron.training.setup import check_run, check_training_device
 
         config = load_config(arguments.config, arguments.overrides)
         if arguments.dry_run:
@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> None:
             return
         plan = check_run(config, job.world_size)
         check_batch_size(config.train, plan.dp_size)
+        check_training_device(config)
         runtime = start(job, config.parallel.tensor_parallel)
         from dspark_megatron.training.loop import train
 

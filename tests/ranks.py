@@ -9,6 +9,7 @@ import importlib
 import multiprocessing
 import traceback
 from collections.abc import Callable
+from multiprocessing import connection
 from typing import Any
 
 import torch.distributed as dist
@@ -34,21 +35,32 @@ class RankPool:
         call = (function.__module__, function.__name__, layout, arguments)
         for pipe in self._pipes[:world]:
             pipe.send(call)
-        results, failures, silent = [], [], False
-        for rank, pipe in enumerate(self._pipes[:world]):
-            # After one failure the others may wait for it in a collective for ever.
-            if not pipe.poll(5 if failures else TIMEOUT_SECONDS):
-                silent = True
-                failures.append(f"rank {rank}: no answer")
-                continue
-            ok, value = pipe.recv()
-            (results if ok else failures).append(value if ok else f"rank {rank}:\n{value}")
+        answers, failures, silent = self._answers(world)
         if failures:
             self._layout = None  # groups in which something failed are not used again
             if silent:
                 self.close()
             raise AssertionError("\n".join(failures))
-        return results
+        return [answers[rank] for rank in range(world)]
+
+    def _answers(self, world: int) -> tuple[dict[int, Any], list[str], bool]:
+        """What the ranks say: results by rank, failures, and whether a rank said nothing."""
+        waiting = {self._pipes[rank]: rank for rank in range(world)}
+        answers, failures = {}, []
+        while waiting:
+            # After one failure the others may wait for it in a collective for ever.
+            ready = connection.wait(list(waiting), 5 if failures else TIMEOUT_SECONDS)
+            if not ready:
+                failures += [f"rank {rank}: no answer" for rank in waiting.values()]
+                return answers, failures, True
+            for pipe in ready:
+                rank = waiting.pop(pipe)
+                ok, value = pipe.recv()
+                if ok:
+                    answers[rank] = value
+                else:
+                    failures.append(f"rank {rank}:\n{value}")
+        return answers, failures, False
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")

@@ -43,20 +43,37 @@ class PlainBlocks(NamedTuple):
     """[n, k] bool"""
 
 
+def plain_candidates(loss_mask: Tensor, anchor_rule: str = "label") -> list[int]:
+    """Positions of one sample that may be anchors. loss_mask [s]."""
+    found = []
+    for a in range(len(loss_mask) - 1):
+        if loss_mask[a] and (anchor_rule == "token" or loss_mask[a + 1]):
+            found.append(a)
+    return found
+
+
 def plain_blocks(
-    input_ids: Tensor, loss_mask: Tensor, anchors: Tensor, block_size: int
+    input_ids: Tensor,
+    loss_mask: Tensor,
+    anchors: Tensor,
+    block_size: int,
+    supervised_slots: str = "prefix",
+    slot_mask: str = "label",
 ) -> PlainBlocks:
-    """Blocks of one sample. input_ids, loss_mask [s]; anchors [n]."""
+    """Blocks of one sample, those without a supervised slot included. input_ids, loss_mask [s];
+    anchors [n]."""
     prev, labels, mask = [], [], []
     for anchor in anchors.tolist():
         tokens = [
             int(input_ids[p]) if p < len(input_ids) else 0
             for p in range(anchor, anchor + block_size + 1)
         ]
-        supervised, row = True, []
+        gap, row = False, []
         for p in range(anchor + 1, anchor + block_size + 1):
-            supervised = supervised and p < len(input_ids) and bool(loss_mask[p])
-            row.append(supervised)
+            decides = p if slot_mask == "label" else p - 1
+            supervised = p < len(input_ids) and bool(loss_mask[decides])
+            gap = gap or not supervised
+            row.append(supervised and not (gap and supervised_slots == "prefix"))
         prev.append(tokens[:-1])
         labels.append(tokens[1:])
         mask.append(row)

@@ -1,11 +1,15 @@
 """Anchors, blocks and attention follow the reference semantics, slot by slot."""
 
+from itertools import product
+
 import pytest
 import torch
-from reference import context_mask, plain_blocks, plain_tau
+from reference import plain_blocks, plain_candidates, plain_tau
 
+from dspark_megatron.config_file import config_from_dict
 from dspark_megatron.ops.acceptance import tau
 from dspark_megatron.ops.anchors import (
+    BlockRules,
     anchor_candidates,
     anchor_seed,
     draft_blocks,
@@ -47,22 +51,98 @@ def test_every_candidate_is_drawn_alike():
     assert (counts - 500).abs().max() < 97
 
 
-def test_blocks_equal_the_plain_ones():
+RULES = list(product(("label", "token"), ("prefix", "all"), ("label", "input")))
+
+
+@pytest.mark.parametrize("anchor_rule, supervised_slots, slot_mask", RULES)
+def test_blocks_equal_the_plain_ones(anchor_rule, supervised_slots, slot_mask):
+    """Three samples of unequal length; few tokens in the mask, so that blocks have gaps."""
+    rules = BlockRules(anchor_rule, supervised_slots, slot_mask)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1, 50, (3, 30), generator=generator)
-    mask = torch.rand(3, 30, generator=generator) > 0.25
-    anchors = [sample_anchors(row, 8, i) for i, row in enumerate(mask)]
-    blocks = draft_blocks(ids, mask, anchors, block_size=5)
+    ids = [torch.randint(1, 50, (s,), generator=generator) for s in (30, 17, 24)]
+    masks = [torch.rand(len(row), generator=generator) > 0.4 for row in ids]
+    anchors = [sample_anchors(row, 8, i, rules) for i, row in enumerate(masks)]
+    blocks = draft_blocks(ids, masks, anchors, 5, rules)
     for i, positions in enumerate(anchors):
-        expected = plain_blocks(ids[i], mask[i], positions, 5)
+        assert set(positions.tolist()) <= set(plain_candidates(masks[i], anchor_rule))
+        expected = plain_blocks(ids[i], masks[i], positions, 5, supervised_slots, slot_mask)
+        keep = expected.eval_mask.any(dim=1)
         mine = blocks.sample_index == i
-        assert torch.equal(blocks.anchor_positions[mine], positions)
-        assert torch.equal(blocks.eval_mask[mine], expected.eval_mask)
-        assert torch.equal(blocks.labels[mine], expected.labels)
-        assert torch.equal(blocks.prev_token_ids[mine], expected.prev_token_ids)
+        assert torch.equal(blocks.anchor_positions[mine], positions[keep])
+        assert torch.equal(blocks.eval_mask[mine], expected.eval_mask[keep])
+        assert torch.equal(blocks.labels[mine], expected.labels[keep])
+        assert torch.equal(blocks.prev_token_ids[mine], expected.prev_token_ids[keep])
+    assert blocks.candidates == sum(len(plain_candidates(m, anchor_rule)) for m in masks)
     assert torch.equal(blocks.position_ids()[:, 0], blocks.anchor_positions)
-    starts_ends = torch.tensor(blocks.context_ranges(30))
-    assert torch.equal(starts_ends[:, 1] - starts_ends[:, 0], blocks.anchor_positions)
+
+
+PRESET_BLOCKS = {
+    "deepspec": {1: "100", 4: "111", 5: "110", 6: "100"},
+    "modelopt": {1: "101", 2: "011", 4: "111", 5: "110", 6: "101", 7: "010"},
+    "speculators": {1: "110", 2: "101", 4: "111", 5: "111", 6: "110", 7: "100"},
+}
+"""By preset: anchor and supervised slots of every block of MASK, with three slots."""
+
+
+@pytest.mark.parametrize("preset", PRESET_BLOCKS)
+def test_the_blocks_of_a_preset(preset):
+    """Beside a longer sample, so that slot 2 of anchor 7 would have its label in the padding."""
+    rules = BlockRules.of(config_from_dict({"loss": {"preset": preset}}).loss)
+    masks = [MASK, torch.ones(14, dtype=torch.bool)]
+    anchors = [sample_anchors(mask, 100, 0, rules) for mask in masks]
+    ids = [torch.arange(len(mask)) for mask in masks]
+    blocks = draft_blocks(ids, masks, anchors, 3, rules)
+    mine = blocks.sample_index == 0
+    slots = ["".join("01"[flag] for flag in row) for row in blocks.eval_mask[mine].tolist()]
+    got = dict(zip(blocks.anchor_positions[mine].tolist(), slots, strict=True))
+    assert got == PRESET_BLOCKS[preset]
+
+
+def test_a_block_without_a_supervised_slot_is_a_candidate_but_no_block():
+    """The last token of each answer, under a rule that looks at the token alone."""
+    rules = BlockRules("token", "all", "label")
+    mask = torch.tensor([0, 1, 1, 0, 0, 1, 0, 0], dtype=torch.bool)
+    anchors = sample_anchors(mask, 100, 0, rules)
+    assert anchors.tolist() == [1, 2, 5]
+    blocks = draft_blocks([torch.arange(8)], [mask], [anchors], 2, rules)
+    assert blocks.anchor_positions.tolist() == [1]
+    assert blocks.candidates == 3
+    assert blocks.labels.tolist() == [[2, 3]] and blocks.eval_mask.tolist() == [[True, False]]
+
+
+def test_the_visible_context_is_packed_up_to_the_last_anchor():
+    """Of four samples in rows of 10, the second has no block and the third sees nothing."""
+    ids = torch.arange(40).view(4, 10)
+    masks = torch.ones(4, 10, dtype=torch.bool)
+    anchors = [torch.tensor(a, dtype=torch.long) for a in ([0, 2, 3], [], [0], [0, 4])]
+    context = draft_blocks(ids, masks, anchors, 2).visible_context(10)
+    assert context.index.tolist() == [0, 1, 2, 20, 30, 31, 32, 33]
+    assert context.positions.tolist() == [0, 1, 2, 0, 0, 1, 2, 3]
+    assert context.ranges == [(0, 0), (0, 2), (0, 3), (3, 3), (4, 4), (4, 8)]
+
+
+@pytest.mark.parametrize("group_size", [1, 3, 64])
+def test_attention_to_the_packed_context_is_that_to_all_of_it(group_size):
+    """Also where two samples' ranges start at one token, the first of them being empty."""
+    torch.manual_seed(0)
+    anchors = [torch.tensor(a) for a in ([0, 2, 3], [0], [0, 4])]
+    masks = torch.ones(3, 10, dtype=torch.bool)
+    packed = draft_blocks(masks.long(), masks, anchors, 2).visible_context(10)
+    query, key, value = (torch.randn(6, 2, 2, 4) for _ in range(3))
+    context = torch.randn(2, 30, 2, 4)
+
+    def attend(ranges, index):
+        kv = context[:, index]
+        attention = block_attention(
+            "sdpa", ranges, 2, len(index), group_size=group_size, device=query.device
+        )
+        return attention(query, (kv[0], kv[1]), (key, value))
+
+    everything = [(0, 0), (0, 2), (0, 3), (10, 10), (20, 20), (20, 24)]
+    expected = attend(everything, list(range(30)))
+    torch.testing.assert_close(attend(packed.ranges, packed.index.tolist()), expected)
+    alike = [(0, 0), (0, 2), (0, 3), (3, 3), (3, 3), (3, 7)]
+    torch.testing.assert_close(attend(alike, [0, 1, 2, 20, 21, 22, 23]), expected)
 
 
 def test_a_sample_without_candidates_makes_no_block():
@@ -85,40 +165,3 @@ def test_tau_counts_the_bonus_token():
     mask = torch.tensor([[True, True, False], [True, True, True]])
     torch.testing.assert_close(tau(rates, mask), plain_tau(rates, mask))
     torch.testing.assert_close(tau(rates, mask), torch.tensor([1.75, 4.0]))
-
-
-@pytest.mark.parametrize("group_size", [1, 3, 64])
-def test_attention_equals_the_dense_mask(group_size):
-    """Two samples flattened into one context; anchors at 0 see no context at all."""
-    torch.manual_seed(0)
-    length, slots, heads, kv_heads, width = 12, 3, 4, 2, 8
-    anchors = [torch.tensor([0, 2, 5, 9]), torch.tensor([1, 11])]
-    n = sum(map(len, anchors))
-    query = torch.randn(n, slots, heads, width, requires_grad=True)
-    context = [torch.randn(2 * length, kv_heads, width, requires_grad=True) for _ in range(2)]
-    block = [torch.randn(n, slots, kv_heads, width, requires_grad=True) for _ in range(2)]
-    ranges = [(i * length, i * length + a) for i, row in enumerate(anchors) for a in row.tolist()]
-    got = block_attention(query, tuple(context), tuple(block), ranges, group_size)
-    upstream = torch.randn_like(got)
-    leaves = [query, *context, *block]
-    got_grads = torch.autograd.grad(got, leaves, upstream)
-
-    expected, start = [], 0
-    for i, positions in enumerate(anchors):
-        rows = slice(start, start + len(positions))
-        part = slice(i * length, (i + 1) * length)
-        keys, values = (
-            torch.cat([c[part], b[rows].flatten(0, 1)]).repeat_interleave(heads // kv_heads, 1)
-            for c, b in zip(context, block, strict=True)
-        )
-        scores = torch.einsum("qad,lad->aql", query[rows].flatten(0, 1), keys) / width**0.5
-        mask = context_mask(positions, length, slots)
-        probs = scores.masked_fill(~mask, -torch.inf).softmax(-1)
-        expected.append(torch.einsum("aql,lad->qad", probs, values).view_as(query[rows]))
-        start += len(positions)
-    expected = torch.cat(expected)
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
-    for mine, theirs in zip(
-        got_grads, torch.autograd.grad(expected, leaves, upstream), strict=True
-    ):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)

@@ -17,23 +17,23 @@ from tiny_draft import (
 )
 
 from dspark_megatron.config import LossConfig
+from dspark_megatron.config_file import config_from_dict
 from dspark_megatron.conversion.names import to_hugging_face
 from dspark_megatron.ops.anchors import draft_blocks
 
-ALPHAS = (0.1, 0.9, 1.0)
 GAMMA = 4.0
 
 
-def step_gradients(runtime, shape, micro_batch_size, normalization="global_step", dtype="float32"):
+def step_gradients(runtime, shape, micro_batch_size, loss=None, dtype="float32"):
     """One step over all samples on this rank: weights, gradients, metrics."""
     from dspark_megatron.training.metrics import MetricSums
 
     model = build_tiny_draft(runtime, shape, getattr(torch, dtype))
-    samples = make_samples(shape)
-    loss = LossConfig(chunk_rows=4, normalization=normalization)
+    samples = make_samples(shape, loss=loss)
     step = make_step(runtime, model, samples, loss)
     metrics = MetricSums.zeros(shape.block_size, runtime.device)
-    step.run(rank_micro_batches(runtime, samples, shape.block_size, micro_batch_size), metrics)
+    batches = rank_micro_batches(runtime, samples, shape.block_size, micro_batch_size, loss)
+    step.run(batches, metrics)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     total = metrics.reduced(dp_group=runtime.dp_group)
     return {
@@ -53,13 +53,13 @@ def whole(ranks, what, shape):
     return dict(to_hugging_face(shape, full.__getitem__))
 
 
-def plain_step(shape, weights):
-    """Loss and gradients of the plain twin over the same samples."""
+def plain_terms(shape, weights, loss):
+    """The plain twin and, for each of the same samples, its weighted sums."""
     twin = PlainDraft(shape)
     embed, head = target_head(shape)
     twin.load_state_dict({**weights, "embed_tokens.weight": embed, "lm_head.weight": head})
-    samples = make_samples(shape)
-    totals = {}
+    samples = make_samples(shape, loss=loss)
+    terms = []
     for ids, mask, anchors, taps, last in zip(
         samples.input_ids,
         samples.loss_masks,
@@ -69,23 +69,37 @@ def plain_step(shape, weights):
         strict=True,
     ):
         out = twin(taps, ids, anchors)
-        blocks = plain_blocks(ids, mask, anchors, shape.block_size)
+        blocks = plain_blocks(
+            ids, mask, anchors, shape.block_size, loss.supervised_slots, loss.slot_mask
+        )
         at = (anchors[:, None] + torch.arange(shape.block_size)).clamp(max=len(ids) - 1)
-        terms = plain_loss(
+        teacher_logits = twin.lm_head(last[at])
+        from_target = loss.ce_labels == "target_argmax"
+        sums = plain_loss(
             out.logits,
-            twin.lm_head(last[at]),
-            blocks.labels,
+            teacher_logits,
+            teacher_logits.argmax(dim=-1) if from_target else blocks.labels,
             blocks.eval_mask,
             out.confidence_logits,
             GAMMA,
-            ALPHAS,
+            (loss.ce_loss_alpha, loss.l1_weight, loss.confidence_head_alpha),
         )
-        for name in ("loss_sum", "ce_sum", "l1_sum", "confidence_sum", "weight"):
-            totals[name] = totals.get(name, 0) + terms[name]
+        terms.append({**sums, "count": blocks.eval_mask.sum()})
+    return twin, terms
+
+
+def gradients(twin):
+    return {n: p.grad for n, p in twin.named_parameters() if p.requires_grad}
+
+
+def plain_step(shape, weights):
+    """Loss and gradients of the plain twin, divided once."""
+    twin, terms = plain_terms(shape, weights, LossConfig())
+    names = ("loss_sum", "ce_sum", "l1_sum", "confidence_sum", "weight")
+    totals = {name: sum(term[name] for term in terms) for name in names}
     loss = totals["loss_sum"] / totals["weight"]
     loss.backward()
-    grads = {n: p.grad for n, p in twin.named_parameters() if p.requires_grad}
-    return loss.item(), grads, {k: v.item() for k, v in totals.items()}
+    return loss.item(), gradients(twin), {k: v.item() for k, v in totals.items()}
 
 
 # World size, tensor-parallel size, micro-batch size.
@@ -104,9 +118,12 @@ def test_step_equals_the_plain_twin(pool, kind, world, tp, micro_batch_size):
     metrics = ranks[0]["metrics"]
     assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
     assert metrics["l1_loss"] == pytest.approx(totals["l1_sum"] / totals["weight"], rel=1e-5)
-    got = whole(ranks, "grads", shape)
-    assert set(got) == set(grads)
-    for name, expected in grads.items():
+    assert_same_gradients(whole(ranks, "grads", shape), grads)
+
+
+def assert_same_gradients(got, wanted):
+    assert set(got) == set(wanted)
+    for name, expected in wanted.items():
         torch.testing.assert_close(
             got[name], expected, rtol=1e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
         )
@@ -141,7 +158,8 @@ def test_bfloat16_follows_float32(pool):
 
 
 def test_deepspec_normalization_is_the_mean_of_micro_batch_means(pool):
-    arguments = dict(shape=SHAPE, micro_batch_size=1, normalization="deepspec")
+    loss = LossConfig(chunk_rows=4, normalization="deepspec")
+    arguments = dict(shape=SHAPE, micro_batch_size=1, loss=loss)
     one = pool.run(step_gradients, world=1, tp=1, **arguments)
     two = pool.run(step_gradients, world=2, tp=1, **arguments)
     plain = pool.run(step_gradients, world=1, tp=1, shape=SHAPE, micro_batch_size=1)
@@ -162,6 +180,29 @@ def test_deepspec_normalization_is_the_mean_of_micro_batch_means(pool):
         pool.run(step_gradients, world=1, tp=1, **whole_batch)[0]["grads"][same],
         plain[0]["grads"][same],
     )
+
+
+LOCAL_LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 1, 2), (4, 2, 2)]
+
+
+@pytest.mark.parametrize("world, tp, micro_batch_size", LOCAL_LAYOUTS)
+@pytest.mark.parametrize("preset, divisor", [("modelopt", "weight"), ("speculators", "count")])
+def test_a_preset_is_the_plain_mean_of_local_means(
+    pool, preset, divisor, world, tp, micro_batch_size
+):
+    """With all else that a preset changes: anchors, slots, labels and the unit of L1."""
+    loss = preset_loss(preset)
+    arguments = dict(shape=SHAPE, micro_batch_size=micro_batch_size, loss=loss)
+    ranks = pool.run(step_gradients, world=world, tp=tp, **arguments)
+    twin, terms = plain_terms(SHAPE, whole(ranks, "weights", SHAPE), loss)
+    batches = [terms[i : i + micro_batch_size] for i in range(0, len(terms), micro_batch_size)]
+    means = [sum(t["loss_sum"] for t in b) / sum(t[divisor] for t in b) for b in batches]
+    (sum(means) / len(batches)).backward()
+    assert_same_gradients(whole(ranks, "grads", SHAPE), gradients(twin))
+
+
+def preset_loss(preset):
+    return config_from_dict({"loss": {"preset": preset, "chunk_rows": 4}}).loss
 
 
 def block_states(runtime, shape, changed=(), shifted=()):
@@ -194,14 +235,14 @@ def test_a_block_sees_its_context_and_its_anchor_token_and_nothing_else(pool, tp
     assert not torch.equal(run(shifted=(8,))[0], hidden)
 
 
-def micro_batch_without_blocks(runtime, shape):
+def micro_batch_without_blocks(runtime, shape, loss=None):
     """Gradients of a step with one empty micro-batch more."""
     from dspark_megatron.training.metrics import MetricSums
     from dspark_megatron.training.step import MicroBatch
 
-    model, samples = build_tiny_draft(runtime, shape), make_samples(shape)
-    step = make_step(runtime, model, samples)
-    batches = rank_micro_batches(runtime, samples, shape.block_size, 1)
+    model, samples = build_tiny_draft(runtime, shape), make_samples(shape, loss=loss)
+    step = make_step(runtime, model, samples, loss)
+    batches = rank_micro_batches(runtime, samples, shape.block_size, 1, loss)
     empty = draft_blocks(
         torch.zeros(1, 5, dtype=torch.long), torch.zeros(1, 5), [torch.tensor([]).long()], 3
     )
@@ -217,3 +258,41 @@ def test_a_micro_batch_without_blocks_changes_nothing(pool):
     expected = pool.run(step_gradients, **arguments)
     for mine, theirs in zip(got, expected, strict=True):
         assert all(torch.equal(mine[name], theirs["grads"][name]) for name in mine)
+
+
+@pytest.mark.parametrize("preset", ["modelopt", "speculators"])
+def test_a_local_mean_counts_a_micro_batch_without_blocks_as_zero(pool, preset):
+    """Two micro-batches on each of two ranks become three."""
+    loss = preset_loss(preset)
+    got = pool.run(micro_batch_without_blocks, world=2, tp=1, shape=SHAPE, loss=loss)
+    expected = pool.run(step_gradients, world=2, tp=1, shape=SHAPE, micro_batch_size=1, loss=loss)
+    for name, gradient in expected[0]["grads"].items():
+        torch.testing.assert_close(got[0][name], gradient * 2 / 3)
+
+
+@pytest.mark.parametrize("normalization", ["global_step", "deepspec", "local"])
+def test_slots_without_weight_teach_nothing(pool, normalization):
+    """exp(-1 / 0.005) is zero in fp32, and no first slot is supervised."""
+    loss = LossConfig(
+        chunk_rows=4,
+        loss_decay_gamma=0.005,
+        anchor_rule="token",
+        supervised_slots="all",
+        normalization=normalization,
+    )
+    for gradient in pool.run(late_slots_only, world=1, tp=1, shape=SHAPE, loss=loss)[0]:
+        assert not gradient.any()
+
+
+def late_slots_only(runtime, shape, loss):
+    """Gradients of a step whose one block starts at the last token of an answer."""
+    from dspark_megatron.training.metrics import MetricSums
+
+    model, samples = build_tiny_draft(runtime, shape), make_samples(shape, (9,))
+    samples.loss_masks = [torch.tensor([0, 1, 0, 1, 0, 0, 0, 0, 0])]
+    samples.anchors = [torch.tensor([1])]
+    batches = rank_micro_batches(runtime, samples, shape.block_size, 1, loss)
+    assert batches[0].blocks.eval_mask.tolist() == [[False, True, False]]
+    step = make_step(runtime, model, samples, loss)
+    step.run(batches, MetricSums.zeros(shape.block_size, runtime.device))
+    return [p.main_grad.clone() for p in model.parameters() if p.requires_grad]

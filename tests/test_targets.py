@@ -28,10 +28,8 @@ def tapped(runtime, config):
         target.extend(IDS[1:, :3], cache)  # a draft that is rejected
         target.forget(cache, 3)
     cached = torch.cat(cached, dim=1)
-    elements = sum(
-        (p.to_local() if hasattr(p, "to_local") else p).numel() for p in target.model.parameters()
-    )
-    return states.taps, states.last_hidden, cached, draft.embed_tokens.weight, elements
+    embedding = draft.embed_tokens.weight
+    return states.taps, states.last_hidden, cached, embedding, elements(target.model)
 
 
 @pytest.mark.parametrize("world, tp", [(1, 1), (2, 2), (4, 4), (4, 2)])
@@ -46,15 +44,47 @@ def test_taps_are_the_whole_targets(pool, tiny_run, tmp_path, world, tp, family,
     with torch.no_grad():
         own = model(IDS, output_hidden_states=True).hidden_states
     expected = torch.cat([own[i + 1] for i in config.model.target_layer_ids], dim=-1)
-    for taps, last_hidden, cached, _, elements in ranks:
+    for taps, last_hidden, cached, _, size in ranks:
         torch.testing.assert_close(taps, expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(last_hidden, own[-1], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(cached, expected[:1], rtol=1e-4, atol=1e-5)
         if tp > 1:
-            assert elements < 0.8 * sum(p.numel() for p in model.model.parameters())
+            assert size < 0.8 * sum(p.numel() for p in model.model.parameters())
     rows = torch.cat([rank[3] for rank in ranks[:tp]])
     assert torch.equal(rows[:VOCAB_SIZE], model.get_input_embeddings().weight)
     assert not rows[VOCAB_SIZE:].any()
+
+
+def taps_alone(runtime, config):
+    """States and elements on this rank, of the target as a whole and as far as its taps need."""
+    from dspark_megatron.training.setup import build_target, check_run
+
+    plan, results = check_run(config, runtime.world_size), []
+    for with_last_hidden in (True, False):
+        target = build_target(plan, runtime, with_last_hidden=with_last_hidden)
+        states = target.states(IDS)
+        upper = target.layers[max(config.model.target_layer_ids) + 1 :]
+        results.append((states, elements(target.model), elements(upper)))
+    return results
+
+
+def elements(module):
+    return sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("world, tp", [(1, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_layers_above_the_last_tap_are_dropped(pool, tiny_run, tmp_path, world, tp, family):
+    config = tiny_config(
+        tiny_run,
+        target={"path": str(make_target(tmp_path / "target", model_type=family))},
+        model={"target_layer_ids": [0, 1]},
+        parallel={"tensor_parallel": tp},
+    )
+    for whole, part in pool.run(taps_alone, world=world, tp=tp, config=config):
+        assert torch.equal(part[0].taps, whole[0].taps)
+        assert whole[0].last_hidden is not None and part[0].last_hidden is None
+        assert part[1] == whole[1] - whole[2] and whole[2] > 0 and part[2] == 0
 
 
 def other_family(folder, model):

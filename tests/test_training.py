@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -296,6 +297,105 @@ def test_other_loss_weights_are_not_continued(pool, tiny_run, unbroken):
     config = tiny_config(tiny_run, train={"output_dir": str(unbroken)}, loss={"ce_loss_alpha": 0.5})
     with pytest.raises(AssertionError, match="loss.ce_loss_alpha: 0.1 there, 0.5 here"):
         pool.run(run_training, world=1, tp=1, config=config)
+
+
+YOUNGER_KEYS = (
+    "tvd_loss_alpha",
+    "kl_loss_alpha",
+    "ce_labels",
+    "anchor_rule",
+    "supervised_slots",
+    "slot_mask",
+)
+"""Of the loss section; the first checkpoints lack them."""
+
+
+@pytest.fixture
+def old_run(unbroken, tmp_path):
+    """The run as an older version would have left it: fewer keys and fewer kept sums."""
+    output = tmp_path / "old"
+    shutil.copytree(unbroken, output)
+    file = output / "checkpoints" / "iter_0000020" / "dspark.json"
+    meta = json.loads(file.read_text())
+    for key in YOUNGER_KEYS:
+        del meta["loss"][key]
+    meta["open_metrics"] = meta["open_metrics"][1:]
+    file.write_text(json.dumps(meta))
+    return output
+
+
+def test_a_checkpoint_without_younger_keys_is_continued_at_their_defaults(pool, tiny_run, old_run):
+    config = tiny_config(tiny_run, train={"output_dir": str(old_run), "iterations": 21})
+    pool.run(run_training, world=1, tp=1, config=config)
+    assert curve(old_run)[-1]["iteration"] == 21
+
+
+def test_a_checkpoint_without_younger_keys_has_no_other_values(pool, tiny_run, old_run):
+    settings = {"output_dir": str(old_run), "iterations": 21}
+    config = tiny_config(tiny_run, train=settings, loss={"anchor_rule": "token"})
+    with pytest.raises(AssertionError, match="loss.anchor_rule: 'label' there, 'token' here"):
+        pool.run(run_training, world=1, tp=1, config=config)
+
+
+def test_the_same_loss_in_other_words_is_continued(pool, tiny_run, unbroken, tmp_path):
+    """A preset whose every difference is taken back, and other sizes of chunks."""
+    shutil.copytree(unbroken, tmp_path, dirs_exist_ok=True)
+    config = tiny_config(
+        tiny_run,
+        train={"output_dir": str(tmp_path), "iterations": 21},
+        loss={
+            "preset": "modelopt",
+            "anchor_rule": "label",
+            "supervised_slots": "prefix",
+            "normalization": "global_step",
+            "chunk_rows": None,
+            "memory_budget_mb": 64,
+        },
+    )
+    pool.run(run_training, world=1, tp=1, config=config)
+    assert curve(tmp_path)[-1]["iteration"] == 21
+
+
+def layers_of_the_target(runtime, config):
+    """Train; how many decoder layers the target ran."""
+    from dspark_megatron.training import loop
+
+    build, targets = loop.build_target, []
+
+    def kept(*arguments, **options):
+        targets.append(build(*arguments, **options))
+        return targets[0]
+
+    loop.build_target = kept
+    try:
+        run_training(runtime, config)
+    finally:
+        loop.build_target = build
+    return len(targets[0].layers)
+
+
+@pytest.mark.parametrize("has_head", [False, True])
+def test_cross_entropy_alone_needs_no_teacher(pool, tiny_run, tmp_path, has_head):
+    """At two layouts as beside a teacher of no weight worth the name."""
+    alone = {"l1_loss_alpha": 0.0, "confidence_head_alpha": 0.0}
+    runs = [(1, alone, 3), (2, alone, 3), (1, {**alone, "l1_loss_alpha": 1e-12}, 4)]
+    curves = []
+    for i, (tp, loss, layers) in enumerate(runs):
+        config = tiny_config(
+            tiny_run,
+            model={"enable_confidence_head": has_head, "confidence_head_with_markov": has_head},
+            loss=loss,
+            train={"output_dir": str(tmp_path / str(i)), "iterations": 6},
+            parallel={"tensor_parallel": tp},
+        )
+        assert pool.run(layers_of_the_target, world=tp, tp=tp, config=config) == [layers] * tp
+        curves.append(curve(tmp_path / str(i)))
+    assert "tau" not in curves[0][0] and "tau" in curves[2][0]
+    for other in curves[1:]:
+        for mine, theirs in zip(curves[0], other, strict=True):
+            for name in ("loss", "ce_loss", "grad_norm"):
+                assert mine[name] == pytest.approx(theirs[name], rel=1e-5), name
+    assert curves[0][-1]["loss"] < curves[0][0]["loss"]
 
 
 def save_untrained(runtime, config):

@@ -52,9 +52,11 @@ class Samples:
     last_hidden: list
 
 
-def make_samples(shape, lengths=(20, 13, 17, 9), seed=3):
-    from dspark_megatron.ops.anchors import sample_anchors
+def make_samples(shape, lengths=(20, 13, 17, 9), seed=3, loss=None):
+    """Anchors follow the rules of `loss` (default: the defaults)."""
+    from dspark_megatron.ops.anchors import BlockRules, sample_anchors
 
+    rules = BlockRules.of(loss or LossConfig())
     generator = torch.Generator().manual_seed(seed)
     m = len(shape.target_layer_ids)
 
@@ -65,7 +67,7 @@ def make_samples(shape, lengths=(20, 13, 17, 9), seed=3):
     return Samples(
         input_ids=[torch.randint(0, 60, (n,), generator=generator) for n in lengths],
         loss_masks=masks,
-        anchors=[sample_anchors(mask, NUM_ANCHORS, i) for i, mask in enumerate(masks)],
+        anchors=[sample_anchors(mask, NUM_ANCHORS, i, rules) for i, mask in enumerate(masks)],
         taps=[normal(n, m * shape.hidden_size) for n in lengths],
         last_hidden=[normal(n, shape.hidden_size) for n in lengths],
     )
@@ -102,7 +104,7 @@ def target_head(shape):
     return [torch.randn(size, generator=generator) * 0.3 for _ in range(2)]
 
 
-def build_tiny_draft(runtime, shape, dtype=torch.float32):
+def build_tiny_draft(runtime, shape, dtype=torch.float32, **options):
     from dspark_megatron.model.draft_model import DSparkDraftModel
 
     model = DSparkDraftModel(
@@ -111,6 +113,7 @@ def build_tiny_draft(runtime, shape, dtype=torch.float32):
         params_dtype=dtype,
         device=runtime.device,
         attention_group_size=2,
+        **options,
     )
     model.init_weights(seed=5, std=0.2)
     for name, parameter in model.named_parameters():
@@ -144,26 +147,23 @@ def make_step(runtime, model, samples, loss=None):
     )
 
 
-def rank_micro_batches(runtime, samples, block_size, micro_batch_size):
+def rank_micro_batches(runtime, samples, block_size, micro_batch_size, loss=None):
     """This data-parallel rank's share of all samples as one step."""
     from dspark_megatron.data.collate import collate
     from dspark_megatron.data.conversation import Sample
-    from dspark_megatron.ops.anchors import draft_blocks
+    from dspark_megatron.ops.anchors import BlockRules, draft_blocks
     from dspark_megatron.training.step import MicroBatch
 
+    rules = BlockRules.of(loss or LossConfig())
     stride = micro_batch_size * runtime.dp_group.size()
     first = runtime.dp_group.rank() * micro_batch_size
     out = []
     for start in range(first, len(samples.input_ids), stride):
         part = slice(start, start + micro_batch_size)
-        ids, masks = collate(
-            [
-                Sample(i, m)
-                for i, m in zip(samples.input_ids[part], samples.loss_masks[part], strict=True)
-            ]
-        )
-        blocks = draft_blocks(ids, masks, samples.anchors[part], block_size)
-        out.append(MicroBatch(ids, [len(x) for x in samples.input_ids[part]], blocks))
+        ids, masks = samples.input_ids[part], samples.loss_masks[part]
+        blocks = draft_blocks(ids, masks, samples.anchors[part], block_size, rules)
+        padded, _ = collate([Sample(i, m) for i, m in zip(ids, masks, strict=True)])
+        out.append(MicroBatch(padded, [len(row) for row in ids], blocks))
     return out
 
 
@@ -200,13 +200,14 @@ def sample_logits(draft, taps, ids, anchors):
 
     mask = torch.ones(1, len(ids), dtype=torch.bool)
     blocks = draft_blocks(ids[None], mask, [anchors], draft.shape.block_size)
+    context = blocks.visible_context(len(ids))
     with torch.no_grad():
         out = draft(
-            taps,
-            torch.arange(len(ids)),
+            taps[context.index],
+            context.positions,
             blocks.prev_token_ids,
             blocks.position_ids(),
-            blocks.context_ranges(len(ids)),
+            context.ranges,
         )
         head = draft.head_weights()
         logits = out.hidden @ head.lm_head.t() + out.latents @ head.markov_w2.t()

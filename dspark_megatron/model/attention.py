@@ -13,7 +13,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
-from dspark_megatron.ops.block_attention import block_attention
+from dspark_megatron.ops.block_attention import BlockAttention
 from dspark_megatron.ops.rope import apply_rope
 
 
@@ -41,11 +41,9 @@ class ContextInjectionAttention(MegatronModule):
         submodules: ContextInjectionAttentionSubmodules,
         *,
         tp_group: dist.ProcessGroup,
-        group_size: int,
     ) -> None:
         super().__init__(config)
         self.tp_group = tp_group
-        self.group_size = group_size
         self.head_dim = config.kv_channels
         hidden, width = config.hidden_size, config.kv_channels
         column = dict(
@@ -90,7 +88,7 @@ class ContextInjectionAttention(MegatronModule):
         self,
         hidden: Tensor,
         context_kv: tuple[Tensor, Tensor],
-        context_ranges: list[tuple[int, int]],
+        attend: BlockAttention,
         rope: tuple[Tensor, Tensor],
     ) -> Tensor:
         """hidden [n, k, h], context_kv each [t, g/tp, d], rope cos/sin [n, k, d] -> [n, k, h].
@@ -102,6 +100,6 @@ class ContextInjectionAttention(MegatronModule):
         query = query.unflatten(-1, (-1, self.head_dim))  # [n, k, a/tp, d]
         query = apply_rope(self.q_layernorm(query), *rope)
         block_kv = self.key_value(hidden, rope)
-        out = block_attention(query, context_kv, block_kv, context_ranges, self.group_size)
+        out = attend(query, context_kv, block_kv)
         out, _ = self.linear_proj(out.flatten(-2))
         return out

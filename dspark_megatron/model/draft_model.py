@@ -26,6 +26,7 @@ from dspark_megatron.model.markov_head import MARKOV_HEADS, MarkovHead
 from dspark_megatron.model.parameter_init import init_parameters
 from dspark_megatron.model.transformer_config import transformer_config
 from dspark_megatron.model.vocab_parallel_weight import VocabParallelWeight
+from dspark_megatron.ops.block_attention import BlockAttention, block_attention
 from dspark_megatron.ops.head_loss import HeadWeights
 from dspark_megatron.ops.rope import RotaryTable
 from dspark_megatron.ops.vocab_parallel import VocabShard
@@ -61,7 +62,9 @@ class DSparkDraftModel(MegatronModule):
         tp_group: dist.ProcessGroup,
         params_dtype: torch.dtype,
         device: torch.device,
-        attention_group_size: int = 32,
+        attention_backend: str = "sdpa",
+        attention_group_size: int = 16,
+        recompute_activations: bool = False,
         layer_spec: ModuleSpec | None = None,
     ) -> None:
         tp_size = tp_group.size()
@@ -69,6 +72,8 @@ class DSparkDraftModel(MegatronModule):
         super().__init__(config)
         self.shape = shape
         self.tp_group = tp_group
+        self.attention_backend = attention_backend
+        self.attention_group_size = attention_group_size
         vocab = padded_vocab_size(shape.vocab_size, tp_size)
         self.vocab_shard = VocabShard.of_group(shape.vocab_size, vocab, tp_group)
         self.rotary = RotaryTable(
@@ -94,7 +99,7 @@ class DSparkDraftModel(MegatronModule):
         )
         self.hidden_norm = WrappedTorchNorm(**norm)
         spec = layer_spec or local_layer_spec()
-        build = dict(config=config, tp_group=tp_group, group_size=attention_group_size)
+        build = dict(config=config, tp_group=tp_group, recompute_activations=recompute_activations)
         self.layers = torch.nn.ModuleList(
             build_module(spec, **build) for _ in range(shape.num_layers)
         )
@@ -158,10 +163,10 @@ class DSparkDraftModel(MegatronModule):
         anchor_token_ids: Tensor,
         positions: Tensor,
         context_kv: ContextKV,
-        context_ranges: list[tuple[int, int]],
+        attend: BlockAttention,
     ) -> Tensor:
-        """Hidden states of blocks. anchor_token_ids [n], positions [n, k], context_ranges: the
-        half-open range of context that each block sees -> [n, k, h].
+        """Hidden states of blocks. anchor_token_ids [n], positions [n, k], attend: attention over
+        the context that each block sees -> [n, k, h].
 
         Forward: one all-reduce of [n + 1, h] for the embedding, two of [n, k, h] a layer.
         """
@@ -173,7 +178,7 @@ class DSparkDraftModel(MegatronModule):
         )  # [n, k, h]
         rope = self.rotary(positions, hidden.dtype)
         for layer, layer_kv in zip(self.layers, context_kv, strict=True):
-            hidden = layer(hidden, layer_kv, context_ranges, rope)
+            hidden = layer(hidden, layer_kv, attend, rope)
         return self.final_layernorm(hidden)
 
     def forward(
@@ -185,9 +190,18 @@ class DSparkDraftModel(MegatronModule):
         context_ranges: list[tuple[int, int]],
     ) -> DraftOutput:
         """Training pass over the n blocks of a micro-batch. taps [t, m*h], context_positions [t],
-        prev_token_ids [n, k] (slot 0 is the anchor), positions [n, k]."""
+        prev_token_ids [n, k] (slot 0 is the anchor), positions [n, k], context_ranges: the
+        half-open range of context that each block sees."""
         context_kv = self.encode_context(taps, context_positions)
-        hidden = self.backbone(prev_token_ids[:, 0], positions, context_kv, context_ranges)
+        attend = block_attention(
+            self.attention_backend,
+            context_ranges,
+            self.shape.block_size,
+            len(taps),
+            group_size=self.attention_group_size,
+            device=taps.device,
+        )
+        hidden = self.backbone(prev_token_ids[:, 0], positions, context_kv, attend)
         embeddings = latents = confidence_logits = None
         if self.markov_head is not None:
             embeddings = self.markov_head.embed(prev_token_ids)

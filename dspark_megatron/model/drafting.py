@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dspark_megatron.model.draft_model import ContextKV, DSparkDraftModel
+from dspark_megatron.ops.grouped_block_attention import GroupedBlockAttention
 from dspark_megatron.ops.vocab_parallel import gather_vocab
 
 
@@ -55,9 +56,12 @@ class Drafter:
         the token [1] and the distribution [1, v], the same on every tensor-parallel rank."""
         k = self.model.shape.block_size
         positions = torch.arange(self.length, self.length + k, device=anchor_token_id.device)
-        hidden = self.model.backbone(
-            anchor_token_id, positions[None], self._context_kv, [(0, self.length)]
-        )[0]  # [k, h]
+        # One block and a context of any length: nothing that flex could do better.
+        attend = GroupedBlockAttention(
+            [(0, self.length)], k, self.length, group_size=1, device=positions.device
+        )
+        blocks = self.model.backbone(anchor_token_id, positions[None], self._context_kv, attend)
+        hidden = blocks[0]  # [k, h]
         token, state = anchor_token_id, None
         tokens, probs, confidence = [], [], []
         for slot in range(k):

@@ -7,7 +7,7 @@ from torch import Tensor
 def tau(accept_rate: Tensor, eval_mask: Tensor) -> Tensor:
     """Expected tokens of a round, bonus token included: 1 + sum_k prod_{i<=k} accept_rate_i.
 
-    accept_rate [n, k] in [0, 1], eval_mask [n, k] bool (contiguous prefix) -> [n].
+    accept_rate [n, k] in [0, 1], eval_mask [n, k] bool; slots after a gap do not count -> [n].
     """
     return 1 + (accept_rate * eval_mask).cumprod(dim=-1).sum(dim=-1)
 

@@ -56,8 +56,8 @@ def head_loss(
     or None when nothing needs the target's distribution; labels [n] int64; weights [n] fp32.
 
     Gradients reach hidden, latent and head.markov_w2, whole on every rank for hidden and latent.
-    Forward, for each row and rank: an all-gather of 5 floats (3 without a teacher; 1 more for the
-    target's labels, 1 for KL), with a teacher an all-reduce of 2 floats, and an all-reduce of the
+    Forward, for each row and rank: an all-gather of 5 floats (3 without a teacher, 6 with labels
+    from it), with a teacher an all-reduce of 2 floats (3 with KL), and an all-reduce of the
     gradient [h + r]; each is one call a chunk. Backward: none.
     Raises ValueError when the objective needs a teacher and there is none.
     """

@@ -105,17 +105,18 @@ def combine(shards: Tensor) -> Combined:
 def distances(
     draft: Tensor, teacher: Tensor, draft_lse: Tensor, teacher_lse: Tensor, objective: Objective
 ) -> Tensor:
-    """Second pass, with a teacher: this shard's parts of L1, of sum p * sign(p - q) and of
-    sum q * (t - u), [3, c]; the last two are 0 where no term needs them."""
+    """Second pass, with a teacher: this shard's parts of L1, of sum p * sign(p - q) (0 without an
+    L1 term) and, for KL, of sum q * (t - u), [2 or 3, c]."""
     p, q = _exp(draft, draft_lse), _exp(teacher, teacher_lse)
-    cross = signed = torch.zeros_like(draft_lse)
+    cross = []
     if objective.kl > 0:
-        cross = (teacher - draft).to(q.dtype).mul_(q).sum(dim=-1)
+        cross = [(teacher - draft).to(q.dtype).mul_(q).sum(dim=-1)]
     difference = torch.sub(p, q, out=q)
     l1 = difference.abs().sum(dim=-1)
+    signed = torch.zeros_like(l1)
     if objective.l1 > 0:
         signed = difference.sign_().mul_(p).sum(dim=-1)
-    return torch.stack([l1, signed, cross])
+    return torch.stack([l1, signed, *cross])
 
 
 def gradient(

@@ -12,8 +12,9 @@ class TargetStates:
 
     taps: Tensor
     """[b, s, m*h] outputs of the target layers, side by side in the order of their ids."""
-    last_hidden: Tensor
-    """[b, s, h] after the target's final norm."""
+    last_hidden: Tensor | None
+    """[b, s, h] after the target's final norm; None from a target that was loaded for its taps
+    alone."""
 
 
 class Target(Protocol):

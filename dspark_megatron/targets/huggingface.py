@@ -22,7 +22,10 @@ class HuggingFaceTarget:
         tp_size: int,
         dp_size: int,
         device: torch.device,
+        with_last_hidden: bool = True,
     ) -> None:
+        """with_last_hidden: false keeps no decoder layer above the last tap, and states then lack
+        the last hidden state; for objectives without a teacher."""
         split = {}
         if tp_size > 1:
             split["distributed_config"] = DistributedConfig(
@@ -40,6 +43,10 @@ class HuggingFaceTarget:
         self._ids = target_layer_ids
         self._tapped: dict[int, Tensor] = {}
         self.layers = _decoder_layers(self.model)
+        self._with_last_hidden = with_last_hidden
+        if not with_last_hidden:
+            # Families run the layers that the list has; their own config keeps its depth.
+            del self.layers[max(target_layer_ids) + 1 :]
         for layer_id in target_layer_ids:
             self.layers[layer_id].register_forward_hook(self._keeper(layer_id))
 
@@ -62,7 +69,7 @@ class HuggingFaceTarget:
     def _run(self, input_ids: Tensor, **arguments: Any) -> TargetStates:
         output = self.model(input_ids=input_ids.to(self.device), **arguments)
         taps = torch.cat([self._tapped.pop(i) for i in self._ids], dim=-1)
-        return TargetStates(taps, output.last_hidden_state)
+        return TargetStates(taps, output.last_hidden_state if self._with_last_hidden else None)
 
     def _keeper(self, layer_id: int) -> Any:
         def keep(_module: Any, _inputs: Any, output: Any) -> None:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
-from dspark_megatron.config import ConfigError
+from dspark_megatron.config import ConfigError, LossConfig
 from dspark_megatron.conversion.megatron_checkpoint import (
     META,
     TRACKER,
@@ -35,6 +35,8 @@ _SHARDING = {
 }
 _SETTINGS = ("max_lr", "min_lr", "betas", "eps")
 """What a parameter group takes from the config, not from a checkpoint."""
+_DEFAULTS = {"loss": asdict(LossConfig())}
+"""By section of dspark.json: what a checkpoint means by a key that is younger than it is."""
 
 
 @dataclass(frozen=True)
@@ -104,13 +106,14 @@ def load_checkpoint(folder: Path, model: DSparkDraftModel, optimizer: Any | None
 def check_same_run(folder: Path, meta: dict[str, Any]) -> None:
     """Refuse a checkpoint whose identity (shape, target, data, seed) is not this run's.
 
-    Compares every key of `meta` that the checkpoint has; ConfigError lists what differs.
+    Compares every key of `meta` that the checkpoint has, and those of the loss section that it
+    lacks at their defaults; ConfigError lists what differs.
     """
     saved = read_meta(folder)
     different = []
     for key, value in meta.items():
         if isinstance(value, dict):
-            old = saved.get(key) or {}
+            old = _DEFAULTS.get(key, {}) | (saved.get(key) or {})
             different += [
                 f"{key}.{k}: {old.get(k)!r} there, {v!r} here"
                 for k, v in value.items()

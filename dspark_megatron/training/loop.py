@@ -45,6 +45,10 @@ from dspark_megatron.training.setup import (
 from dspark_megatron.training.step import GradientStep, MicroBatch
 from dspark_megatron.training.stop_signals import stop_signals
 
+_NO_MATHEMATICS = ("preset", "chunk_rows", "memory_budget_mb", "compile")
+"""Keys of the loss section that a run may change on its way. What a preset stands for is written
+out in the other keys."""
+
 
 def train(plan: RunPlan, runtime: Runtime) -> None:
     """Train until the last iteration or a stop signal; every rank calls it."""
@@ -87,8 +91,8 @@ class Trainer:
             runtime.dp_group.size(),
         )
         self.draft = build_draft(plan, runtime)
-        self.target = build_target(plan, runtime)
-        if config.target.check_teacher_logits:
+        self.target = build_target(plan, runtime, with_last_hidden=config.needs_teacher)
+        if config.target.check_teacher_logits and config.needs_teacher:
             self._check_teacher()
         self.model = wrap_data_parallel(self.draft, config.optimizer)
         self.optimizer = build_optimizer(config.optimizer, self.model, plan.dtype)
@@ -207,10 +211,11 @@ class Trainer:
 
     def _open_metrics(self) -> MetricSums:
         """The sums of the log interval that the run stands in. What a checkpoint kept of them is
-        of all ranks together, so one data-parallel rank takes it."""
-        kept = self.state.open_metrics
-        if not kept or self.runtime.dp_group.rank():
-            return self._new_metrics()
+        of all ranks together, so one data-parallel rank takes it. Sums of another set of metrics,
+        of an older version, are let go."""
+        new, kept = self._new_metrics(), self.state.open_metrics
+        if len(kept) != new.packed().numel() or self.runtime.dp_group.rank():
+            return new
         packed = torch.tensor(kept, dtype=torch.float64, device=self.runtime.device)
         metrics = MetricSums.unpacked(packed)
         metrics.scalars["tokens"].zero_()  # the clock starts anew, too
@@ -280,12 +285,11 @@ def _iterations(config: Config, num_samples: int) -> int:
 def _identity(plan: RunPlan) -> dict[str, Any]:
     """What a checkpoint must share with a run that continues it, the data aside."""
     loss = asdict(plan.config.loss)
-    del loss["chunk_rows"]  # no part of the mathematics
     return {
         **draft_identity(plan),
         "seed": plan.config.train.seed,
         "num_anchors": plan.config.model.num_anchors,
-        "loss": loss,
+        "loss": {name: value for name, value in loss.items() if name not in _NO_MATHEMATICS},
     }
 
 

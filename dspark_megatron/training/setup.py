@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dspark_megatron.config import Config, ConfigError
+from dspark_megatron.config import Config, ConfigError, require
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.ops.chunk_budget import chunk_rows
 from dspark_megatron.shape import (
@@ -78,6 +78,15 @@ def check_run(config: Config, world_size: int) -> RunPlan:
     return RunPlan(config, target_config, shape, tokenizer, dp_size)
 
 
+def check_training_device(config: Config) -> None:
+    """ConfigError if the settings cannot train on this machine; other commands may still use it."""
+    require(
+        config.model.attention_backend != "flex" or torch.cuda.is_available(),
+        "model.attention_backend 'flex' needs CUDA to train, and torch sees no GPU here: "
+        "FlexAttention has no backward pass on CPUs; set model.attention_backend=sdpa",
+    )
+
+
 def draft_identity(plan: RunPlan) -> dict[str, Any]:
     """What a checkpoint must share with every use of it."""
     return {
@@ -93,7 +102,9 @@ def build_draft(plan: RunPlan, runtime: Runtime) -> DSparkDraftModel:
         tp_group=runtime.tp_group,
         params_dtype=plan.dtype,
         device=runtime.device,
+        attention_backend=plan.config.model.attention_backend,
         attention_group_size=plan.config.model.attention_group_size,
+        recompute_activations=plan.config.train.recompute_activations,
     )
     model.init_weights(seed=plan.config.train.seed, std=plan.config.model.initializer_range)
     model.load_frozen_replicas(*_frozen_rows(plan, model))
@@ -118,8 +129,11 @@ def _frozen_rows(plan: RunPlan, model: DSparkDraftModel) -> list[Tensor]:
     ]
 
 
-def build_target(plan: RunPlan, runtime: Runtime) -> HuggingFaceTarget:
-    """The frozen target, this rank's tensor-parallel slice of it."""
+def build_target(
+    plan: RunPlan, runtime: Runtime, *, with_last_hidden: bool = True
+) -> HuggingFaceTarget:
+    """The frozen target, this rank's tensor-parallel slice of it; without its last hidden states,
+    only as much of it as the taps need."""
     if not runtime.is_main:
         transformers.utils.logging.disable_progress_bar()
     return HuggingFaceTarget(
@@ -128,6 +142,7 @@ def build_target(plan: RunPlan, runtime: Runtime) -> HuggingFaceTarget:
         tp_size=runtime.tp_group.size(),
         dp_size=runtime.dp_group.size(),
         device=runtime.device,
+        with_last_hidden=with_last_hidden,
     )
 
 

@@ -1,0 +1,107 @@
+"""Block attention by PyTorch's FlexAttention: one kernel over tiles that are not empty.
+
+Keys are the context and then the slots of all blocks. The tiles come from the anchors alone, at a
+cost of n * (t + n*k) / TILE numbers: the dense mask is never made.
+
+Needs CUDA to train: on CPUs FlexAttention has a forward pass only, and that is where this was
+compared with the dense mask. It has not been run on a GPU.
+
+Shapes: n blocks, k slots, t context tokens, a/tp query heads, g/tp key/value heads, d head width,
+i query tiles, j key tiles, w blocks that reach into a query tile.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+TILE = 128
+"""Queries and keys of a tile: FlexAttention's own default."""
+
+
+class FlexBlockAttention:
+    """A `BlockAttention`; the block mask of all layers is made here."""
+
+    def __init__(
+        self,
+        context_ranges: list[tuple[int, int]],
+        slots: int,
+        context_length: int,
+        *,
+        device: torch.device,
+    ) -> None:
+        self.mask = None
+        if context_ranges:
+            context = torch.tensor(context_ranges, device=device)  # [n, 2]
+            self.mask = _block_mask(context, slots, context_length)
+
+    def __call__(
+        self, query: Tensor, context_kv: tuple[Tensor, Tensor], block_kv: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        if self.mask is None:
+            return query
+        key, value = (
+            torch.cat([context, block.flatten(0, 1)]).transpose(0, 1)[None]  # [1, g/tp, t + n*k, d]
+            for context, block in zip(context_kv, block_kv, strict=True)
+        )
+        rows = query.flatten(0, 1).transpose(0, 1)[None]  # [1, a/tp, n*k, d]
+        attend = _compiled() if query.is_cuda else flex_attention
+        out = attend(rows, key, value, block_mask=self.mask, enable_gqa=True)
+        return out[0].transpose(0, 1).reshape(query.shape)
+
+
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    """Without compilation FlexAttention makes all scores."""
+    return torch.compile(flex_attention)
+
+
+def _block_mask(context: Tensor, slots: int, context_length: int) -> BlockMask:
+    """The mask of blocks that see the ranges `context` [n, 2] and their own slots."""
+    n = len(context)
+    own_start = context_length + slots * torch.arange(n, device=context.device)
+    own = torch.stack([own_start, own_start + slots], dim=1)  # [n, 2]
+    some, whole = _tiles(context, own, slots, context_length + n * slots)
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        block = query // slots
+        in_context = (context[block, 0] <= key) & (key < context[block, 1])
+        return in_context | ((own[block, 0] <= key) & (key < own[block, 1]))
+
+    return BlockMask.from_kv_blocks(
+        *_listed(some & ~whole),
+        *_listed(whole),
+        BLOCK_SIZE=TILE,
+        mask_mod=visible,
+        seq_lengths=(n * slots, context_length + n * slots),
+    )
+
+
+def _tiles(context: Tensor, own: Tensor, slots: int, keys: int) -> tuple[Tensor, Tensor]:
+    """[i, j] bool, twice: tiles with a visible pair, and tiles where all TILE * TILE pairs are."""
+    n, device = len(context), context.device
+    key_tile = torch.arange(-(-keys // TILE), device=device)
+    seen = _overlap(context, key_tile) + _overlap(own, key_tile)  # [n, j]
+    query_tile = torch.arange(-(-n * slots // TILE), device=device)
+    first = query_tile * TILE // slots
+    last = ((query_tile + 1) * TILE - 1) // slots
+    width = (TILE - 2) // slots + 2
+    members = torch.minimum(first[:, None] + torch.arange(width, device=device), last[:, None])
+    seen = seen[members.clamp(max=n - 1)]  # [i, w, j]
+    filled = (query_tile + 1) * TILE <= n * slots  # the last tile may have fewer queries
+    return seen.amax(dim=1) > 0, (seen.amin(dim=1) == TILE) & filled[:, None]
+
+
+def _overlap(ranges: Tensor, tile: Tensor) -> Tensor:
+    """Keys of each tile [j] in half-open ranges [n, 2] -> [n, j]."""
+    start, end = ranges[:, :1], ranges[:, 1:]
+    return (torch.minimum(end, (tile + 1) * TILE) - torch.maximum(start, tile * TILE)).clamp(min=0)
+
+
+def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """[i, j] bool -> how many tiles of each row are set [1, 1, i], and which, these first
+    [1, 1, i, j]."""
+    which = tiles.int().argsort(dim=1, descending=True, stable=True)
+    return tiles.sum(dim=1).int()[None, None], which.int()[None, None]

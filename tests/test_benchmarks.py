@@ -1,0 +1,158 @@
+"""The benchmarks run, measure what they say, and compare equal things. No time is ever tested."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_target import VOCAB_SIZE, tiny_config
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "tools"))  # a folder of scripts, not a package
+
+import benchmark_communication  # noqa: E402
+import benchmark_loss  # noqa: E402
+import benchmark_step  # noqa: E402
+import benchmarking  # noqa: E402
+
+CPU = torch.device("cpu")
+SMALL = "--hidden 32 --ffn 48 --heads 4 --kv-heads 2 --head-dim 8 --rank 8 --rounds 1".split()
+
+
+def run_tool(*command):
+    """The output of a tool in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def figures(file):
+    """The rows of the only table of a --json file."""
+    (rows,) = json.loads(file.read_text())["tables"].values()
+    return rows
+
+
+def test_peak_memory_of_a_known_pattern():
+    size = 40 * benchmarking.MIB
+
+    def two_of_three_at_a_time():
+        a, b = (torch.ones(size // 4) for _ in range(2))
+        del a
+        torch.ones(size // 4)
+        del b
+
+    peak = benchmarking.peak_memory(two_of_three_at_a_time, CPU)
+    assert peak == pytest.approx(2 * size, rel=0.05)
+
+
+def test_calls_take_turns():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "ab"}
+    seconds = benchmarking.interleaved_seconds(calls, CPU, rounds=2)
+    assert order == list("ababab")
+    assert list(seconds) == ["a", "b"]
+
+
+def test_table():
+    text = benchmarking.table([{"name": "x", "n": 1234}, {"name": "long"}], {"name": "", "n": ",d"})
+    assert text.splitlines() == ["name      n", "x     1,234", "long      -"]
+
+
+def test_loss_on_two_ranks(tmp_path):
+    file = tmp_path / "loss.json"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    sizes = "--rows 300 --vocab 4096 --hidden 32 --rank 8 --rounds 1 --memory-budget-mb 1".split()
+    text = run_tool(*launcher, "tools/benchmark_loss.py", *sizes, "--json", file)
+    rows = {(row["variant"], row["tp"]): row for row in figures(file)}
+    assert [name for name, _ in rows if name in text] == [name for name, _ in rows]
+    assert set(rows) == {
+        *((name, 1) for name in ("plain", "recompute", "head_loss", "products")),
+        *((name, 2) for name in ("head_loss", "products")),
+    }
+    for tp in (1, 2):  # plain holds several [rows, vocab] tensors, ours none
+        assert rows["head_loss", tp]["memory / plain"] < 0.5
+
+
+def check_wrong_gradients(runtime):
+    args = benchmark_loss.parse_arguments("--rows 20 --vocab 64 --hidden 8 --rank 4".split())
+    problem = benchmark_loss.Problem(args, runtime.tp_group, runtime.device)
+    hidden, latent, w2 = expected = problem.plain()
+    benchmark_loss.check_gradients(problem, problem.head_loss(), expected, "float32")
+    with pytest.raises(ValueError, match="gradient of w2 at TP 1"):
+        benchmark_loss.check_gradients(problem, (hidden, latent, 1.01 * w2), expected, "float32")
+
+
+def test_a_loss_with_wrong_gradients_is_not_measured(pool):
+    pool.run(check_wrong_gradients, world=1, tp=1)
+
+
+def test_step_on_synthetic_data(tmp_path):
+    file = tmp_path / "step.json"
+    sizes = ["--vocab", 256, "--seq-length", 48, "--num-anchors", 16, "--json", file]
+    text = run_tool("tools/benchmark_step.py", *SMALL, *sizes)
+    variants = ["plain", "plain, SDPA", "ours", "ours, recompute"]
+    assert [row["variant"] for row in figures(file)] == variants
+    assert "memory / plain" in text
+
+
+def step_tables(runtime, options):
+    args = benchmark_step.parse_arguments(options)
+    tables = benchmark_step.make_tables(runtime, args)
+    return {title: rows for title, (rows, _) in tables.items()}
+
+
+def test_step_on_the_samples_of_a_config(pool, tiny_run, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(tiny_config(tiny_run).to_yaml())
+    target = tiny_run["target"]["path"]
+    data = ["--data", "quickstart", "--config", str(config), "--target", target, "--samples", "3"]
+    sizes = ["--vocab", str(VOCAB_SIZE), "--num-anchors", "16"]
+    (tables,) = pool.run(step_tables, world=1, tp=1, options=[*SMALL, *data, *sizes])
+    ((title, rows),) = tables.items()
+    assert "3 sample(s)" in title and "num_anchors 16" in title
+    assert len(rows) == 4
+
+
+def test_attention_curve(pool):
+    options = ["--attention-curve", "--seq-length", "32", "--anchors", "4", "8", "16"]
+    (tables,) = pool.run(step_tables, world=1, tp=1, options=[*SMALL, *options])
+    curve, fit = tables.values()
+    assert [row["anchors"] for row in curve] == [4, 4, 8, 8, 16, 16]
+    assert [row["variant"] for row in fit] == ["ours", "dense mask"]
+
+
+def test_a_step_with_a_wrong_loss_is_not_measured():
+    with pytest.raises(ValueError, match="'ours' is 2.0, the plain one 1.0"):
+        benchmark_step.check_losses({"plain": 1.0, "ours": 2.0}, "float32")
+
+
+def communication_rows(runtime):
+    args = benchmark_communication.parse_arguments(["--vocab", "64", "256"])
+    return benchmark_communication.table_rows(runtime, args)
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_communication_is_as_the_formula_says(pool, tp):
+    """Counted from the collectives themselves; table_rows raises where the two differ."""
+    for rows in pool.run(communication_rows, world=tp, tp=tp):
+        small, large = rows[:2], rows[2:]
+        assert [row["collective"] for row in small] == ["all-gather", "all-reduce"]
+        for a, b in zip(small, large, strict=True):
+            assert a["counted bytes"] == a["formula bytes"] > 0
+            assert {**a, "vocabulary": 256} == b
+
+
+def test_one_rank_communicates_nothing(pool):
+    (rows,) = pool.run(communication_rows, world=1, tp=1)
+    assert [row["collective"] for row in rows] == ["none", "none"]

@@ -1,0 +1,112 @@
+"""The ways to compute the head loss that `benchmark_loss.py` compares, on equal inputs.
+
+Shapes: n rows, h hidden, r Markov rank, v/t columns of a rank.
+"""
+
+import argparse
+
+import benchmarking  # makes `reference` importable
+import torch
+import torch.distributed as dist
+from reference import plain_head_loss
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from dspark_megatron.config import LossConfig
+from dspark_megatron.ops.chunk_budget import chunk_rows
+from dspark_megatron.ops.head_loss import HeadWeights, Objective, head_loss
+from dspark_megatron.ops.vocab_parallel import VocabShard
+
+CE, L1 = 0.1, 0.9
+
+
+class Problem:
+    """Inputs of the loss for one tensor-parallel size: the same numbers at each, cut to ranks."""
+
+    def __init__(self, args: argparse.Namespace, group: dist.ProcessGroup, device) -> None:
+        generator = torch.Generator().manual_seed(args.seed)
+        dtype = benchmarking.DTYPES[args.dtype]
+
+        def normal(rows: int, columns: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(rows, columns, generator=generator) * scale).to(device, dtype)
+
+        self.group, self.device = group, device
+        self.hidden = normal(args.rows, args.hidden).requires_grad_()
+        self.latent = normal(args.rows, args.rank).requires_grad_()
+        self.teacher_hidden = normal(args.rows, args.hidden)
+        self.labels = torch.randint(0, args.vocab, (args.rows,), generator=generator).to(device)
+        self.weights = 0.5 + torch.rand(args.rows, generator=generator).to(device)
+        self.shard = VocabShard.of_group(args.vocab, args.vocab, group)
+        columns = slice(self.shard.vocab_start_index, self.shard.vocab_end_index)
+        # Logits of a spread of about 3, as a trained model has.
+        self.lm_head = normal(args.vocab, args.hidden, 3 * args.hidden**-0.5)[columns].clone()
+        self.w2 = normal(args.vocab, args.rank, args.rank**-0.5)[columns].clone().requires_grad_()
+        self.joint = torch.cat([self.lm_head, self.w2.detach()], dim=1)
+        self.chunk_rows = chunk_rows(
+            LossConfig(memory_budget_mb=args.memory_budget_mb),
+            len(self.joint),
+            dtype,
+            with_teacher=True,
+            tp_size=group.size(),
+        )
+        self.compile = args.compile
+
+    def gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss, (self.hidden, self.latent, self.w2))
+
+    def plain(self) -> tuple[Tensor, ...]:
+        return self.gradients(self._plain_rows(slice(None), self.hidden, self.latent, self.w2))
+
+    def recompute(self) -> tuple[Tensor, ...]:
+        loss = self.hidden.new_zeros((), dtype=torch.float32)
+        for first in range(0, len(self.labels), self.chunk_rows):
+            part = slice(first, first + self.chunk_rows)
+            inputs = part, self.hidden[part], self.latent[part], self.w2
+            options = dict(use_reentrant=False, preserve_rng_state=False)
+            loss = loss + checkpoint(self._plain_rows, *inputs, **options)
+        return self.gradients(loss)
+
+    def _plain_rows(self, part: slice, hidden: Tensor, latent: Tensor, w2: Tensor) -> Tensor:
+        rows = hidden, latent, self.teacher_hidden[part], self.labels[part], self.weights[part]
+        return plain_head_loss(*rows, self.lm_head, w2, ce_alpha=CE, l1_alpha=L1)[0]
+
+    def head_loss(self) -> tuple[Tensor, ...]:
+        result = head_loss(
+            self.hidden,
+            self.latent,
+            self.teacher_hidden,
+            self.labels,
+            self.weights,
+            HeadWeights(self.joint, self.w2, self.shard),
+            Objective(ce=CE, l1=L1),
+            chunk_rows=self.chunk_rows,
+            compile=self.compile,
+            tp_group=self.group,
+        )
+        return self.gradients(result.loss)
+
+
+class Products:
+    """The matrix products of a chunk size, into room that is there already."""
+
+    def __init__(self, problem: Problem, rows: int) -> None:
+        self.features = torch.cat([problem.hidden, problem.latent], dim=1).detach()
+        self.teacher_hidden, self.latent = problem.teacher_hidden, problem.latent.detach()
+        self.joint, self.lm_head = problem.joint, problem.lm_head
+        self.rows = min(rows, len(self.features))
+        self.draft = self.joint.new_empty(self.rows, len(self.joint))
+        self.teacher = torch.empty_like(self.draft)
+        self.grad_features = torch.empty_like(self.features)
+        self.grad_w2 = torch.zeros_like(problem.w2)
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        self.grad_w2.zero_()
+        for first in range(0, len(self.features), self.rows):
+            part = slice(first, first + self.rows)
+            features, latent = self.features[part], self.latent[part]
+            draft, teacher = self.draft[: len(features)], self.teacher[: len(features)]
+            torch.mm(features, self.joint.t(), out=draft)
+            torch.mm(self.teacher_hidden[part], self.lm_head.t(), out=teacher)
+            torch.mm(draft, self.joint, out=self.grad_features[part])
+            self.grad_w2.addmm_(draft.t(), latent)
