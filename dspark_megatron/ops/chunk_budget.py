@@ -44,5 +44,5 @@ def tail_padding(rows: int, chunk_rows: int) -> int:
 def tile_rows(columns: int, device: torch.device) -> int:
     """Rows that elementwise passes take at a time: on a CPU as many as stay in a core's cache, on
     a GPU, where each step is a kernel, as many as make it worth launching."""
-    tile_bytes = 2**19 if device.type == "cpu" else 2**26
+    tile_bytes = 2**20 if device.type == "cpu" else 2**26
     return max(1, tile_bytes // (4 * columns))

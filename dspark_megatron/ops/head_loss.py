@@ -79,7 +79,7 @@ def head_loss(
         tp_group=tp_group,
     )
     loss = _HeadLoss.apply(features, head.markov_w2, run)
-    return HeadLossOutput(loss, run.ce, run.l1, run.kl)
+    return HeadLossOutput(loss, *run.results())
 
 
 class _HeadLoss(torch.autograd.Function):

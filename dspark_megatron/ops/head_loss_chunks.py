@@ -74,12 +74,13 @@ class ChunkRun:
         if compile:
             self.passes = logit_terms.compiled_passes()
         else:
-            self.passes = logit_terms.tiled_passes(tile_rows(real, head.joint.device))
+            tile = min(tile_rows(real, head.joint.device), self.chunk_rows)
+            self.passes = logit_terms.tiled_passes(tile, head.joint[:, :1].t()[:, :real])
         padding = tail_padding(rows, self.chunk_rows) if compile else 0
         self.labels = F.pad(labels, (0, padding))
         dtype = logit_terms.precise(features.dtype)
-        per_row = features.new_zeros(3, rows + padding, dtype=dtype)
-        self._ce, self._l1, self._kl = per_row
+        self.per_row = features.new_zeros(3, rows + padding, dtype=dtype)
+        """CE, L1 and KL, [3, n and padding]."""
         self.grad_features = torch.empty_like(features)
         """[n, h + r]"""
         self.grad_w2: Tensor | None = None
@@ -88,26 +89,17 @@ class ChunkRun:
             self.grad_w2 = torch.zeros_like(head.markov_w2, dtype=dtype)
         self._reductions: list[Pending] = []
 
-    @property
-    def ce(self) -> Tensor:
-        """[n]"""
-        return self._ce[: len(self.features)]
-
-    @property
-    def l1(self) -> Tensor | None:
-        """[n]; None without a teacher."""
-        return None if self.teacher_hidden is None else self._l1[: len(self.features)]
-
-    @property
-    def kl(self) -> Tensor | None:
-        """[n]; None unless the objective weighs it."""
-        return self._kl[: len(self.features)] if self.objective.kl > 0 else None
+    def results(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """CE, L1 and KL [n]; None for L1 without a teacher and for KL without weight."""
+        ce, l1, kl = self.per_row[:, : len(self.features)]
+        has_teacher, has_kl = self.teacher_hidden is not None, self.objective.kl > 0
+        return ce, l1 if has_teacher else None, kl if has_kl else None
 
     def loss(self) -> Tensor:
         """[] weighted sum over rows."""
-        terms = self.objective.ce * self._ce + self.objective.l1 * self._l1
-        terms += self.objective.kl * self._kl
-        return (self.weights * terms[: len(self.features)]).sum()
+        ce, l1, kl = self.per_row[:, : len(self.features)]
+        terms = self.objective.ce * ce + self.objective.l1 * l1 + self.objective.kl * kl
+        return (self.weights * terms).sum()
 
     @torch.no_grad()
     def all_chunks(self) -> None:
@@ -130,32 +122,43 @@ class ChunkRun:
 
     def _chunk(self, part: slice, draft: Tensor, teacher: Tensor | None) -> Iterator[None]:
         """Results and gradients of some rows; pauses where a collective is under way."""
-        objective, passes, labels = self.objective, self.passes, self.labels[part]
-        rows, real = len(labels), len(self.features[part])
+        rows, real = len(self.labels[part]), len(self.features[part])
         draft = draft[:rows]  # [c, v/tp]
         torch.mm(self.features[part], self.joint.t(), out=draft[:real])
         if teacher is not None:
             teacher = teacher[:rows]
             torch.mm(self.teacher_hidden[part], self.lm_head.t(), out=teacher[:real])
-        columns, mine = self.head.shard.local_ids(labels)
+        if self.tp_group.size() == 1:
+            self.per_row[:, part] = self.passes.all_passes(
+                draft, teacher, self.labels[part], self.objective
+            )
+        else:
+            yield from self._split_passes(part, draft, teacher)
+        self._multiply_back(part, draft[:real])
+
+    def _split_passes(self, part: slice, draft: Tensor, teacher: Tensor | None) -> Iterator[None]:
+        """The chunk's results; `draft` becomes the gradient of its logits. Two collectives."""
+        objective, passes = self.objective, self.passes
+        ce, l1, kl = self.per_row[:, part]
+        columns, mine = self.head.shard.local_ids(self.labels[part])
         found = passes.statistics(draft, teacher, columns, mine, objective)
         gathered = start_all_gather(found, tp_group=self.tp_group)
         yield
-        shards = logit_terms.combine(gathered.wait())
-        self._ce[part], lse, teacher_lse, label_shard, label_column = shards
-        if label_shard is not None:
-            mine = label_shard == self.tp_group.rank()
-            columns = torch.where(mine, label_column, 0)
-        signed_sum = None
+        row = logit_terms.combine(gathered.wait())
+        ce.copy_(row.ce)
+        if row.label_shard is not None:
+            mine = row.label_shard == self.tp_group.rank()
+            columns = torch.where(mine, row.label_column, 0)
+        lses, signed_sum = (row.draft_lse, row.teacher_lse), None
         if teacher is not None:
-            sums = passes.distances(draft, teacher, lse, teacher_lse, objective)
+            sums = passes.distances(draft, teacher, *lses, objective)
             reduced = start_all_reduce(sums, tp_group=self.tp_group)
             yield
-            self._l1[part], signed_sum, *cross = reduced.wait()
+            total, signed_sum, *cross = reduced.wait()
+            l1.copy_(total)
             if cross:
-                self._kl[part] = cross[0] - teacher_lse + lse
-        passes.gradient(draft, teacher, lse, teacher_lse, signed_sum, columns, mine, objective)
-        self._multiply_back(part, draft[:real])
+                kl.copy_(cross[0] - row.teacher_lse + row.draft_lse)
+        passes.gradient(draft, teacher, *lses, signed_sum, columns, mine, objective)
 
     def _multiply_back(self, part: slice, gradient: Tensor) -> None:
         """From the gradient of logits [c, v/tp] to that of features and this chunk's share of that

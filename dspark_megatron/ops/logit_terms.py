@@ -10,8 +10,9 @@ With u the draft's logits, t the target's, and p, q their softmax over the whole
     KL = sum q * (log q - log p)       dKL/du = p - q
 
 Every pass reads the logits as the products left them and computes in fp32 (float64 for float64);
-only the last one writes: the gradient, over the draft's logits. So p and q are computed anew in
-each, which costs less than keeping them. Nothing here knows of ranks.
+only the last one writes: the gradient, over the draft's logits. Between passes that wait for other
+ranks p and q are dropped and made anew, which costs less than keeping them; a rank that holds the
+whole vocabulary takes all three in one go. Nothing here knows of ranks.
 
 Shapes: c rows, v/tp columns of this rank without padding.
 """
@@ -44,13 +45,23 @@ class Objective:
         return self.l1 > 0 or self.kl > 0 or self.labels_from_target
 
 
+Room = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Where a pass may put its p, its q and a third; None: in tensors of its own."""
+NO_ROOM: Room = (None, None, None)
+
+
 def precise(dtype: torch.dtype) -> torch.dtype:
     """What is computed in: fp32, or float64 where the inputs are."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def statistics(
-    draft: Tensor, teacher: Tensor | None, columns: Tensor, mine: Tensor, objective: Objective
+    draft: Tensor,
+    teacher: Tensor | None,
+    columns: Tensor,
+    mine: Tensor,
+    objective: Objective,
+    room: Room = NO_ROOM,
 ) -> Tensor:
     """First pass: what every rank must know of this shard, [3, 5 or 6, c]: the label's logit; the
     draft's maximum and sum of exp(u - maximum); the same of the target; the target's own label.
@@ -58,24 +69,36 @@ def statistics(
     columns [c]: of the labels in this shard, where `mine`. Of a label that the target chooses,
     each shard names its best candidate.
     """
+    return _statistics(draft, teacher, columns, mine, objective, room)[0]
+
+
+def _statistics(
+    draft: Tensor,
+    teacher: Tensor | None,
+    columns: Tensor,
+    mine: Tensor,
+    objective: Objective,
+    room: Room,
+) -> tuple[Tensor, list[Tensor]]:
+    """The statistics, and the exponentials [c, v/tp] that they are sums of."""
     if objective.labels_from_target:
         columns, mine = teacher.argmax(dim=-1), torch.ones_like(mine)
     chosen = draft.gather(1, columns[:, None]).squeeze(1)
-    found = [torch.where(mine, chosen, 0).to(precise(draft.dtype)), *_maximum_and_sum(draft)]
-    if teacher is not None:
-        found += _maximum_and_sum(teacher)
+    found = [torch.where(mine, chosen, 0).to(precise(draft.dtype))]
+    exponentials = []
+    for logits, out in zip((draft, teacher), room, strict=False):
+        if logits is None:
+            break
+        maximum = logits.amax(dim=-1).to(found[0].dtype)
+        exponentials.append(_exp(logits, maximum, out))
+        found += [maximum, exponentials[-1].sum(dim=-1)]
     if objective.labels_from_target:
         found.append(columns.to(found[0].dtype))  # exact: fp32 counts to 2^24
-    return torch.stack(found)
+    return torch.stack(found), exponentials
 
 
-def _maximum_and_sum(logits: Tensor) -> tuple[Tensor, Tensor]:
-    maximum = logits.amax(dim=-1).to(precise(logits.dtype))
-    return maximum, _exp(logits, maximum).sum(dim=-1)
-
-
-def _exp(logits: Tensor, shift: Tensor) -> Tensor:
-    return (logits - shift[:, None]).exp_()
+def _exp(logits: Tensor, shift: Tensor, out: Tensor | None) -> Tensor:
+    return torch.sub(logits, shift[:, None], out=out).exp_()
 
 
 class Combined(NamedTuple):
@@ -103,20 +126,33 @@ def combine(shards: Tensor) -> Combined:
 
 
 def distances(
-    draft: Tensor, teacher: Tensor, draft_lse: Tensor, teacher_lse: Tensor, objective: Objective
+    draft: Tensor,
+    teacher: Tensor,
+    draft_lse: Tensor,
+    teacher_lse: Tensor,
+    objective: Objective,
+    room: Room = NO_ROOM,
 ) -> Tensor:
     """Second pass, with a teacher: this shard's parts of L1, of sum p * sign(p - q) (0 without an
     L1 term) and, for KL, of sum q * (t - u), [2 or 3, c]."""
-    p, q = _exp(draft, draft_lse), _exp(teacher, teacher_lse)
+    p, q = _exp(draft, draft_lse, room[0]), _exp(teacher, teacher_lse, room[1])
+    return _distances(draft, teacher, p, q, objective, room)[0]
+
+
+def _distances(
+    draft: Tensor, teacher: Tensor, p: Tensor, q: Tensor, objective: Objective, room: Room
+) -> tuple[Tensor, Tensor | None]:
+    """The sums, and p - q for KL. In place of q: p * sign(p - q) for L1."""
     cross = []
     if objective.kl > 0:
         cross = [(teacher - draft).to(q.dtype).mul_(q).sum(dim=-1)]
-    difference = torch.sub(p, q, out=q)
-    l1 = difference.abs().sum(dim=-1)
-    signed = torch.zeros_like(l1)
+    difference = q.neg_().add_(p)
+    l1 = torch.abs(difference, out=room[2]).sum(dim=-1)
+    kept = difference.clone() if objective.kl > 0 else None
+    signed_sum = torch.zeros_like(l1)
     if objective.l1 > 0:
-        signed = difference.sign_().mul_(p).sum(dim=-1)
-    return torch.stack([l1, signed, *cross])
+        signed_sum = difference.sign_().mul_(p).sum(dim=-1)
+    return torch.stack([l1, signed_sum, *cross]), kept
 
 
 def gradient(
@@ -128,48 +164,95 @@ def gradient(
     columns: Tensor,
     mine: Tensor,
     objective: Objective,
+    room: Room = NO_ROOM,
 ) -> None:
     """Third pass: `draft` becomes the gradient of its rows' unweighted losses. signed_sum [c]: sum
     p * sign(p - q) over all shards; columns [c]: of the labels, where `mine`."""
-    p = _exp(draft, draft_lse)
+    p, signed, difference = _exp(draft, draft_lse, room[0]), None, None
     if objective.l1 > 0 or objective.kl > 0:
-        difference = _exp(teacher, teacher_lse).neg_().add_(p)
-        by_kl = difference * objective.kl if objective.kl > 0 else None
-        signed = difference.sign_().mul_(p)
+        signed = _exp(teacher, teacher_lse, room[1])
+        _, difference = _distances(draft, teacher, p, signed, objective, room)
+    _gradient(draft, p, signed, difference, signed_sum, columns, mine, objective)
+
+
+def _gradient(
+    draft: Tensor,
+    p: Tensor,
+    signed: Tensor | None,
+    difference: Tensor | None,
+    signed_sum: Tensor | None,
+    columns: Tensor,
+    mine: Tensor,
+    objective: Objective,
+) -> None:
+    if objective.l1 > 0:
         p.mul_((objective.ce - objective.l1 * signed_sum)[:, None])
         p.add_(signed, alpha=objective.l1)
-        if by_kl is not None:
-            p.add_(by_kl)
     else:
         p.mul_(objective.ce)
+    if difference is not None:
+        p.add_(difference, alpha=objective.kl)
     p.scatter_add_(1, columns[:, None], (-objective.ce * mine.to(p.dtype))[:, None])
     draft.copy_(p)
+
+
+def all_passes(
+    draft: Tensor,
+    teacher: Tensor | None,
+    columns: Tensor,
+    objective: Objective,
+    room: Room = NO_ROOM,
+) -> Tensor:
+    """The three passes on a rank that has the whole vocabulary. `draft` becomes the gradient;
+    returns CE, L1 and KL, [3, c], 0 where they are not known."""
+    if room[2] is not None and draft.dtype == precise(draft.dtype) and objective.kl == 0:
+        room = draft, teacher, room[2]  # nobody needs the logits again
+    mine = torch.ones_like(columns, dtype=torch.bool)
+    found, exponentials = _statistics(draft, teacher, columns, mine, objective, room)
+    row = combine(found[None])
+    p = exponentials[0].mul_((found[1] - row.draft_lse).exp()[:, None])
+    l1 = kl = torch.zeros_like(row.ce)
+    q = difference = signed_sum = None
+    if teacher is not None:
+        q = exponentials[1].mul_((found[3] - row.teacher_lse).exp()[:, None])
+        (l1, signed_sum, *cross), difference = _distances(draft, teacher, p, q, objective, room)
+        kl = cross[0] - row.teacher_lse + row.draft_lse if cross else kl
+    if row.label_column is not None:
+        columns = row.label_column
+    _gradient(draft, p, q, difference, signed_sum, columns, mine, objective)
+    return torch.stack([row.ce, l1, kl])
 
 
 class Passes(NamedTuple):
     statistics: Callable[..., Tensor]
     distances: Callable[..., Tensor]
     gradient: Callable[..., None]
+    all_passes: Callable[..., Tensor]
+
+
+PASSES = Passes(statistics, distances, gradient, all_passes)
 
 
 @functools.cache
 def compiled_passes() -> Passes:
     """The passes, each fused by torch.compile for every shape it meets."""
-    return Passes(*(torch.compile(f, dynamic=False) for f in (statistics, distances, gradient)))
+    return Passes(*(torch.compile(function, dynamic=False) for function in PASSES))
 
 
-@functools.cache
-def tiled_passes(tile_rows: int) -> Passes:
-    """The passes a few rows at a time: bounds what they allocate, and keeps it in the cache."""
-    return Passes(*(_in_tiles(f, tile_rows) for f in (statistics, distances, gradient)))
+def tiled_passes(tile_rows: int, like: Tensor) -> Passes:
+    """The passes a few rows at a time, in room made once: bounds what they take, and keeps it in
+    the cache. like [..., v/tp]: a tensor of the logits' device and type."""
+    room = like.new_empty(3, tile_rows, like.shape[-1], dtype=precise(like.dtype))
+    return Passes(*(_in_tiles(function, room) for function in PASSES))
 
 
-def _in_tiles(function: Callable, tile_rows: int) -> Callable:
+def _in_tiles(function: Callable, room: Tensor) -> Callable:
     def run(*arguments: object) -> Tensor | None:
-        parts = []
-        for start in range(0, len(arguments[0]), tile_rows):
-            rows = slice(start, start + tile_rows)
-            parts.append(function(*(x[rows] if isinstance(x, Tensor) else x for x in arguments)))
+        parts, whole = [], len(arguments[0])
+        for start in range(0, whole, room.shape[1]):
+            rows = slice(start, min(start + room.shape[1], whole))
+            own = (x[rows] if isinstance(x, Tensor) else x for x in arguments)
+            parts.append(function(*own, room=tuple(room[:, : rows.stop - start])))
         return None if parts[0] is None else torch.cat(parts, dim=-1)
 
     return run
