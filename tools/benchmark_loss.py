@@ -135,6 +135,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=benchmarking.DTYPES, default="float32")
     parser.add_argument("--tp", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--memory-budget-mb", type=int, default=256, help="as in a config")
+    parser.add_argument("--chunk-rows", type=int, help="as in a config; before the budget")
     parser.add_argument("--compile", action="store_true", help="head_loss with torch.compile")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=1)

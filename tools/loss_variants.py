@@ -42,13 +42,8 @@ class Problem:
         self.lm_head = normal(args.vocab, args.hidden, 3 * args.hidden**-0.5)[columns].clone()
         self.w2 = normal(args.vocab, args.rank, args.rank**-0.5)[columns].clone().requires_grad_()
         self.joint = torch.cat([self.lm_head, self.w2.detach()], dim=1)
-        self.chunk_rows = chunk_rows(
-            LossConfig(memory_budget_mb=args.memory_budget_mb),
-            len(self.joint),
-            dtype,
-            with_teacher=True,
-            tp_size=group.size(),
-        )
+        loss = LossConfig(memory_budget_mb=args.memory_budget_mb, chunk_rows=args.chunk_rows)
+        self.chunk_rows = chunk_rows(loss, args.vocab // group.size(), dtype, with_teacher=True)
         self.compile = args.compile
 
     def gradients(self, loss: Tensor) -> tuple[Tensor, ...]:

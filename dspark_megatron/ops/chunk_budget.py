@@ -10,19 +10,19 @@ def lanes_of(tp_size: int) -> int:
     return 2 if tp_size > 1 else 1
 
 
-def row_bytes(vocab_local: int, dtype: torch.dtype, *, with_teacher: bool, tp_size: int) -> int:
-    """Bytes of logits for each row of a chunk: the draft's and the target's."""
-    return vocab_local * dtype.itemsize * (1 + with_teacher) * lanes_of(tp_size)
+def row_bytes(vocab_local: int, dtype: torch.dtype, *, with_teacher: bool) -> int:
+    """Bytes of logits for each row: the draft's and the target's."""
+    return vocab_local * dtype.itemsize * (1 + with_teacher)
 
 
 def chunk_rows(
-    loss: LossConfig, vocab_local: int, dtype: torch.dtype, *, with_teacher: bool, tp_size: int
+    loss: LossConfig, vocab_local: int, dtype: torch.dtype, *, with_teacher: bool
 ) -> int:
     """`loss.chunk_rows`, or what `loss.memory_budget_mb` holds: a multiple of 64 where that many
     fit, as matrix products like it. Raises ConfigError when it does not hold one row."""
     if loss.chunk_rows is not None:
         return loss.chunk_rows
-    one = row_bytes(vocab_local, dtype, with_teacher=with_teacher, tp_size=tp_size)
+    one = row_bytes(vocab_local, dtype, with_teacher=with_teacher)
     rows = loss.memory_budget_mb * 2**20 // one
     require(
         rows >= 1,
@@ -44,5 +44,5 @@ def tail_padding(rows: int, chunk_rows: int) -> int:
 def tile_rows(columns: int, device: torch.device) -> int:
     """Rows that elementwise passes take at a time: on a CPU as many as stay in a core's cache, on
     a GPU, where each step is a kernel, as many as make it worth launching."""
-    tile_bytes = 2**20 if device.type == "cpu" else 2**26
+    tile_bytes = 2**20 if device.type == "cpu" else 2**24
     return max(1, tile_bytes // (4 * columns))

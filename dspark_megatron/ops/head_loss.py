@@ -54,6 +54,8 @@ def head_loss(
 ) -> HeadLossOutput:
     """hidden [n, h]; latent z of the Markov bias [n, r] or None; teacher_hidden [n, h], post-norm,
     or None when nothing needs the target's distribution; labels [n] int64; weights [n] fp32.
+    chunk_rows: rows whose logits exist at one time, of the two chunks under way where there is more
+    than one rank.
 
     Gradients reach hidden, latent and head.markov_w2, whole on every rank for hidden and latent.
     Forward, for each row and rank: an all-gather of 5 floats (3 without a teacher, 6 with labels

@@ -68,7 +68,8 @@ class ChunkRun:
         self.features, self.teacher_hidden, self.weights = features, teacher_hidden, weights
         self.head, self.objective, self.tp_group = head, objective, tp_group
         rows = len(features)
-        self.chunk_rows = max(1, min(chunk_rows, rows))
+        self.lanes = lanes_of(tp_group.size())
+        self.chunk_rows = max(1, min(chunk_rows // self.lanes, rows))
         real = head.shard.num_real  # padded columns come last and never reach a product
         self.joint, self.lm_head = head.joint[:real], head.lm_head[:real]
         if compile:
@@ -107,8 +108,8 @@ class ChunkRun:
         if head.markov_w2 is not None:
             head.joint[:, head.hidden_size :] = head.markov_w2
         starts = range(0, len(self.features), self.chunk_rows)
-        lanes = min(lanes_of(self.tp_group.size()), len(starts))
-        _take_turns([self._lane(starts[i::lanes]) for i in range(lanes)])
+        lanes = [starts[i :: self.lanes] for i in range(self.lanes)]
+        _take_turns([self._lane(lane) for lane in lanes if lane])
         for reduction in self._reductions:
             reduction.wait()
 

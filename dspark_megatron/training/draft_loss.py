@@ -41,11 +41,7 @@ class DraftLoss:
         )
         joint = draft.head_weights().joint
         self.chunk_rows = chunk_rows(
-            config,
-            len(joint),
-            joint.dtype,
-            with_teacher=self.with_teacher,
-            tp_size=tp_group.size(),
+            config, len(joint), joint.dtype, with_teacher=self.with_teacher
         )
 
     @property

@@ -63,11 +63,10 @@ def rank_memory(
 
 
 def _logits(config: Config, vocab_local: int) -> int:
-    """Bytes of the chunks of logits under way at one time."""
-    options = dict(with_teacher=config.needs_teacher, tp_size=config.parallel.tensor_parallel)
-    dtype = DTYPES[config.train.dtype]
-    rows = chunk_rows(config.loss, vocab_local, dtype, **options)
-    return rows * row_bytes(vocab_local, dtype, **options)
+    """Bytes of the logits that exist at one time."""
+    dtype, with_teacher = DTYPES[config.train.dtype], config.needs_teacher
+    rows = chunk_rows(config.loss, vocab_local, dtype, with_teacher=with_teacher)
+    return rows * row_bytes(vocab_local, dtype, with_teacher=with_teacher)
 
 
 def _local_parameters(shape: DraftShape, tp: int) -> int:

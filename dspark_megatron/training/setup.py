@@ -69,7 +69,6 @@ def check_run(config: Config, world_size: int) -> RunPlan:
         padded_vocab_size(shape.vocab_size, tp_size) // tp_size,
         DTYPES[config.train.dtype],
         with_teacher=config.needs_teacher,
-        tp_size=tp_size,
     )
     tokenizer = _load_tokenizer(config.target.path)
     stops = stop_token_ids(config.target.path, tokenizer)
