@@ -108,36 +108,20 @@ class ModelConfig:
                 _positive(f"model.{name}", getattr(self, name))
 
 
-LOSS_PRESETS: dict[str, dict[str, Any]] = {
-    "deepspec": {},
-    "modelopt": {"anchor_rule": "token", "supervised_slots": "all", "normalization": "local"},
-    "speculators": {
-        "anchor_rule": "token",
-        "supervised_slots": "all",
-        "slot_mask": "input",
-        "ce_labels": "target_argmax",
-        "l1_loss_alpha": 0.0,
-        "tvd_loss_alpha": 0.9,
-        "normalization": "local_count",
-    },
-}
-"""What each neighbour's training does otherwise: defaults of the loss section."""
-
-
 @dataclass(kw_only=True)
 class LossConfig:
     """Weights and form of the training objective (paper Eq. 9-12)."""
 
     preset: str = "deepspec"
     """Whose semantics the keys left out take: `deepspec` (the paper's checkpoints), `modelopt` or
-    `speculators`."""
+    `speculators`; `loss_presets.py` has them."""
     ce_loss_alpha: float = 0.1
     """Weight of the cross entropy with the labels."""
     l1_loss_alpha: float = 0.9
     """Weight of the raw L1 distance (0..2) to the target's distribution."""
     tvd_loss_alpha: float = 0.0
     """Weight of the total variation distance, half of L1: the same term in speculators' unit.
-    Give this or `l1_loss_alpha`."""
+    Naming one of the two sets the other to 0."""
     kl_loss_alpha: float = 0.0
     """Weight of the forward divergence KL(target || draft) in nats."""
     confidence_head_alpha: float = 1.0
@@ -163,14 +147,15 @@ class LossConfig:
     `local_count`: as `local`, divided by the number of supervised slots, not by their weights.
     With all but the first, the layout is part of the mathematics."""
     memory_budget_mb: int = 256
-    """MiB that the logits of the head loss may take on a rank; sets the rows of a chunk."""
+    """MiB that the logits of the head loss may take on a rank; sets the rows of a chunk. The room
+    of its elementwise passes (tens of MiB) and the gradient of `markov_w2` are not in it."""
     chunk_rows: int | None = None
     """Rows whose logits exist at one time in the head loss; null: as many as the budget holds."""
     compile: bool = False
     """Fuse the elementwise part of the head loss with torch.compile."""
 
     def validate(self) -> None:
-        _one_of("loss.preset", self.preset, tuple(LOSS_PRESETS))
+        _one_of("loss.preset", self.preset, ("deepspec", "modelopt", "speculators"))
         names = ("ce_loss", "l1_loss", "tvd_loss", "kl_loss", "confidence_head")
         for name in (f"{name}_alpha" for name in names):
             value = getattr(self, name)
@@ -376,6 +361,14 @@ class Config:
     def validate(self) -> None:
         for section in dataclasses.fields(self):
             getattr(self, section.name).validate()
+        loss = self.loss
+        terms = ["ce_loss_alpha", "l1_loss_alpha", "tvd_loss_alpha", "kl_loss_alpha"]
+        if self.model.enable_confidence_head:
+            terms.append("confidence_head_alpha")
+        require(
+            any(getattr(loss, name) > 0 for name in terms),
+            f"there is nothing to learn: one of loss.{', loss.'.join(terms)} must be > 0",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

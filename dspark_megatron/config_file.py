@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from dspark_megatron.config import LOSS_PRESETS, Config, ConfigError, require
+from dspark_megatron.config import Config, ConfigError, require
+from dspark_megatron.loss_presets import check_new_preset, with_preset
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -28,18 +29,21 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raw is None or isinstance(raw, dict),
         f"{path} must hold sections (a YAML mapping), not a {type(raw).__name__}",
     )
-    config = config_from_dict(_with_overrides(raw or {}, overrides))
+    changes = _nested(overrides)
+    config = config_from_dict(_merged(raw or {}, changes))
     config.validate()
+    check_new_preset(raw or {}, changes)
     return config
 
 
 def config_from_dict(raw: dict[str, Any]) -> Config:
     """Sections and keys to a Config, strictly; no cross-field checks."""
-    return _build(Config, _with_preset(raw), prefix="")
+    return _build(Config, with_preset(raw), prefix="")
 
 
-def _with_overrides(raw: dict[str, Any], overrides: typing.Iterable[str]) -> dict[str, Any]:
-    raw = {k: dict(v) if isinstance(v, dict) else v for k, v in raw.items()}
+def _nested(overrides: typing.Iterable[str]) -> dict[str, dict[str, Any]]:
+    """`section.key=value` texts as sections of keys."""
+    sections: dict[str, dict[str, Any]] = {}
     for override in overrides:
         name, separator, text = override.partition("=")
         section, dot, key = name.partition(".")
@@ -47,25 +51,20 @@ def _with_overrides(raw: dict[str, Any], overrides: typing.Iterable[str]) -> dic
             bool(separator and dot and key),
             f"override {override!r} must look like section.key=value",
         )
-        values = raw.setdefault(section, {})
-        require(isinstance(values, dict), f"section {section!r} must be a mapping")
         try:
-            values[key] = yaml.safe_load(text)
+            sections.setdefault(section, {})[key] = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"override {override!r} has no valid YAML value: {error}") from error
-    return raw
+    return sections
 
 
-def _with_preset(raw: dict[str, Any]) -> dict[str, Any]:
-    """The loss section with what its preset says of keys that are left out."""
-    loss = raw.get("loss")
-    if not isinstance(loss, dict):
-        return raw
-    preset = loss.get("preset")
-    values = LOSS_PRESETS.get(preset, {}) if isinstance(preset, str) else {}
-    if "l1_loss_alpha" in loss or "tvd_loss_alpha" in loss:  # one term: whoever names it sets it
-        values = {k: v for k, v in values.items() if k not in ("l1_loss_alpha", "tvd_loss_alpha")}
-    return {**raw, "loss": {**values, **loss}}
+def _merged(raw: dict[str, Any], changes: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    merged = dict(raw)
+    for section, values in changes.items():
+        old = {} if merged.get(section) is None else merged[section]
+        require(isinstance(old, dict), f"section {section!r} must be a mapping")
+        merged[section] = {**old, **values}
+    return merged
 
 
 def _build(cls: type, raw: dict[str, Any], prefix: str) -> Any:

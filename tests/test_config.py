@@ -83,6 +83,54 @@ def test_bad_values(tmp_path, override, message):
     assert message in str(error.value)
 
 
+def test_no_weight_at_all_is_refused(tmp_path):
+    weights = ["loss.ce_loss_alpha=0", "loss.l1_loss_alpha=0"]
+    load_config(write(tmp_path, MINIMAL), weights)  # the confidence head still learns
+    for silent in ("loss.confidence_head_alpha=0", "model.enable_confidence_head=false"):
+        with pytest.raises(ConfigError, match="there is nothing to learn: one of"):
+            load_config(write(tmp_path, MINIMAL), [*weights, silent])
+
+
+@pytest.mark.parametrize(
+    "loss, weight",
+    [
+        ("{}", 0.9),
+        ("{l1_loss_alpha: 0.5}", 0.5),
+        ("{tvd_loss_alpha: 0.9}", 0.45),
+        ("{preset: speculators}", 0.45),
+        ("{preset: speculators, tvd_loss_alpha: 1.8}", 0.9),
+        ("{preset: speculators, l1_loss_alpha: 0.7}", 0.7),
+        ("{preset: speculators, l1_loss_alpha: 0}", 0.0),
+        ("{preset: modelopt, tvd_loss_alpha: 1.0}", 0.5),
+    ],
+)
+def test_the_distance_is_what_its_one_name_says(tmp_path, loss, weight):
+    config = load_config(write(tmp_path, f"{MINIMAL}\nloss: {loss}\n"))
+    assert config.loss.l1_weight == weight
+    assert config_from_dict(config.to_dict()) == config
+
+
+def test_both_names_of_the_distance_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="weigh one term"):
+        load_config(write(tmp_path, MINIMAL), ["loss.tvd_loss_alpha=0.9", "loss.l1_loss_alpha=0.9"])
+
+
+def test_a_preset_on_the_command_line_must_reach_its_keys(tmp_path):
+    """A saved config gives every key, so another preset would change nothing."""
+    assert load_config(write(tmp_path, MINIMAL), ["loss.preset=modelopt"]).loss.anchor_rule == (
+        "token"
+    )
+    saved = write(tmp_path, load_config(write(tmp_path, MINIMAL)).to_yaml())
+    with pytest.raises(ConfigError) as error:
+        load_config(saved, ["loss.preset=modelopt"])
+    assert "loss.preset=modelopt does not reach keys that the file gives" in str(error.value)
+    assert "loss.anchor_rule (label), loss.supervised_slots (prefix)" in str(error.value)
+    others = ["anchor_rule=token", "supervised_slots=all", "normalization=local"]
+    changes = ["loss.preset=modelopt", *(f"loss.{other}" for other in others)]
+    assert load_config(saved, changes).loss.normalization == "local"
+    load_config(saved, ["loss.preset=deepspec"])
+
+
 @pytest.mark.parametrize(
     "text, message",
     [

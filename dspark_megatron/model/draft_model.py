@@ -36,7 +36,8 @@ ContextKV = list[tuple[Tensor, Tensor]]
 """Keys and values of the context for each layer, each [t, g/tp, d]."""
 
 FROZEN_REPLICAS = ("embed_tokens", "joint_head")
-"""The target's own matrices: needed to run, never trained, not in training checkpoints."""
+"""The target's own matrices (its LM head within the joint one): needed to run, never trained, not
+in training checkpoints."""
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ import torch
 from dspark_megatron.config import LossConfig, require
 
 
-def lanes_of(tp_size: int) -> int:
-    """Chunks under way at a time: two when there are other ranks to wait for."""
-    return 2 if tp_size > 1 else 1
+def lanes_of(tp_size: int, chunk_rows: int) -> int:
+    """Chunks under way at a time, which share `chunk_rows`: two when there are other ranks to wait
+    for."""
+    return 2 if tp_size > 1 and chunk_rows > 1 else 1
 
 
 def row_bytes(vocab_local: int, dtype: torch.dtype, *, with_teacher: bool) -> int:
@@ -18,8 +19,9 @@ def row_bytes(vocab_local: int, dtype: torch.dtype, *, with_teacher: bool) -> in
 def chunk_rows(
     loss: LossConfig, vocab_local: int, dtype: torch.dtype, *, with_teacher: bool
 ) -> int:
-    """`loss.chunk_rows`, or what `loss.memory_budget_mb` holds: a multiple of 64 where that many
-    fit, as matrix products like it. Raises ConfigError when it does not hold one row."""
+    """`loss.chunk_rows`, or what `loss.memory_budget_mb` holds: a multiple of 128 where that many
+    fit, as matrix products like it, also of half of them. Raises ConfigError when it does not hold
+    one row."""
     if loss.chunk_rows is not None:
         return loss.chunk_rows
     one = row_bytes(vocab_local, dtype, with_teacher=with_teacher)
@@ -29,16 +31,14 @@ def chunk_rows(
         f"loss.memory_budget_mb ({loss.memory_budget_mb}) must hold the logits of one row: "
         f"{one / 2**20:.1f} MiB for {vocab_local} vocabulary entries a rank",
     )
-    return rows if rows < 64 else rows // 64 * 64
+    return rows if rows < 128 else rows // 128 * 128
 
 
-def tail_padding(rows: int, chunk_rows: int) -> int:
-    """Rows that the last chunk is short of a power of two, or of a whole chunk: compiled code is
-    made for each shape, and so there are few."""
-    tail = rows % chunk_rows
-    if not tail:
-        return 0
-    return min(1 << (tail - 1).bit_length(), chunk_rows) - tail
+def bucket(rows: int, chunk_rows: int) -> int:
+    """Rows that a chunk of compiled passes is padded to: `chunk_rows`, or a power of two below it.
+    Code is made for each size it meets, so there are six at most, and torch's limit is eight."""
+    smallest = max(64, chunk_rows // 32)
+    return min(1 << (max(rows, smallest) - 1).bit_length(), chunk_rows)
 
 
 def tile_rows(columns: int, device: torch.device) -> int:

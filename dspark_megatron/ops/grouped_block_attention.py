@@ -45,9 +45,11 @@ class GroupedBlockAttention:
         cuts = sorted({0, context_length}.union(*spans))
         self.piece_sizes = [after - before for before, after in pairwise(cuts)]
         self.row_counts = [len(group) * slots for group in groups]
+        # One copy to the device, not one for each group.
+        ends = torch.tensor([end for _, end in context_ranges], device=device)
         self.groups = [
-            _Group(slice(*map(cuts.index, span)), _group_mask(group, span, slots, device))
-            for group, span in zip(groups, spans, strict=True)
+            _Group(slice(*map(cuts.index, span)), _group_mask(part, span, slots))
+            for part, span in zip(ends.split([len(g) for g in groups]), spans, strict=True)
         ]
 
     def __call__(
@@ -77,13 +79,11 @@ def _groups(ranges: list[tuple[int, int]], group_size: int) -> Iterator[list[tup
             first = i
 
 
-def _group_mask(
-    ranges: list[tuple[int, int]], span: tuple[int, int], slots: int, device: torch.device
-) -> Tensor:
-    """[m*k, l] bool for the m blocks of a group over the context of `span` and their own slots."""
-    ends = torch.tensor([end for _, end in ranges], device=device)
-    context = torch.arange(*span, device=device)[None] < ends[:, None]  # [m, l - m*k]
-    own = torch.eye(len(ranges), dtype=torch.bool, device=device)
+def _group_mask(ends: Tensor, span: tuple[int, int], slots: int) -> Tensor:
+    """[m*k, l] bool for a group over the context of `span` and its own slots; ends [m]: where what
+    each of its blocks sees of the context ends."""
+    context = torch.arange(*span, device=ends.device)[None] < ends[:, None]  # [m, l - m*k]
+    own = torch.eye(len(ends), dtype=torch.bool, device=ends.device)
     own = own.repeat_interleave(slots, dim=1)  # [m, m*k]
     return torch.cat([context, own], dim=1).repeat_interleave(slots, dim=0)
 

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
-from dspark_megatron.ops import logit_terms
-from dspark_megatron.ops.chunk_budget import lanes_of, tail_padding, tile_rows
+from dspark_megatron.ops import logit_passes, logit_terms
+from dspark_megatron.ops.chunk_budget import bucket, lanes_of, tile_rows
 from dspark_megatron.ops.logit_terms import Objective
 from dspark_megatron.ops.vocab_parallel import (
     Pending,
@@ -68,17 +67,20 @@ class ChunkRun:
         self.features, self.teacher_hidden, self.weights = features, teacher_hidden, weights
         self.head, self.objective, self.tp_group = head, objective, tp_group
         rows = len(features)
-        self.lanes = lanes_of(tp_group.size())
-        self.chunk_rows = max(1, min(chunk_rows // self.lanes, rows))
+        self.lanes = lanes_of(tp_group.size(), chunk_rows)
+        whole = chunk_rows // self.lanes
+        tail, padding = rows % whole, 0
+        if compile and tail:
+            padding = bucket(tail, whole) - tail
+        self.chunk_rows = max(1, min(whole, rows + padding))
         real = head.shard.num_real  # padded columns come last and never reach a product
         self.joint, self.lm_head = head.joint[:real], head.lm_head[:real]
         if compile:
-            self.passes = logit_terms.compiled_passes()
+            self.passes = logit_passes.compiled_passes()
         else:
             tile = min(tile_rows(real, head.joint.device), self.chunk_rows)
-            self.passes = logit_terms.tiled_passes(tile, head.joint[:, :1].t()[:, :real])
-        padding = tail_padding(rows, self.chunk_rows) if compile else 0
-        self.labels = F.pad(labels, (0, padding))
+            self.passes = logit_passes.tiled_passes(tile, head.joint[:, :1].t()[:, :real])
+        self.labels = torch.cat([labels, labels.new_zeros(padding)])
         dtype = logit_terms.precise(features.dtype)
         self.per_row = features.new_zeros(3, rows + padding, dtype=dtype)
         """CE, L1 and KL, [3, n and padding]."""
@@ -164,14 +166,13 @@ class ChunkRun:
     def _multiply_back(self, part: slice, gradient: Tensor) -> None:
         """From the gradient of logits [c, v/tp] to that of features and this chunk's share of that
         of W2. Row weights are applied here, to the narrow side of the products."""
-        features = self.features[part]
-        weights = self.weights[part, None].to(features.dtype)
+        features, weights = self.features[part], self.weights[part, None]
         grad_features = torch.mm(gradient, self.joint, out=self.grad_features[part])
         grad_features.mul_(weights)
         self._reductions.append(start_all_reduce(grad_features, tp_group=self.tp_group))
         if self.grad_w2 is None:
             return
-        latents = features[:, self.head.hidden_size :] * weights
+        latents = (features[:, self.head.hidden_size :] * weights).to(features.dtype)
         grad_w2 = self.grad_w2[: len(self.joint)]
         if grad_w2.dtype == latents.dtype:
             grad_w2.addmm_(gradient.t(), latents)

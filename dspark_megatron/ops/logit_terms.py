@@ -17,14 +17,13 @@ whole vocabulary takes all three in one go. Nothing here knows of ranks.
 Shapes: c rows, v/tp columns of this rank without padding.
 """
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dspark_megatron.config import LossConfig
 from dspark_megatron.ops.vocab_parallel import combine_log_sum_exp
 
 
@@ -39,6 +38,15 @@ class Objective:
     """Of KL(target || draft)."""
     labels_from_target: bool = False
     """CE with the target's most likely token instead of the given labels."""
+
+    @classmethod
+    def of(cls, loss: LossConfig) -> "Objective":
+        return cls(
+            ce=loss.ce_loss_alpha,
+            l1=loss.l1_weight,
+            kl=loss.kl_loss_alpha,
+            labels_from_target=loss.ce_labels == "target_argmax",
+        )
 
     @property
     def needs_teacher(self) -> bool:
@@ -141,18 +149,27 @@ def distances(
 
 def _distances(
     draft: Tensor, teacher: Tensor, p: Tensor, q: Tensor, objective: Objective, room: Room
-) -> tuple[Tensor, Tensor | None]:
-    """The sums, and p - q for KL. In place of q: p * sign(p - q) for L1."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The sums, and what `_slopes` leaves of p and q."""
     cross = []
-    if objective.kl > 0:
-        cross = [(teacher - draft).to(q.dtype).mul_(q).sum(dim=-1)]
+    if objective.kl > 0:  # in fp32: bf16 logits of some 30 apart differ by steps of 1/8
+        cross = [(teacher.to(q.dtype) - draft).mul_(q).sum(dim=-1)]
     difference = q.neg_().add_(p)
     l1 = torch.abs(difference, out=room[2]).sum(dim=-1)
+    signed, kept = _slopes(p, difference, objective)
+    signed_sum = torch.zeros_like(l1) if signed is None else signed.sum(dim=-1)
+    return torch.stack([l1, signed_sum, *cross]), signed, kept
+
+
+def _slopes(
+    p: Tensor, difference: Tensor, objective: Objective
+) -> tuple[Tensor | None, Tensor | None]:
+    """From p - q, which is overwritten: p * sign(p - q) for the L1 term, p - q for KL; None for a
+    term without weight."""
+    if objective.l1 == 0:
+        return None, difference if objective.kl > 0 else None
     kept = difference.clone() if objective.kl > 0 else None
-    signed_sum = torch.zeros_like(l1)
-    if objective.l1 > 0:
-        signed_sum = difference.sign_().mul_(p).sum(dim=-1)
-    return torch.stack([l1, signed_sum, *cross]), kept
+    return difference.sign_().mul_(p), kept
 
 
 def gradient(
@@ -170,8 +187,8 @@ def gradient(
     p * sign(p - q) over all shards; columns [c]: of the labels, where `mine`."""
     p, signed, difference = _exp(draft, draft_lse, room[0]), None, None
     if objective.l1 > 0 or objective.kl > 0:
-        signed = _exp(teacher, teacher_lse, room[1])
-        _, difference = _distances(draft, teacher, p, signed, objective, room)
+        q = _exp(teacher, teacher_lse, room[1])
+        signed, difference = _slopes(p, q.neg_().add_(p), objective)
     _gradient(draft, p, signed, difference, signed_sum, columns, mine, objective)
 
 
@@ -185,7 +202,7 @@ def _gradient(
     mine: Tensor,
     objective: Objective,
 ) -> None:
-    if objective.l1 > 0:
+    if signed is not None:
         p.mul_((objective.ce - objective.l1 * signed_sum)[:, None])
         p.add_(signed, alpha=objective.l1)
     else:
@@ -212,47 +229,13 @@ def all_passes(
     row = combine(found[None])
     p = exponentials[0].mul_((found[1] - row.draft_lse).exp()[:, None])
     l1 = kl = torch.zeros_like(row.ce)
-    q = difference = signed_sum = None
+    signed = difference = signed_sum = None
     if teacher is not None:
         q = exponentials[1].mul_((found[3] - row.teacher_lse).exp()[:, None])
-        (l1, signed_sum, *cross), difference = _distances(draft, teacher, p, q, objective, room)
+        sums, signed, difference = _distances(draft, teacher, p, q, objective, room)
+        l1, signed_sum, *cross = sums
         kl = cross[0] - row.teacher_lse + row.draft_lse if cross else kl
     if row.label_column is not None:
         columns = row.label_column
-    _gradient(draft, p, q, difference, signed_sum, columns, mine, objective)
+    _gradient(draft, p, signed, difference, signed_sum, columns, mine, objective)
     return torch.stack([row.ce, l1, kl])
-
-
-class Passes(NamedTuple):
-    statistics: Callable[..., Tensor]
-    distances: Callable[..., Tensor]
-    gradient: Callable[..., None]
-    all_passes: Callable[..., Tensor]
-
-
-PASSES = Passes(statistics, distances, gradient, all_passes)
-
-
-@functools.cache
-def compiled_passes() -> Passes:
-    """The passes, each fused by torch.compile for every shape it meets."""
-    return Passes(*(torch.compile(function, dynamic=False) for function in PASSES))
-
-
-def tiled_passes(tile_rows: int, like: Tensor) -> Passes:
-    """The passes a few rows at a time, in room made once: bounds what they take, and keeps it in
-    the cache. like [..., v/tp]: a tensor of the logits' device and type."""
-    room = like.new_empty(3, tile_rows, like.shape[-1], dtype=precise(like.dtype))
-    return Passes(*(_in_tiles(function, room) for function in PASSES))
-
-
-def _in_tiles(function: Callable, room: Tensor) -> Callable:
-    def run(*arguments: object) -> Tensor | None:
-        parts, whole = [], len(arguments[0])
-        for start in range(0, whole, room.shape[1]):
-            rows = slice(start, min(start + room.shape[1], whole))
-            own = (x[rows] if isinstance(x, Tensor) else x for x in arguments)
-            parts.append(function(*own, room=tuple(room[:, : rows.stop - start])))
-        return None if parts[0] is None else torch.cat(parts, dim=-1)
-
-    return run

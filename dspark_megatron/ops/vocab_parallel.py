@@ -64,7 +64,8 @@ def start_all_gather(tensor: Tensor, *, tp_group: dist.ProcessGroup) -> Pending:
     if tp_group.size() == 1:
         return Pending(tensor[None], None)
     shards = tensor.new_empty(tp_group.size(), *tensor.shape)
-    work = dist.all_gather(list(shards.unbind()), tensor, group=tp_group, async_op=True)
+    flat = shards.flatten(), tensor.flatten()  # gloo takes no further dimension
+    work = dist.all_gather_into_tensor(*flat, group=tp_group, async_op=True)
     return Pending(shards, work)
 
 

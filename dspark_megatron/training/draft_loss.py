@@ -16,6 +16,25 @@ from dspark_megatron.targets.base import TargetStates
 from dspark_megatron.training.metrics import MetricSums
 
 
+class SupervisedRows:
+    """The slots to learn, as rows: found on the CPU, where the blocks are, since a GPU would have
+    to be waited for to count them."""
+
+    def __init__(self, blocks: DraftBlocks, slots: Tensor, device: torch.device) -> None:
+        """slots [k]: weight of each."""
+        mask = blocks.eval_mask
+        self.mask = mask.to(device)
+        """[blocks, k] bool"""
+        self.index = mask.flatten().nonzero().squeeze(1).to(device)
+        """[n] of the flattened [blocks * k] slots"""
+        self.weights = slots.expand(mask.shape)[mask].to(device)
+        """[n]"""
+
+    def of(self, by_slot: Tensor) -> Tensor:
+        """[blocks, k, ...] -> [n, ...]"""
+        return by_slot.flatten(0, 1).index_select(0, self.index)
+
+
 class DraftLoss:
     """Weighted sum of all terms over supervised rows; dividing is the caller's."""
 
@@ -33,12 +52,7 @@ class DraftLoss:
         self.with_teacher = config.needs_teacher(with_confidence_head=has_head)
         self.slots = slot_weights(draft.shape.block_size, config.loss_decay_gamma)
         self.compile = config.compile
-        self.objective = Objective(
-            ce=config.ce_loss_alpha,
-            l1=config.l1_weight,
-            kl=config.kl_loss_alpha,
-            labels_from_target=config.ce_labels == "target_argmax",
-        )
+        self.objective = Objective.of(config)
         joint = draft.head_weights().joint
         self.chunk_rows = chunk_rows(
             config, len(joint), joint.dtype, with_teacher=self.with_teacher
@@ -61,25 +75,24 @@ class DraftLoss:
     ) -> Tensor:
         """[] with gradients; adds to `metrics`. Raises ValueError when a term needs the target's
         last hidden states and there are none."""
-        mask = blocks.eval_mask.to(self.device)
-        weights = self.slots.expand(mask.shape)[blocks.eval_mask].to(self.device)
+        rows = SupervisedRows(blocks, self.slots, self.device)
         result = head_loss(
-            output.hidden[mask],
-            None if output.latents is None else output.latents[mask],
+            rows.of(output.hidden),
+            None if output.latents is None else rows.of(output.latents),
             self._teacher_rows(blocks, states, output.hidden.dtype),
-            blocks.labels.to(self.device)[mask],
-            weights,
+            blocks.labels[blocks.eval_mask].to(self.device),
+            rows.weights,
             self.draft.head_weights(),
             self.objective,
             chunk_rows=self.chunk_rows,
             compile=self.compile,
             tp_group=self.tp_group,
         )
-        self._add_terms(mask, weights, result, metrics)
+        self._add_terms(rows, result, metrics)
         if self.confidence_alpha == 0:
             return result.loss
-        logits = output.confidence_logits[mask]
-        confidence_sum = _confidence(logits, result.accept_rate, weights, metrics)
+        logits = rows.of(output.confidence_logits)
+        confidence_sum = _confidence(logits, result.accept_rate, rows.weights, metrics)
         return result.loss + self.confidence_alpha * confidence_sum
 
     def _teacher_rows(
@@ -92,26 +105,26 @@ class DraftLoss:
             raise ValueError(
                 "the L1, KL and confidence terms compare with the target, but its last hidden "
                 "states are missing; provide them, or train with cross entropy alone "
-                "(loss.l1_loss_alpha=0 model.enable_confidence_head=false)"
+                "(loss.l1_loss_alpha=0 loss.tvd_loss_alpha=0 loss.kl_loss_alpha=0 "
+                "loss.ce_labels=data model.enable_confidence_head=false)"
             )
         index = blocks.teacher_index(states.last_hidden.shape[1])[blocks.eval_mask]
         return states.last_hidden.flatten(0, 1)[index.to(self.device)].to(dtype)
 
-    def _add_terms(
-        self, mask: Tensor, weights: Tensor, result: HeadLossOutput, metrics: MetricSums
-    ) -> None:
+    def _add_terms(self, rows: SupervisedRows, result: HeadLossOutput, metrics: MetricSums) -> None:
+        weights = rows.weights
         metrics.add(weight=weights.sum(), ce_sum=(weights * result.ce).sum())
         if result.kl is not None:
             metrics.add(kl_sum=(weights * result.kl).sum())
         if result.l1 is None:
             return
-        by_slot = torch.zeros(mask.shape, device=self.device)
-        by_slot.masked_scatter_(mask, result.accept_rate)
+        by_slot = torch.zeros(rows.mask.shape, device=self.device)
+        by_slot.view(-1).index_copy_(0, rows.index, result.accept_rate.to(by_slot.dtype))
         metrics.add(
             l1_sum=(weights * result.l1).sum(),
             accept_sum=by_slot.sum(dim=0),
-            accept_count=mask.sum(dim=0),
-            tau_sum=tau(by_slot, mask).sum(),
+            accept_count=rows.mask.sum(dim=0),
+            tau_sum=tau(by_slot, rows.mask).sum(),
         )
 
 

@@ -17,7 +17,7 @@ REPLICATED = ("markov_head.gate_proj", "markov_head.joint_proj", "confidence_hea
 
 def describe_run(config: Config, world_size: int) -> str:
     """The text of `--dry-run`. Raises ConfigError where the run would, as far as that needs
-    neither weights nor data."""
+    neither weights nor data nor the run's machine."""
     plan = check_run(config, world_size)
     check_batch_size(config.train, plan.dp_size)
     tp = config.parallel.tensor_parallel
@@ -59,6 +59,7 @@ def rank_memory(
         "optimizer state (fp32)": states * local * 4 // shards,
         "target states of a micro-batch": tokens * features * target_size,
         "logits of the head loss": _logits(config, vocab),
+        "gradient of markov_w2 in the loss": 2 * vocab * shape.markov_rank * 4,
     }
 
 

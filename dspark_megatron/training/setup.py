@@ -3,6 +3,8 @@
 `check_run` comes first and costs nothing: every rule that needs no weights is tried there.
 """
 
+import os
+import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -63,13 +65,7 @@ def check_run(config: Config, world_size: int) -> RunPlan:
     target_config = load_target_config(config.target.path)
     shape = draft_shape(config.model, target_config)
     dp_size = check_layout(config, shape, target_config, world_size)
-    tp_size = config.parallel.tensor_parallel
-    chunk_rows(  # holds a row
-        config.loss,
-        padded_vocab_size(shape.vocab_size, tp_size) // tp_size,
-        DTYPES[config.train.dtype],
-        with_teacher=config.needs_teacher,
-    )
+    _check_memory_budget(config, shape)
     tokenizer = _load_tokenizer(config.target.path)
     stops = stop_token_ids(config.target.path, tokenizer)
     special = {"pad": tokenizer.pad_token_id, "eos": stops}
@@ -77,12 +73,28 @@ def check_run(config: Config, world_size: int) -> RunPlan:
     return RunPlan(config, target_config, shape, tokenizer, dp_size)
 
 
+def _check_memory_budget(config: Config, shape: DraftShape) -> None:
+    """ConfigError unless the head loss may hold a row of logits."""
+    tp_size = config.parallel.tensor_parallel
+    vocab_local = padded_vocab_size(shape.vocab_size, tp_size) // tp_size
+    dtype = DTYPES[config.train.dtype]
+    chunk_rows(config.loss, vocab_local, dtype, with_teacher=config.needs_teacher)
+
+
 def check_training_device(config: Config) -> None:
     """ConfigError if the settings cannot train on this machine; other commands may still use it."""
+    if torch.cuda.is_available():
+        return
     require(
-        config.model.attention_backend != "flex" or torch.cuda.is_available(),
+        config.model.attention_backend != "flex",
         "model.attention_backend 'flex' needs CUDA to train, and torch sees no GPU here: "
         "FlexAttention has no backward pass on CPUs; set model.attention_backend=sdpa",
+    )
+    compilers = [os.environ.get("CXX", "g++"), "clang++"]
+    require(
+        not config.loss.compile or any(map(shutil.which, compilers)),
+        f"loss.compile needs a C++ compiler on a CPU ({' or '.join(compilers)}), and there is "
+        "none on the path; install one or set loss.compile=false",
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dspark_megatron.config import LossConfig
 from dspark_megatron.model.draft_model import DraftOutput
-from dspark_megatron.ops.anchors import DraftBlocks, slot_weights
+from dspark_megatron.ops.anchors import DraftBlocks
 from dspark_megatron.targets.base import Target, TargetStates
 from dspark_megatron.training.draft_loss import DraftLoss
 from dspark_megatron.training.metrics import MetricSums
@@ -51,11 +51,8 @@ class GradientStep:
     ) -> None:
         """model: the data-parallel wrapper of a DSparkDraftModel."""
         self.loss, self.model, self.target = loss, model, target
-        self.tp_group, self.dp_group, self.device = tp_group, dp_group, device
-        self.draft = model.module
-        self.block_size = self.draft.shape.block_size
-        self.slots = slot_weights(self.block_size, loss.loss_decay_gamma)
-        self.draft_loss = DraftLoss(loss, self.draft, tp_group=tp_group, device=device)
+        self.dp_group, self.device = dp_group, device
+        self.draft_loss = DraftLoss(loss, model.module, tp_group=tp_group, device=device)
 
     def run(self, micro_batches: list[MicroBatch], metrics: MetricSums) -> None:
         """Leave the step's gradients in the model's buckets, reduced; add to `metrics`."""
@@ -69,7 +66,9 @@ class GradientStep:
         """One number for each micro-batch; 0 where there is nothing to learn. One all-reduce of a
         double per micro-batch, none for the local forms."""
         form = self.loss.normalization
-        slots = torch.ones_like(self.slots) if form == "local_count" else self.slots
+        slots = self.draft_loss.slots
+        if form == "local_count":
+            slots = torch.ones_like(slots)
         weights = torch.tensor(
             [micro_batch.weight(slots) for micro_batch in micro_batches],
             dtype=torch.float64,
@@ -93,12 +92,11 @@ class GradientStep:
             samples=len(micro_batch.lengths),
             tokens=sum(micro_batch.lengths),
             candidates=blocks.candidates,
-            blocks=blocks.num_blocks,
-            rows=float(blocks.eval_mask.sum()),
         )
         # A small loss_decay_gamma may round the weight of late slots, and of all there are, to 0.
         if blocks.num_blocks == 0 or divisor == 0:  # the same on every tensor-parallel rank
             return
+        metrics.add(blocks=blocks.num_blocks, rows=float(blocks.eval_mask.sum()))
         states = self.target.states(micro_batch.input_ids)
         output = self._draft(micro_batch, states)
         loss = self.draft_loss(blocks, states, output, metrics)
