@@ -289,6 +289,9 @@ class TrainConfig:
     """Checkpoints kept; older ones are deleted after a newer one is complete."""
     resume: bool = True
     """Continue from the newest checkpoint of output_dir when there is one."""
+    initial_checkpoint: str = ""
+    """Weights to start from, with a fresh optimizer: a run, its checkpoint, an import, or the
+    folder of a draft in any layout. Not looked at when the run continues."""
     tensorboard: bool = True
     """Write TensorBoard events to output_dir/tensorboard."""
 

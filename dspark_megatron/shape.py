@@ -84,29 +84,50 @@ def check_layout(config: Config, shape: DraftShape, target_config: Any, world_si
         f"launch a multiple of {tp} processes",
     )
     splits = {
-        "query heads": shape.num_attention_heads,
-        "key/value heads": shape.num_key_value_heads,
-        "ffn_hidden_size": shape.ffn_hidden_size,
-        "hidden_size": shape.hidden_size,
+        **_draft_splits(shape),
         "the target's query heads": text.num_attention_heads,
         "the target's key/value heads": getattr(text, "num_key_value_heads", None)
         or text.num_attention_heads,
     }
+    _check_splits(splits, tp, world_size)
+    _check_vocabulary(shape, tp)
+    return world_size // tp
+
+
+def check_draft_split(shape: DraftShape, tp: int) -> None:
+    """Check that a draft alone can be split over tp ranks."""
+    require(tp >= 1, f"the tensor-parallel size ({tp}) must be >= 1")
+    _check_splits(_draft_splits(shape), tp, tp)
+    _check_vocabulary(shape, tp)
+
+
+def _draft_splits(shape: DraftShape) -> dict[str, int]:
+    return {
+        "query heads": shape.num_attention_heads,
+        "key/value heads": shape.num_key_value_heads,
+        "ffn_hidden_size": shape.ffn_hidden_size,
+        "hidden_size": shape.hidden_size,
+    }
+
+
+def _check_splits(splits: dict[str, int], tp: int, most: int) -> None:
     bad = {name: size for name, size in splits.items() if size % tp}
     if bad:
         numbers = ", ".join(f"{name} ({size})" for name, size in bad.items())
-        good = [n for n in range(1, world_size + 1) if not any(s % n for s in splits.values())]
+        good = [n for n in range(1, most + 1) if not any(s % n for s in splits.values())]
         raise ConfigError(
             f"{numbers} must be divisible by parallel.tensor_parallel ({tp}); "
             f"sizes that work here: {good}"
         )
+
+
+def _check_vocabulary(shape: DraftShape, tp: int) -> None:
     per_rank = padded_vocab_size(shape.vocab_size, tp) // tp
     require(
         per_rank * (tp - 1) < shape.vocab_size,
         f"the vocabulary ({shape.vocab_size}) leaves a rank without an entry at "
         f"parallel.tensor_parallel ({tp}), {per_rank} entries a rank; use fewer ranks",
     )
-    return world_size // tp
 
 
 def check_batch_size(train: TrainConfig, dp_size: int) -> None:

@@ -1,15 +1,14 @@
 """What is read straight from the target's folder: its config, single tensors, its fingerprint."""
 
 import hashlib
-import json
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from dspark_megatron.config import ConfigError, require
+from dspark_megatron.safetensors_folder import SafetensorsFolder, open_safetensors
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
 HEADS = ("lm_head.weight",)
@@ -71,43 +70,23 @@ def shared_weights(target_dir: str | Path) -> tuple[str, str]:
 
 def read_tensor(folder: str | Path, name: str) -> Tensor:
     """One whole tensor of a safetensors folder."""
-    with safe_open(_file_of(folder, name), framework="pt") as file:
-        return file.get_tensor(name)
+    return SafetensorsFolder(folder).tensor(name)
 
 
 def read_rows(folder: str | Path, name: str, start: int, end: int) -> Tensor:
     """Rows [start, end) of a matrix, and nothing else of it; rows past its end are zero (the
     padding of a vocabulary)."""
-    with safe_open(_file_of(folder, name), framework="pt") as file:
-        matrix = file.get_slice(name)
-        total, width = matrix.get_shape()
-        found = matrix[min(start, total) : min(end, total)]
-    return torch.cat([found, found.new_zeros(end - start - len(found), width)])
+    return SafetensorsFolder(folder).rows(name, start, end)
 
 
 def tensor_files(folder: str | Path) -> dict[str, Path]:
     """The file of every tensor of a folder with one safetensors file, or several and an index."""
-    folder = Path(folder)
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {name: folder / file for name, file in entries.items()}
-    require(
-        single.is_file(),
-        f"{folder} holds neither {single.name} nor {index.name}; save the model with "
-        "Transformers' save_pretrained",
-    )
-    with safe_open(single, framework="pt") as file:
-        return dict.fromkeys(file.keys(), single)
+    return SafetensorsFolder(folder).files
 
 
 def tensor_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor of a safetensors folder, as its files have them."""
-    shapes = {}
-    for path in sorted(set(tensor_files(folder).values())):
-        with safe_open(path, framework="pt") as file:
-            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    return shapes
+    return SafetensorsFolder(folder).shapes
 
 
 def target_fingerprint(folder: str | Path) -> str:
@@ -116,20 +95,13 @@ def target_fingerprint(folder: str | Path) -> str:
     files = tensor_files(folder)
     digest = hashlib.sha256()
     for name in sorted(files):
-        with safe_open(files[name], framework="pt") as file:
+        with open_safetensors(files[name]) as file:
             tensor = file.get_slice(name)
             shape = tensor.get_shape()
             first = tensor[:1] if shape else file.get_tensor(name)
             digest.update(f"{name}{shape}{tensor.get_dtype()}".encode())
             digest.update(first.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _file_of(folder: str | Path, name: str) -> Path:
-    files = tensor_files(folder)
-    if name not in files:
-        raise ConfigError(f"{folder} has no tensor {name}")
-    return files[name]
 
 
 def _pick(names: list[str], endings: tuple[str, ...]) -> list[str]:

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import json
-import logging
 from pathlib import Path
 
 import pytest
@@ -17,11 +16,13 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from dspark_megatron.config import ConfigError
 from dspark_megatron.conversion import names
-from dspark_megatron.conversion.export import export_checkpoint, export_warnings
-from dspark_megatron.conversion.hf_config import hugging_face_config, shape_of_config
+from dspark_megatron.conversion.description import DraftDescription
+from dspark_megatron.conversion.export import export_checkpoint
+from dspark_megatron.conversion.folder_writer import WriteOptions
+from dspark_megatron.conversion.hf_config import description_of_config, hugging_face_config
 from dspark_megatron.conversion.megatron_checkpoint import CheckpointReader, find_checkpoint
 from dspark_megatron.conversion.safetensors_writer import parse_size
-from dspark_megatron.conversion.verify import verify_export
+from dspark_megatron.conversion.verify import verify_folder
 from dspark_megatron.ops.rope import RotaryTable
 from dspark_megatron.shape import DraftShape
 from dspark_megatron.target_folder import read_rows, read_tensor, shared_weights
@@ -47,6 +48,8 @@ VANILLA = DraftShape(
     enable_confidence_head=True,
     confidence_head_with_markov=True,
 )
+FILES = ["README.md", "config.json", "model.safetensors"]
+"""Of an export."""
 SHAPES = {
     "vanilla": VANILLA,
     "gated": dataclasses.replace(VANILLA, markov_head_type="gated"),
@@ -139,6 +142,10 @@ def write_checkpoint(
     return run
 
 
+def export(run: Path, target: Path, out: Path, **options) -> Path:
+    return export_checkpoint(run, target, out, WriteOptions(**options))
+
+
 @pytest.fixture
 def target(tmp_path) -> Path:
     return write_target(tmp_path / "target")
@@ -200,7 +207,7 @@ def test_every_bad_tensor_is_listed_at_once(tmp_path, target):
         },
     )
     with pytest.raises(ConfigError) as error:
-        export_checkpoint(run, target, tmp_path / "out")
+        export(run, target, tmp_path / "out")
     for part in (
         "4 problem(s)",
         "missing hidden_norm.weight [16]",
@@ -214,32 +221,32 @@ def test_every_bad_tensor_is_listed_at_once(tmp_path, target):
 
 def test_export_loads_strictly_and_verifies(tmp_path, target, shape):
     run = write_checkpoint(tmp_path / "run", shape)
-    out = export_checkpoint(run, target, tmp_path / "out", dtype=torch.float32)
+    out = export(run, target, tmp_path / "out", dtype=torch.float32)
     found = load_file(out / "model.safetensors")
     draft = PlainDraft(shape)
     draft.load_state_dict(found, strict=True)
     ours = trained_tensors(shape)
     assert all(torch.equal(found[name], ours[name]) for name in ours)
     assert torch.equal(found["lm_head.weight"], read_tensor(target, "lm_head.weight"))
-    summary = verify_export(out, run, target)
-    assert len(summary) == 4 and f"{len(found)} tensors" in summary[0]
-    assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.safetensors"]
+    summary = verify_folder(out, checkpoint=run, target_dir=target)
+    assert f"{len(found)} tensors" in summary[0] and "DeepSpec: loads" in summary
+    assert sorted(p.name for p in out.iterdir()) == FILES
     assert not list(tmp_path.glob("out.*"))
 
 
 def test_export_in_bfloat16_is_a_cast(tmp_path, target, run):
-    out = export_checkpoint(run, target, tmp_path / "out")
+    out = export(run, target, tmp_path / "out")
     found = load_file(out / "model.safetensors")
     assert all(
         torch.equal(found[name], tensor.bfloat16())
         for name, tensor in trained_tensors(VANILLA).items()
     )
-    verify_export(out, run, target)
+    verify_folder(out, checkpoint=run, target_dir=target)
 
 
 def test_shards_hold_the_same_tensors_and_bytes_repeat(tmp_path, target, run):
-    whole = load_file(export_checkpoint(run, target, tmp_path / "one") / "model.safetensors")
-    out = export_checkpoint(run, target, tmp_path / "many", max_shard_size="2KB")
+    whole = load_file(export(run, target, tmp_path / "one") / "model.safetensors")
+    out = export(run, target, tmp_path / "many", max_shard_size="2KB")
     index = json.loads((out / "model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
@@ -249,43 +256,43 @@ def test_shards_hold_the_same_tensors_and_bytes_repeat(tmp_path, target, run):
     together = {name: tensor for shard in shards for name, tensor in shard.items()}
     assert together.keys() == whole.keys()
     assert all(torch.equal(together[name], whole[name]) for name in whole)
-    verify_export(out, run, target)
-    again = export_checkpoint(run, target, tmp_path / "again", max_shard_size="2KB")
-    for path in out.iterdir():
-        assert path.read_bytes() == (again / path.name).read_bytes()
+    verify_folder(out, checkpoint=run, target_dir=target)
+    again = export(run, target, tmp_path / "again", max_shard_size="2KB")
+    for path in out.iterdir():  # the card names its folder
+        if path.name != "README.md":
+            assert path.read_bytes() == (again / path.name).read_bytes()
 
 
 def test_without_shared_weights(tmp_path, target, run):
-    out = export_checkpoint(run, target, tmp_path / "out", shared_weights=False)
+    out = export(run, target, tmp_path / "out", shared_weights=False)
     found = load_file(out / "model.safetensors")
     assert found.keys() == names.hugging_face_shapes(VANILLA, shared_weights=False).keys()
-    assert len(verify_export(out, run, target)) == 3
+    assert "DeepSpec: does not load" in verify_folder(out, checkpoint=run, target_dir=target)
 
 
 def test_tied_target_gives_its_embedding_twice(tmp_path, run):
     target = write_target(tmp_path / "tied", tied=True)
-    found = load_file(export_checkpoint(run, target, tmp_path / "out") / "model.safetensors")
+    found = load_file(export(run, target, tmp_path / "out") / "model.safetensors")
     assert torch.equal(found["embed_tokens.weight"], found["lm_head.weight"])
 
 
-def test_an_earlier_export_is_replaced_and_nothing_else_is(tmp_path, target, run):
-    out = export_checkpoint(run, target, tmp_path / "out", max_shard_size="2KB")
-    export_checkpoint(run, target, out)
-    assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.safetensors"]
-    foreign = export_checkpoint(run, target, tmp_path / "foreign")
-    config = json.loads((foreign / "config.json").read_text())
-    (foreign / "config.json").write_text(json.dumps({**config, "transformers_version": "5"}))
-    noted = export_checkpoint(run, target, tmp_path / "noted")
-    (noted / "README.md").write_text("mine")
-    for taken in (target, run, foreign, noted):
+def test_an_earlier_export_is_replaced_by_force_and_nothing_else_is(tmp_path, target, run):
+    out = export(run, target, tmp_path / "out", max_shard_size="2KB")
+    with pytest.raises(ConfigError, match="give --force to replace it"):
+        export(run, target, out)
+    export(run, target, out, force=True)
+    assert sorted(p.name for p in out.iterdir()) == FILES
+    noted = export(run, target, tmp_path / "noted")
+    (noted / "notes.txt").write_text("mine")
+    for taken in (target, run, noted):
         before = sorted(taken.rglob("*"))
-        with pytest.raises(ConfigError, match="not an earlier export"):
-            export_checkpoint(run, target, taken)
+        with pytest.raises(ConfigError, match="choose another folder"):
+            export(run, target, taken, force=True)
         assert sorted(taken.rglob("*")) == before
 
 
 def test_a_failed_export_leaves_the_earlier_one(tmp_path, target, run, monkeypatch):
-    out = export_checkpoint(run, target, tmp_path / "out")
+    out = export(run, target, tmp_path / "out")
     before = (out / "model.safetensors").read_bytes()
     write_checkpoint(run, VANILLA, iteration=200, seed=5)
 
@@ -294,9 +301,10 @@ def test_a_failed_export_leaves_the_earlier_one(tmp_path, target, run, monkeypat
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk"):
         patch.setattr(CheckpointReader, "tensor", fail)
-        export_checkpoint(run, target, out)
+        export(run, target, out, force=True)
     assert (out / "model.safetensors").read_bytes() == before
-    export_checkpoint(run, target, out)
+    assert not (tmp_path / "out.partial").exists()
+    export(run, target, out, force=True)
     assert (out / "model.safetensors").read_bytes() != before
     assert not (tmp_path / "out.partial").exists()
 
@@ -316,7 +324,7 @@ def test_a_failed_export_leaves_the_earlier_one(tmp_path, target, run, monkeypat
 def test_unusable_drafts_are_refused(tmp_path, target, change, message):
     run = write_checkpoint(tmp_path / "run", dataclasses.replace(VANILLA, **change))
     with pytest.raises(ConfigError, match=message):
-        export_checkpoint(run, target, tmp_path / "out")
+        export(run, target, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 
 
@@ -325,17 +333,6 @@ def test_another_target_is_refused(tmp_path, target, run):
     with pytest.raises(ConfigError, match="trained for 0123456789ab"):
         export_checkpoint(run, target, tmp_path / "b", fingerprint=lambda path: "f" * 64)
     assert not (tmp_path / "b").exists()
-
-
-def test_warnings_name_the_engines(tmp_path, target, caplog):
-    assert not export_warnings(VANILLA, Path("runs/dspark-export"))
-    assert "vLLM" in export_warnings(SHAPES["gated"], Path("x"))[0]
-    assert "rnn" in export_warnings(SHAPES["rnn"], Path("x"))[0]
-    assert "SGLang" in export_warnings(SHAPES["rank 0"], Path("x"))[0]
-    run = write_checkpoint(tmp_path / "run", SHAPES["rnn"])
-    with caplog.at_level(logging.WARNING):
-        export_checkpoint(run, target, tmp_path / "my-dflash")
-    assert "rnn Markov head" in caplog.text and "['dflash']" in caplog.text
 
 
 LAYOUT_KEYS = """architectures model_type dtype torch_dtype vocab_size hidden_size intermediate_size
@@ -349,10 +346,7 @@ confidence_head_with_markov dflash_config""".split()
 
 def config_of(shape: DraftShape) -> dict:
     return hugging_face_config(
-        shape,
-        num_anchors=512,
-        initializer_range=0.02,
-        confidence_head_alpha=1.0,
+        DraftDescription(shape=shape),
         target_config=Qwen3Config(bos_token_id=7, eos_token_id=8, pad_token_id=None),
         dtype=torch.bfloat16,
     )
@@ -368,7 +362,7 @@ def test_config_has_exactly_the_keys_of_the_layout(shape):
     assert nested["attention_mode"] == ("mha" if shape is SHAPES["mha"] else "gqa")
     copies = nested.keys() - {"projector_type", "attention_mode", "confidence_head_alpha"}
     assert len(copies) == 6 and all(nested[key] == config[key] for key in copies)
-    assert shape_of_config(json.loads(json.dumps(config))) == shape
+    assert description_of_config(json.loads(json.dumps(config))).shape == shape
 
 
 @pytest.mark.parametrize("kind", ROPES)
@@ -413,7 +407,11 @@ def reconfigure(out: Path, change) -> None:
 
 DAMAGE = {
     "missing confidence_head.proj.bias": (rewrite, lambda t: t.pop("confidence_head.proj.bias")),
-    "unexpected model.fc.weight": (
+    "unexpected mlp.fc.weight": (
+        rewrite,
+        lambda t: t.update({"mlp.fc.weight": torch.zeros(2)}),
+    ),
+    "fc.weight and model.fc.weight are both fc.weight": (
         rewrite,
         lambda t: t.update({"model.fc.weight": torch.zeros(2)}),
     ),
@@ -421,7 +419,6 @@ DAMAGE = {
         rewrite,
         lambda t: t.update({"markov_head.markov_w1.weight": torch.zeros(36, 5).bfloat16()}),
     ),
-    "missing lm_head.weight": (rewrite, lambda t: t.pop("lm_head.weight")),
     "fc.weight must be torch.bfloat16": (
         rewrite,
         lambda t: t.update({"fc.weight": t["fc.weight"].float()}),
@@ -437,14 +434,14 @@ DAMAGE = {
     ),
     "lacks num_anchors": (reconfigure, lambda c: c.pop("num_anchors")),
     "lacks ['block_size']": (reconfigure, lambda c: c.pop("block_size")),
-    "dflash_config.mask_token_id must be 32, is 31": (
+    "config.json and its dflash_config differ in mask_token_id (32 and 31)": (
         reconfigure,
         lambda c: c["dflash_config"].update(mask_token_id=31),
     ),
     "rope_theta must be 10000.0, is 1.0": (reconfigure, lambda c: c.update(rope_theta=1.0)),
     "in [0, 4]": (
         reconfigure,
-        lambda c: c.update(target_layer_ids=[0, 2, 5]),
+        lambda c: [x.update(target_layer_ids=[0, 2, 5]) for x in (c, c["dflash_config"])],
     ),
     "eos_token_id must be [2, 3], is 2": (reconfigure, lambda c: c.update(eos_token_id=2)),
     "block_size is 4 in config.json and 3 in the checkpoint": (
@@ -452,27 +449,27 @@ DAMAGE = {
         lambda c: c.update(block_size=4),
     ),
     "num_anchors must be 16, is 17": (reconfigure, lambda c: c.update(num_anchors=17)),
-    "dtype (None)": (reconfigure, lambda c: c.pop("dtype")),
+    "dtype (None)": (reconfigure, lambda c: [c.pop(key) for key in ("dtype", "torch_dtype")]),
 }
 
 
 @pytest.mark.parametrize("message", DAMAGE)
 def test_verify_finds(tmp_path, target, run, message):
-    out = export_checkpoint(run, target, tmp_path / "out")
+    out = export(run, target, tmp_path / "out")
     damage, change = DAMAGE[message]
     damage(out, change)
     with pytest.raises(ConfigError) as error:
-        verify_export(out, run, target)
+        verify_folder(out, checkpoint=run, target_dir=target)
     assert message in str(error.value)
 
 
 def test_verify_finds_stray_and_unmarked_files(tmp_path, target, run):
-    out = export_checkpoint(run, target, tmp_path / "out")
+    out = export(run, target, tmp_path / "out")
     save_file({"x": torch.zeros(1)}, out / "old.safetensors")
     tensors = load_file(out / "model.safetensors")
     save_file(tensors, out / "model.safetensors")
     with pytest.raises(ConfigError, match="2 problem") as error:
-        verify_export(out)
+        verify_folder(out)
     assert "old.safetensors is not in the index" in str(error.value)
     assert "model.safetensors lacks the metadata" in str(error.value)
 
@@ -562,7 +559,7 @@ def test_command(tmp_path, target, run, capsys, monkeypatch):
     monkeypatch.setattr(tool, "target_fingerprint", lambda path: FINGERPRINT)
     out = tmp_path / "out"
     command = ["export", "--checkpoint", str(run), "--target", str(target), "--output", str(out)]
-    assert tool.main([*command, "--dtype", "fp16", "--max-shard-size", "3KB"]) == 0
+    assert tool.main([*command, "--dtype", "fp16", "--max-shard-size", "3KB", "--skip-logits"]) == 0
     assert "every trained tensor equals" in capsys.readouterr().out
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == "float16"
     assert tool.main(["verify", "--input", str(out)]) == 0

@@ -6,15 +6,24 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "dspark_megatron"
-LEAVES = {"config", "config_file", "loss_presets", "shape", "seeds", "target_folder"}
+LEAVES = {
+    "config",
+    "config_file",
+    "loss_presets",
+    "safetensors_folder",
+    "shape",
+    "seeds",
+    "target_folder",
+}
 """Modules that every room may use; among themselves in this order of knowledge."""
 LEAF_MAY_IMPORT = {
     "config": set(),
     "config_file": {"config", "loss_presets"},
     "loss_presets": {"config"},
+    "safetensors_folder": {"config"},
     "seeds": set(),
     "shape": {"config"},
-    "target_folder": {"config"},
+    "target_folder": {"config", "safetensors_folder"},
 }
 ROOM_MAY_IMPORT = {
     "ops": set(),

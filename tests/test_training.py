@@ -532,6 +532,7 @@ def test_the_export_gives_the_same_logits(pool, tiny_run, unbroken, tmp_path):
     from safetensors.torch import load_file
 
     from dspark_megatron.conversion.export import export_checkpoint
+    from dspark_megatron.conversion.folder_writer import WriteOptions
 
     config = tiny_config(
         tiny_run, train={"output_dir": str(unbroken)}, parallel={"tensor_parallel": 2}
@@ -539,9 +540,8 @@ def test_the_export_gives_the_same_logits(pool, tiny_run, unbroken, tmp_path):
     shape, taps, ids, anchors, logits, confidence = pool.run(
         megatron_logits, world=2, tp=2, config=config
     )[0]
-    export = export_checkpoint(
-        unbroken, config.target.path, tmp_path / "export", dtype=torch.float32
-    )
+    options = WriteOptions(dtype=torch.float32)
+    export = export_checkpoint(unbroken, config.target.path, tmp_path / "export", options)
     plain = PlainDraft(shape)
     plain.load_state_dict(load_file(export / "model.safetensors"), strict=True)
     with torch.no_grad():

@@ -1,7 +1,10 @@
-"""Turn training checkpoints into Hugging Face folders, and check such folders.
+"""Draft checkpoints from and to every layout: training checkpoints, and the folders of DeepSpec
+(`hf`), speculators, ModelOpt and SpecForge.
 
-    python tools/convert_checkpoint.py export --checkpoint runs/my-run --target DIR --output DIR
-    python tools/convert_checkpoint.py verify --input DIR [--checkpoint runs/my-run] [--target DIR]
+    export    training checkpoint -> folder, then verify
+    import    folder -> training checkpoint to start a run from
+    convert   folder of one layout -> folder of another, then verify
+    verify    check a folder; say which engines load it
 
 --checkpoint is a run folder, its checkpoints/ folder or one iter_* folder.
 """
@@ -13,12 +16,26 @@ from pathlib import Path
 
 import torch
 
-from dspark_megatron.config import ConfigError
-from dspark_megatron.conversion.export import export_checkpoint
-from dspark_megatron.conversion.verify import verify_export
+from dspark_megatron.config import ConfigError, require
+from dspark_megatron.conversion.export import convert_folder, export_checkpoint
+from dspark_megatron.conversion.folder_writer import WriteOptions
+from dspark_megatron.conversion.import_draft import import_folder
+from dspark_megatron.conversion.layouts import LAYOUTS
+from dspark_megatron.conversion.verify import verify_folder
 from dspark_megatron.target_folder import target_fingerprint
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def options(args: argparse.Namespace) -> WriteOptions:
+    return WriteOptions(
+        layout=args.layout,
+        dtype=DTYPES.get(args.dtype),
+        max_shard_size=args.max_shard_size,
+        shared_weights=not args.no_shared_weights,
+        force=args.force,
+        target_name=args.target_name,
+    )
 
 
 def export(args: argparse.Namespace) -> list[str]:
@@ -26,44 +43,133 @@ def export(args: argparse.Namespace) -> list[str]:
         args.checkpoint,
         args.target,
         args.output,
+        options(args),
         iteration=args.iteration,
-        dtype=DTYPES[args.dtype],
-        max_shard_size=args.max_shard_size,
-        shared_weights=not args.no_shared_weights,
         fingerprint=target_fingerprint,
     )
-    return verify_export(output, args.checkpoint, args.target, args.iteration)
+    args.input = output
+    return verify(args)
+
+
+def import_(args: argparse.Namespace) -> list[str]:
+    checkpoint = import_folder(
+        args.input,
+        args.target,
+        args.output,
+        fingerprint=target_fingerprint,
+        layout=args.layout,
+        tensor_parallel=args.tensor_parallel,
+    )
+    return [f"wrote {checkpoint}", f"start a run from it: train.initial_checkpoint={args.output}"]
+
+
+def convert(args: argparse.Namespace) -> list[str]:
+    output = convert_folder(
+        args.input, args.target, args.output, options(args), layout=args.from_layout
+    )
+    return [f"wrote {output}", *verify_folder(output, layout=args.layout, target_dir=args.target)]
 
 
 def verify(args: argparse.Namespace) -> list[str]:
-    return verify_export(args.input, args.checkpoint, args.target, args.iteration)
+    lines = verify_folder(
+        args.input,
+        layout=args.layout,
+        checkpoint=args.checkpoint,
+        target_dir=args.target,
+        iteration=args.iteration,
+    )
+    if args.checkpoint is None or args.skip_logits:
+        return lines
+    require(
+        args.target is not None,
+        "comparing logits with the checkpoint needs --target: the embedding and LM head are there; "
+        "give it, or --skip-logits",
+    )
+    return lines + compare(args)
+
+
+def compare(args: argparse.Namespace) -> list[str]:
+    """The logits of both sides; needs Megatron-Core and room for one whole draft in fp32."""
+    from dspark_megatron.training.runtime import launch, start
+
+    with launch() as job:
+        from dspark_megatron.conversion.export import open_draft_folder
+        from dspark_megatron.conversion.logit_check import compare_logits
+        from dspark_megatron.conversion.megatron_checkpoint import (
+            CheckpointReader,
+            find_checkpoint,
+        )
+        from dspark_megatron.conversion.sources import CheckpointSource
+
+        runtime = start(job, 1)
+        source = CheckpointSource(
+            CheckpointReader(find_checkpoint(args.checkpoint, args.iteration))
+        )
+        folder = open_draft_folder(args.input, args.target, args.layout)
+        return compare_logits(folder, source, args.target, tp_group=runtime.tp_group)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Convert and check draft checkpoints.")
-    commands = parser.add_subparsers(required=True, metavar="export|verify")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="export|import|convert|verify")
 
-    command = commands.add_parser("export", help="checkpoint to Hugging Face folder, then verify")
+    command = commands.add_parser("export", help="training checkpoint to folder, then verify")
     command.set_defaults(run=export)
     command.add_argument("--checkpoint", type=Path, required=True)
+    command.add_argument("--iteration", type=int, help="default: the newest")
+    _add_output_options(command, dtype="bf16")
+    _add_skip_logits(command)
+
+    command = commands.add_parser("import", help="folder to training checkpoint")
+    command.set_defaults(run=import_)
+    command.add_argument("--input", type=Path, required=True)
+    command.add_argument("--target", type=Path, required=True, help="the target's folder")
+    command.add_argument("--output", type=Path, required=True, help="a new run folder")
+    command.add_argument("--layout", choices=["auto", *LAYOUTS], default="auto")
+    command.add_argument(
+        "--tensor-parallel", type=int, default=1, help="size to check and pad for; loads at others"
+    )
+
+    command = commands.add_parser("convert", help="folder to another layout, then verify")
+    command.set_defaults(run=convert)
+    command.add_argument("--input", type=Path, required=True)
+    command.add_argument("--from-layout", choices=["auto", *LAYOUTS], default="auto")
+    _add_output_options(command, dtype="same")
+
+    command = commands.add_parser("verify", help="check a folder and judge the engines")
+    command.set_defaults(run=verify)
+    command.add_argument("--input", type=Path, required=True)
+    command.add_argument("--layout", choices=["auto", *LAYOUTS], default="auto")
+    command.add_argument("--checkpoint", type=Path, help="compare tensors and logits")
+    command.add_argument("--target", type=Path, help="compare embedding and LM head")
+    command.add_argument("--iteration", type=int, help="default: the newest")
+    _add_skip_logits(command)
+    return parser.parse_args(argv)
+
+
+def _add_output_options(command: argparse.ArgumentParser, dtype: str) -> None:
     command.add_argument("--target", type=Path, required=True, help="the target's folder")
     command.add_argument("--output", type=Path, required=True)
-    command.add_argument("--iteration", type=int, help="default: the newest")
-    command.add_argument("--dtype", choices=DTYPES, default="bf16")
+    command.add_argument("--layout", choices=LAYOUTS, default="hf", help="of the output")
+    command.add_argument("--dtype", choices=[*DTYPES, "same"], default=dtype)
     command.add_argument("--max-shard-size", default="5GB")
     command.add_argument(
         "--no-shared-weights",
         action="store_true",
         help="leave out the target's embedding and LM head (DeepSpec needs them)",
     )
+    command.add_argument("--force", action="store_true", help="replace an earlier export")
+    command.add_argument("--target-name", help="the target's hub id, for config and model card")
 
-    command = commands.add_parser("verify", help="check a Hugging Face folder")
-    command.set_defaults(run=verify)
-    command.add_argument("--input", type=Path, required=True)
-    command.add_argument("--checkpoint", type=Path, help="compare every trained tensor")
-    command.add_argument("--target", type=Path, help="compare embedding and LM head")
-    command.add_argument("--iteration", type=int, help="default: the newest")
-    return parser.parse_args(argv)
+
+def _add_skip_logits(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--skip-logits",
+        action="store_true",
+        help="do not run both sides to compare logits (it takes a whole draft in memory)",
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

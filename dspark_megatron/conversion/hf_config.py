@@ -9,30 +9,25 @@ from typing import Any
 import torch
 
 from dspark_megatron.config import ConfigError
+from dspark_megatron.conversion.description import DraftDescription
 from dspark_megatron.shape import DraftShape
 
 ARCHITECTURE = "Qwen3DSparkModel"
 
 
 def hugging_face_config(
-    shape: DraftShape,
-    *,
-    num_anchors: int,
-    initializer_range: float,
-    confidence_head_alpha: float,
-    target_config: Any,
-    dtype: torch.dtype,
+    description: DraftDescription, *, target_config: Any, dtype: torch.dtype
 ) -> dict[str, Any]:
     """The whole `config.json`. target_config: the target's Transformers `PretrainedConfig`, for its
     special tokens."""
-    text = target_config.get_text_config()
+    shape, text = description.shape, target_config.get_text_config()
     dtype_name = str(dtype).removeprefix("torch.")
     return {
         "architectures": [ARCHITECTURE],
         "model_type": "qwen3",
         "dtype": dtype_name,
         "torch_dtype": dtype_name,
-        **_backbone(shape, initializer_range),
+        **_backbone(shape, description.initializer_range),
         **_rope(shape),
         "bos_token_id": text.bos_token_id,
         "eos_token_id": text.eos_token_id,
@@ -40,20 +35,20 @@ def hugging_face_config(
         "block_size": shape.block_size,
         "sample_from_anchor": True,
         "num_target_layers": shape.num_target_layers,
-        "num_anchors": num_anchors,
+        "num_anchors": description.num_anchors,
         **_shared_keys(shape),
         "dflash_config": {
             "projector_type": "dspark",
             "attention_mode": _attention_mode(shape),
             **_shared_keys(shape),
-            "confidence_head_alpha": confidence_head_alpha,
+            "confidence_head_alpha": description.confidence_head_alpha,
         },
     }
 
 
-def shape_of_config(config: dict[str, Any]) -> DraftShape:
-    """The draft's dimensions back from `config.json`. Raises ConfigError that lists the keys that
-    are missing."""
+def description_of_config(config: dict[str, Any]) -> DraftDescription:
+    """The draft back from such a `config.json`. Raises ConfigError that lists the keys that are
+    missing."""
     keys = {
         "hidden_size": "hidden_size",
         "ffn_hidden_size": "intermediate_size",
@@ -74,10 +69,16 @@ def shape_of_config(config: dict[str, Any]) -> DraftShape:
         "enable_confidence_head": "enable_confidence_head",
         "confidence_head_with_markov": "confidence_head_with_markov",
     }
-    missing = [key for key in keys.values() if key not in config]
+    missing = [key for key in keys.values() if config.get(key) is None]
     if missing:
-        raise ConfigError(f"config.json lacks {missing}; export the checkpoint again")
-    return DraftShape.from_dict({field: config[key] for field, key in keys.items()})
+        raise ConfigError(
+            f"config.json lacks {missing}; put them in as the draft was trained (what is the "
+            "target's is taken from --target)"
+        )
+    shape = DraftShape.from_dict({field: config[key] for field, key in keys.items()})
+    found = {**config.get("dflash_config", {}), **config}
+    facts = DraftDescription(shape=shape).facts()
+    return DraftDescription(shape=shape, **{key: found.get(key, facts[key]) for key in facts})
 
 
 def _backbone(shape: DraftShape, initializer_range: float) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as distributed_checkpoint
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from dspark_megatron.config import ConfigError, require
 from dspark_megatron.shape import DraftShape
@@ -35,7 +35,8 @@ class CheckpointReader:
             (self.path / ".metadata").is_file(),
             f"{self.path} has no .metadata: its save was not completed; use another iteration",
         )
-        stored = self._storage().read_metadata().state_dict_metadata
+        self._storage = _Storage(self.path)
+        stored = self._storage.read_metadata().state_dict_metadata
         self._tensors: dict[str, TensorStorageMetadata] = {
             name: entry
             for name, entry in stored.items()
@@ -46,6 +47,10 @@ class CheckpointReader:
         """Global shape of every tensor, vocabulary padding included."""
         return {name: tuple(entry.size) for name, entry in self._tensors.items()}
 
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Type that each tensor is stored in."""
+        return {name: entry.properties.dtype for name, entry in self._tensors.items()}
+
     def tensor(self, name: str) -> Tensor:
         """One whole tensor, in the type it was saved in. KeyError when there is none."""
         entry = self._tensors[name]
@@ -53,13 +58,20 @@ class CheckpointReader:
         with warnings.catch_warnings():
             # PyTorch wonders whether a single process is meant; it is.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            distributed_checkpoint.load(
-                {name: tensor}, storage_reader=self._storage(), no_dist=True
-            )
+            distributed_checkpoint.load({name: tensor}, storage_reader=self._storage, no_dist=True)
         return tensor
 
-    def _storage(self) -> distributed_checkpoint.FileSystemReader:
-        return distributed_checkpoint.FileSystemReader(self.path)
+
+class _Storage(distributed_checkpoint.FileSystemReader):
+    """Reads the pickled metadata once, not for every tensor: it lists each shard of the optimizer
+    state as well and grows with the number of ranks."""
+
+    _kept: Metadata | None = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self._kept is None:
+            self._kept = super().read_metadata(*args, **kwargs)
+        return self._kept
 
 
 def find_checkpoint(path: str | Path, iteration: int | None = None) -> Path:

@@ -1,13 +1,15 @@
 """The name table between Megatron checkpoints and the Hugging Face layout, as data.
 
 Megatron fuses what it splits together; the Hugging Face layout holds every matrix on its own and no
-vocabulary padding. Layer names carry `{i}`, the draft layer.
+vocabulary padding. Layer names carry `{i}`, the draft layer. `layouts.py` has what other layouts
+call the same.
 
 Shapes: h hidden, g key/value heads, d head width, v vocabulary, r Markov rank.
 """
 
+import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 
@@ -31,55 +33,58 @@ class Rule(Enum):
 class Row:
     megatron: str
     hugging_face: tuple[str, ...]
+    split: int | None
+    """Dimension that tensor-parallel ranks split; None: every rank holds it whole."""
     rule: Rule = Rule.COPY
 
     def of_layer(self, i: int) -> "Row":
         names = tuple(name.format(i=i) for name in self.hugging_face)
-        return Row(self.megatron.format(i=i), names, self.rule)
+        return dataclasses.replace(self, megatron=self.megatron.format(i=i), hugging_face=names)
 
 
 BACKBONE = (
-    Row("fc.weight", ("fc.weight",)),
-    Row("hidden_norm.weight", ("hidden_norm.weight",)),
-    Row("final_layernorm.weight", ("norm.weight",)),
+    Row("fc.weight", ("fc.weight",), 0),
+    Row("hidden_norm.weight", ("hidden_norm.weight",), None),
+    Row("final_layernorm.weight", ("norm.weight",), None),
 )
-LAYER = (
-    Row("layers.{i}.input_layernorm.weight", ("layers.{i}.input_layernorm.weight",)),
-    Row("layers.{i}.self_attention.linear_q.weight", ("layers.{i}.self_attn.q_proj.weight",)),
-    Row(
-        "layers.{i}.self_attention.linear_kv.weight",
-        ("layers.{i}.self_attn.k_proj.weight", "layers.{i}.self_attn.v_proj.weight"),
-        Rule.KV_HEADS,
-    ),
-    Row("layers.{i}.self_attention.linear_proj.weight", ("layers.{i}.self_attn.o_proj.weight",)),
-    Row("layers.{i}.self_attention.q_layernorm.weight", ("layers.{i}.self_attn.q_norm.weight",)),
-    Row("layers.{i}.self_attention.k_layernorm.weight", ("layers.{i}.self_attn.k_norm.weight",)),
-    Row("layers.{i}.pre_mlp_layernorm.weight", ("layers.{i}.post_attention_layernorm.weight",)),
-    Row(
-        "layers.{i}.mlp.linear_fc1.weight",
-        ("layers.{i}.mlp.gate_proj.weight", "layers.{i}.mlp.up_proj.weight"),
-        Rule.STACK,
-    ),
-    Row("layers.{i}.mlp.linear_fc2.weight", ("layers.{i}.mlp.down_proj.weight",)),
+_LAYER = (
+    ("input_layernorm", ("input_layernorm",), None),
+    ("self_attention.linear_q", ("self_attn.q_proj",), 0),
+    ("self_attention.linear_kv", ("self_attn.k_proj", "self_attn.v_proj"), 0, Rule.KV_HEADS),
+    ("self_attention.linear_proj", ("self_attn.o_proj",), 1),
+    ("self_attention.q_layernorm", ("self_attn.q_norm",), None),
+    ("self_attention.k_layernorm", ("self_attn.k_norm",), None),
+    ("pre_mlp_layernorm", ("post_attention_layernorm",), None),
+    ("mlp.linear_fc1", ("mlp.gate_proj", "mlp.up_proj"), 0, Rule.STACK),
+    ("mlp.linear_fc2", ("mlp.down_proj",), 1),
 )
-MARKOV = tuple(
-    Row(name, (name,), Rule.VOCAB)
-    for name in ("markov_head.markov_w1.weight", "markov_head.markov_w2.weight")
+LAYER = tuple(
+    Row(
+        f"layers.{{i}}.{megatron}.weight",
+        tuple(f"layers.{{i}}.{name}.weight" for name in hugging_face),
+        *rest,
+    )
+    for megatron, hugging_face, *rest in _LAYER
+)
+
+
+def _same(*names: str, split: int | None = None, rule: Rule = Rule.COPY) -> tuple[Row, ...]:
+    return tuple(Row(name, (name,), split, rule) for name in names)
+
+
+def _linear(name: str) -> tuple[Row, ...]:
+    return _same(f"{name}.weight", f"{name}.bias")
+
+
+MARKOV = _same(
+    "markov_head.markov_w1.weight", "markov_head.markov_w2.weight", split=0, rule=Rule.VOCAB
 )
 LATENT = {
     "vanilla": (),
-    "gated": tuple(
-        Row(f"markov_head.gate_proj.{x}", (f"markov_head.gate_proj.{x}",))
-        for x in ("weight", "bias")
-    ),
-    "rnn": tuple(
-        Row(f"markov_head.joint_proj.{x}", (f"markov_head.joint_proj.{x}",))
-        for x in ("weight", "bias")
-    ),
+    "gated": _linear("markov_head.gate_proj"),
+    "rnn": _linear("markov_head.joint_proj"),
 }
-CONFIDENCE = tuple(
-    Row(f"confidence_head.proj.{x}", (f"confidence_head.proj.{x}",)) for x in ("weight", "bias")
-)
+CONFIDENCE = _linear("confidence_head.proj")
 EMBEDDING, LM_HEAD = "embed_tokens.weight", "lm_head.weight"
 """The target's own matrices: in exports, never in training checkpoints."""
 
@@ -106,13 +111,27 @@ def to_hugging_face(
 
 
 def to_megatron(
-    shape: DraftShape, get: Callable[[str], Tensor], padded_vocab_size: int | None = None
+    shape: DraftShape,
+    get: Callable[[str], Tensor],
+    padded_vocab_size: int | None = None,
+    *,
+    rows: Iterable[Row] | None = None,
+    tp_rank: int = 0,
+    tp_size: int = 1,
 ) -> Iterator[tuple[str, Tensor]]:
-    """The way back, with global shapes; the vocabulary is padded with zero rows up to
-    `padded_vocab_size` (None: not at all)."""
+    """The way back, cut to one tensor-parallel rank; the vocabulary is padded with zero rows up to
+    `padded_vocab_size` (None: not at all). rows: of the table; None: all."""
     padding = (padded_vocab_size or shape.vocab_size) - shape.vocab_size
-    for row in name_table(shape):
-        yield row.megatron, _join([get(name) for name in row.hugging_face], row, shape, padding)
+    for row in name_table(shape) if rows is None else rows:
+        parts = []
+        for name in row.hugging_face:
+            part = get(name)
+            if row.rule is Rule.VOCAB and padding:
+                part = torch.cat([part, part.new_zeros(padding, part.shape[1])])
+            if row.split is not None:
+                part = part.chunk(tp_size, dim=row.split)[tp_rank]
+            parts.append(part)
+        yield row.megatron, _join(parts, row, shape)
 
 
 def hugging_face_shapes(
@@ -184,14 +203,12 @@ def _split(tensor: Tensor, row: Row, shape: DraftShape) -> list[Tensor]:
     return [tensor]
 
 
-def _join(parts: list[Tensor], row: Row, shape: DraftShape, padding: int) -> Tensor:
+def _join(parts: list[Tensor], row: Row, shape: DraftShape) -> Tensor:
     if row.rule is Rule.STACK:
         return torch.cat(parts)
     if row.rule is Rule.KV_HEADS:
         heads = [part.unflatten(0, (-1, shape.head_dim)) for part in parts]  # [g, d, h] each
         return torch.stack(heads, dim=1).flatten(0, 2)  # [g*2*d, h]
-    if row.rule is Rule.VOCAB and padding:
-        return torch.cat([parts[0], parts[0].new_zeros(padding, parts[0].shape[1])])
     return parts[0]
 
 

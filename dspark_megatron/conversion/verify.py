@@ -1,147 +1,148 @@
-"""Read an export back as strictly as the strictest engine, and compare it with its sources."""
+"""Read a draft folder strictly, compare it with its sources, say which engines load it."""
 
-import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor
-from transformers import AutoConfig
 
-from dspark_megatron.config import require
-from dspark_megatron.conversion.export import shape_problems, target_problems
-from dspark_megatron.conversion.hf_config import hugging_face_config, shape_of_config
+from dspark_megatron.conversion.draft_folder import DraftFolder
+from dspark_megatron.conversion.engines import Verdict, engine_verdicts
+from dspark_megatron.conversion.foreign_configs import TargetFacts
+from dspark_megatron.conversion.hf_config import hugging_face_config
 from dspark_megatron.conversion.megatron_checkpoint import CheckpointReader, find_checkpoint
-from dspark_megatron.conversion.names import (
-    EMBEDDING,
-    LM_HEAD,
-    compare_tensors,
-    hugging_face_shapes,
-    raise_if_any,
-    to_hugging_face,
+from dspark_megatron.conversion.names import raise_if_any
+from dspark_megatron.conversion.sidecar import SIDECAR, check_sidecar
+from dspark_megatron.conversion.sources import CheckpointSource
+from dspark_megatron.conversion.target_match import (
+    all_differences,
+    shape_problems,
+    shared_problems,
+    target_problems,
 )
-from dspark_megatron.shape import DraftShape
-from dspark_megatron.target_folder import (
-    load_target_config,
-    read_tensor,
-    shared_weights,
-    tensor_files,
-    tensor_shapes,
-)
+from dspark_megatron.safetensors_folder import open_safetensors
+from dspark_megatron.target_folder import load_target_config
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def verify_export(
-    output_dir: str | Path,
+def verify_folder(
+    folder_dir: str | Path,
+    *,
+    layout: str = "auto",
     checkpoint: str | Path | None = None,
     target_dir: str | Path | None = None,
     iteration: int | None = None,
 ) -> list[str]:
-    """Check an export: names, shapes, types, finite values, `config.json`; with target_dir the
-    embedding, the LM head and the special tokens; with checkpoint every trained tensor, bit by bit.
+    """Check names, shapes, types, finite values, config; with target_dir whether the draft is this
+    target's; with checkpoint every trained tensor bit by bit and every config key.
 
-    Returns a few lines that say what was checked. Raises ConfigError that lists every problem.
+    Returns lines that say what was checked, and for each engine whether it loads the folder. Raises
+    ConfigError that lists every problem of the folder itself.
     """
-    folder = Path(output_dir)
-    require((folder / "config.json").is_file(), f"{folder} has no config.json: it is no export")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    shape = shape_of_config(config)
     target_config = load_target_config(target_dir) if target_dir else None
-    reader = CheckpointReader(find_checkpoint(checkpoint, iteration)) if checkpoint else None
-
-    found = tensor_shapes(folder)
-    has_shared = EMBEDDING in found or LM_HEAD in found
-    expected = hugging_face_shapes(shape, shared_weights=has_shared)
-    problems = _config_problems(config, shape, target_config, reader)
-    problems += compare_tensors(expected, found) + _file_problems(folder)
-    raise_if_any(problems, str(folder))
-
-    dtype = DTYPES[config["dtype"]]
-    problems = _value_problems(folder, dtype)
-    summary = [
-        f"{folder}: {len(found)} tensors, {sum(map(_numel, found.values())):,} parameters, "
-        f"{config['dtype']}, names and shapes as expected",
-        f"config.json: {len(config)} keys, taps {list(shape.target_layer_ids)} of "
-        f"{shape.num_target_layers} layers, block size {shape.block_size}, "
-        f"Markov {shape.markov_head_type} of rank {shape.markov_rank}",
-    ]
-    if target_dir is not None and has_shared:
-        problems += _shared_problems(folder, target_dir, dtype)
-        summary.append(f"embedding and LM head equal the target's ({target_dir})")
-    if reader is not None:
-        for name, tensor in to_hugging_face(reader.shape, reader.tensor):
-            problems += _difference(folder, name, tensor, dtype)
-        summary.append(f"every trained tensor equals the checkpoint's ({reader.path})")
-    raise_if_any(problems, str(folder))
-    return summary
-
-
-def _config_problems(
-    config: dict[str, Any], shape: DraftShape, target_config: Any, reader: CheckpointReader | None
-) -> list[str]:
-    """Every key of the layout, the copies in dflash_config, and what the sources say."""
-    if config.get("dtype") not in DTYPES:
-        return [f"dtype ({config.get('dtype')!r}) must be one of {', '.join(DTYPES)}"]
-    nested = config.get("dflash_config", {})
-    meta = {
-        "num_anchors": config.get("num_anchors"),
-        "initializer_range": config.get("initializer_range"),
-        "confidence_head_alpha": nested.get("confidence_head_alpha"),
-    }
-    problems = shape_problems(shape)
-    if reader is not None:
-        ours, theirs = shape.to_dict(), reader.shape.to_dict()
-        problems += [
-            f"{key} is {ours[key]} in config.json and {theirs[key]} in the checkpoint"
-            for key in ours
-            if ours[key] != theirs[key]
-        ]
-        meta = {key: reader.meta[key] for key in meta}
-    wanted = hugging_face_config(
-        shape,
-        **meta,
-        target_config=target_config or AutoConfig.for_model("qwen3"),
-        dtype=DTYPES[config["dtype"]],
-    )
-    if target_config is None:  # nothing to compare the special tokens with
-        wanted |= {key: config[key] for key in config if key.endswith("_token_id")}
-    else:
+    facts = None
+    if target_config is not None:
+        facts = TargetFacts.of(target_config, Path(target_dir).resolve().name)
+    folder = DraftFolder(folder_dir, layout, facts)
+    shape, dtype_name = folder.shape, _dtype_name(folder)
+    problems = shape_problems(shape) + _file_problems(folder)
+    if target_config is not None:
         problems += target_problems(shape, target_config)
-    problems += _different_keys(wanted, config, "")
-    return problems + _different_keys(wanted["dflash_config"], nested, "dflash_config.")
+    source = None
+    if checkpoint:
+        source = CheckpointSource(CheckpointReader(find_checkpoint(checkpoint, iteration)))
+        problems += _source_problems(folder, source, target_config)
+    if dtype_name not in DTYPES:
+        problems.append(f"dtype ({dtype_name!r}) must be one of {', '.join(DTYPES)}")
+    raise_if_any(problems, str(folder.path))
 
-
-def _different_keys(wanted: dict[str, Any], found: dict[str, Any], prefix: str) -> list[str]:
-    """Keys that are missing or have another value; keys that the layout lacks are left alone."""
-    missing = [f"config.json lacks {prefix}{key}" for key in wanted if key not in found]
-    return missing + [
-        f"config.json: {prefix}{key} must be {value!r}, is {found[key]!r}"
-        for key, value in wanted.items()
-        if key in found and key != "dflash_config" and found[key] != value
+    problems = _value_problems(folder, DTYPES[dtype_name])
+    sizes = folder.files.shapes.values()
+    summary = [
+        f"{folder.path}: layout {folder.layout.name}, {len(sizes)} tensors, "
+        f"{sum(torch.Size(size).numel() for size in sizes):,} parameters, {dtype_name}, names and "
+        "shapes as expected",
+        f"config.json: taps {list(shape.target_layer_ids)} of {shape.num_target_layers} layers, "
+        f"block size {shape.block_size}, Markov {shape.markov_head_type} of rank "
+        f"{shape.markov_rank}",
     ]
+    if check_sidecar(folder.path, shape.block_size):
+        summary.append(f"{SIDECAR}: a temperature for each of the {shape.block_size} slots")
+    if target_dir is not None and folder.shared:
+        problems += shared_problems(folder, target_dir)
+        summary.append(f"embedding and LM head equal the target's ({target_dir})")
+    if source is not None:
+        problems += all_differences(folder, source.tensors())
+        summary.append(f"every trained tensor equals the checkpoint's ({source.path})")
+    raise_if_any(problems, str(folder.path))
+    verdicts = engine_verdicts(
+        folder.config,
+        folder.files.shapes,
+        folder_name=str(folder.path.resolve()),
+        target_config=target_config,
+    )
+    return [*summary, *(line for verdict in verdicts for line in _verdict_lines(verdict))]
 
 
-def _file_problems(folder: Path) -> list[str]:
-    """Files that an engine would read although they are not part of the export, and marks."""
-    files = set(tensor_files(folder).values())
+def _dtype_name(folder: DraftFolder) -> str | None:
+    backbone = folder.config.get("transformer_layer_config") or {}
+    for config in (folder.config, backbone):
+        name = config.get("dtype") or config.get("torch_dtype")
+        if name:
+            return str(name).removeprefix("torch.")
+    return None
+
+
+def _source_problems(
+    folder: DraftFolder, source: CheckpointSource, target_config: Any
+) -> list[str]:
+    """What the config says otherwise than the checkpoint that it was exported from."""
+    ours, theirs = folder.shape.to_dict(), source.description.shape.to_dict()
+    problems = [
+        f"{key} is {ours[key]} in config.json and {theirs[key]} in the checkpoint"
+        for key in ours
+        if ours[key] != theirs[key]
+    ]
+    if target_config is None or folder.config.get("dtype") not in DTYPES:
+        return problems
+    dtype = DTYPES[folder.config["dtype"]]
+    canonical = hugging_face_config(source.description, target_config=target_config, dtype=dtype)
+    wanted = folder.layout.to_config(canonical, TargetFacts.of(target_config, ""))
+    return problems + list(_different_keys(wanted, folder.config, "config.json: "))
+
+
+def _different_keys(wanted: dict[str, Any], found: dict[str, Any], where: str) -> Iterator[str]:
+    """Keys that are missing or have another value, nested ones too. Keys that the layout lacks are
+    left alone, and so is the target's name, which is the exporter's choice."""
+    for key, value in wanted.items():
+        if key not in found:
+            yield f"{where}lacks {key}"
+        elif isinstance(value, dict) and isinstance(found[key], dict) and key != "rope_parameters":
+            yield from _different_keys(value, found[key], f"{where}{key}.")
+        elif found[key] != value and key != "name_or_path":
+            yield f"{where}{key} must be {value!r}, is {found[key]!r}"
+
+
+def _file_problems(folder: DraftFolder) -> list[str]:
+    """Files that an engine would read although they are not part of the draft, and marks."""
+    files = set(folder.files.files.values())
     problems = [
         f"{path.name} is not in the index, but engines may load it"
-        for path in sorted(folder.glob("*.safetensors"))
+        for path in sorted(folder.path.glob("*.safetensors"))
         if path not in files
     ]
     for path in sorted(files):
-        with safe_open(path, framework="pt") as file:
+        with open_safetensors(path) as file:
             if (file.metadata() or {}).get("format") != "pt":
                 problems.append(f'{path.name} lacks the metadata {{"format": "pt"}}')
     return problems
 
 
-def _value_problems(folder: Path, dtype: torch.dtype) -> list[str]:
+def _value_problems(folder: DraftFolder, dtype: torch.dtype) -> list[str]:
     problems = []
-    for name in tensor_files(folder):
-        tensor = read_tensor(folder, name)
+    for name in folder.names():
+        tensor = folder.tensor(name)
         if tensor.dtype != dtype:
             problems.append(f"{name} must be {dtype}, is {tensor.dtype}")
         if not tensor.isfinite().all():
@@ -150,18 +151,7 @@ def _value_problems(folder: Path, dtype: torch.dtype) -> list[str]:
     return problems
 
 
-def _shared_problems(folder: Path, target_dir: str | Path, dtype: torch.dtype) -> list[str]:
-    problems = []
-    for name, theirs in zip((EMBEDDING, LM_HEAD), shared_weights(target_dir), strict=True):
-        problems += _difference(folder, name, read_tensor(target_dir, theirs), dtype)
-    return problems
-
-
-def _difference(folder: Path, name: str, source: Tensor, dtype: torch.dtype) -> list[str]:
-    if torch.equal(read_tensor(folder, name), source.to(dtype)):
-        return []
-    return [f"{name} differs from its source"]
-
-
-def _numel(size: tuple[int, ...]) -> int:
-    return int(torch.Size(size).numel())
+def _verdict_lines(verdict: Verdict) -> list[str]:
+    lines = [f"{verdict.engine}: {'loads' if verdict.loads else 'does not load'}"]
+    lines += [f"  {problem}" for problem in verdict.problems]
+    return lines + [f"  note: {warning}" for warning in verdict.warnings]

@@ -35,6 +35,8 @@ _SHARDING = {
 }
 _SETTINGS = ("max_lr", "min_lr", "betas", "eps")
 """What a parameter group takes from the config, not from a checkpoint."""
+_EXTRA = "_extra_state"
+"""What Megatron-Core's linear layers save beside their weights; it is empty but for fp8."""
 _DEFAULTS = {"loss": asdict(LossConfig())}
 """By section of dspark.json: what a checkpoint means by a key that is younger than it is."""
 
@@ -90,7 +92,11 @@ def load_checkpoint(folder: Path, model: DSparkDraftModel, optimizer: Any | None
     """Fill the model, and the optimizer if given, from a checkpoint of any parallel layout."""
     loaded = dist_checkpointing.load(_sharded_state(model, optimizer, is_loading=True), str(folder))
     result = model.load_state_dict(loaded["model"], strict=False)
-    missing = [name for name in result.missing_keys if not name.startswith(FROZEN_REPLICAS)]
+    missing = [
+        name
+        for name in result.missing_keys
+        if not name.startswith(FROZEN_REPLICAS) and not name.endswith(_EXTRA)
+    ]
     if missing or result.unexpected_keys:
         raise ConfigError(
             f"checkpoint {folder} lacks {missing} and has unknown {result.unexpected_keys}"
@@ -131,6 +137,8 @@ def check_same_run(folder: Path, meta: dict[str, Any]) -> None:
 def _sharded_state(model: DSparkDraftModel, optimizer: Any | None, *, is_loading: bool) -> dict:
     model_state = model.sharded_state_dict(metadata=dict(_SHARDING))
     if optimizer is None:
+        if is_loading:  # an import has none
+            model_state = {k: v for k, v in model_state.items() if not k.endswith(_EXTRA)}
         return {"model": model_state}
     optimizer_state = optimizer.sharded_state_dict(
         model_state, is_loading=is_loading, metadata=dict(_SHARDING)

@@ -5,14 +5,12 @@ import math
 import torch
 
 from dspark_megatron.config import Config
-from dspark_megatron.conversion.names import hugging_face_shapes
+from dspark_megatron.conversion.names import hugging_face_shapes, megatron_shapes, name_table
 from dspark_megatron.ops.chunk_budget import chunk_rows, row_bytes
 from dspark_megatron.shape import DraftShape, check_batch_size, padded_vocab_size
 from dspark_megatron.target_folder import tensor_shapes
+from dspark_megatron.training.initial_weights import InitialWeights
 from dspark_megatron.training.setup import DTYPES, check_run
-
-REPLICATED = ("markov_head.gate_proj", "markov_head.joint_proj", "confidence_head")
-"""Trained matrices that every tensor-parallel rank holds whole; so it does all vectors."""
 
 
 def describe_run(config: Config, world_size: int) -> str:
@@ -20,6 +18,7 @@ def describe_run(config: Config, world_size: int) -> str:
     neither weights nor data nor the run's machine."""
     plan = check_run(config, world_size)
     check_batch_size(config.train, plan.dp_size)
+    InitialWeights.open(plan)
     tp = config.parallel.tensor_parallel
     trained = hugging_face_shapes(plan.shape, shared_weights=False)
     total = sum(math.prod(size) for size in trained.values())
@@ -72,12 +71,8 @@ def _logits(config: Config, vocab_local: int) -> int:
 
 def _local_parameters(shape: DraftShape, tp: int) -> int:
     """Trained parameters of one tensor-parallel rank, vocabulary padding included."""
-    vocab = padded_vocab_size(shape.vocab_size, tp)
-    total = 0
-    for name, size in hugging_face_shapes(shape, shared_weights=False).items():
-        count = math.prod(size)
-        if "markov_w" in name:
-            count = vocab * shape.markov_rank
-        whole = len(size) == 1 or any(part in name for part in REPLICATED)
-        total += count if whole else count // tp
-    return total
+    sizes = megatron_shapes(shape, padded_vocab_size(shape.vocab_size, tp))
+    return sum(
+        math.prod(sizes[row.megatron]) // (1 if row.split is None else tp)
+        for row in name_table(shape)
+    )

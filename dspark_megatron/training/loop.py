@@ -14,6 +14,7 @@ from dspark_megatron.conversion.megatron_checkpoint import (
     FORMAT,
     iteration_folder,
     latest_iteration,
+    read_meta,
 )
 from dspark_megatron.data.collate import collate
 from dspark_megatron.data.dataset import ConversationDataset, load_samples
@@ -27,6 +28,7 @@ from dspark_megatron.training.checkpointing import (
     load_checkpoint,
     save_checkpoint,
 )
+from dspark_megatron.training.initial_weights import InitialWeights
 from dspark_megatron.training.metrics import MetricSums
 from dspark_megatron.training.optimizer import (
     build_optimizer,
@@ -57,8 +59,9 @@ def train(plan: RunPlan, runtime: Runtime) -> None:
         claim_output(output_dir, plan.config)
     dist.barrier()
     resume_from = _checkpoint_to_resume(plan, output_dir / "checkpoints", runtime)
+    initial = InitialWeights.open(plan) if resume_from is None else None
     dataset = _load_data(plan, runtime)
-    Trainer(plan, runtime, dataset, output_dir, resume_from).run()
+    Trainer(plan, runtime, dataset, output_dir, resume_from, initial).run()
 
 
 class Trainer:
@@ -69,6 +72,7 @@ class Trainer:
         dataset: ConversationDataset,
         output_dir: Path,
         resume_from: Path | None,
+        initial: InitialWeights | None,
     ) -> None:
         config = plan.config
         self.plan, self.runtime, self.dataset = plan, runtime, dataset
@@ -91,6 +95,9 @@ class Trainer:
             runtime.dp_group.size(),
         )
         self.draft = build_draft(plan, runtime)
+        if initial is not None:
+            initial.load(self.draft, tp_group=runtime.tp_group)
+            self._say(f"starting from the weights of {initial.path}")
         self.target = build_target(plan, runtime, with_last_hidden=config.needs_teacher)
         if config.target.check_teacher_logits and config.needs_teacher:
             self._check_teacher()
@@ -254,6 +261,11 @@ def _checkpoint_to_resume(plan: RunPlan, checkpoints: Path, runtime: Runtime) ->
         folder.is_dir(),
         f"rank {runtime.rank} does not see {folder}, which the main rank continues from; "
         "train.output_dir must be on a file system that all nodes share",
+    )
+    require(
+        not read_meta(folder).get("weights_only"),
+        f"{folder} holds imported weights without an optimizer: it cannot be continued; set "
+        "train.initial_checkpoint to it and train.output_dir to a new folder",
     )
     check_same_run(folder, _identity(plan))
     return folder

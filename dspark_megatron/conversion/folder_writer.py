@@ -1,0 +1,179 @@
+"""Writes a draft as a folder of some layout: config, safetensors, model card, sidecar.
+
+Tensors pass through one at a time. The folder appears whole, by a rename, or not at all; the same
+draft always gives the same bytes.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dspark_megatron.config import ConfigError, require
+from dspark_megatron.conversion.draft_folder import read_config
+from dspark_megatron.conversion.foreign_configs import TargetFacts
+from dspark_megatron.conversion.hf_config import hugging_face_config
+from dspark_megatron.conversion.layouts import LAYOUTS, detect_layout
+from dspark_megatron.conversion.model_card import model_card
+from dspark_megatron.conversion.names import (
+    EMBEDDING,
+    LM_HEAD,
+    hugging_face_shapes,
+    raise_if_any,
+)
+from dspark_megatron.conversion.safetensors_writer import (
+    TensorSpec,
+    parse_size,
+    write_safetensors,
+)
+from dspark_megatron.conversion.sidecar import SIDECAR, carry_sidecar, check_sidecar
+from dspark_megatron.conversion.sources import DraftSource
+from dspark_megatron.conversion.target_match import shape_problems, target_problems
+from dspark_megatron.shape import DraftShape
+from dspark_megatron.target_folder import (
+    load_target_config,
+    read_tensor,
+    shared_weights,
+    tensor_shapes,
+)
+
+WRITTEN = {"config.json", "model.safetensors.index.json", "README.md", SIDECAR}
+"""Files of an export, beside the safetensors."""
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    layout: str = "hf"
+    dtype: torch.dtype | None = torch.bfloat16
+    """None: the type that holds every tensor of the source without loss."""
+    max_shard_size: int | str = "5GB"
+    shared_weights: bool = True
+    """Include the target's embedding and LM head where they belong to the layout."""
+    force: bool = False
+    """Replace an earlier export."""
+    target_name: str | None = None
+    """The target as users find it, such as a hub id; None: its folder's name."""
+
+
+def write_draft_folder(
+    source: DraftSource, target_dir: Path, output_dir: Path, options: WriteOptions
+) -> Path:
+    """Write and return output_dir. Raises ConfigError before anything is written when the result
+    could not be used, and leaves nothing behind when writing fails."""
+    output_dir = output_dir.resolve()
+    layout, shape = LAYOUTS[options.layout], source.description.shape
+    target_config = load_target_config(target_dir)
+    problems = shape_problems(shape) + target_problems(shape, target_config)
+    raise_if_any(problems, f"the draft of {source.path}")
+    shared: dict[str, str] = {}
+    if layout.shared_weights and options.shared_weights:
+        shared = _shared_names(shape, target_dir)
+    dtype = options.dtype or source.dtype()
+    facts = TargetFacts.of(target_config, options.target_name or target_dir.resolve().name)
+    canonical = hugging_face_config(source.description, target_config=target_config, dtype=dtype)
+    config = layout.to_config(canonical, facts)
+    shard_limit = parse_size(options.max_shard_size)
+    with_temperatures = check_sidecar(source.neighbours(), shape.block_size)
+    _check_output(output_dir, options.force)
+    partial = output_dir.with_name(f"{output_dir.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        _write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
+        card = model_card(
+            source.description,
+            layout=layout.name,
+            target=facts.name,
+            folder=output_dir.name,
+            history=source.history(),
+            with_temperatures=with_temperatures,
+        )
+        _write_text(partial / "README.md", card)
+        carry_sidecar(source.neighbours(), partial)
+        sizes = hugging_face_shapes(shape, shared_weights=bool(shared))
+        specs = {layout.to_name(name): TensorSpec(size, dtype) for name, size in sizes.items()}
+        tensors = map(
+            lambda item: (layout.to_name(item[0]), item[1].to(dtype)),  # keeps none of them
+            _tensors(source, target_dir, shared),
+        )
+        write_safetensors(partial, tensors, specs, shard_limit)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _put_in_place(partial, output_dir)
+    return output_dir
+
+
+def _tensors(
+    source: DraftSource, target_dir: Path, shared: dict[str, str]
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in the order of `hugging_face_shapes`. shared: names in the target of the
+    embedding and the LM head, or nothing."""
+    if shared:
+        yield EMBEDDING, read_tensor(target_dir, shared[EMBEDDING])
+    yield from source.tensors()
+    if shared:
+        yield LM_HEAD, read_tensor(target_dir, shared[LM_HEAD])
+
+
+def _shared_names(shape: DraftShape, target_dir: Path) -> dict[str, str]:
+    names = dict(zip((EMBEDDING, LM_HEAD), shared_weights(target_dir), strict=True))
+    shapes, wanted = tensor_shapes(target_dir), (shape.vocab_size, shape.hidden_size)
+    problems = [
+        f"{name} must have shape {list(wanted)}, has {list(shapes[name])}"
+        for name in names.values()
+        if shapes[name] != wanted
+    ]
+    raise_if_any(problems, str(target_dir))
+    return names
+
+
+def _write_text(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _check_output(output_dir: Path, force: bool) -> None:
+    """Only an empty folder is written to; with `force` also one that holds nothing but what an
+    export writes."""
+    try:
+        output_dir.parent.mkdir(parents=True, exist_ok=True)
+        names = {path.name for path in output_dir.iterdir()} if output_dir.exists() else set()
+        probe = output_dir.with_name(f"{output_dir.name}.probe")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"cannot write to {output_dir}: {error.strerror}") from error
+    if not names:
+        return
+    foreign = names - WRITTEN - {path.name for path in output_dir.glob("model*.safetensors")}
+    require(
+        not foreign and _holds_draft(output_dir),
+        f"{output_dir} is not empty and no earlier export alone (also there: "
+        f"{', '.join(sorted(foreign)) or 'the config of no draft'}); choose another folder",
+    )
+    require(force, f"{output_dir} holds an earlier export; give --force to replace it")
+
+
+def _holds_draft(folder: Path) -> bool:
+    """Whether the config is a draft's, and not, say, the target's."""
+    try:
+        detect_layout(read_config(folder), ())
+    except ConfigError:
+        return False
+    return True
+
+
+def _put_in_place(partial: Path, output_dir: Path) -> None:
+    replaced = output_dir.with_name(f"{output_dir.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if output_dir.exists():
+        output_dir.rename(replaced)
+    partial.rename(output_dir)
+    shutil.rmtree(replaced, ignore_errors=True)

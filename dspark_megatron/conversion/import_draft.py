@@ -1,0 +1,130 @@
+"""A draft folder of any layout to a training checkpoint: weights to start from, no optimizer state.
+
+Written by one plain process, one tensor at a time, in the format that Megatron-Core's `torch_dist`
+reads at every tensor-parallel size.
+"""
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as distributed_checkpoint
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.planner import WriteItem
+
+from dspark_megatron.config import ConfigError, require
+from dspark_megatron.conversion.export import open_draft_folder
+from dspark_megatron.conversion.megatron_checkpoint import (
+    FORMAT,
+    META,
+    TRACKER,
+    iteration_folder,
+)
+from dspark_megatron.conversion.names import megatron_shapes, name_table, to_megatron
+from dspark_megatron.conversion.sidecar import carry_sidecar, check_sidecar
+from dspark_megatron.conversion.sources import FolderSource
+from dspark_megatron.shape import DraftShape, check_draft_split, padded_vocab_size
+
+BACKEND = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+"""Megatron-Core's metadata.json."""
+
+
+def import_folder(
+    input_dir: str | Path,
+    target_dir: str | Path,
+    output_dir: str | Path,
+    *,
+    fingerprint: Callable[[str | Path], str],
+    layout: str = "auto",
+    tensor_parallel: int = 1,
+) -> Path:
+    """Write run folder output_dir with one checkpoint, of iteration 0, and return that.
+
+    tensor_parallel: the size that it is meant for: checked, and the vocabulary is padded as such a
+    run does it; the checkpoint loads at other sizes, too. Raises ConfigError, before anything is
+    written, for a folder that is no draft of this target, and when output_dir is not empty.
+    """
+    folder = open_draft_folder(input_dir, target_dir, layout)
+    source, shape = FolderSource(folder), folder.shape
+    check_draft_split(shape, tensor_parallel)
+    check_sidecar(folder.path, shape.block_size)
+    run = Path(output_dir)
+    require(
+        not run.exists() or (run.is_dir() and not any(run.iterdir())),
+        f"{run} is there already and not empty; choose a new run folder",
+    )
+    meta = {
+        "format": FORMAT,
+        "shape": shape.to_dict(),
+        **folder.description.facts(),
+        "target_fingerprint": fingerprint(target_dir),
+        "weights_only": True,
+        "imported_from": {"folder": folder.path.resolve().name, "layout": folder.layout.name},
+        "iteration": 0,
+        "consumed_samples": 0,
+        "open_metrics": [],
+    }
+    partial = run.with_name(f"{run.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    checkpoint = iteration_folder(partial / "checkpoints", 0)
+    try:
+        checkpoint.mkdir(parents=True)
+        padded = padded_vocab_size(shape.vocab_size, tensor_parallel)
+        _write_tensors(checkpoint, shape, folder.tensor, source.dtype(), padded)
+        (checkpoint / "metadata.json").write_text(json.dumps(BACKEND))
+        torch.save({}, checkpoint / "common.pt")
+        (checkpoint / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        (checkpoint.parent / TRACKER).write_text("0\n")
+        carry_sidecar(folder.path, partial)
+        if run.exists():
+            run.rmdir()
+        partial.rename(run)
+    except OSError as error:
+        raise ConfigError(f"cannot write {run}: {error}; nothing was kept") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return iteration_folder(run / "checkpoints", 0)
+
+
+def _write_tensors(
+    checkpoint: Path,
+    shape: DraftShape,
+    get: Callable[[str], Tensor],
+    dtype: torch.dtype,
+    padded_vocab_size: int,
+) -> None:
+    sizes = megatron_shapes(shape, padded_vocab_size)
+    planned = {name: torch.empty(size, dtype=dtype, device="meta") for name, size in sizes.items()}
+    rows = {row.megatron: (row,) for row in name_table(shape)}
+
+    def tensor(name: str) -> Tensor:
+        ((_, whole),) = to_megatron(shape, get, padded_vocab_size, rows=rows[name])
+        return whole.to(dtype)
+
+    with warnings.catch_warnings():
+        # PyTorch wonders whether a single process is meant; it is.
+        warnings.filterwarnings("ignore", message=".*torch.distributed is disabled")
+        distributed_checkpoint.save(
+            planned, checkpoint_id=checkpoint, planner=_Streaming(tensor), no_dist=True
+        )
+
+
+class _Streaming(DefaultSavePlanner):
+    """Makes each tensor when it is written: the state dict that it plans from has shapes only."""
+
+    def __init__(self, tensor: Callable[[str], Tensor]) -> None:
+        super().__init__()
+        self._tensor = tensor
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        return self._tensor(write_item.index.fqn)

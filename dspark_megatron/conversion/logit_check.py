@@ -1,0 +1,94 @@
+"""Logits and confidence of a draft folder against those of the checkpoint it was exported from.
+
+Both sides are run by this project's model in fp32, each built from what its own files say: shape
+from the folder's config or the checkpoint's, embedding and LM head from the folder or the target.
+It holds one whole draft at a time.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dspark_megatron.conversion.draft_folder import DraftFolder
+from dspark_megatron.conversion.fill_draft import fill_draft
+from dspark_megatron.conversion.names import EMBEDDING, LM_HEAD
+from dspark_megatron.conversion.sources import CheckpointSource
+from dspark_megatron.model.draft_model import DSparkDraftModel
+from dspark_megatron.shape import DraftShape
+from dspark_megatron.target_folder import read_tensor, shared_weights
+
+TOKENS = 24
+"""Context of the fixed input."""
+
+
+def compare_logits(
+    folder: DraftFolder,
+    source: CheckpointSource,
+    target_dir: str,
+    *,
+    tp_group: dist.ProcessGroup,
+) -> list[str]:
+    """A line for the logits and one for the confidence, with the largest difference between the
+    two sides and the spread of the numbers themselves. tp_group: of one rank."""
+    embedding, head = shared_weights(target_dir)
+    target = {EMBEDDING: embedding, LM_HEAD: head}
+
+    def of_target(name: str) -> Tensor:
+        return read_tensor(target_dir, target[name])
+
+    def of_folder(name: str) -> Tensor:
+        return folder.tensor(name) if name in folder.shared else of_target(name)
+
+    theirs = _results(
+        source.description.shape, dict(source.tensors()).__getitem__, of_target, tp_group
+    )
+    ours = _results(folder.shape, folder.tensor, of_folder, tp_group)
+    lines = []
+    for (name, found), (_, wanted) in zip(ours, theirs, strict=True):
+        difference = (found - wanted).abs().max().item()
+        spread = wanted.std().item()
+        lines.append(
+            f"{name} on a fixed input: largest difference to the checkpoint's {difference:.3g}, "
+            f"standard deviation {spread:.3g}"
+        )
+    return lines
+
+
+@torch.no_grad()
+def _results(
+    shape: DraftShape,
+    get: Callable[[str], Tensor],
+    shared: Callable[[str], Tensor],
+    tp_group: dist.ProcessGroup,
+) -> list[tuple[str, Tensor]]:
+    """Logits [n, k, v], and confidence logits [n, k] where there is a head."""
+    draft = DSparkDraftModel(
+        shape, tp_group=tp_group, params_dtype=torch.float32, device=torch.device("cpu")
+    )
+    fill_draft(draft, get, tp_group=tp_group)
+    draft.load_frozen_replicas(shared(EMBEDDING), shared(LM_HEAD))
+    return list(_forward(draft.eval()))
+
+
+def _forward(draft: DSparkDraftModel) -> Iterator[tuple[str, Tensor]]:
+    shape = draft.shape
+    generator = torch.Generator().manual_seed(0)
+    taps = torch.randn(TOKENS, len(shape.target_layer_ids) * shape.hidden_size, generator=generator)
+    anchors = torch.tensor([1, TOKENS // 2, TOKENS])
+    size = (len(anchors), shape.block_size)
+    out = draft(
+        taps,
+        torch.arange(TOKENS),
+        torch.randint(0, shape.vocab_size, size, generator=generator),
+        anchors[:, None] + torch.arange(shape.block_size),
+        [(0, anchor) for anchor in anchors.tolist()],
+    )
+    weights = draft.head_weights()
+    logits = out.hidden @ weights.lm_head.t()
+    if out.latents is not None:
+        logits = logits + out.latents @ weights.markov_w2.t()
+    yield "logits", logits
+    if out.confidence_logits is not None:
+        yield "confidence", out.confidence_logits

@@ -1,0 +1,38 @@
+"""`dspark_sts.json`: temperatures of the confidence head by slot, in SGLang's schema.
+
+Calibration writes it beside a draft; conversion carries it along.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+from dspark_megatron.config import ConfigError, require
+
+SIDECAR = "dspark_sts.json"
+
+
+def check_sidecar(folder: Path, block_size: int) -> bool:
+    """Whether the folder has one. ConfigError when it cannot be used with this draft: SGLang wants
+    one positive temperature for each slot."""
+    file = folder / SIDECAR
+    if not file.is_file():
+        return False
+    try:
+        temperatures = json.loads(file.read_text(encoding="utf-8"))["temperatures"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file} must be JSON with a list `temperatures` ({error!r})") from error
+    numbers = isinstance(temperatures, list) and all(
+        isinstance(x, int | float) and x > 0 for x in temperatures
+    )
+    require(
+        numbers and len(temperatures) == block_size,
+        f"{file} must hold one positive temperature for each of the {block_size} slots, has "
+        f"{temperatures}; calibrate again, or move the file away",
+    )
+    return True
+
+
+def carry_sidecar(source: Path, folder: Path) -> None:
+    if (source / SIDECAR).is_file():
+        shutil.copyfile(source / SIDECAR, folder / SIDECAR)

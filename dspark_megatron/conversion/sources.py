@@ -1,0 +1,103 @@
+"""Where a draft to be written comes from: a training checkpoint or a folder of any layout."""
+
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dspark_megatron.conversion.description import DraftDescription
+from dspark_megatron.conversion.draft_folder import DraftFolder
+from dspark_megatron.conversion.megatron_checkpoint import CheckpointReader
+from dspark_megatron.conversion.names import (
+    check_megatron_tensors,
+    hugging_face_shapes,
+    to_hugging_face,
+)
+
+
+class DraftSource(Protocol):
+    """A draft, one tensor at a time."""
+
+    description: DraftDescription
+    path: Path
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every trained tensor by its canonical name, in the order of `hugging_face_shapes`."""
+
+    def dtype(self) -> torch.dtype:
+        """The type that holds every trained tensor without loss."""
+
+    def neighbours(self) -> Path:
+        """The folder that holds what belongs to the draft beside its tensors."""
+
+    def history(self) -> dict[str, Any]:
+        """What is known of its training, for the model card."""
+
+
+class CheckpointSource:
+    """A training checkpoint. Raises ConfigError that lists every wrong tensor."""
+
+    def __init__(self, reader: CheckpointReader) -> None:
+        check_megatron_tensors(reader.shape, reader.names(), str(reader.path))
+        self.reader, self.path = reader, reader.path
+        self.description = DraftDescription.of_checkpoint(reader.meta)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        return to_hugging_face(self.reader.shape, self.reader.tensor)
+
+    def dtype(self) -> torch.dtype:
+        return _widest(self.reader.dtypes().values())
+
+    def neighbours(self) -> Path:
+        """The run's folder."""
+        return self.path.parents[1] if self.path.parent.name == "checkpoints" else self.path
+
+    def history(self) -> dict[str, Any]:
+        return {
+            "iterations": self.reader.meta["iteration"],
+            "samples": self.reader.meta["consumed_samples"],
+            "evaluation": self._evaluation,
+        }
+
+    @cached_property
+    def _evaluation(self) -> dict[str, Any] | None:
+        """The run's evaluation, if it is of this checkpoint."""
+        try:
+            text = (self.neighbours() / "evaluation.json").read_text(encoding="utf-8")
+            found = json.loads(text)
+        except (OSError, ValueError):
+            return None
+        same = found.get("iteration") == self.reader.meta["iteration"]
+        return found if same else None
+
+
+class FolderSource:
+    """A draft folder of any layout."""
+
+    def __init__(self, folder: DraftFolder) -> None:
+        self.folder, self.path = folder, folder.path
+        self.description = folder.description
+        self._names = hugging_face_shapes(folder.shape, shared_weights=False)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, self.folder.tensor(name)) for name in self._names)
+
+    def dtype(self) -> torch.dtype:
+        return _widest(self.folder.dtype(name) for name in self._names)
+
+    def neighbours(self) -> Path:
+        return self.path
+
+    def history(self) -> dict[str, Any]:
+        return {}
+
+
+def _widest(dtypes: Any) -> torch.dtype:
+    widest = None
+    for dtype in dtypes:
+        widest = dtype if widest is None else torch.promote_types(widest, dtype)
+    return widest

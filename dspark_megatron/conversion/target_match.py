@@ -1,0 +1,65 @@
+"""Whether a draft can work at all, and with a given target."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dspark_megatron.conversion.draft_folder import DraftFolder
+from dspark_megatron.conversion.names import EMBEDDING, LM_HEAD
+from dspark_megatron.shape import DraftShape
+from dspark_megatron.target_folder import read_tensor, shared_weights
+
+
+def shape_problems(shape: DraftShape) -> list[str]:
+    """What makes a draft unusable with every engine."""
+    ids, last = list(shape.target_layer_ids), shape.num_target_layers - 2
+    problems = []
+    if not ids or sorted(set(ids)) != ids or ids[0] < 0 or ids[-1] > last:
+        problems.append(
+            f"target_layer_ids {ids} must be strictly increasing and in [0, {last}]: engines "
+            "sort them and cannot capture the output of the last layer"
+        )
+    if not 0 <= shape.mask_token_id < shape.vocab_size:
+        problems.append(f"mask_token_id ({shape.mask_token_id}) must be in [0, {shape.vocab_size})")
+    return problems
+
+
+def target_problems(shape: DraftShape, target_config: Any) -> list[str]:
+    """What makes a draft unusable with this target."""
+    text = target_config.get_text_config()
+    pairs = {
+        "vocab_size": (shape.vocab_size, text.vocab_size),
+        "hidden_size": (shape.hidden_size, text.hidden_size),
+        "num_target_layers": (shape.num_target_layers, text.num_hidden_layers),
+    }
+    return [
+        f"{name} ({ours}) must be the target's ({theirs}); give the target it was trained for"
+        for name, (ours, theirs) in pairs.items()
+        if ours != theirs
+    ]
+
+
+def shared_problems(folder: DraftFolder, target_dir: str | Path) -> list[str]:
+    """Where the folder's own embedding or LM head is not the target's: this project, like SGLang,
+    always takes the target's, so such a draft would change."""
+    problems = []
+    names = dict(zip((EMBEDDING, LM_HEAD), shared_weights(target_dir), strict=True))
+    for name in folder.shared:
+        theirs = read_tensor(target_dir, names[name]).to(folder.dtype(name))
+        problems += difference(name, folder.tensor(name), theirs)
+    return problems
+
+
+def difference(name: str, found: Tensor, source: Tensor) -> list[str]:
+    """A line if two tensors are not the same, bit by bit; source is cast to the type of found."""
+    if found.shape == source.shape and torch.equal(found, source.to(found.dtype)):
+        return []
+    return [f"{name} differs from its source"]
+
+
+def all_differences(folder: DraftFolder, tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """One line for each of the tensors that the folder holds otherwise."""
+    return [line for name, x in tensors for line in difference(name, folder.tensor(name), x)]

@@ -1,0 +1,122 @@
+"""A folder with one safetensors file, or several and an index: its tensors, one at a time."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dspark_megatron.config import ConfigError, require
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The format's names of types."""
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """A safetensors file to read from. ConfigError when it is missing or damaged, or when what is
+    asked of it is not there."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(
+            f"{path} must be there as a whole, readable safetensors file ({error}); copy it again"
+        ) from error
+
+
+class SafetensorsFolder:
+    """Reads the index once; files are opened when something is asked of them."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.path = Path(folder)
+        self.files = _files_of(self.path)
+        """File of every tensor."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor, as its file has it."""
+        return {name: shape for name, (shape, _) in self._headers.items()}
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Type of every tensor, as its file has it."""
+        unknown = {name: kind for name, (_, kind) in self._headers.items() if kind not in DTYPES}
+        require(
+            not unknown,
+            f"{self.path} has tensors of types that are not known here ({unknown}); "
+            f"save it as one of {', '.join(DTYPES)}",
+        )
+        return {name: DTYPES[kind] for name, (_, kind) in self._headers.items()}
+
+    def tensor(self, name: str) -> Tensor:
+        """One whole tensor."""
+        with open_safetensors(self._file_of(name)) as file:
+            return file.get_tensor(name)
+
+    def rows(self, name: str, start: int, end: int) -> Tensor:
+        """Rows [start, end) of a matrix, and nothing else of it; rows past its end are zero (the
+        padding of a vocabulary)."""
+        with open_safetensors(self._file_of(name)) as file:
+            matrix = file.get_slice(name)
+            total, width = matrix.get_shape()
+            found = matrix[min(start, total) : min(end, total)]
+        return torch.cat([found, found.new_zeros(end - start - len(found), width)])
+
+    @cached_property
+    def _headers(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        headers = {}
+        for path in sorted(set(self.files.values())):
+            with open_safetensors(path) as file:
+                for name in file.keys():
+                    entry = file.get_slice(name)
+                    headers[name] = (tuple(entry.get_shape()), entry.get_dtype())
+        return headers
+
+    def _file_of(self, name: str) -> Path:
+        require(name in self.files, f"{self.path} has no tensor {name}")
+        return self.files[name]
+
+
+def _files_of(folder: Path) -> dict[str, Path]:
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        return {name: folder / file for name, file in _weight_map(index).items()}
+    require(
+        single.is_file(),
+        f"{folder} holds neither {single.name} nor {index.name}; save the model with "
+        "Transformers' save_pretrained",
+    )
+    with open_safetensors(single) as file:
+        return dict.fromkeys(file.keys(), single)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{index} must be readable JSON ({error}); copy it again") from error
+    entries = content.get("weight_map") if isinstance(content, dict) else None
+    require(
+        isinstance(entries, dict) and all(isinstance(file, str) for file in entries.values()),
+        f"{index} must have a weight_map from tensors to files; copy it again",
+    )
+    return entries
