@@ -71,8 +71,9 @@ class CheckpointSource:
             found = json.loads(text)
         except (OSError, ValueError):
             return None
-        same = found.get("iteration") == self.reader.meta["iteration"]
-        return found if same else None
+        if not isinstance(found, dict) or found.get("iteration") != self.reader.meta["iteration"]:
+            return None
+        return found
 
 
 class FolderSource:

@@ -88,6 +88,7 @@ def main() -> None:
         str(TARGET),
         "--output",
         str(RUN / "export"),
+        "--force",
     )
     text = json.dumps(results, indent=2) + "\n"
     (ROOT / RUN / "evaluation.json").write_text(text, encoding="utf-8")
