@@ -34,8 +34,9 @@ class TargetConfig:
     """Transformers' attention implementation for the target: `sdpa`, `eager`,
     `flash_attention_2`, ..."""
     shard_across_data_parallel: int = 1
-    """Data-parallel ranks that share one copy of the target's weights. Only 1 (every
-    data-parallel rank holds its tensor-parallel slice whole) is supported today."""
+    """Data-parallel ranks that share one copy of the target's weights: each holds a part of its
+    tensor-parallel slice, and a layer is whole only while it runs. 1: none do; a divisor of the
+    data-parallel size; 0: all of them."""
     check_teacher_logits: bool = True
     """Compare `lm_head(last_hidden)` with the target's own logits on the first batch at start."""
 
@@ -44,9 +45,9 @@ class TargetConfig:
         _one_of("target.provider", self.provider, ("huggingface",))
         _one_of("target.dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         require(
-            self.shard_across_data_parallel == 1,
-            f"target.shard_across_data_parallel ({self.shard_across_data_parallel}) must be 1: "
-            "sharding the frozen target over data-parallel ranks is not supported yet",
+            self.shard_across_data_parallel >= 0,
+            f"target.shard_across_data_parallel ({self.shard_across_data_parallel}) must be >= 0 "
+            "(1: no sharding, 0: over all data-parallel ranks)",
         )
 
 

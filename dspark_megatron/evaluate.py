@@ -34,6 +34,7 @@ def _evaluate(job: Any, config: Any) -> None:
     from dspark_megatron.data.prompts import load_prompts
     from dspark_megatron.evaluation.report import table
     from dspark_megatron.evaluation.run import claim_file, evaluate_prompts, write_results
+    from dspark_megatron.shape import target_shards
     from dspark_megatron.training.checkpointing import check_same_run
     from dspark_megatron.training.runtime import start
     from dspark_megatron.training.setup import check_run, draft_identity
@@ -41,6 +42,12 @@ def _evaluate(job: Any, config: Any) -> None:
     settings = config.evaluate
     require(bool(settings.prompt_files), "evaluate.prompt_files is empty; name a JSONL file")
     plan = check_run(config, job.world_size)
+    require(
+        target_shards(config.target, plan.dp_size) == 1,
+        "evaluation decodes other prompts on each data-parallel rank, so these cannot share a copy "
+        "of the target; set target.shard_across_data_parallel=1, with more tensor parallelism "
+        "where the target does not fit",
+    )
     limits = settings.max_prompts, settings.max_prompt_length
     files = {path: load_prompts(path, plan.tokenizer, *limits) for path in settings.prompt_files}
     folder = None

@@ -3,7 +3,14 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dspark_megatron.config import Config, ConfigError, ModelConfig, TrainConfig, require
+from dspark_megatron.config import (
+    Config,
+    ConfigError,
+    ModelConfig,
+    TargetConfig,
+    TrainConfig,
+    require,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +98,20 @@ def check_layout(config: Config, shape: DraftShape, target_config: Any, world_si
     }
     _check_splits(splits, tp, world_size)
     _check_vocabulary(shape, tp)
+    target_shards(config.target, world_size // tp)
     return world_size // tp
+
+
+def target_shards(target: TargetConfig, dp_size: int) -> int:
+    """Data-parallel ranks that share a copy of the target; ConfigError if they cannot."""
+    shards = target.shard_across_data_parallel or dp_size
+    good = [n for n in range(1, dp_size + 1) if dp_size % n == 0]
+    require(
+        shards in good,
+        f"target.shard_across_data_parallel ({shards}) must divide the data-parallel size "
+        f"({dp_size}); sizes that work here: {good}",
+    )
+    return shards
 
 
 def check_draft_split(shape: DraftShape, tp: int) -> None:

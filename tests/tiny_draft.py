@@ -76,6 +76,8 @@ def make_samples(shape, lengths=(20, 13, 17, 9), seed=3, loss=None):
 class CachedStates:
     """A target whose states were computed before: finds a sample's by its tokens."""
 
+    lockstep = False
+
     def __init__(self, samples):
         self.samples = samples
 

@@ -174,6 +174,7 @@ class PreparedTarget:
     """Stands for the target: its states were made before."""
 
     prepared: TargetStates
+    lockstep = False
 
     def states(self, input_ids: Tensor) -> TargetStates:
         return self.prepared

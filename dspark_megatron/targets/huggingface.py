@@ -21,15 +21,19 @@ class HuggingFaceTarget:
         *,
         tp_size: int,
         dp_size: int,
+        shards: int = 1,
         device: torch.device,
         with_last_hidden: bool = True,
     ) -> None:
-        """with_last_hidden: false keeps no decoder layer above the last tap, and states then lack
-        the last hidden state; for objectives without a teacher."""
+        """shards: data-parallel ranks, neighbours, that share one copy of the weights: each layer
+        is gathered over them when it runs, and given back. with_last_hidden: false keeps no decoder
+        layer above the last tap, and states then lack the last hidden state; for objectives without
+        a teacher."""
         split = {}
-        if tp_size > 1:
+        if tp_size > 1 or shards > 1:
+            sharding = {"fsdp_size": shards} if shards > 1 else {}
             split["distributed_config"] = DistributedConfig(
-                tp_size=tp_size, dp_replicate_size=dp_size
+                tp_size=tp_size, dp_replicate_size=dp_size // shards, **sharding
             )
         self.model = AutoModel.from_pretrained(
             config.path,
@@ -39,6 +43,7 @@ class HuggingFaceTarget:
             **split,
         )
         self.model.to(device).eval().requires_grad_(False)
+        self.lockstep = shards > 1
         self.device = device
         self._ids = target_layer_ids
         self._tapped: dict[int, Tensor] = {}

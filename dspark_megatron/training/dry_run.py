@@ -7,7 +7,12 @@ import torch
 from dspark_megatron.config import Config
 from dspark_megatron.conversion.names import hugging_face_shapes, megatron_shapes, name_table
 from dspark_megatron.ops.chunk_budget import chunk_rows, row_bytes
-from dspark_megatron.shape import DraftShape, check_batch_size, padded_vocab_size
+from dspark_megatron.shape import (
+    DraftShape,
+    check_batch_size,
+    padded_vocab_size,
+    target_shards,
+)
 from dspark_megatron.target_folder import tensor_shapes
 from dspark_megatron.training.initial_weights import InitialWeights
 from dspark_megatron.training.setup import DTYPES, check_run
@@ -51,7 +56,7 @@ def rank_memory(
     shards = dp_size if config.optimizer.use_distributed_optimizer else 1
     states = 3 if size == 2 else 2  # fp32 main weights, where the weights are not fp32 themselves
     return {
-        "frozen target": target * target_size // tp,
+        "frozen target": target * target_size // tp // target_shards(config.target, dp_size),
         "frozen embedding and head": vocab * (2 * shape.hidden_size + shape.markov_rank) * size,
         "draft weights": local * size,
         "draft gradients (fp32)": local * 4,

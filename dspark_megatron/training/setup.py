@@ -27,6 +27,7 @@ from dspark_megatron.shape import (
     check_special_tokens,
     draft_shape,
     padded_vocab_size,
+    target_shards,
 )
 from dspark_megatron.target_folder import (
     load_target_config,
@@ -152,6 +153,7 @@ def build_target(
         plan.shape.target_layer_ids,
         tp_size=runtime.tp_group.size(),
         dp_size=runtime.dp_group.size(),
+        shards=target_shards(plan.config.target, runtime.dp_group.size()),
         device=runtime.device,
         with_last_hidden=with_last_hidden,
     )

@@ -95,6 +95,8 @@ class GradientStep:
         )
         # A small loss_decay_gamma may round the weight of late slots, and of all there are, to 0.
         if blocks.num_blocks == 0 or divisor == 0:  # the same on every tensor-parallel rank
+            if self.target.lockstep:
+                self.target.states(micro_batch.input_ids)
             return
         metrics.add(blocks=blocks.num_blocks, rows=float(blocks.eval_mask.sum()))
         states = self.target.states(micro_batch.input_ids)
