@@ -314,6 +314,35 @@ def test_a_bad_folder_is_refused_and_left_alone(tmp_path, target, draft, message
     assert {path: path.read_bytes() for path in draft.iterdir()} == before
 
 
+JUNK = [None, -1, 0, 1.5, "x", [], [None], {}, True]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_config_with_any_junk_is_refused_in_words(tmp_path, target, layout):
+    """Every key in turn, at the top and nested, with values of every kind."""
+    run = write_checkpoint(tmp_path / "run", VANILLA)
+    folder = export(run, target, tmp_path / "draft", layout)
+    good = json.loads((folder / "config.json").read_text())
+    facts = TargetFacts.of(load_target_config(target), "target")
+    places = [(), ("dflash_config",), ("transformer_layer_config",), ("speculators_config",)]
+    for place in places:
+        for key in inner(good, place):
+            for junk in JUNK:
+                config = json.loads(json.dumps(good))
+                inner(config, place)[key] = junk
+                (folder / "config.json").write_text(json.dumps(config))
+                try:
+                    DraftFolder(folder, target=facts)
+                except ConfigError:
+                    pass  # in words; some keys do not matter
+
+
+def inner(config, place):
+    for key in place:
+        config = config.get(key, {})
+    return config
+
+
 def test_an_import_never_writes_over_anything(tmp_path, target, draft):
     taken = tmp_path / "taken"
     taken.mkdir()

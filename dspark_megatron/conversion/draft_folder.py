@@ -41,9 +41,18 @@ class DraftFolder:
         self.config = read_config(self.path)
         self.files = SafetensorsFolder(self.path)
         raw = self.files.shapes
-        self.layout = detect_layout(self.config, raw) if layout == "auto" else LAYOUTS[layout]
-        canonical = self.layout.from_config(self.config, target)
-        raise_if_any(_unsupported(canonical, raw), f"the draft in {self.path}")
+        try:
+            self.layout = detect_layout(self.config, raw) if layout == "auto" else LAYOUTS[layout]
+            canonical = self.layout.from_config(self.config, target)
+            unsupported = _unsupported(canonical, raw)
+        except ConfigError:
+            raise
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            raise ConfigError(
+                f"{self.path}/config.json cannot be read as a draft's: a key has a value of "
+                f"another kind than it must have ({error!r})"
+            ) from error
+        raise_if_any(unsupported, f"the draft in {self.path}")
         self.description = description_of_config(canonical)
         self._names = self._canonical_names(raw)
         self._check_tensors()

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from dspark_megatron.config import ConfigError
+from dspark_megatron.config import require
 from dspark_megatron.conversion.description import DraftDescription
+from dspark_megatron.conversion.names import LATENT, raise_if_any
 from dspark_megatron.shape import DraftShape
 
 ARCHITECTURE = "Qwen3DSparkModel"
@@ -46,39 +47,64 @@ def hugging_face_config(
     }
 
 
+KEYS = {
+    "hidden_size": ("hidden_size", int),
+    "ffn_hidden_size": ("intermediate_size", int),
+    "num_layers": ("num_hidden_layers", int),
+    "num_attention_heads": ("num_attention_heads", int),
+    "num_key_value_heads": ("num_key_value_heads", int),
+    "head_dim": ("head_dim", int),
+    "vocab_size": ("vocab_size", int),
+    "rms_norm_eps": ("rms_norm_eps", float),
+    "rope_parameters": ("rope_parameters", dict),
+    "max_position_embeddings": ("max_position_embeddings", int),
+    "num_target_layers": ("num_target_layers", int),
+    "target_layer_ids": ("target_layer_ids", list),
+    "mask_token_id": ("mask_token_id", int),
+    "block_size": ("block_size", int),
+    "markov_rank": ("markov_rank", int),
+    "markov_head_type": ("markov_head_type", str),
+    "enable_confidence_head": ("enable_confidence_head", bool),
+    "confidence_head_with_markov": ("confidence_head_with_markov", bool),
+}
+"""Key and type in `config.json` of each field of a DraftShape."""
+
+
 def description_of_config(config: dict[str, Any]) -> DraftDescription:
     """The draft back from such a `config.json`. Raises ConfigError that lists the keys that are
-    missing."""
-    keys = {
-        "hidden_size": "hidden_size",
-        "ffn_hidden_size": "intermediate_size",
-        "num_layers": "num_hidden_layers",
-        "num_attention_heads": "num_attention_heads",
-        "num_key_value_heads": "num_key_value_heads",
-        "head_dim": "head_dim",
-        "vocab_size": "vocab_size",
-        "rms_norm_eps": "rms_norm_eps",
-        "rope_parameters": "rope_parameters",
-        "max_position_embeddings": "max_position_embeddings",
-        "num_target_layers": "num_target_layers",
-        "target_layer_ids": "target_layer_ids",
-        "mask_token_id": "mask_token_id",
-        "block_size": "block_size",
-        "markov_rank": "markov_rank",
-        "markov_head_type": "markov_head_type",
-        "enable_confidence_head": "enable_confidence_head",
-        "confidence_head_with_markov": "confidence_head_with_markov",
-    }
-    missing = [key for key in keys.values() if config.get(key) is None]
-    if missing:
-        raise ConfigError(
-            f"config.json lacks {missing}; put them in as the draft was trained (what is the "
-            "target's is taken from --target)"
-        )
-    shape = DraftShape.from_dict({field: config[key] for field, key in keys.items()})
-    found = {**config.get("dflash_config", {}), **config}
+    missing or of another type."""
+    missing = [key for key, _ in KEYS.values() if config.get(key) is None]
+    require(
+        not missing,
+        f"config.json lacks {missing}; put them in as the draft was trained (what is the target's "
+        "is taken from --target)",
+    )
+    raise_if_any(_type_problems(config), "config.json")
+    shape = DraftShape.from_dict({field: config[key] for field, (key, _) in KEYS.items()})
+    found = {**(config.get("dflash_config") or {}), **config}
     facts = DraftDescription(shape=shape).facts()
     return DraftDescription(shape=shape, **{key: found.get(key, facts[key]) for key in facts})
+
+
+def _type_problems(config: dict[str, Any]) -> list[str]:
+    problems = [
+        f"{key} must be of type {kind.__name__}, is {config[key]!r}"
+        for key, kind in KEYS.values()
+        if type(config[key]) is not kind and not (kind is float and type(config[key]) is int)
+    ]
+    sizes = [key for key, kind in KEYS.values() if kind is int and key != "mask_token_id"]
+    problems += [
+        f"{key} ({config[key]}) must be {'>= 0' if key == 'markov_rank' else '> 0'}"
+        for key in sizes
+        if type(config[key]) is int and config[key] < (key != "markov_rank")
+    ]
+    ids = config["target_layer_ids"]
+    if isinstance(ids, list) and any(type(i) is not int for i in ids):
+        problems.append(f"target_layer_ids must hold integers, is {ids}")
+    head = config["markov_head_type"]
+    if head not in list(LATENT):
+        problems.append(f"markov_head_type must be one of {', '.join(LATENT)}, is {head!r}")
+    return problems
 
 
 def _backbone(shape: DraftShape, initializer_range: float) -> dict[str, Any]:
