@@ -1,11 +1,18 @@
 """The figures of --dry-run are those of the real model."""
 
+from pathlib import Path
+
 import pytest
+import torch
 from tiny_draft import SHAPES, build_tiny_draft
-from tiny_target import tiny_config
+from tiny_target import make_target, tiny_config
 
 from dspark_megatron.config import ConfigError
-from dspark_megatron.training.dry_run import _local_parameters, describe_run
+from dspark_megatron.config_file import load_config
+from dspark_megatron.target_folder import load_target_config
+from dspark_megatron.targets.footprint import target_bytes
+from dspark_megatron.training.dry_run import _local_parameters, describe_run, rank_memory
+from dspark_megatron.training.setup import check_run
 
 
 def trained_elements(runtime, shape):
@@ -29,3 +36,104 @@ def test_the_text_has_layout_and_memory(tiny_run):
 def test_bad_layouts_are_refused_as_in_the_run(tiny_run):
     with pytest.raises(ConfigError, match="global_batch_size"):
         describe_run(tiny_config(tiny_run, train={"global_batch_size": 3}), world_size=2)
+
+
+def allocated(runtime, config):
+    """Bytes of this rank: target, frozen replicas, draft weights, gradient buckets, optimizer."""
+    from test_targets import elements
+
+    from dspark_megatron.training import loop
+
+    kept = []
+    build = loop.build_optimizer
+
+    def keep(settings, model, dtype):
+        kept.extend([model, build(settings, model, dtype)])
+        return kept[1]
+
+    loop.build_optimizer = keep
+    targets, build_target = [], loop.build_target
+
+    def keep_target(*arguments, **options):
+        targets.append(build_target(*arguments, **options))
+        return targets[0]
+
+    loop.build_target = keep_target
+    try:
+        loop.train(check_run(config, runtime.world_size), runtime)
+    finally:
+        loop.build_optimizer, loop.build_target = build, build_target
+    model, optimizer = kept
+    target = targets[0].model
+    trained = [p for p in model.module.parameters() if p.requires_grad]
+    frozen = [p for p in model.module.parameters() if not p.requires_grad]
+    return {
+        "frozen target": elements(target) * next(target.parameters()).element_size(),
+        "frozen embedding and head": sum(p.nbytes for p in frozen),
+        "draft weights": sum(p.nbytes for p in trained),
+        "draft gradients (fp32)": sum(b.grad_data.nbytes for b in model.buffers),
+        "optimizer state (fp32)": optimizer_bytes(optimizer),
+    }
+
+
+def optimizer_bytes(optimizer):
+    """Moments, and main weights where they are not the model's own."""
+    if hasattr(optimizer, "chained_optimizers"):
+        return sum(map(optimizer_bytes, optimizer.chained_optimizers))
+    states = optimizer.optimizer.state
+    moments = sum(
+        x.nbytes for state in states.values() for x in state.values() if x.dim() and x.numel() > 1
+    )
+    return moments + sum(p.nbytes for p in states if optimizer.config.bf16)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "world, tp, shard", [(1, 1, 1), (2, 2, 1), (4, 2, 0), (2, 1, 2), (4, 4, 1)]
+)
+def test_the_memory_is_what_is_allocated(pool, tiny_run, tmp_path, world, tp, shard, dtype):
+    """Within 2%: buckets are padded, and shards of odd sizes."""
+    target = make_target(tmp_path / "target", hidden_size=128)
+    config = tiny_config(
+        tiny_run,
+        target={"path": str(target), "shard_across_data_parallel": shard},
+        model={"ffn_hidden_size": 256, "markov_rank": 32},
+        train={"output_dir": str(tmp_path / "run"), "iterations": 1, "dtype": dtype},
+        parallel={"tensor_parallel": tp},
+    )
+    plan = check_run(config, world)
+    planned = rank_memory(plan, torch.float32)
+    for rank in pool.run(allocated, world=world, tp=tp, config=config):
+        for part, size in rank.items():
+            assert size == pytest.approx(planned[part], rel=0.02), part
+
+
+PUBLIC = Path(__file__).parent / "public_configs"
+"""Folders with nothing but a target's `config.json`, of its public dimensions."""
+RECIPES = {"qwen3-8b": 8, "qwen3-32b": 8, "llama-3.1-70b": 8, "llama-3.1-405b": 32}
+"""Ranks by recipe."""
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_fits_as_it_says(name):
+    overrides = [f"target.path={PUBLIC / name}"]
+    config = load_config(PUBLIC.parents[1] / "examples" / f"{name}.yaml", overrides)
+    text = describe_run(config, RECIPES[name])
+    assert f"not checked: the tokenizer, since {PUBLIC / name} has none" in text
+    total = float(next(line for line in text.splitlines() if " sum " in line).split()[-1])
+    assert total < 60, "GiB of a GPU with 80 GB; activations come on top"
+
+
+PARAMETERS = {"qwen3-8b": 7.57e9, "llama-3.1-70b": 69.5e9, "llama-3.1-405b": 403.8e9}
+"""Of the base models: published counts (8.19, 70.6 and 405.9 billion) less their LM heads."""
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_bytes_of_public_targets(name):
+    config = load_target_config(PUBLIC / name)
+    whole = target_bytes(config, torch.bfloat16, tp_size=1, shards=1)
+    assert whole / 2 == pytest.approx(PARAMETERS[name], rel=0.005)
+    part = target_bytes(config, torch.bfloat16, tp_size=8, shards=4)
+    assert part == pytest.approx(whole / 32, rel=0.001)
+    below = target_bytes(config, torch.bfloat16, tp_size=1, shards=1, last_layer=0)
+    assert below < whole / 8

@@ -13,15 +13,15 @@ from dspark_megatron.shape import (
     padded_vocab_size,
     target_shards,
 )
-from dspark_megatron.target_folder import tensor_shapes
+from dspark_megatron.targets.footprint import target_bytes
 from dspark_megatron.training.initial_weights import InitialWeights
-from dspark_megatron.training.setup import DTYPES, check_run
+from dspark_megatron.training.setup import DTYPES, RunPlan, check_run
 
 
 def describe_run(config: Config, world_size: int) -> str:
     """The text of `--dry-run`. Raises ConfigError where the run would, as far as that needs
     neither weights nor data nor the run's machine."""
-    plan = check_run(config, world_size)
+    plan = check_run(config, world_size, needs_tokenizer=False)
     check_batch_size(config.train, plan.dp_size)
     InitialWeights.open(plan)
     tp = config.parallel.tensor_parallel
@@ -35,28 +35,34 @@ def describe_run(config: Config, world_size: int) -> str:
     ]
     saved = plan.target_config.dtype or torch.float32  # what `auto` takes
     target_dtype = saved if config.target.dtype == "auto" else getattr(torch, config.target.dtype)
-    memory = rank_memory(config, plan.shape, plan.dp_size, target_dtype)
+    memory = rank_memory(plan, target_dtype)
     lines += [f"  {part:<34}{size / 2**30:9.3f}" for part, size in memory.items()]
     lines.append(f"  {'sum':<34}{sum(memory.values()) / 2**30:9.3f}")
+    if plan.tokenizer is None:
+        lines.append(f"not checked: the tokenizer, since {config.target.path} has none")
     return "\n".join(lines)
 
 
-def rank_memory(
-    config: Config, shape: DraftShape, dp_size: int, target_dtype: torch.dtype
-) -> dict[str, int]:
-    """Bytes of a rank by part. The target's matrices count as split evenly, in its saved shapes."""
+def rank_memory(plan: RunPlan, target_dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of a rank by part."""
+    config, shape, dp_size = plan.config, plan.shape, plan.dp_size
     tp = config.parallel.tensor_parallel
     size = DTYPES[config.train.dtype].itemsize
     local = _local_parameters(shape, tp)
     vocab = padded_vocab_size(shape.vocab_size, tp) // tp
     tokens = config.train.micro_batch_size * config.data.max_length
     features = (len(shape.target_layer_ids) + 1) * shape.hidden_size
-    target = sum(math.prod(s) for s in tensor_shapes(config.target.path).values())
     target_size = target_dtype.itemsize
     shards = dp_size if config.optimizer.use_distributed_optimizer else 1
     states = 3 if size == 2 else 2  # fp32 main weights, where the weights are not fp32 themselves
     return {
-        "frozen target": target * target_size // tp // target_shards(config.target, dp_size),
+        "frozen target": target_bytes(
+            plan.target_config,
+            target_dtype,
+            tp_size=tp,
+            shards=target_shards(config.target, dp_size),
+            last_layer=None if config.needs_teacher else max(shape.target_layer_ids),
+        ),
         "frozen embedding and head": vocab * (2 * shape.hidden_size + shape.markov_rank) * size,
         "draft weights": local * size,
         "draft gradients (fp32)": local * 4,

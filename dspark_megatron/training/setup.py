@@ -7,6 +7,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,7 +50,8 @@ class RunPlan:
     config: Config
     target_config: PretrainedConfig
     shape: DraftShape
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | None
+    """None: its folder has none, and the plan is only to be looked at."""
     dp_size: int
 
     @cached_property
@@ -61,12 +63,15 @@ class RunPlan:
         return DTYPES[self.config.train.dtype]
 
 
-def check_run(config: Config, world_size: int) -> RunPlan:
-    """Settings against the target's config and tokenizer; ConfigError if they cannot work."""
+def check_run(config: Config, world_size: int, *, needs_tokenizer: bool = True) -> RunPlan:
+    """Settings against the target's config and tokenizer; ConfigError if they cannot work.
+    needs_tokenizer: false passes over a folder that has none."""
     target_config = load_target_config(config.target.path)
     shape = draft_shape(config.model, target_config)
     dp_size = check_layout(config, shape, target_config, world_size)
     _check_memory_budget(config, shape)
+    if not needs_tokenizer and not list(Path(config.target.path).glob("tokenizer*")):
+        return RunPlan(config, target_config, shape, None, dp_size)
     tokenizer = _load_tokenizer(config.target.path)
     stops = stop_token_ids(config.target.path, tokenizer)
     special = {"pad": tokenizer.pad_token_id, "eos": stops}
