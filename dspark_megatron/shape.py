@@ -117,7 +117,7 @@ def target_shards(target: TargetConfig, dp_size: int) -> int:
 def check_draft_split(shape: DraftShape, tp: int) -> None:
     """Check that a draft alone can be split over tp ranks."""
     require(tp >= 1, f"the tensor-parallel size ({tp}) must be >= 1")
-    _check_splits(_draft_splits(shape), tp, tp)
+    _check_splits(_draft_splits(shape), tp, max(tp, 64))
     _check_vocabulary(shape, tp)
 
 

@@ -71,6 +71,12 @@ def convert(args: argparse.Namespace) -> list[str]:
 
 
 def verify(args: argparse.Namespace) -> list[str]:
+    with_logits = args.checkpoint is not None and not args.skip_logits
+    require(
+        args.target is not None or not with_logits,
+        "comparing logits with the checkpoint needs --target: the embedding and LM head are there; "
+        "give it, or --skip-logits",
+    )
     lines = verify_folder(
         args.input,
         layout=args.layout,
@@ -78,14 +84,7 @@ def verify(args: argparse.Namespace) -> list[str]:
         target_dir=args.target,
         iteration=args.iteration,
     )
-    if args.checkpoint is None or args.skip_logits:
-        return lines
-    require(
-        args.target is not None,
-        "comparing logits with the checkpoint needs --target: the embedding and LM head are there; "
-        "give it, or --skip-logits",
-    )
-    return lines + compare(args)
+    return lines + compare(args) if with_logits else lines
 
 
 def compare(args: argparse.Namespace) -> list[str]:

@@ -1,10 +1,12 @@
 """What a run would be: resolved config, layout, parameters and memory of a rank."""
 
 import math
+from pathlib import Path
 
 import torch
 
 from dspark_megatron.config import Config
+from dspark_megatron.conversion.megatron_checkpoint import latest_iteration
 from dspark_megatron.conversion.names import hugging_face_shapes, megatron_shapes, name_table
 from dspark_megatron.ops.chunk_budget import chunk_rows, row_bytes
 from dspark_megatron.shape import (
@@ -23,7 +25,9 @@ def describe_run(config: Config, world_size: int) -> str:
     neither weights nor data nor the run's machine."""
     plan = check_run(config, world_size, needs_tokenizer=False)
     check_batch_size(config.train, plan.dp_size)
-    InitialWeights.open(plan)
+    checkpoints = Path(config.train.output_dir) / "checkpoints"
+    if not config.train.resume or latest_iteration(checkpoints) is None:
+        InitialWeights.open(plan)
     tp = config.parallel.tensor_parallel
     trained = hugging_face_shapes(plan.shape, shared_weights=False)
     total = sum(math.prod(size) for size in trained.values())
