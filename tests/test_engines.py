@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from test_conversion import VANILLA
 from transformers import Qwen3Config
 
 from dspark_megatron.conversion.description import DraftDescription
@@ -12,29 +13,8 @@ from dspark_megatron.conversion.engine_reading import DEEPSPEC, MLX, SGLANG, TRT
 from dspark_megatron.conversion.engines import engine_verdicts
 from dspark_megatron.conversion.hf_config import hugging_face_config
 from dspark_megatron.conversion.names import EMBEDDING, LM_HEAD, hugging_face_shapes
-from dspark_megatron.shape import DraftShape
 
 ALL = {DEEPSPEC, VLLM, SGLANG, MLX, TRT}
-VANILLA = DraftShape(
-    hidden_size=16,
-    ffn_hidden_size=24,
-    num_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=6,
-    vocab_size=33,
-    rms_norm_eps=1e-6,
-    rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-    max_position_embeddings=256,
-    num_target_layers=6,
-    target_layer_ids=(0, 2, 4),
-    mask_token_id=32,
-    block_size=3,
-    markov_rank=5,
-    markov_head_type="vanilla",
-    enable_confidence_head=True,
-    confidence_head_with_markov=True,
-)
 TARGET = Qwen3Config(
     vocab_size=33,
     hidden_size=16,

@@ -379,7 +379,12 @@ def test_the_card_has_what_is_known(tmp_path, target):
     assert "# DSpark drafter for org/t" in card and "gated Markov head of rank 5" in card
     assert "100 iterations over 800 samples" in card
     assert "| heldout.jsonl | 5 | 3.250 |" in card
+    assert "--speculative-algorithm DSPARK" in card and "vllm serve" not in card, "gated"
+    vanilla = write_checkpoint(tmp_path / "vanilla", VANILLA)
+    card = (export(vanilla, target, tmp_path / "v", target_name="org/t") / "README.md").read_text()
     assert "vllm serve org/t --speculative-config" in card and '"num_speculative_tokens": 3' in card
+    card = (export(vanilla, target, tmp_path / "m", "modelopt") / "README.md").read_text()
+    assert "Neither vLLM nor SGLang loads this folder" in card
     (run / "evaluation.json").write_text(json.dumps({**evaluation, "iteration": 50}))
     shutil.rmtree(tmp_path / "dspark")
     card = (export(run, target, tmp_path / "dspark") / "README.md").read_text()

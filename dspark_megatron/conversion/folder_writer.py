@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dspark_megatron.config import ConfigError, require
 from dspark_megatron.conversion.draft_folder import read_config
+from dspark_megatron.conversion.engines import engine_verdicts
 from dspark_megatron.conversion.foreign_configs import TargetFacts
 from dspark_megatron.conversion.hf_config import hugging_face_config
 from dspark_megatron.conversion.layouts import LAYOUTS, detect_layout
@@ -84,18 +85,21 @@ def write_draft_folder(
     partial.mkdir()
     try:
         _write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
+        names = hugging_face_shapes(shape, shared_weights=bool(shared))
+        sizes = {layout.to_name(name): size for name, size in names.items()}
+        verdicts = engine_verdicts(config, sizes, target_config=target_config)
         card = model_card(
             source.description,
             layout=layout.name,
             target=facts.name,
             folder=output_dir.name,
+            engines={verdict.engine for verdict in verdicts if verdict.loads},
             history=source.history(),
             with_temperatures=with_temperatures,
         )
         _write_text(partial / "README.md", card)
         carry_sidecar(source.neighbours(), partial)
-        sizes = hugging_face_shapes(shape, shared_weights=bool(shared))
-        specs = {layout.to_name(name): TensorSpec(size, dtype) for name, size in sizes.items()}
+        specs = {name: TensorSpec(size, dtype) for name, size in sizes.items()}
         tensors = map(
             lambda item: (layout.to_name(item[0]), item[1].to(dtype)),  # keeps none of them
             _tensors(source, target_dir, shared),

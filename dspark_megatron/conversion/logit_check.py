@@ -15,7 +15,7 @@ from dspark_megatron.conversion.draft_folder import DraftFolder
 from dspark_megatron.conversion.fill_draft import fill_draft
 from dspark_megatron.conversion.names import EMBEDDING, LM_HEAD
 from dspark_megatron.conversion.sources import CheckpointSource
-from dspark_megatron.model.draft_model import DSparkDraftModel
+from dspark_megatron.model.draft_model import FROZEN_REPLICAS, DSparkDraftModel
 from dspark_megatron.shape import DraftShape
 from dspark_megatron.target_folder import read_tensor, shared_weights
 
@@ -41,10 +41,16 @@ def compare_logits(
     def of_folder(name: str) -> Tensor:
         return folder.tensor(name) if name in folder.shared else of_target(name)
 
-    theirs = _results(
-        source.description.shape, dict(source.tensors()).__getitem__, of_target, tp_group
-    )
-    ours = _results(folder.shape, folder.tensor, of_folder, tp_group)
+    def from_checkpoint(draft: DSparkDraftModel) -> None:
+        for name, parameter in draft.named_parameters():
+            if not name.startswith(FROZEN_REPLICAS):  # on one rank the vocabulary has no padding
+                parameter.copy_(source.reader.tensor(name)[: len(parameter)])
+
+    def from_folder(draft: DSparkDraftModel) -> None:
+        fill_draft(draft, folder.tensor, tp_group=tp_group)
+
+    theirs = _results(source.description.shape, from_checkpoint, of_target, tp_group)
+    ours = _results(folder.shape, from_folder, of_folder, tp_group)
     lines = []
     for (name, found), (_, wanted) in zip(ours, theirs, strict=True):
         difference = (found - wanted).abs().max().item()
@@ -59,7 +65,7 @@ def compare_logits(
 @torch.no_grad()
 def _results(
     shape: DraftShape,
-    get: Callable[[str], Tensor],
+    fill: Callable[[DSparkDraftModel], None],
     shared: Callable[[str], Tensor],
     tp_group: dist.ProcessGroup,
 ) -> list[tuple[str, Tensor]]:
@@ -67,7 +73,7 @@ def _results(
     draft = DSparkDraftModel(
         shape, tp_group=tp_group, params_dtype=torch.float32, device=torch.device("cpu")
     )
-    fill_draft(draft, get, tp_group=tp_group)
+    fill(draft)
     draft.load_frozen_replicas(shared(EMBEDDING), shared(LM_HEAD))
     return list(_forward(draft.eval()))
 

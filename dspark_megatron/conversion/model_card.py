@@ -4,9 +4,15 @@ import json
 from typing import Any
 
 from dspark_megatron.conversion.description import DraftDescription
+from dspark_megatron.conversion.engine_reading import SGLANG, VLLM
 
-SERVABLE = ("hf", "specforge")
-"""Layouts that vLLM and SGLang read as they are."""
+WHOSE = {
+    "hf": "DeepSpec's names, under a config that serving engines read too",
+    "speculators": "that of the speculators library",
+    "modelopt": "ModelOpt's; serving engines do not read it",
+    "specforge": "SpecForge's",
+}
+"""By layout."""
 
 
 def model_card(
@@ -15,11 +21,12 @@ def model_card(
     layout: str,
     target: str,
     folder: str,
+    engines: set[str],
     history: dict[str, Any],
     with_temperatures: bool,
 ) -> str:
-    """history: iterations, samples and evaluation, as far as they are known; folder: the export's
-    name; with_temperatures: a `dspark_sts.json` lies in it."""
+    """folder: the export's name; engines: those that load it; history: iterations, samples and
+    evaluation, as far as they are known; with_temperatures: a `dspark_sts.json` lies in it."""
     shape = description.shape
     confidence = "no confidence head"
     if shape.enable_confidence_head:
@@ -35,8 +42,8 @@ def model_card(
         f"layers {list(shape.target_layer_ids)} (0-based, of {shape.num_target_layers}). It works "
         "with this target only.",
         *_training(history),
-        f"## Layout\n\n`{layout}`. Tensors and config keys follow the program of that name.",
-        *_serving(description, layout, target, folder, with_temperatures),
+        f"## Layout\n\n`{layout}`: {WHOSE[layout]}.",
+        *_serving(description, engines, target, folder, with_temperatures),
         "## License\n\n<!-- To be filled in by whoever publishes this draft. -->",
     ]
     return "\n\n".join(parts) + "\n"
@@ -64,10 +71,14 @@ def _training(history: dict[str, Any]) -> list[str]:
 
 
 def _serving(
-    description: DraftDescription, layout: str, target: str, folder: str, with_temperatures: bool
+    description: DraftDescription,
+    engines: set[str],
+    target: str,
+    folder: str,
+    with_temperatures: bool,
 ) -> list[str]:
-    if layout == "modelopt":
-        return ["## Serving\n\nServing engines do not read this layout; convert it to `hf`."]
+    """Commands of those of vLLM and SGLang that load the folder."""
+    commands = []
     tokens = description.shape.block_size
     vllm = {
         "method": "dspark",
@@ -78,8 +89,9 @@ def _serving(
     }
     if description.shape.enable_confidence_head:
         vllm["enable_adaptive_verification"] = True
-    commands = [f"vllm serve {target} --speculative-config '{json.dumps(vllm)}'"]
-    if layout in SERVABLE:
+    if VLLM in engines:
+        commands.append(f"vllm serve {target} --speculative-config '{json.dumps(vllm)}'")
+    if SGLANG in engines:
         sglang = (
             f"python -m sglang.launch_server --model-path {target} "
             f"--speculative-algorithm DSPARK --speculative-draft-model-path {folder}"
@@ -90,6 +102,8 @@ def _serving(
                 f"--speculative-dspark-confidence-sts-path {folder}/dspark_sts.json"
             )
         commands.append(sglang)
+    if not commands:
+        return ["## Serving\n\nNeither vLLM nor SGLang loads this folder."]
     return [
         "## Serving\n\n```\n" + "\n\n".join(commands) + "\n```",
         "The commands follow the engines' documented options; they were not run in making this "
