@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -354,6 +356,39 @@ def test_an_import_never_writes_over_anything(tmp_path, target, draft):
     with pytest.raises(ConfigError, match=r"must be divisible by parallel.tensor_parallel \(4\)"):
         import_(draft, target, tmp_path / "four", tensor_parallel=4)
     assert [path.name for path in taken.iterdir()] == ["mine"]
+
+
+FULL_DISK = """
+import resource, signal, sys
+sys.path[:0] = sys.argv[4:]
+import test_layouts
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+from pathlib import Path
+from dspark_megatron.config import ConfigError
+draft, target, out = map(Path, sys.argv[1:4])
+for use in (
+    lambda: test_layouts.import_(draft, target, out),
+    lambda: test_layouts.convert_folder(draft, target, out, test_layouts.WriteOptions()),
+):
+    try:
+        use()
+    except ConfigError as error:
+        print("refused:", str(error).splitlines()[0])
+"""
+
+
+def test_a_write_that_the_system_refuses_leaves_nothing(tmp_path, target, draft):
+    """A limit on file sizes is to a program what a full disk is."""
+    out = tmp_path / "out"
+    tests = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, draft, target, out, tests, tests.parent],
+        text=True,
+        capture_output=True,
+    )
+    assert done.stdout.count("refused: ") == 2, done.stdout + done.stderr
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_temperatures_are_carried_along(tmp_path, target, draft):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as distributed_checkpoint
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem
 
@@ -89,7 +90,7 @@ def import_folder(
         if run.exists():
             run.rmdir()
         partial.rename(run)
-    except OSError as error:
+    except (OSError, CheckpointException) as error:  # the latter is what a full disk becomes
         raise ConfigError(f"cannot write {run}: {error}; nothing was kept") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
