@@ -224,6 +224,9 @@ class ParallelConfig:
 
     tensor_parallel: int = 1
     """Ranks that split the target and the draft."""
+    sequence_parallel: bool = False
+    """Split the rows of the draft's norms and residuals over the tensor-parallel ranks as well:
+    less memory for activations, the same mathematics. On one rank there is nothing to split."""
 
     def validate(self) -> None:
         _positive("parallel.tensor_parallel", self.tensor_parallel)

@@ -13,6 +13,7 @@ from tiny_target import VOCAB_SIZE, tiny_config
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tools"))  # a folder of scripts, not a package
 
+import benchmark_activations  # noqa: E402
 import benchmark_communication  # noqa: E402
 import benchmark_loss  # noqa: E402
 import benchmark_step  # noqa: E402
@@ -146,13 +147,33 @@ def communication_rows(runtime):
 def test_communication_is_as_the_formula_says(pool, tp):
     """Counted from the collectives themselves; table_rows raises where the two differ."""
     for rows in pool.run(communication_rows, world=tp, tp=tp):
-        small, large = rows[:2], rows[2:]
-        assert [row["collective"] for row in small] == ["all-gather", "all-reduce"]
-        for a, b in zip(small, large, strict=True):
-            assert a["counted bytes"] == a["formula bytes"] > 0
-            assert {**a, "vocabulary": 256} == b
+        plain = ["all-gather", "all-reduce", "all"]
+        split = ["all-gather", "all-reduce", "all-to-all", "reduce-scatter", "all"]
+        for mode, names in (("off", plain), ("on", split)):
+            of_mode = [row for row in rows if row["sequence parallel"] == mode]
+            small, large = of_mode[: len(names)], of_mode[len(names) :]
+            assert [row["collective"] for row in small] == names
+            for a, b in zip(small, large, strict=True):
+                assert a["counted bytes"] == a["formula bytes"] > 0
+                assert {**a, "vocabulary": 256} == b
 
 
 def test_one_rank_communicates_nothing(pool):
     (rows,) = pool.run(communication_rows, world=1, tp=1)
-    assert [row["collective"] for row in rows] == ["none", "none"]
+    assert [(row["collective"], row["calls"]) for row in rows] == [("all", 0)] * 2
+
+
+def activation_rows(runtime):
+    sizes = "--hidden 64 --ffn 96 --heads 8 --kv-heads 4 --seq-length 40 --num-anchors 9".split()
+    return benchmark_activations.table_rows(runtime, benchmark_activations.parse_arguments(sizes))
+
+
+def test_sequence_parallel_keeps_less_for_backward(pool):
+    """At TP 4 the parts that are whole without it are a quarter."""
+    (whole,) = pool.run(activation_rows, world=1, tp=1)
+    assert [row["recompute"] for row in whole] == ["off", "on"]
+    for rows in pool.run(activation_rows, world=4, tp=4):
+        assert [row["sequence parallel"] for row in rows] == ["off", "on", "off", "on"]
+        for plain, split in zip(rows[::2], rows[1::2], strict=True):
+            assert split["MiB"] < 0.75 * plain["MiB"]
+        assert all(row["MiB"] < whole[0]["MiB"] for row in rows)

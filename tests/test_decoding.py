@@ -69,6 +69,16 @@ def test_greedy_output_is_the_targets_own(pool, tiny_run, tp, head):
     assert all(rank == ranks[0] for rank in ranks[1:]), "ranks are out of step"
 
 
+def test_drafts_are_the_same_with_sequence_parallel(pool, tiny_run):
+    """A block of 3 slots on 2 ranks: rows that do not divide."""
+    answers = []
+    for flag in (False, True):
+        parallel = {"tensor_parallel": 2, "sequence_parallel": flag}
+        config = tiny_config(tiny_run, parallel=parallel)
+        answers.append(pool.run(decode, world=2, tp=2, config=config, prompts=PROMPTS))
+    assert answers[0] == answers[1]
+
+
 def test_a_stop_token_ends_the_answer(pool, tiny_run):
     config = tiny_config(tiny_run, evaluate={"temperature": 1.5, "max_new_tokens": 200})
     answers = pool.run(decode, world=1, tp=1, config=config, prompts=PROMPTS, seeds=range(6))[0]

@@ -24,11 +24,11 @@ from dspark_megatron.ops.anchors import draft_blocks
 GAMMA = 4.0
 
 
-def step_gradients(runtime, shape, micro_batch_size, loss=None, dtype="float32"):
+def step_gradients(runtime, shape, micro_batch_size, loss=None, dtype="float32", **options):
     """One step over all samples on this rank: weights, gradients, metrics."""
     from dspark_megatron.training.metrics import MetricSums
 
-    model = build_tiny_draft(runtime, shape, getattr(torch, dtype))
+    model = build_tiny_draft(runtime, shape, getattr(torch, dtype), **options)
     samples = make_samples(shape, loss=loss)
     step = make_step(runtime, model, samples, loss)
     metrics = MetricSums.zeros(shape.block_size, runtime.device)
@@ -109,10 +109,25 @@ LAYOUTS = [(1, 1, 1), (1, 1, 4), (2, 2, 1), (4, 4, 2), (2, 1, 1), (2, 1, 2), (4,
 @pytest.mark.parametrize("world, tp, micro_batch_size", LAYOUTS)
 @pytest.mark.parametrize("kind", SHAPES)
 def test_step_equals_the_plain_twin(pool, kind, world, tp, micro_batch_size):
-    shape = SHAPES[kind]
-    ranks = pool.run(
-        step_gradients, world=world, tp=tp, shape=shape, micro_batch_size=micro_batch_size
+    shape, layout = SHAPES[kind], dict(world=world, tp=tp)
+    assert_plain_step(
+        pool.run(step_gradients, **layout, shape=shape, micro_batch_size=micro_batch_size), shape
     )
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("world, tp, micro_batch_size", [(2, 2, 1), (4, 4, 2), (4, 2, 1)])
+@pytest.mark.parametrize("kind", SHAPES)
+def test_sequence_parallel_equals_the_plain_twin(
+    pool, kind, world, tp, micro_batch_size, recompute
+):
+    """The samples have 13 to 15 slots and 9 to 17 tokens of context: rows that do not divide."""
+    shape, layout = SHAPES[kind], dict(world=world, tp=tp, micro_batch_size=micro_batch_size)
+    options = dict(sequence_parallel=True, recompute_activations=recompute)
+    assert_plain_step(pool.run(step_gradients, **layout, shape=shape, **options), shape)
+
+
+def assert_plain_step(ranks, shape):
     weights = whole(ranks, "weights", shape)
     loss, grads, totals = plain_step(shape, weights)
     metrics = ranks[0]["metrics"]
@@ -144,9 +159,11 @@ def test_weights_do_not_depend_on_the_layout(pool):
         assert all(torch.equal(runs[0][name], other[name]) for name in runs[0])
 
 
-def test_bfloat16_follows_float32(pool):
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_bfloat16_follows_float32(pool, sequence_parallel):
     """bf16 keeps 8 bits; through two layers and a softmax, gradients agree to a few percent."""
     arguments = dict(world=2, tp=2, shape=SHAPE, micro_batch_size=1)
+    arguments["sequence_parallel"] = sequence_parallel
     exact = pool.run(step_gradients, **arguments)
     rounded = pool.run(step_gradients, dtype="bfloat16", **arguments)
     assert rounded[0]["metrics"]["loss"] == pytest.approx(exact[0]["metrics"]["loss"], rel=0.02)

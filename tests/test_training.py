@@ -62,16 +62,17 @@ def test_training_learns(unbroken):
     assert rows[-1]["tau"] > rows[0]["tau"]
 
 
-# World size, tensor-parallel size, micro-batch size.
-LAYOUTS = [(2, 2, 2), (2, 1, 1), (4, 2, 1), (4, 4, 4)]
+# World size, tensor-parallel size, sequence parallel, micro-batch size.
+LAYOUTS = [(2, 2, False, 2), (2, 1, False, 1), (4, 2, True, 1), (4, 4, False, 4)]
 
 
-@pytest.mark.parametrize("world, tp, micro_batch_size", LAYOUTS)
+@pytest.mark.parametrize("world, tp, sequence_parallel, micro_batch_size", LAYOUTS)
 def test_the_curve_does_not_depend_on_the_layout(
-    pool, tiny_run, unbroken, tmp_path, world, tp, micro_batch_size
+    pool, tiny_run, unbroken, tmp_path, world, tp, sequence_parallel, micro_batch_size
 ):
     settings = {"output_dir": str(tmp_path), "micro_batch_size": micro_batch_size}
-    config = tiny_config(tiny_run, train=settings, parallel={"tensor_parallel": tp})
+    parallel = {"tensor_parallel": tp, "sequence_parallel": sequence_parallel}
+    config = tiny_config(tiny_run, train=settings, parallel=parallel)
     pool.run(run_training, world=world, tp=tp, config=config)
     assert_same_curve(curve(tmp_path), curve(unbroken))
 

@@ -13,7 +13,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,18 @@ def interleaved_seconds(
             synchronize(device)
             seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(times[warm_up:]) for name, times in seconds.items()}
+
+
+def runtime_of_each_size(job: Any, sizes: list[int]) -> Iterator[Any]:
+    """A job's `Runtime` at one tensor-parallel size after the other, of those its world allows;
+    what is left of the world is data-parallel. Every rank goes through all of them."""
+    from megatron.core import parallel_state
+
+    from dspark_megatron.training.runtime import start
+
+    for tp_size in [size for size in sizes if job.world_size % size == 0] or [1]:
+        parallel_state.destroy_model_parallel()
+        yield start(job, tp_size)
 
 
 def machine(device: torch.device) -> dict[str, str]:

@@ -1,25 +1,26 @@
 """Context-injection attention: block queries over target context and their own block (Eq. 3).
 
-Shapes: n blocks, k slots, t context tokens, a/tp query heads, g/tp key/value heads, d head width.
+Shapes: n blocks, k slots, t context tokens, a/tp query heads, g/tp key/value heads, d head width,
+R slots that a rank has between the linears: n*k, or with sequence parallelism 1/tp of them.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
+from dspark_megatron.model.split_rows import SplitRows, with_whole_rows
 from dspark_megatron.ops.block_attention import BlockAttention
 from dspark_megatron.ops.rope import apply_rope
 
 
 @dataclass
 class ContextInjectionAttentionSubmodules:
-    """Classes or specs; every linear leaves the input gradient's all-reduce to the caller."""
+    """Classes or specs; `linear_q` and `linear_kv` leave rows and their gradients to the caller."""
 
     linear_q: Any
     linear_kv: Any
@@ -43,11 +44,11 @@ class ContextInjectionAttention(MegatronModule):
         tp_group: dist.ProcessGroup,
     ) -> None:
         super().__init__(config)
-        self.tp_group = tp_group
+        self.rows = SplitRows(config, tp_group=tp_group)
         self.head_dim = config.kv_channels
         hidden, width = config.hidden_size, config.kv_channels
         column = dict(
-            config=config,
+            config=with_whole_rows(config),
             init_method=config.init_method,
             bias=False,
             gather_output=False,
@@ -78,8 +79,8 @@ class ContextInjectionAttention(MegatronModule):
 
     def key_value(self, states: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Keys (normed, rotated) and values of [..., h] states at rope's positions, each
-        [..., g/tp, d]. No collective: the caller has already made `states` a tensor-parallel
-        input (`copy_to_tensor_model_parallel_region`), once for all users of it."""
+        [..., g/tp, d]. No collective: the caller has already made `states` the input of linears
+        (`SplitRows.to_linears`), once for all users of it."""
         mixed, _ = self.linear_kv(states)
         key, value = mixed.unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)
         return apply_rope(self.k_layernorm(key), *rope), value
@@ -91,15 +92,17 @@ class ContextInjectionAttention(MegatronModule):
         attend: BlockAttention,
         rope: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """hidden [n, k, h], context_kv each [t, g/tp, d], rope cos/sin [n, k, d] -> [n, k, h].
+        """hidden [R, h], context_kv each [t, g/tp, d], rope cos/sin [n, k, d] -> [R, h].
 
-        Forward: one all-reduce of [n, k, h]. Backward: one of the same size.
+        Forward: one all-reduce of [n*k, h]. Backward: one of the same size. With sequence
+        parallelism an all-gather and a reduce-scatter in place of each.
         """
-        hidden = copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
+        n, k, _ = rope[0].shape
+        hidden = self.rows.to_linears(hidden, n * k).view(n, k, -1)
         query, _ = self.linear_q(hidden)
         query = query.unflatten(-1, (-1, self.head_dim))  # [n, k, a/tp, d]
         query = apply_rope(self.q_layernorm(query), *rope)
         block_kv = self.key_value(hidden, rope)
-        out = attend(query, context_kv, block_kv)
-        out, _ = self.linear_proj(out.flatten(-2))
+        out = attend(query, context_kv, block_kv).flatten(-2).flatten(0, 1)  # [n*k, a*d/tp]
+        out, _ = self.linear_proj(self.rows.padded(out))
         return out

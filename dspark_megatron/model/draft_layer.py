@@ -1,4 +1,7 @@
-"""One decoder layer of the draft: pre-norm attention and SwiGLU with residuals (Qwen3 style)."""
+"""One decoder layer of the draft: pre-norm attention and SwiGLU with residuals (Qwen3 style).
+
+Shapes: as in `attention`.
+"""
 
 from dataclasses import dataclass
 from functools import partial
@@ -24,8 +27,10 @@ class DraftLayerSubmodules:
 
 
 class DraftLayer(MegatronModule):
-    """Forward: two all-reduces of [n, k, h] (attention, MLP). Backward: the same, and those of the
-    forward pass again when activations are recomputed: then only the inputs are kept."""
+    """Forward: two all-reduces of [n*k, h] (attention, MLP). Backward: the same, and those of the
+    forward pass again when activations are recomputed: then only the inputs are kept. With sequence
+    parallelism an all-gather and a reduce-scatter in place of each all-reduce, and one all-gather
+    more in backward: the MLP keeps its input split."""
 
     def __init__(
         self,
@@ -58,7 +63,7 @@ class DraftLayer(MegatronModule):
         attend: BlockAttention,
         rope: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """[n, k, h] -> [n, k, h]; the other arguments as in ContextInjectionAttention."""
+        """[R, h] -> [R, h]; the other arguments as in ContextInjectionAttention."""
         # A checkpoint passes on tensors only; what needs no gradient is bound here.
         run = partial(self._forward, attend, rope)
         if self.recompute_activations and torch.is_grad_enabled():

@@ -12,11 +12,9 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     VocabParallelEmbedding,
-    copy_to_tensor_model_parallel_region,
 )
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor
 
@@ -24,6 +22,8 @@ from dspark_megatron.model.confidence_head import ConfidenceHead
 from dspark_megatron.model.layer_specs import local_layer_spec
 from dspark_megatron.model.markov_head import MARKOV_HEADS, MarkovHead
 from dspark_megatron.model.parameter_init import init_parameters
+from dspark_megatron.model.rms_norm import RMSNorm
+from dspark_megatron.model.split_rows import SplitRows, with_whole_rows
 from dspark_megatron.model.transformer_config import transformer_config
 from dspark_megatron.model.vocab_parallel_weight import VocabParallelWeight
 from dspark_megatron.ops.block_attention import BlockAttention, block_attention
@@ -66,13 +66,20 @@ class DSparkDraftModel(MegatronModule):
         attention_backend: str = "sdpa",
         attention_group_size: int = 16,
         recompute_activations: bool = False,
+        sequence_parallel: bool = False,
         layer_spec: ModuleSpec | None = None,
     ) -> None:
         tp_size = tp_group.size()
-        config = transformer_config(shape, tp_size=tp_size, params_dtype=params_dtype)
+        config = transformer_config(
+            shape,
+            tp_size=tp_size,
+            params_dtype=params_dtype,
+            sequence_parallel=sequence_parallel,
+        )
         super().__init__(config)
         self.shape = shape
         self.tp_group = tp_group
+        self.rows = SplitRows(config, tp_group=tp_group)
         self.attention_backend = attention_backend
         self.attention_group_size = attention_group_size
         vocab = padded_vocab_size(shape.vocab_size, tp_size)
@@ -91,20 +98,20 @@ class DSparkDraftModel(MegatronModule):
         self.fc = ColumnParallelLinear(
             len(shape.target_layer_ids) * shape.hidden_size,
             shape.hidden_size,
-            config=config,
+            config=with_whole_rows(config),
             init_method=config.init_method,
             bias=False,
-            gather_output=True,
+            gather_output=not self.rows.split,
             disable_grad_reduce=True,  # the target's states take no gradient
             tp_group=tp_group,
         )
-        self.hidden_norm = WrappedTorchNorm(**norm)
+        self.hidden_norm = RMSNorm(**norm)
         spec = layer_spec or local_layer_spec()
         build = dict(config=config, tp_group=tp_group, recompute_activations=recompute_activations)
         self.layers = torch.nn.ModuleList(
             build_module(spec, **build) for _ in range(shape.num_layers)
         )
-        self.final_layernorm = WrappedTorchNorm(**norm)
+        self.final_layernorm = RMSNorm(**norm)
         # The target's LM head, and room for markov_w2 beside it: see HeadWeights.joint.
         width = shape.hidden_size + shape.markov_rank
         self.joint_head = VocabParallelWeight(config, vocab, width, tp_group=tp_group)
@@ -151,11 +158,13 @@ class DSparkDraftModel(MegatronModule):
         """Keys and values that every layer draws from the target's states (Eq. 2, 3).
 
         taps [t, m*h], positions [t] -> for each layer key and value [t, g/tp, d]. Forward: one
-        all-gather of [t, h]. Backward: one all-reduce of [t, h] for all layers together.
+        all-gather of [t, h]. Backward: one all-reduce of [t, h] for all layers together. With
+        sequence parallelism the norm sees 1/tp of the rows, between an all-to-all and an all-gather
+        of [t, h] and, in backward, a reduce-scatter and an all-to-all.
         """
         context, _ = self.fc(taps.to(self.config.params_dtype))
-        context = self.hidden_norm(context)
-        context = copy_to_tensor_model_parallel_region(context, group=self.tp_group)
+        context = self.hidden_norm(self.rows.from_columns(context))
+        context = self.rows.to_linears(context, len(taps))
         rope = self.rotary(positions, context.dtype)
         return [layer.self_attention.key_value(context, rope) for layer in self.layers]
 
@@ -169,18 +178,20 @@ class DSparkDraftModel(MegatronModule):
         """Hidden states of blocks. anchor_token_ids [n], positions [n, k], attend: attention over
         the context that each block sees -> [n, k, h].
 
-        Forward: one all-reduce of [n + 1, h] for the embedding, two of [n, k, h] a layer.
+        Forward: one all-reduce of [n + 1, h] for the embedding, those of the layers, and with
+        sequence parallelism an all-gather of [n*k, h].
         """
         n, k = positions.shape
         mask_token = anchor_token_ids.new_full((1,), self.shape.mask_token_id)
         embedded = self.embed_tokens(torch.cat([anchor_token_ids, mask_token]))  # [n + 1, h]
-        hidden = torch.cat(
-            [embedded[:n, None], embedded[n].expand(n, k - 1, -1)], dim=1
-        )  # [n, k, h]
+        source = torch.full_like(positions, n)  # a slot's row of `embedded`
+        source[:, 0] = torch.arange(n, device=positions.device)
+        hidden = embedded[self.rows.local(source.flatten())]  # [R, h], n*k rows or this rank's part
         rope = self.rotary(positions, hidden.dtype)
         for layer, layer_kv in zip(self.layers, context_kv, strict=True):
             hidden = layer(hidden, layer_kv, attend, rope)
-        return self.final_layernorm(hidden)
+        hidden = self.final_layernorm(hidden)
+        return self.rows.whole(hidden, n * k).view(n, k, -1)
 
     def forward(
         self,

@@ -3,13 +3,13 @@
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
 from dspark_megatron.model.attention import (
     ContextInjectionAttention,
     ContextInjectionAttentionSubmodules,
 )
 from dspark_megatron.model.draft_layer import DraftLayer, DraftLayerSubmodules
+from dspark_megatron.model.rms_norm import RMSNorm
 
 
 def local_layer_spec() -> ModuleSpec:
@@ -18,14 +18,14 @@ def local_layer_spec() -> ModuleSpec:
         linear_q=ColumnParallelLinear,
         linear_kv=ColumnParallelLinear,
         linear_proj=RowParallelLinear,
-        q_layernorm=WrappedTorchNorm,
-        k_layernorm=WrappedTorchNorm,
+        q_layernorm=RMSNorm,
+        k_layernorm=RMSNorm,
     )
     mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     layer = DraftLayerSubmodules(
-        input_layernorm=WrappedTorchNorm,
+        input_layernorm=RMSNorm,
         self_attention=ModuleSpec(module=ContextInjectionAttention, submodules=attention),
-        pre_mlp_layernorm=WrappedTorchNorm,
+        pre_mlp_layernorm=RMSNorm,
         mlp=ModuleSpec(module=MLP, submodules=mlp),
     )
     return ModuleSpec(module=DraftLayer, submodules=layer)

@@ -8,14 +8,18 @@ from dspark_megatron.shape import DraftShape
 
 
 def transformer_config(
-    shape: DraftShape, *, tp_size: int, params_dtype: torch.dtype
+    shape: DraftShape,
+    *,
+    tp_size: int,
+    params_dtype: torch.dtype,
+    sequence_parallel: bool = False,
 ) -> TransformerConfig:
     """A Qwen3-style decoder: RMSNorm, SwiGLU, grouped-query attention, q/k norm, no biases.
 
     Megatron-Core allocates the weights and leaves them as they are: `parameter_init` fills them by
     name, so that they do not depend on the layout. `calculate_per_token_loss` makes Megatron's
     data-parallel reduction a plain sum, since the loss is already divided by the weight of the
-    whole step.
+    whole step. On one rank there is no row to split, so `sequence_parallel` means nothing there.
     """
     return TransformerConfig(
         num_layers=shape.num_layers,
@@ -33,6 +37,7 @@ def transformer_config(
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=tp_size,
+        sequence_parallel=sequence_parallel and tp_size > 1,
         params_dtype=params_dtype,
         bf16=params_dtype == torch.bfloat16,
         init_method=_leave,

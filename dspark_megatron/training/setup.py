@@ -122,6 +122,7 @@ def build_draft(plan: RunPlan, runtime: Runtime) -> DSparkDraftModel:
         attention_backend=plan.config.model.attention_backend,
         attention_group_size=plan.config.model.attention_group_size,
         recompute_activations=plan.config.train.recompute_activations,
+        sequence_parallel=plan.config.parallel.sequence_parallel,
     )
     model.init_weights(seed=plan.config.train.seed, std=plan.config.model.initializer_range)
     model.load_frozen_replicas(*_frozen_rows(plan, model))

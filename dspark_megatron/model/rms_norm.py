@@ -1,0 +1,14 @@
+"""PyTorch's RMSNorm in the shape that Megatron-Core's layer specs ask for."""
+
+import torch
+from megatron.core.transformer import TransformerConfig
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """Runs anywhere. Megatron-Core's own wrapper of it refuses sequence parallelism, where all it
+    takes is a mark: each rank has the weight's gradient of its rows alone, and Megatron sums the
+    gradients of marked parameters over the tensor-parallel ranks."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__(hidden_size, eps=eps)
+        self.weight.sequence_parallel = config.sequence_parallel
