@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # What must hold on every supported Megatron-Core; the rest does not depend on its version.
 CORE_TESTS := tests/test_head_loss.py tests/test_draft_model.py tests/test_training.py \
-	tests/test_initial_checkpoint.py tests/test_sharded_target.py
+	tests/test_initial_checkpoint.py tests/test_sharded_target.py tests/test_overlap.py
 
 .PHONY: quickstart test test-core lint format clean
 

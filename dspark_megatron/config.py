@@ -250,6 +250,12 @@ class OptimizerConfig:
     """Largest gradient norm; 0 means no clipping."""
     use_distributed_optimizer: bool = True
     """Shard optimizer state and fp32 main weights over data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce a bucket of gradients over data-parallel ranks as soon as it is full, while the
+    backward pass of the step's last micro-batch goes on."""
+    gradient_accumulation_fusion: bool = False
+    """Add weight gradients to the fp32 buckets inside the matrix product. Needs a GPU and Apex's
+    extension `fused_weight_gradient_mlp_cuda`."""
 
     def validate(self) -> None:
         _positive("optimizer.lr", self.lr)
@@ -375,6 +381,14 @@ class Config:
         require(
             any(getattr(loss, name) > 0 for name in terms),
             f"there is nothing to learn: one of loss.{', loss.'.join(terms)} must be > 0",
+        )
+        require(
+            not self.optimizer.overlap_grad_reduce
+            or not self.model.enable_confidence_head
+            or loss.confidence_head_alpha > 0,
+            "optimizer.overlap_grad_reduce waits for the gradient of every weight, and the "
+            "confidence head gets none: loss.confidence_head_alpha is 0; set "
+            "model.enable_confidence_head=false or optimizer.overlap_grad_reduce=false",
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -37,7 +37,8 @@ def main(argv: list[str] | None = None) -> None:
         plan = check_run(config, job.world_size)
         check_batch_size(config.train, plan.dp_size)
         check_training_device(config)
-        runtime = start(job, config.parallel.tensor_parallel)
+        tensor_parallel = config.parallel.tensor_parallel
+        runtime = start(job, tensor_parallel, shards_target=plan.target_shards > 1)
         from dspark_megatron.training.loop import train
 
         train(plan, runtime)

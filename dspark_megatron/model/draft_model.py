@@ -67,6 +67,7 @@ class DSparkDraftModel(MegatronModule):
         attention_group_size: int = 16,
         recompute_activations: bool = False,
         sequence_parallel: bool = False,
+        gradient_accumulation_fusion: bool = False,
         layer_spec: ModuleSpec | None = None,
     ) -> None:
         tp_size = tp_group.size()
@@ -75,6 +76,7 @@ class DSparkDraftModel(MegatronModule):
             tp_size=tp_size,
             params_dtype=params_dtype,
             sequence_parallel=sequence_parallel,
+            gradient_accumulation_fusion=gradient_accumulation_fusion,
         )
         super().__init__(config)
         self.shape = shape

@@ -13,6 +13,7 @@ def transformer_config(
     tp_size: int,
     params_dtype: torch.dtype,
     sequence_parallel: bool = False,
+    gradient_accumulation_fusion: bool = False,
 ) -> TransformerConfig:
     """A Qwen3-style decoder: RMSNorm, SwiGLU, grouped-query attention, q/k norm, no biases.
 
@@ -43,8 +44,7 @@ def transformer_config(
         init_method=_leave,
         output_layer_init_method=_leave,
         calculate_per_token_loss=True,
-        # Weight gradients go through .grad; fused accumulation needs Apex or Transformer Engine.
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=gradient_accumulation_fusion,
     )
 
 

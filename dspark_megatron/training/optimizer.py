@@ -23,6 +23,7 @@ def wrap_data_parallel(model: DSparkDraftModel, config: OptimizerConfig) -> Any:
         ddp_config=DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=config.use_distributed_optimizer,
+            overlap_grad_reduce=config.overlap_grad_reduce,
             check_for_nan_in_grad=True,
         ),
         module=model,

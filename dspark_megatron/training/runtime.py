@@ -132,11 +132,25 @@ def _watch(job: Launch, done: threading.Event) -> None:
             _exit()
 
 
-def start(job: Launch, tensor_parallel: int) -> Runtime:
+def order_kernels(tensor_parallel: int, *, shards_target: bool) -> None:
+    """Set CUDA_DEVICE_MAX_CONNECTIONS=1 where it helps, unless the user has set it; before a GPU is
+    used.
+
+    The backward pass of Megatron's split linears starts a collective and then the product that
+    hides it, and a GPU is sure to take them up in that order through one connection only. Weights
+    of a sharded target are fetched ahead on another stream, which one connection would hold up.
+    """
+    if tensor_parallel > 1 and not shards_target:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
+def start(job: Launch, tensor_parallel: int, *, shards_target: bool = False) -> Runtime:
     """Join all ranks and make Megatron-Core's tensor- and data-parallel groups.
 
     NCCL on the GPU of `local_rank` where CUDA is available, gloo on the CPU otherwise.
+    shards_target: the frozen target's weights travel between data-parallel ranks.
     """
+    order_kernels(tensor_parallel, shards_target=shards_target)
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 

@@ -3,6 +3,7 @@
 `check_run` comes first and costs nothing: every rule that needs no weights is tried there.
 """
 
+import importlib.util
 import os
 import shutil
 from dataclasses import dataclass
@@ -59,6 +60,11 @@ class RunPlan:
         return target_fingerprint(self.config.target.path)
 
     @property
+    def target_shards(self) -> int:
+        """Data-parallel ranks that share one copy of the target."""
+        return target_shards(self.config.target, self.dp_size)
+
+    @property
     def dtype(self) -> torch.dtype:
         return DTYPES[self.config.train.dtype]
 
@@ -89,7 +95,14 @@ def _check_memory_budget(config: Config, shape: DraftShape) -> None:
 
 def check_training_device(config: Config) -> None:
     """ConfigError if the settings cannot train on this machine; other commands may still use it."""
-    if torch.cuda.is_available():
+    has_gpu, extension = torch.cuda.is_available(), "fused_weight_gradient_mlp_cuda"
+    require(
+        not config.optimizer.gradient_accumulation_fusion
+        or (has_gpu and importlib.util.find_spec(extension) is not None),
+        f"optimizer.gradient_accumulation_fusion needs a GPU (found: {has_gpu}) and Apex's extension "
+        f"{extension}; install both or set optimizer.gradient_accumulation_fusion=false",
+    )
+    if has_gpu:
         return
     require(
         config.model.attention_backend != "flex",
@@ -123,6 +136,7 @@ def build_draft(plan: RunPlan, runtime: Runtime) -> DSparkDraftModel:
         attention_group_size=plan.config.model.attention_group_size,
         recompute_activations=plan.config.train.recompute_activations,
         sequence_parallel=plan.config.parallel.sequence_parallel,
+        gradient_accumulation_fusion=plan.config.optimizer.gradient_accumulation_fusion,
     )
     model.init_weights(seed=plan.config.train.seed, std=plan.config.model.initializer_range)
     model.load_frozen_replicas(*_frozen_rows(plan, model))
@@ -159,7 +173,7 @@ def build_target(
         plan.shape.target_layer_ids,
         tp_size=runtime.tp_group.size(),
         dp_size=runtime.dp_group.size(),
-        shards=target_shards(plan.config.target, runtime.dp_group.size()),
+        shards=plan.target_shards,
         device=runtime.device,
         with_last_hidden=with_last_hidden,
     )

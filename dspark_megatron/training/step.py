@@ -1,5 +1,6 @@
 """One optimizer step: target states, draft, loss and gradients of every micro-batch."""
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,11 @@ class MicroBatch:
 class GradientStep:
     """Gradients of a step's loss, and its metrics.
 
+    With `overlap_grad_reduce` Megatron reduces a bucket over data-parallel ranks when the last
+    backward pass has filled it. So on each rank the last pass must be one that learns; in a step
+    in which a rank has none, all of them reduce afterwards, since collectives must come in one
+    order.
+
     The loss of a step is `sum of weighted terms / sum of weights` over all micro-batches of all
     data-parallel ranks. The weights depend on the data alone, so the divisor is known before the
     first forward pass and gradients are simply summed. The other forms of `loss.normalization`
@@ -58,9 +64,35 @@ class GradientStep:
         """Leave the step's gradients in the model's buckets, reduced; add to `metrics`."""
         self.model.zero_grad_buffer()
         divisors = self._divisors(micro_batches)
-        for micro_batch, divisor in zip(micro_batches, divisors, strict=True):
-            self._forward_backward(micro_batch, divisor, metrics)
+        passes = list(zip(micro_batches, divisors, strict=True))
+        overlap = self.model.ddp_config.overlap_grad_reduce
+        if overlap:
+            passes.sort(key=lambda one: self._learns(one[0]))
+            overlap = self._on_every_rank(self._learns(passes[-1][0]))
+        with self.model.no_sync():
+            for one in passes[:-1]:
+                self._forward_backward(*one, metrics)
+        with contextlib.nullcontext() if overlap else self.model.no_sync():
+            self._forward_backward(*passes[-1], metrics)
+        self._start_reductions()
         finalize_model_grads([self.model])
+
+    def _learns(self, micro_batch: MicroBatch) -> bool:
+        return micro_batch.weight(self.draft_loss.slots) > 0
+
+    def _on_every_rank(self, flag: bool) -> bool:
+        """Whether all data-parallel ranks say so. One all-reduce of one number."""
+        tensor = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MIN, group=self.dp_group)
+        return bool(tensor.item())
+
+    def _start_reductions(self) -> None:
+        """Where Megatron has reductions started by the backward pass, start those of a step that
+        did not; Megatron itself starts those of the first."""
+        if self.model.ddp_config.overlap_grad_reduce:
+            for group in self.model.bucket_groups:
+                if group.grad_reduce_handle is None:
+                    group.start_grad_sync()
 
     def _divisors(self, micro_batches: list[MicroBatch]) -> list[float]:
         """One number for each micro-batch; 0 where there is nothing to learn. One all-reduce of a
