@@ -227,9 +227,14 @@ class ParallelConfig:
     sequence_parallel: bool = False
     """Split the rows of the draft's norms and residuals over the tensor-parallel ranks as well:
     less memory for activations, the same mathematics. On one rank there is nothing to split."""
+    expert_parallel: int = 1
+    """Ranks over which the experts of a mixture-of-experts target are spread, whole ones on each;
+    1: every expert is split over the tensor-parallel ranks. A multiple of tensor_parallel that
+    divides tensor_parallel x target.shard_across_data_parallel and the number of experts."""
 
     def validate(self) -> None:
         _positive("parallel.tensor_parallel", self.tensor_parallel)
+        _positive("parallel.expert_parallel", self.expert_parallel)
 
 
 @dataclass(kw_only=True)

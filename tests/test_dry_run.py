@@ -11,6 +11,7 @@ from dspark_megatron.config import ConfigError
 from dspark_megatron.config_file import load_config
 from dspark_megatron.target_folder import load_target_config
 from dspark_megatron.targets.footprint import target_bytes
+from dspark_megatron.targets.split import TargetSplit
 from dspark_megatron.training.dry_run import _local_parameters, describe_run, rank_memory
 from dspark_megatron.training.setup import check_run
 
@@ -131,9 +132,9 @@ PARAMETERS = {"qwen3-8b": 7.57e9, "llama-3.1-70b": 69.5e9, "llama-3.1-405b": 403
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_bytes_of_public_targets(name):
     config = load_target_config(PUBLIC / name)
-    whole = target_bytes(config, torch.bfloat16, tp_size=1, shards=1)
+    whole = target_bytes(config, torch.bfloat16, TargetSplit())
     assert whole / 2 == pytest.approx(PARAMETERS[name], rel=0.005)
-    part = target_bytes(config, torch.bfloat16, tp_size=8, shards=4)
+    part = target_bytes(config, torch.bfloat16, TargetSplit(8, 4, 4))
     assert part == pytest.approx(whole / 32, rel=0.001)
-    below = target_bytes(config, torch.bfloat16, tp_size=1, shards=1, last_layer=0)
+    below = target_bytes(config, torch.bfloat16, TargetSplit(), last_layer=0)
     assert below < whole / 8

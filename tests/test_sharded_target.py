@@ -57,7 +57,7 @@ def test_states_and_memory(pool, tiny_run, tmp_path, world, tp, shard, shards, w
         own_states,
         world=tp,
         tp=tp,
-        config=tiny_config(tiny_run, target={"shard_across_data_parallel": 1}),
+        config=tiny_config(tiny_run, parallel={"tensor_parallel": tp}),
         with_last_hidden=with_last_hidden,
     )
     for rank in ranks:

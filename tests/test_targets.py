@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from target_families import SIZES, save_target
 from tiny_target import VOCAB_SIZE, make_target, tiny_config
 
 from dspark_megatron.config import ConfigError
@@ -87,30 +88,6 @@ def test_layers_above_the_last_tap_are_dropped(pool, tiny_run, tmp_path, world, 
         assert part[1] == whole[1] - whole[2] and whole[2] > 0 and part[2] == 0
 
 
-def other_family(folder, model):
-    """Save a model of another family with the tiny tokenizer; returns its folder."""
-    from tiny import tiny_tokenizer
-
-    model.save_pretrained(folder)
-    tiny_tokenizer(VOCAB_SIZE).save_pretrained(folder)
-    return folder
-
-
-SIZES = dict(
-    vocab_size=VOCAB_SIZE,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=4,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    initializer_range=0.2,
-    max_position_embeddings=256,
-    pad_token_id=None,
-    bos_token_id=0,
-    eos_token_id=1,
-)
-
-
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("trap", ["logit scale", "bias in the head", "soft cap"])
 def test_targets_whose_logits_are_not_the_plain_head(pool, tiny_run, tmp_path, trap, tp):
@@ -125,7 +102,7 @@ def test_targets_whose_logits_are_not_the_plain_head(pool, tiny_run, tmp_path, t
     else:
         model = t.PhiForCausalLM(t.PhiConfig(**SIZES))
         torch.nn.init.normal_(model.lm_head.bias)
-    path = other_family(tmp_path / "target", model)
+    path = save_target(tmp_path / "target", model)
     config = tiny_config(
         tiny_run,
         target={"path": str(path), "attention": attention},
@@ -162,7 +139,7 @@ def test_a_sliding_window_takes_rejected_drafts_back(pool, tiny_run, tmp_path):
     import transformers as t
 
     model = t.MistralForCausalLM(t.MistralConfig(**SIZES, head_dim=8, sliding_window=5))
-    path = other_family(tmp_path / "target", model)
+    path = save_target(tmp_path / "target", model)
     config = tiny_config(tiny_run, target={"path": str(path)})
     taps, _, cached, _, _ = pool.run(tapped, world=1, tp=1, config=config)[0]
     torch.testing.assert_close(cached, taps[:1], rtol=1e-4, atol=1e-5)

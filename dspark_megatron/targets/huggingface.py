@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModel, DynamicCache
-from transformers.distributed import DistributedConfig
 
 from dspark_megatron.config import ConfigError, TargetConfig
 from dspark_megatron.targets.base import TargetStates
+from dspark_megatron.targets.split import TargetSplit
 
 
 class HuggingFaceTarget:
@@ -19,31 +19,21 @@ class HuggingFaceTarget:
         config: TargetConfig,
         target_layer_ids: tuple[int, ...],
         *,
-        tp_size: int,
-        dp_size: int,
-        shards: int = 1,
+        split: TargetSplit,
         device: torch.device,
         with_last_hidden: bool = True,
     ) -> None:
-        """shards: data-parallel ranks, neighbours, that share one copy of the weights: each layer
-        is gathered over them when it runs, and given back. with_last_hidden: false keeps no decoder
-        layer above the last tap, and states then lack the last hidden state; for objectives without
-        a teacher."""
-        split = {}
-        if tp_size > 1 or shards > 1:
-            sharding = {"fsdp_size": shards} if shards > 1 else {}
-            split["distributed_config"] = DistributedConfig(
-                tp_size=tp_size, dp_replicate_size=dp_size // shards, **sharding
-            )
+        """with_last_hidden: false keeps no decoder layer above the last tap, and states then lack
+        the last hidden state; for objectives without a teacher."""
         self.model = AutoModel.from_pretrained(
             config.path,
             dtype="auto" if config.dtype == "auto" else getattr(torch, config.dtype),
             attn_implementation=config.attention,
             local_files_only=True,
-            **split,
+            distributed_config=split.distributed_config(),
         )
         self.model.to(device).eval().requires_grad_(False)
-        self.lockstep = shards > 1
+        self.lockstep = split.lockstep
         self.device = device
         self._ids = target_layer_ids
         self._tapped: dict[int, Tensor] = {}

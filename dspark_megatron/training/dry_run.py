@@ -13,7 +13,6 @@ from dspark_megatron.shape import (
     DraftShape,
     check_batch_size,
     padded_vocab_size,
-    target_shards,
 )
 from dspark_megatron.targets.footprint import target_bytes
 from dspark_megatron.training.initial_weights import InitialWeights
@@ -63,8 +62,7 @@ def rank_memory(plan: RunPlan, target_dtype: torch.dtype) -> dict[str, int]:
         "frozen target": target_bytes(
             plan.target_config,
             target_dtype,
-            tp_size=tp,
-            shards=target_shards(config.target, dp_size),
+            plan.target_split,
             last_layer=None if config.needs_teacher else max(shape.target_layer_ids),
         ),
         "frozen embedding and head": vocab * (2 * shape.hidden_size + shape.markov_rank) * size,

@@ -29,7 +29,6 @@ from dspark_megatron.shape import (
     check_special_tokens,
     draft_shape,
     padded_vocab_size,
-    target_shards,
 )
 from dspark_megatron.target_folder import (
     load_target_config,
@@ -39,6 +38,7 @@ from dspark_megatron.target_folder import (
     target_fingerprint,
 )
 from dspark_megatron.targets.huggingface import HuggingFaceTarget
+from dspark_megatron.targets.split import TargetSplit, check_target_split
 from dspark_megatron.training.runtime import Runtime
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -60,9 +60,8 @@ class RunPlan:
         return target_fingerprint(self.config.target.path)
 
     @property
-    def target_shards(self) -> int:
-        """Data-parallel ranks that share one copy of the target."""
-        return target_shards(self.config.target, self.dp_size)
+    def target_split(self) -> TargetSplit:
+        return TargetSplit.of(self.config, self.dp_size)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -75,6 +74,7 @@ def check_run(config: Config, world_size: int, *, needs_tokenizer: bool = True) 
     target_config = load_target_config(config.target.path)
     shape = draft_shape(config.model, target_config)
     dp_size = check_layout(config, shape, target_config, world_size)
+    check_target_split(target_config, TargetSplit.of(config, dp_size))
     _check_memory_budget(config, shape)
     if not needs_tokenizer and not list(Path(config.target.path).glob("tokenizer*")):
         return RunPlan(config, target_config, shape, None, dp_size)
@@ -99,8 +99,8 @@ def check_training_device(config: Config) -> None:
     require(
         not config.optimizer.gradient_accumulation_fusion
         or (has_gpu and importlib.util.find_spec(extension) is not None),
-        f"optimizer.gradient_accumulation_fusion needs a GPU (found: {has_gpu}) and Apex's extension "
-        f"{extension}; install both or set optimizer.gradient_accumulation_fusion=false",
+        f"optimizer.gradient_accumulation_fusion needs a GPU (found: {has_gpu}) and Apex's "
+        f"extension {extension}; install both or set optimizer.gradient_accumulation_fusion=false",
     )
     if has_gpu:
         return
@@ -171,9 +171,7 @@ def build_target(
     return HuggingFaceTarget(
         plan.config.target,
         plan.shape.target_layer_ids,
-        tp_size=runtime.tp_group.size(),
-        dp_size=runtime.dp_group.size(),
-        shards=plan.target_shards,
+        split=plan.target_split,
         device=runtime.device,
         with_last_hidden=with_last_hidden,
     )

@@ -1,0 +1,141 @@
+"""How the target's weights are split over ranks, and what its family lets be split."""
+
+import fnmatch
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.distributed import DistributedConfig
+
+from dspark_megatron.config import Config, require
+from dspark_megatron.shape import target_shards
+
+
+@dataclass(frozen=True)
+class TargetSplit:
+    """Sizes of the groups that share the target's weights; data-parallel ranks of one group are
+    neighbours. Attention and dense layers: tp_size x shards. Experts: ep_size, and what is left of
+    those ranks shares each expert group's weights again."""
+
+    tp_size: int = 1
+    dp_size: int = 1
+    shards: int = 1
+    ep_size: int = 1
+
+    @classmethod
+    def of(cls, config: Config, dp_size: int) -> "TargetSplit":
+        parallel, shards = config.parallel, target_shards(config.target, dp_size)
+        return cls(parallel.tensor_parallel, dp_size, shards, parallel.expert_parallel)
+
+    @property
+    def lockstep(self) -> bool:
+        """Whether data-parallel ranks need each other in a forward pass: weights travel between
+        them, and with ep_size > tp_size tokens do, too."""
+        return self.shards > 1
+
+    @property
+    def expert_shards(self) -> int:
+        """Ranks that share the weights of the same experts."""
+        return self.tp_size * self.shards // self.ep_size
+
+    def distributed_config(self) -> DistributedConfig | None:
+        """Transformers' form of it; None where every rank holds the whole target."""
+        if self.tp_size == self.shards == 1:
+            return None
+        sharding = {"fsdp_size": self.shards} if self.shards > 1 else {}
+        return DistributedConfig(
+            tp_size=self.tp_size,
+            dp_replicate_size=self.dp_size // self.shards,
+            ep_size=self.ep_size,
+            **sharding,
+        )
+
+
+def meta_target(target_config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The base model on the meta device: it takes no memory."""
+    with torch.device("meta"):
+        return AutoModel.from_config(target_config, dtype=dtype)
+
+
+def check_target_split(target_config: PretrainedConfig, split: TargetSplit) -> None:
+    """ConfigError unless Transformers can split this family's weights so."""
+    if split.tp_size == split.ep_size == 1:
+        return
+    model = meta_target(target_config, torch.bfloat16)
+    family = target_config.model_type
+    require(
+        split.tp_size == 1 or bool(model.tp_plan),
+        f"Transformers has no tensor-parallel plan for the target's family ({family}); set "
+        "parallel.tensor_parallel=1 and split it with target.shard_across_data_parallel"
+        + (" and parallel.expert_parallel" if model.ep_plan else ""),
+    )
+    if split.ep_size > 1:
+        _check_experts(model, split)
+    else:
+        _check_packed(model, split.tp_size)
+
+
+def _check_experts(model: PreTrainedModel, split: TargetSplit) -> None:
+    experts = {
+        len(parameter)
+        for name, parameter in model.named_parameters()
+        if style_of(name, model.ep_plan) == "grouped_gemm"
+    }
+    family, ep = model.config.model_type, split.ep_size
+    require(
+        bool(experts),
+        f"parallel.expert_parallel ({ep}) needs a mixture-of-experts target that Transformers has "
+        f"an expert-parallel plan for, and this one ({family}) is not; set "
+        "parallel.expert_parallel=1",
+    )
+    tp, ranks = split.tp_size, split.tp_size * split.shards
+    counts = " and ".join(map(str, sorted(experts)))
+    good = [
+        n
+        for n in range(1, ranks + 1)
+        if (n == 1 or n % tp == 0) and ranks % n == 0 and not any(count % n for count in experts)
+    ]
+    require(
+        ep in good,
+        f"parallel.expert_parallel ({ep}) must be a multiple of parallel.tensor_parallel ({tp}) "
+        f"that divides the number of experts ({counts}) and the ranks that share one copy of the "
+        f"target ({ranks} = parallel.tensor_parallel {tp} x target.shard_across_data_parallel "
+        f"{split.shards}); sizes that work here: {good}",
+    )
+
+
+def _check_packed(model: PreTrainedModel, tp: int) -> None:
+    """Two matrices in one (gate and up) split only evenly."""
+    for name, parameter in model.named_parameters():
+        style = style_of(name, model.tp_plan)
+        if style.startswith("packed") and parameter.dim() > 1:
+            size = parameter.shape[split_dimension(style, parameter)] // 2
+            good = [n for n in range(1, tp + 1) if size % n == 0]
+            require(
+                size % tp == 0,
+                f"the width of the target's experts ({size}, {name}) must be divisible by "
+                f"parallel.tensor_parallel ({tp}), or experts stay whole with "
+                f"parallel.expert_parallel; tensor-parallel sizes that work here: {good}",
+            )
+
+
+def style_of(name: str, plan: dict[str, str] | None) -> str:
+    """How a plan splits a parameter, by its own name or its module's; "" if it does not."""
+    for candidate in (name, name.rpartition(".")[0]):
+        for pattern, style in (plan or {}).items():
+            if fnmatch.fnmatchcase(candidate, pattern):
+                return style
+    return ""
+
+
+def split_dimension(style: str, parameter: nn.Parameter) -> int | None:
+    """Which dimension a tensor-parallel style splits; None for none. Experts are stacked on one
+    more, in front."""
+    if style.startswith("embedding_rowwise"):
+        return 0
+    if "rowwise" in style:
+        return parameter.dim() - 1 if parameter.dim() > 1 else None
+    if "colwise" in style:
+        return max(parameter.dim() - 2, 0)
+    return None
