@@ -52,17 +52,11 @@ def draft_shape(model: ModelConfig, target_config: Any) -> DraftShape:
     text = target_config.get_text_config()
     _check_layer_ids(model.target_layer_ids, text.num_hidden_layers)
     _check_mask_token(model.mask_token_id, text)
-    heads = model.num_attention_heads or text.num_attention_heads
-    kv_heads = model.num_key_value_heads or getattr(text, "num_key_value_heads", None) or heads
-    require(
-        heads % kv_heads == 0,
-        f"query heads ({heads}) must be divisible by key/value heads ({kv_heads})",
-    )
-    head_dim = model.head_dim or getattr(text, "head_dim", None) or text.hidden_size // heads
+    heads, kv_heads, head_dim = _draft_heads(model, text)
     with_markov = model.enable_confidence_head and model.confidence_head_with_markov
     return DraftShape(
         hidden_size=text.hidden_size,
-        ffn_hidden_size=model.ffn_hidden_size or text.intermediate_size,
+        ffn_hidden_size=model.ffn_hidden_size or _dense_width(text),
         num_layers=model.num_layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
@@ -82,6 +76,50 @@ def draft_shape(model: ModelConfig, target_config: Any) -> DraftShape:
     )
 
 
+def _draft_heads(model: ModelConfig, text: Any) -> tuple[int, int, int]:
+    """Query heads, key/value heads and head width of the draft: the target's own where it has
+    such heads."""
+    names = ("num_attention_heads", "num_key_value_heads", "head_dim")
+    chosen = [getattr(model, name) for name in names]
+    if _has_latent_attention(text):
+        require(
+            None not in chosen,
+            "the target's latent attention (MLA) has no key/value heads that the draft could take "
+            f"over; set model.{', model.'.join(names)}, for example to "
+            f"{max(1, text.hidden_size // 128)}, 8 and 128",
+        )
+    heads = chosen[0] or text.num_attention_heads
+    kv_heads = chosen[1] or getattr(text, "num_key_value_heads", None) or heads
+    require(
+        heads % kv_heads == 0,
+        f"query heads ({heads}) must be divisible by key/value heads ({kv_heads})",
+    )
+    return (
+        heads,
+        kv_heads,
+        chosen[2] or getattr(text, "head_dim", None) or (text.hidden_size // heads),
+    )
+
+
+def _has_latent_attention(text: Any) -> bool:
+    return getattr(text, "kv_lora_rank", None) is not None
+
+
+def _dense_width(text: Any) -> int:
+    """Width of the target's dense FFN layers."""
+    width, hidden_size = getattr(text, "intermediate_size", None), text.hidden_size
+    plans = (getattr(text, f"base_model_{kind}_plan", None) or {} for kind in ("tp", "ep"))
+    has_experts = any("experts" in name for plan in plans for name in plan)
+    of_experts = has_experts and getattr(text, "moe_intermediate_size", None) is None
+    require(
+        isinstance(width, int) and not of_experts,
+        f"the target's intermediate_size ({width}) must be the width of a dense layer for the "
+        f"draft to take it over{', and is that of one expert' if of_experts else ''}; set "
+        f"model.ffn_hidden_size, for example to 3 x hidden_size = {3 * hidden_size}",
+    )
+    return width
+
+
 def check_layout(config: Config, shape: DraftShape, target_config: Any, world_size: int) -> int:
     """Check the tensor-parallel splits of draft and target; returns the data-parallel size."""
     tp, text = config.parallel.tensor_parallel, target_config.get_text_config()
@@ -90,12 +128,10 @@ def check_layout(config: Config, shape: DraftShape, target_config: Any, world_si
         f"world size ({world_size}) must be divisible by parallel.tensor_parallel ({tp}); "
         f"launch a multiple of {tp} processes",
     )
-    splits = {
-        **_draft_splits(shape),
-        "the target's query heads": text.num_attention_heads,
-        "the target's key/value heads": getattr(text, "num_key_value_heads", None)
-        or text.num_attention_heads,
-    }
+    splits = {**_draft_splits(shape), "the target's query heads": text.num_attention_heads}
+    if not _has_latent_attention(text):
+        kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        splits["the target's key/value heads"] = kv_heads
     _check_splits(splits, tp, world_size)
     _check_vocabulary(shape, tp)
     target_shards(config.target, world_size // tp)
@@ -213,12 +249,14 @@ def _check_mask_token(mask_token_id: int | None, text: Any) -> None:
 def _rope_parameters(text: Any) -> dict[str, Any]:
     """The target's RoPE as a plain dict, without what the Qwen3-style draft does not apply."""
     rope = dict(getattr(text, "rope_parameters", None) or {})
+    # Where layers of several kinds have their own, the draft, whose attention is full, takes that.
+    rope = dict(rope.get("full_attention", rope))
     require(
         "rope_theta" in rope,
         "the target's config has no single rope_parameters with rope_theta "
         f"(found keys {sorted(rope)}); its positions are not the draft's RoPE",
     )
-    for key in ("partial_rotary_factor", "mrope_section", "mrope_interleaved"):
+    for key in ("type", "partial_rotary_factor", "mrope_section", "mrope_interleaved"):
         rope.pop(key, None)
     rope.setdefault("rope_type", "default")
     fixed = ("default", "linear", "llama3", "yarn")

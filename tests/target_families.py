@@ -59,3 +59,51 @@ def save_target(folder: Path, model: Any) -> Path:
     model.save_pretrained(folder)
     tiny_tokenizer(VOCAB_SIZE).save_pretrained(folder)
     return folder
+
+
+def make_multimodal(folder: Path, model_type: str) -> Path:
+    """Save a random model of images and text, whose vision tower has as many layers as its text
+    model; returns the folder."""
+    import transformers as t
+
+    text: dict[str, Any] = {**SIZES, "head_dim": 8}
+    tower = dict(num_hidden_layers=4, hidden_size=32, intermediate_size=48, num_attention_heads=4)
+    tower.update(image_size=16, patch_size=8)
+    qwen_tower = dict(depth=4, hidden_size=32, intermediate_size=48, num_heads=4, patch_size=4)
+    qwen_tower.update(out_hidden_size=32, deepstack_visual_indexes=[0], num_position_embeddings=16)
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    kinds: dict[str, Any] = {
+        "qwen3_vl": (t.Qwen3VLConfig, {"rope_parameters": rope}, qwen_tower, {}),
+        "qwen3_vl_moe": (
+            t.Qwen3VLMoeConfig,
+            {**FAMILIES["qwen3_moe"], "moe_intermediate_size": 24, "rope_parameters": rope},
+            qwen_tower,
+            {},
+        ),
+        "gemma3": (t.Gemma3Config, {"sliding_window": 6}, tower, {"mm_tokens_per_image": 4}),
+        "llava": (
+            t.LlavaConfig,
+            {"model_type": "llama"},
+            {**tower, "model_type": "clip_vision_model"},
+            {"image_token_index": 300},
+        ),
+    }
+    config_class, own, vision, rest = kinds[model_type]
+    config = config_class(text_config={**text, **own}, vision_config=vision, **rest)
+    torch.manual_seed(0)
+    model = t.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    save_target(folder, model)
+    if model_type == "qwen3_vl_moe":
+        _store_as_published(folder / "model.safetensors")
+    return folder
+
+
+def _store_as_published(path: Path) -> None:
+    """Qwen3-VL-MoE's own files have its experts' matrices the other way round."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        if ".experts." in name:
+            tensors[name] = tensor.transpose(1, 2).contiguous()
+    save_file(tensors, path, metadata={"format": "pt"})

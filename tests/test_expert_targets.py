@@ -33,6 +33,8 @@ CASES += [
     for layout in (LAYOUTS[0], LAYOUTS[1], LAYOUTS[-1])
 ]
 CASES += [("gpt_oss", *ONE_RANK), ("gpt_oss", 2, 1, 2, 2)]
+DRAFT = dict(num_attention_heads=8, num_key_value_heads=4, head_dim=8, ffn_hidden_size=48)
+"""What some families leave to the user."""
 ATTENTION = {"gpt_oss": "eager"}
 """Where a family has no `sdpa`."""
 
@@ -55,7 +57,7 @@ def test_states_and_memory(pool, tiny_run, tmp_path, family, world, tp, shards, 
 
     path = make_family(tmp_path / "target", family)
     attention = ATTENTION.get(family, "sdpa")
-    config = config_of(tiny_run, path, tp, shards, ep, attention=attention, model={"head_dim": 8})
+    config = config_of(tiny_run, path, tp, shards, ep, attention=attention, model=DRAFT)
     ranks = pool.run(own_states, world=world, tp=tp, config=config, with_last_hidden=True)
     model = AutoModel.from_pretrained(path, attn_implementation=attention)
     for ids, taps, last_hidden, _, _ in ranks:
@@ -126,4 +128,4 @@ def test_a_dense_target_has_no_experts(tiny_run, tmp_path):
 def test_a_family_without_a_tensor_parallel_plan(tiny_run, tmp_path):
     path = make_family(tmp_path / "target", "gpt_oss")
     with pytest.raises(ConfigError, match="no tensor-parallel plan.*gpt_oss.*shard_across"):
-        check_run(config_of(tiny_run, path, 2, 1, 1), 2)
+        check_run(config_of(tiny_run, path, 2, 1, 1, model=DRAFT), 2)

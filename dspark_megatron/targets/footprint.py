@@ -18,15 +18,17 @@ def target_bytes(
     """Bytes of the base model's weights on one rank, the largest part of each.
 
     Transformers' own plans of the family say what tensor and expert parallelism split; sharding
-    splits what is left on the first dimension. last_layer: the highest decoder layer that is kept,
-    None for all.
+    splits what is left on the first dimension. What no plan gives back after its use (the final
+    norm, a vision tower) is gathered in the first forward pass and stays, so it counts whole.
+    last_layer: the highest decoder layer that is kept, None for all.
     """
     model = meta_target(target_config, dtype)
     total = 0
     for name, parameter in model.named_parameters():
         if last_layer is not None and _layer_of(name) > last_layer:
             continue
-        size, shards = list(parameter.shape), split.shards
+        size = list(parameter.shape)
+        shards = split.shards if _is_given_back(name, model.fsdp_plan) else 1
         if split.ep_size > 1 and style_of(name, model.ep_plan):
             size[0], shards = size[0] // split.ep_size, split.expert_shards
         else:
@@ -36,6 +38,12 @@ def target_bytes(
         size[0] = math.ceil(size[0] / shards)
         total += math.prod(size) * parameter.dtype.itemsize
     return total
+
+
+def _is_given_back(name: str, plan: dict[str, str]) -> bool:
+    """Whether a module around the parameter frees its whole weights after each use."""
+    modules = [name[:i] for i, letter in enumerate(name) if letter == "."]
+    return any(style_of(module, plan) == "free_full_weight" for module in modules)
 
 
 def _layer_of(name: str) -> int:

@@ -4,10 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModel, DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from dspark_megatron.config import ConfigError, TargetConfig
 from dspark_megatron.targets.base import TargetStates
+from dspark_megatron.targets.loading import load_base_model
 from dspark_megatron.targets.split import TargetSplit
 
 
@@ -25,13 +26,7 @@ class HuggingFaceTarget:
     ) -> None:
         """with_last_hidden: false keeps no decoder layer above the last tap, and states then lack
         the last hidden state; for objectives without a teacher."""
-        self.model = AutoModel.from_pretrained(
-            config.path,
-            dtype="auto" if config.dtype == "auto" else getattr(torch, config.dtype),
-            attn_implementation=config.attention,
-            local_files_only=True,
-            distributed_config=split.distributed_config(),
-        )
+        self.model = load_base_model(config, split)
         self.model.to(device).eval().requires_grad_(False)
         self.lockstep = split.lockstep
         self.device = device
@@ -78,17 +73,17 @@ def layer_output(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
-    """The list of decoder layers, wherever the family keeps it."""
+def _decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
+    """The text model's list of decoder layers, wherever the family keeps it."""
     depth = model.config.get_text_config().num_hidden_layers
     lists = [
         module
-        for module in model.modules()
+        for module in model.get_decoder().modules()
         if isinstance(module, torch.nn.ModuleList) and len(module) == depth
     ]
     if len(lists) != 1:
         raise ConfigError(
             f"cannot tell the {depth} decoder layers of {type(model).__name__} apart: "
-            f"{len(lists)} module lists have that length"
+            f"{len(lists)} module lists of its text model have that length"
         )
     return lists[0]

@@ -5,7 +5,12 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 
 from dspark_megatron.config import ConfigError
 from dspark_megatron.ops.vocab_parallel import VocabShard
@@ -70,10 +75,12 @@ def _without_layers(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     text.num_hidden_layers = 0
     if getattr(text, "layer_types", None) is not None:
         text.layer_types = []
+    is_text_only = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    family = AutoModelForCausalLM if is_text_only else AutoModelForImageTextToText
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # every layer's tensors are reported as unexpected
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        return family.from_pretrained(
             folder, config=config, dtype=dtype, local_files_only=True, attn_implementation="eager"
         ).eval()
     finally:
