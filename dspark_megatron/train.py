@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
         check_batch_size(config.train, plan.dp_size)
         check_training_device(config)
         tensor_parallel = config.parallel.tensor_parallel
-        runtime = start(job, tensor_parallel, shards_target=plan.target_shards > 1)
+        runtime = start(job, tensor_parallel, shards_target=plan.target_split.lockstep)
         from dspark_megatron.training.loop import train
 
         train(plan, runtime)
