@@ -84,6 +84,10 @@ class ModelConfig:
     """Width of one attention head of the draft."""
     initializer_range: float = 0.02
     """Standard deviation of the initial weights; biases start at zero, norms at one."""
+    backend: str = "local"
+    """Classes of the draft's layers: `local` (Megatron-Core's own and PyTorch's RMSNorm, any
+    device), `transformer_engine` (needs the package and a GPU) or `auto` (the latter where it can
+    run). The same parameters and checkpoints."""
     attention_backend: str = "sdpa"
     """Attention of the draft in training: `sdpa` (grouped, any device) or `flex` (FlexAttention
     with a block mask; GPUs only)."""
@@ -95,6 +99,7 @@ class ModelConfig:
         for name in ("num_layers", "block_size", "num_anchors", "attention_group_size"):
             _positive(f"model.{name}", getattr(self, name))
         _one_of("model.markov_head_type", self.markov_head_type, ("vanilla", "gated", "rnn"))
+        _one_of("model.backend", self.backend, ("local", "transformer_engine", "auto"))
         _one_of("model.attention_backend", self.attention_backend, ("sdpa", "flex"))
         require(self.markov_rank >= 0, f"model.markov_rank ({self.markov_rank}) must be >= 0")
         require(

@@ -71,6 +71,7 @@ class ContextInjectionAttention(MegatronModule):
             bias=False,
             input_is_parallel=True,
             skip_bias_add=False,
+            is_expert=False,
             tp_group=tp_group,
         )
         norm = dict(config=config, hidden_size=width, eps=config.layernorm_epsilon)

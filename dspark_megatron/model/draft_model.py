@@ -32,6 +32,10 @@ from dspark_megatron.ops.rope import RotaryTable
 from dspark_megatron.ops.vocab_parallel import VocabShard
 from dspark_megatron.shape import DraftShape, padded_vocab_size
 
+BACKEND_DETAILS = ("_extra_state", "linear_fc1.layer_norm_weight")
+"""Ends of names that depend on the classes a layer is built from: the state of fp8 kernels, and a
+weight that goes by its name of the local backend, too."""
+
 ContextKV = list[tuple[Tensor, Tensor]]
 """Keys and values of the context for each layer, each [t, g/tp, d]."""
 
@@ -68,7 +72,7 @@ class DSparkDraftModel(MegatronModule):
         recompute_activations: bool = False,
         sequence_parallel: bool = False,
         gradient_accumulation_fusion: bool = False,
-        layer_spec: ModuleSpec | None = None,
+        spec: ModuleSpec | None = None,
     ) -> None:
         tp_size = tp_group.size()
         config = transformer_config(
@@ -108,7 +112,7 @@ class DSparkDraftModel(MegatronModule):
             tp_group=tp_group,
         )
         self.hidden_norm = RMSNorm(**norm)
-        spec = layer_spec or local_layer_spec()
+        spec = spec or local_layer_spec()
         build = dict(config=config, tp_group=tp_group, recompute_activations=recompute_activations)
         self.layers = torch.nn.ModuleList(
             build_module(spec, **build) for _ in range(shape.num_layers)
@@ -227,7 +231,8 @@ class DSparkDraftModel(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """Everything but the frozen replicas; loads at any tensor-parallel size."""
+        """Everything but the frozen replicas and what a backend adds; loads at any tensor-parallel
+        size and with any backend."""
         named = [(n, m) for n, m in self.named_children() if n not in ("layers", *FROZEN_REPLICAS)]
         for i, layer in enumerate(self.layers):
             named += [(f"layers.{i}.{name}", module) for name, module in layer.named_children()]
@@ -236,4 +241,4 @@ class DSparkDraftModel(MegatronModule):
             state |= sharded_state_dict_default(
                 module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=self.tp_group
             )
-        return state
+        return {key: value for key, value in state.items() if not key.endswith(BACKEND_DETAILS)}

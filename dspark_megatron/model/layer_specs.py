@@ -1,15 +1,49 @@
-"""Which Megatron-Core classes a draft layer is built from."""
+"""Which classes a draft layer is built from: Megatron-Core's own, or Transformer Engine's."""
 
+import importlib.util
+
+import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from dspark_megatron.config import require
 from dspark_megatron.model.attention import (
     ContextInjectionAttention,
     ContextInjectionAttentionSubmodules,
 )
 from dspark_megatron.model.draft_layer import DraftLayer, DraftLayerSubmodules
 from dspark_megatron.model.rms_norm import RMSNorm
+
+
+def layer_spec(backend: str) -> ModuleSpec:
+    """The draft layer of `model.backend`. Raises ConfigError where Transformer Engine is asked for
+    by name and cannot run."""
+    if backend == "local":
+        return local_layer_spec()
+    usable = transformer_engine_is_usable()
+    require(
+        usable or backend == "auto",
+        "model.backend 'transformer_engine' needs a GPU and the package transformer-engine (found: "
+        f"{torch.cuda.is_available()} and {_is_installed()}); install both or set "
+        "model.backend=local: a checkpoint moves between the two",
+    )
+    if not usable:
+        return local_layer_spec()
+    from dspark_megatron.model.transformer_engine_spec import transformer_engine_layer_spec
+
+    return transformer_engine_layer_spec()
+
+
+def transformer_engine_is_usable() -> bool:
+    return torch.cuda.is_available() and _is_installed()
+
+
+def _is_installed() -> bool:
+    try:
+        return importlib.util.find_spec("transformer_engine") is not None
+    except ValueError:  # hidden from Megatron-Core, as on a machine without a GPU
+        return False
 
 
 def local_layer_spec() -> ModuleSpec:

@@ -25,7 +25,7 @@ from dspark_megatron.conversion.megatron_checkpoint import (
     iteration_folder,
     read_meta,
 )
-from dspark_megatron.model.draft_model import FROZEN_REPLICAS, DSparkDraftModel
+from dspark_megatron.model.draft_model import BACKEND_DETAILS, FROZEN_REPLICAS, DSparkDraftModel
 
 _SHARDING = {
     # The only type of the distributed optimizer that loads at another TP and DP size.
@@ -35,8 +35,6 @@ _SHARDING = {
 }
 _SETTINGS = ("max_lr", "min_lr", "betas", "eps")
 """What a parameter group takes from the config, not from a checkpoint."""
-_EXTRA = "_extra_state"
-"""What Megatron-Core's linear layers save beside their weights; it is empty but for fp8."""
 _DEFAULTS = {"loss": asdict(LossConfig())}
 """By section of dspark.json: what a checkpoint means by a key that is younger than it is."""
 
@@ -95,7 +93,7 @@ def load_checkpoint(folder: Path, model: DSparkDraftModel, optimizer: Any | None
     missing = [
         name
         for name in result.missing_keys
-        if not name.startswith(FROZEN_REPLICAS) and not name.endswith(_EXTRA)
+        if not name.startswith(FROZEN_REPLICAS) and not name.endswith(BACKEND_DETAILS)
     ]
     if missing or result.unexpected_keys:
         raise ConfigError(
@@ -137,8 +135,6 @@ def check_same_run(folder: Path, meta: dict[str, Any]) -> None:
 def _sharded_state(model: DSparkDraftModel, optimizer: Any | None, *, is_loading: bool) -> dict:
     model_state = model.sharded_state_dict(metadata=dict(_SHARDING))
     if optimizer is None:
-        if is_loading:  # an import has none
-            model_state = {k: v for k, v in model_state.items() if not k.endswith(_EXTRA)}
         return {"model": model_state}
     optimizer_state = optimizer.sharded_state_dict(
         model_state, is_loading=is_loading, metadata=dict(_SHARDING)

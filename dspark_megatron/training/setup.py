@@ -22,6 +22,7 @@ from transformers import (
 
 from dspark_megatron.config import Config, ConfigError, require
 from dspark_megatron.model.draft_model import DSparkDraftModel
+from dspark_megatron.model.layer_specs import layer_spec, transformer_engine_is_usable
 from dspark_megatron.ops.chunk_budget import chunk_rows
 from dspark_megatron.shape import (
     DraftShape,
@@ -102,6 +103,7 @@ def check_training_device(config: Config) -> None:
         f"optimizer.gradient_accumulation_fusion needs a GPU (found: {has_gpu}) and Apex's "
         f"extension {extension}; install both or set optimizer.gradient_accumulation_fusion=false",
     )
+    layer_spec(config.model.backend)
     if has_gpu:
         return
     require(
@@ -127,6 +129,10 @@ def draft_identity(plan: RunPlan) -> dict[str, Any]:
 
 def build_draft(plan: RunPlan, runtime: Runtime) -> DSparkDraftModel:
     """The draft with weights from train.seed and the target's embedding and head."""
+    backend = plan.config.model.backend
+    if runtime.is_main and backend == "auto":
+        used = "transformer_engine" if transformer_engine_is_usable() else "local"
+        print(f"model.backend auto: {used}", flush=True)
     model = DSparkDraftModel(
         plan.shape,
         tp_group=runtime.tp_group,
@@ -137,6 +143,7 @@ def build_draft(plan: RunPlan, runtime: Runtime) -> DSparkDraftModel:
         recompute_activations=plan.config.train.recompute_activations,
         sequence_parallel=plan.config.parallel.sequence_parallel,
         gradient_accumulation_fusion=plan.config.optimizer.gradient_accumulation_fusion,
+        spec=layer_spec(backend),
     )
     model.init_weights(seed=plan.config.train.seed, std=plan.config.model.initializer_range)
     model.load_frozen_replicas(*_frozen_rows(plan, model))
