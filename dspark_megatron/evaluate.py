@@ -35,6 +35,7 @@ def _evaluate(job: Any, config: Any) -> None:
     from dspark_megatron.evaluation.report import table
     from dspark_megatron.evaluation.run import claim_file, evaluate_prompts, write_results
     from dspark_megatron.shape import target_shards
+    from dspark_megatron.targets.quantization import check_quantization
     from dspark_megatron.training.checkpointing import check_same_run
     from dspark_megatron.training.runtime import start
     from dspark_megatron.training.setup import check_run, draft_identity
@@ -42,6 +43,7 @@ def _evaluate(job: Any, config: Any) -> None:
     settings = config.evaluate
     require(bool(settings.prompt_files), "evaluate.prompt_files is empty; name a JSONL file")
     plan = check_run(config, job.world_size)
+    check_quantization(plan.target_config, plan.target_split)
     require(
         target_shards(config.target, plan.dp_size) == 1,
         "evaluation decodes other prompts on each data-parallel rank, so these cannot share a copy "

@@ -25,6 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     with launch() as job:
         from dspark_megatron.config_file import load_config
         from dspark_megatron.shape import check_batch_size
+        from dspark_megatron.targets.quantization import check_quantization
         from dspark_megatron.training.setup import check_run, check_training_device
 
         config = load_config(arguments.config, arguments.overrides)
@@ -37,6 +38,7 @@ def main(argv: list[str] | None = None) -> None:
         plan = check_run(config, job.world_size)
         check_batch_size(config.train, plan.dp_size)
         check_training_device(config)
+        check_quantization(plan.target_config, plan.target_split)
         tensor_parallel = config.parallel.tensor_parallel
         runtime = start(job, tensor_parallel, shards_target=plan.target_split.lockstep)
         from dspark_megatron.training.loop import train

@@ -5,6 +5,7 @@ import math
 import torch
 from transformers import PretrainedConfig
 
+from dspark_megatron.targets.quantization import quantization_method, quantizer_of
 from dspark_megatron.targets.split import TargetSplit, meta_target, split_dimension, style_of
 
 
@@ -14,15 +15,21 @@ def target_bytes(
     split: TargetSplit,
     *,
     last_layer: int | None = None,
-) -> int:
+    dequantized: bool = False,
+) -> int | None:
     """Bytes of the base model's weights on one rank, the largest part of each.
 
     Transformers' own plans of the family say what tensor and expert parallelism split; sharding
     splits what is left on the first dimension. What no plan gives back after its use (the final
     norm, a vision tower) is gathered in the first forward pass and stays, so it counts whole.
-    last_layer: the highest decoder layer that is kept, None for all.
+    last_layer: the highest decoder layer that is kept, None for all. dequantized: count a quantized
+    target as if it were not; else it is counted as it is saved, and None where that is not known.
     """
     model = meta_target(target_config, dtype)
+    if quantization_method(target_config) is not None and not dequantized:
+        if quantization_method(target_config) != "fp8":
+            return None  # the layers of other methods depend on packages and the machine
+        quantizer_of(target_config).preprocess_model(model=model, dtype=dtype)
     total = 0
     for name, parameter in model.named_parameters():
         if last_layer is not None and _layer_of(name) > last_layer:

@@ -72,6 +72,9 @@ def _without_layers(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     """The language-model class with embedding, final norm and head only, on the CPU."""
     config = load_target_config(folder)
     text = config.get_text_config()
+    for part in (config, text):  # what is left of the model is not quantized
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
     text.num_hidden_layers = 0
     if getattr(text, "layer_types", None) is not None:
         text.layer_types = []

@@ -15,6 +15,7 @@ from dspark_megatron.shape import (
     padded_vocab_size,
 )
 from dspark_megatron.targets.footprint import target_bytes
+from dspark_megatron.targets.quantization import quantization_method
 from dspark_megatron.training.initial_weights import InitialWeights
 from dspark_megatron.training.setup import DTYPES, RunPlan, check_run
 
@@ -41,13 +42,14 @@ def describe_run(config: Config, world_size: int) -> str:
     memory = rank_memory(plan, target_dtype)
     lines += [f"  {part:<34}{size / 2**30:9.3f}" for part, size in memory.items()]
     lines.append(f"  {'sum':<34}{sum(memory.values()) / 2**30:9.3f}")
+    lines += _quantization_note(plan, target_dtype, counted="frozen target" in memory)
     if plan.tokenizer is None:
         lines.append(f"not checked: the tokenizer, since {config.target.path} has none")
     return "\n".join(lines)
 
 
 def rank_memory(plan: RunPlan, target_dtype: torch.dtype) -> dict[str, int]:
-    """Bytes of a rank by part."""
+    """Bytes of a rank by part; without the target where its quantized size is not known."""
     config, shape, dp_size = plan.config, plan.shape, plan.dp_size
     tp = config.parallel.tensor_parallel
     size = DTYPES[config.train.dtype].itemsize
@@ -58,13 +60,9 @@ def rank_memory(plan: RunPlan, target_dtype: torch.dtype) -> dict[str, int]:
     target_size = target_dtype.itemsize
     shards = dp_size if config.optimizer.use_distributed_optimizer else 1
     states = 3 if size == 2 else 2  # fp32 main weights, where the weights are not fp32 themselves
+    target = _target_bytes(plan, target_dtype)
     return {
-        "frozen target": target_bytes(
-            plan.target_config,
-            target_dtype,
-            plan.target_split,
-            last_layer=None if config.needs_teacher else max(shape.target_layer_ids),
-        ),
+        **({} if target is None else {"frozen target": target}),
         "frozen embedding and head": vocab * (2 * shape.hidden_size + shape.markov_rank) * size,
         "draft weights": local * size,
         "draft gradients (fp32)": local * 4,
@@ -80,6 +78,29 @@ def _logits(config: Config, vocab_local: int) -> int:
     dtype, with_teacher = DTYPES[config.train.dtype], config.needs_teacher
     rows = chunk_rows(config.loss, vocab_local, dtype, with_teacher=with_teacher)
     return rows * row_bytes(vocab_local, dtype, with_teacher=with_teacher)
+
+
+def _target_bytes(plan: RunPlan, dtype: torch.dtype, *, dequantized: bool = False) -> int | None:
+    last_tap = max(plan.shape.target_layer_ids)
+    return target_bytes(
+        plan.target_config,
+        dtype,
+        plan.target_split,
+        last_layer=None if plan.config.needs_teacher else last_tap,
+        dequantized=dequantized,
+    )
+
+
+def _quantization_note(plan: RunPlan, dtype: torch.dtype, *, counted: bool) -> list[str]:
+    method = quantization_method(plan.target_config)
+    if method is None:
+        return []
+    how = "counted as it is saved" if counted else "not counted"
+    whole = _target_bytes(plan, dtype, dequantized=True) / 2**30
+    return [
+        f"the target is quantized ({method}), and {how}; where Transformers dequantizes it, for "
+        f"want of a GPU or a kernel, it takes {whole:.3f} GiB"
+    ]
 
 
 def _local_parameters(shape: DraftShape, tp: int) -> int:

@@ -162,10 +162,16 @@ def load_target_head(plan: RunPlan, draft: DSparkDraftModel, target: HuggingFace
 def _frozen_rows(plan: RunPlan, model: DSparkDraftModel) -> list[Tensor]:
     """This rank's rows of the target's embedding and LM head, as they are in its folder."""
     folder, shard = plan.config.target.path, model.vocab_shard
-    return [
-        read_rows(folder, name, shard.vocab_start_index, shard.vocab_end_index)
-        for name in shared_weights(folder)
-    ]
+    found = []
+    for name in shared_weights(folder):
+        rows = read_rows(folder, name, shard.vocab_start_index, shard.vocab_end_index)
+        require(
+            rows.is_floating_point() and rows.dtype.itemsize > 1,
+            f"{name} in {folder} is quantized ({rows.dtype}), and the draft reads it as it is; "
+            "save the target with its embedding and LM head in bfloat16 or float32",
+        )
+        found.append(rows)
+    return found
 
 
 def build_target(
