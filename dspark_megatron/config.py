@@ -37,6 +37,10 @@ class TargetConfig:
     """Data-parallel ranks that share one copy of the target's weights: each holds a part of its
     tensor-parallel slice, and a layer is whole only while it runs. 1: none do; a divisor of the
     data-parallel size; 0: all of them."""
+    max_tokens_per_forward: int | None = None
+    """Tokens that one forward pass of the target takes at most in training: a larger micro-batch
+    goes through it in several passes, a longer sample in pieces with a key/value cache. Null: all
+    at once."""
     check_teacher_logits: bool = True
     """Compare `lm_head(last_hidden)` with the target's own logits on the first batch at start."""
 
@@ -49,6 +53,8 @@ class TargetConfig:
             f"target.shard_across_data_parallel ({self.shard_across_data_parallel}) must be >= 0 "
             "(1: no sharding, 0: over all data-parallel ranks)",
         )
+        if self.max_tokens_per_forward is not None:
+            _positive("target.max_tokens_per_forward", self.max_tokens_per_forward)
 
 
 @dataclass(kw_only=True)

@@ -21,8 +21,8 @@ class Target(Protocol):
     """A frozen model, split over tensor-parallel ranks; all of them call together."""
 
     lockstep: bool
-    """Whether data-parallel ranks must call `states` equally often, too: the weights travel
-    between them."""
+    """Whether data-parallel ranks must call `states` equally often, too: the weights, or tokens on
+    their way to experts, travel between them."""
 
     def states(self, input_ids: Tensor) -> TargetStates:
         """States of right-padded sequences. input_ids [b, s]. No gradient."""

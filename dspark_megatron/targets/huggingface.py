@@ -3,12 +3,14 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from dspark_megatron.config import ConfigError, TargetConfig
 from dspark_megatron.targets.base import TargetStates
 from dspark_megatron.targets.loading import load_base_model
+from dspark_megatron.targets.passes import states_in_passes
 from dspark_megatron.targets.split import TargetSplit
 
 
@@ -21,15 +23,19 @@ class HuggingFaceTarget:
         target_layer_ids: tuple[int, ...],
         *,
         split: TargetSplit,
+        dp_group: dist.ProcessGroup,
         device: torch.device,
         with_last_hidden: bool = True,
     ) -> None:
-        """with_last_hidden: false keeps no decoder layer above the last tap, and states then lack
-        the last hidden state; for objectives without a teacher."""
+        """dp_group: the data-parallel ranks, of which some may share the target's weights.
+        with_last_hidden: false keeps no decoder layer above the last tap, and states then lack the
+        last hidden state; for objectives without a teacher."""
         self.model = load_base_model(config, split)
         self.model.to(device).eval().requires_grad_(False)
         self.lockstep = split.lockstep
         self.device = device
+        self._dp_group = dp_group
+        self._max_tokens = config.max_tokens_per_forward
         self._ids = target_layer_ids
         self._tapped: dict[int, Tensor] = {}
         self.layers = _decoder_layers(self.model)
@@ -41,7 +47,12 @@ class HuggingFaceTarget:
             self.layers[layer_id].register_forward_hook(self._keeper(layer_id))
 
     def states(self, input_ids: Tensor) -> TargetStates:
-        return self._run(input_ids, use_cache=False)
+        if self._max_tokens is None:
+            return self._run(input_ids, use_cache=False)
+        group = self._dp_group if self.lockstep else None
+        return states_in_passes(
+            input_ids.to(self.device), self._max_tokens, self._run_pieces, lockstep_group=group
+        )
 
     def new_cache(self) -> DynamicCache:
         cache = DynamicCache(config=self.model.config)
@@ -54,6 +65,12 @@ class HuggingFaceTarget:
 
     def forget(self, cache: DynamicCache, tokens: int) -> None:
         cache.crop(-tokens)
+
+    def _run_pieces(self, pieces: tuple[Tensor, ...]) -> list[TargetStates]:
+        if len(pieces) == 1:
+            return [self._run(pieces[0], use_cache=False)]
+        cache = DynamicCache(config=self.model.config)
+        return [self._run(piece, use_cache=True, past_key_values=cache) for piece in pieces]
 
     @torch.no_grad()
     def _run(self, input_ids: Tensor, **arguments: Any) -> TargetStates:

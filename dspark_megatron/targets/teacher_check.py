@@ -65,7 +65,8 @@ def _last_states(target: HuggingFaceTarget, input_ids: Tensor) -> tuple[Tensor, 
     )
     states = target.states(input_ids)
     hook.remove()
-    return kept[0], states.last_hidden
+    # In several passes it comes in pieces, and what follows them is another rank's need of passes.
+    return torch.cat(kept, dim=1)[:, : input_ids.shape[1]], states.last_hidden
 
 
 def _without_layers(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:

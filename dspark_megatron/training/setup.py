@@ -185,6 +185,7 @@ def build_target(
         plan.config.target,
         plan.shape.target_layer_ids,
         split=plan.target_split,
+        dp_group=runtime.dp_group,
         device=runtime.device,
         with_last_hidden=with_last_hidden,
     )
