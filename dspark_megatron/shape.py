@@ -94,11 +94,8 @@ def _draft_heads(model: ModelConfig, text: Any) -> tuple[int, int, int]:
         heads % kv_heads == 0,
         f"query heads ({heads}) must be divisible by key/value heads ({kv_heads})",
     )
-    return (
-        heads,
-        kv_heads,
-        chosen[2] or getattr(text, "head_dim", None) or (text.hidden_size // heads),
-    )
+    head_dim = chosen[2] or getattr(text, "head_dim", None) or text.hidden_size // heads
+    return heads, kv_heads, head_dim
 
 
 def _has_latent_attention(text: Any) -> bool:
