@@ -106,12 +106,17 @@ def _serve(rank: int, port: int, pipe: Any) -> None:
 
 def _join(store: Any, rank: int, world: int, tp: int) -> Any:
     from megatron.core import parallel_state
+    from torch.distributed.tensor._redistribute import clear_redistribute_planner_cache
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     from dspark_megatron.training.runtime import Launch, start
 
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+        # A mesh of the same shape counts as the same: what is kept of it would name lost groups.
+        _clear_sharding_prop_cache()
+        clear_redistribute_planner_cache()
     dist.init_process_group(
         "gloo",
         store=store,

@@ -85,8 +85,8 @@ def _in_words(target_config: PretrainedConfig) -> Iterator[None]:
     except (ImportError, RuntimeError, ValueError) as error:
         raise ConfigError(
             f"the target is quantized ({quantization_method(target_config)}), and this machine "
-            f"cannot run it: {str(error).rstrip('.')}. Install what is missing, or save the target dequantized and "
-            "set target.path to that folder"
+            f"cannot run it: {str(error).rstrip('.')}. Install what is missing, or save the target "
+            "dequantized and set target.path to that folder"
         ) from error
 
 
