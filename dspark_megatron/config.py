@@ -311,6 +311,9 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl."""
     save_every: int = 500
     """Steps between checkpoints; the last step is always saved."""
+    exit_duration_minutes: float | None = None
+    """Minutes since the launch after which the run ends its step, saves and exits, as on SIGTERM;
+    null: no limit."""
     keep_last: int = 3
     """Checkpoints kept; older ones are deleted after a newer one is complete."""
     resume: bool = True
@@ -334,6 +337,8 @@ class TrainConfig:
         for name in ("micro_batch_size", "global_batch_size", "log_every", "save_every"):
             _positive(f"train.{name}", getattr(self, name))
         _positive("train.keep_last", self.keep_last)
+        if self.exit_duration_minutes is not None:
+            _positive("train.exit_duration_minutes", self.exit_duration_minutes)
         _one_of("train.dtype", self.dtype, ("bfloat16", "float32"))
         require(self.seed >= 0, f"train.seed ({self.seed}) must be >= 0")
 

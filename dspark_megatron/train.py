@@ -1,6 +1,10 @@
 """Train a drafter: `torchrun --nproc-per-node N -m dspark_megatron.train --config FILE ...`."""
 
 import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dspark_megatron.training.stop_requests import StopRequests
 
 # Nothing heavy is imported here: distributed checkpointing spawns helper processes that import
 # this module again, and megatron must not be imported before the CPU support is installed.
@@ -20,6 +24,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
+    from dspark_megatron.training.stop_requests import stop_requests
+
+    with stop_requests() as stop:  # before the slow imports: from here on no signal is lost
+        run(arguments, stop)
+
+
+def run(arguments: argparse.Namespace, stop: "StopRequests") -> None:
     from dspark_megatron.training.runtime import launch, start
 
     with launch() as job:
@@ -43,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         runtime = start(job, tensor_parallel, shards_target=plan.target_split.lockstep)
         from dspark_megatron.training.loop import train
 
-        train(plan, runtime)
+        train(plan, runtime, stop)
 
 
 if __name__ == "__main__":

@@ -75,6 +75,7 @@ def test_overrides_are_typed(tmp_path):
         ("target.shard_across_data_parallel=-1", "must be >= 0"),
         ("evaluate.temperature=-1", "0 is greedy"),
         ("train.dtype=fp8", "must be one of bfloat16, float32"),
+        ("train.exit_duration_minutes=0", "train.exit_duration_minutes (0.0) must be > 0"),
     ],
 )
 def test_bad_values(tmp_path, override, message):

@@ -21,14 +21,21 @@ ROOT = Path(__file__).parent.parent
 CURVE = ("loss", "ce_loss", "l1_loss", "confidence_loss", "tau", "grad_norm", "learning_rate")
 
 
-def run_training(runtime, config):
+def run_training(runtime, config, minutes_ago=(), stopped=()):
+    """minutes_ago: when each rank was launched; stopped: ranks that have had a signal since."""
     from dspark_megatron.shape import check_batch_size
     from dspark_megatron.training.loop import train
     from dspark_megatron.training.setup import check_run
+    from dspark_megatron.training.stop_requests import stop_requests
 
     plan = check_run(config, runtime.world_size)
     check_batch_size(config.train, plan.dp_size)
-    train(plan, runtime)
+    with stop_requests() as stop:
+        if minutes_ago:
+            stop.started -= 60 * minutes_ago[runtime.rank]
+        if runtime.rank in stopped:
+            os.kill(os.getpid(), signal.SIGTERM)
+        train(plan, runtime, stop)
 
 
 def curve(output):
@@ -247,6 +254,42 @@ def test_a_log_interval_survives_a_stop_in_its_middle(pool, tiny_run, tmp_path):
             assert latest(output) == 10
         pool.run(run_training, world=2, tp=2, config=config)
     assert_same_curve(curve(runs["halted"]), curve(runs["whole"]))
+
+
+def status(output):
+    return Path(output, "run_status").read_text()
+
+
+def test_a_time_limit_that_one_rank_has_reached_stops_all_after_a_step(
+    pool, tiny_run, unbroken, tmp_path
+):
+    """Each start takes one step, however long it took to get there, and saves it."""
+    settings = {"output_dir": str(tmp_path), "iterations": 20, "log_every": 4}
+    limited = tiny_config(tiny_run, train={**settings, "exit_duration_minutes": 90.0})
+    for steps in (1, 2):
+        pool.run(run_training, world=2, tp=1, config=limited, minutes_ago=(0, 91))
+        assert (latest(tmp_path), status(tmp_path)) == (steps, "stopped\n")
+    pool.run(run_training, world=2, tp=1, config=limited, minutes_ago=(0, 0))
+    assert (latest(tmp_path), status(tmp_path)) == (20, "completed\n")
+    grad_norms = {row["iteration"]: row["grad_norm"] for row in curve(unbroken)}
+    assert curve(tmp_path)[-1]["grad_norm"] == pytest.approx(grad_norms[20], rel=1e-4)
+
+
+def test_a_signal_before_the_first_step_stops_all_ranks_there(pool, tiny_run, tmp_path):
+    config = tiny_config(tiny_run, train={"output_dir": str(tmp_path)})
+    pool.run(run_training, world=2, tp=2, config=config, stopped=(1,))
+    assert (latest(tmp_path), status(tmp_path)) == (0, "stopped\n")
+
+
+def test_a_lengthened_run_is_no_longer_complete(pool, tiny_run, unbroken, tmp_path):
+    assert status(unbroken) == "completed\n"
+    shutil.copytree(unbroken, tmp_path, dirs_exist_ok=True)
+    for iterations, stopped in ((40, (0,)), (20, (0,))):  # complete already: nothing to stop
+        config = tiny_config(
+            tiny_run, train={"output_dir": str(tmp_path), "iterations": iterations}
+        )
+        pool.run(run_training, world=1, tp=1, config=config, stopped=stopped)
+        assert status(tmp_path) == ("stopped\n" if iterations == 40 else "completed\n")
 
 
 def run_until_stopped(runtime, config, steps, number=signal.SIGTERM):

@@ -35,7 +35,7 @@ from dspark_megatron.training.optimizer import (
     build_scheduler,
     wrap_data_parallel,
 )
-from dspark_megatron.training.output import claim_output, write_config
+from dspark_megatron.training.output import claim_output, write_config, write_status
 from dspark_megatron.training.reporter import Reporter
 from dspark_megatron.training.runtime import Runtime
 from dspark_megatron.training.setup import (
@@ -45,15 +45,15 @@ from dspark_megatron.training.setup import (
     draft_identity,
 )
 from dspark_megatron.training.step import GradientStep, MicroBatch
-from dspark_megatron.training.stop_signals import stop_signals
+from dspark_megatron.training.stop_requests import StopReason, StopRequests
 
 _NO_MATHEMATICS = ("preset", "chunk_rows", "memory_budget_mb", "compile")
 """Keys of the loss section that a run may change on its way. What a preset stands for is written
 out in the other keys."""
 
 
-def train(plan: RunPlan, runtime: Runtime) -> None:
-    """Train until the last iteration or a stop signal; every rank calls it."""
+def train(plan: RunPlan, runtime: Runtime, stop: StopRequests) -> None:
+    """Train until the last iteration or until a rank is to stop; every rank calls it."""
     output_dir = Path(plan.config.train.output_dir)
     if runtime.is_main:
         claim_output(output_dir, plan.config)
@@ -61,7 +61,7 @@ def train(plan: RunPlan, runtime: Runtime) -> None:
     resume_from = _checkpoint_to_resume(plan, output_dir / "checkpoints", runtime)
     initial = InitialWeights.open(plan) if resume_from is None else None
     dataset = _load_data(plan, runtime)
-    Trainer(plan, runtime, dataset, output_dir, resume_from, initial).run()
+    Trainer(plan, runtime, dataset, output_dir, resume_from, initial).run(stop)
 
 
 class Trainer:
@@ -86,6 +86,7 @@ class Trainer:
         self.meta = {"format": FORMAT, **identity, **_export_settings(plan)}
         if runtime.is_main:
             write_config(output_dir, config)
+            write_status(output_dir, "running")
         self.sampler = StepSampler(
             len(dataset),
             self.settings.seed,
@@ -118,33 +119,42 @@ class Trainer:
             device=runtime.device,
         )
 
-    def run(self) -> None:
-        """Steps until the last iteration, saving on the way, at the end and on a stop signal."""
+    def run(self, stop: StopRequests) -> None:
+        """Steps until the last iteration, saving on the way, at the end and on a stop."""
         reporter = self._reporter()
         metrics, clock = self._open_metrics(), time.perf_counter()
-        with stop_signals() as signals:
-            while self.state.iteration < self.iterations:
-                grad_norm = self._train_step(metrics)
-                iteration = self.state.iteration
-                last = iteration == self.iterations
-                if reporter is not None:
-                    reporter.step()
-                if last or iteration % self.settings.log_every == 0:
-                    seconds = time.perf_counter() - clock
-                    self._log(reporter, metrics, grad_norm, seconds)
-                    metrics, clock = self._new_metrics(), time.perf_counter()
-                stop = self._any_rank(bool(signals))
-                if stop or last or iteration % self.settings.save_every == 0:
-                    self._save(metrics)
-                if stop:
-                    break
+        limit = self.settings.exit_duration_minutes
+        # One step is taken however long the start was: a run that is requeued must get on.
+        reason = self._agreed(stop.reason(None))
+        while not reason and self.state.iteration < self.iterations:
+            grad_norm = self._train_step(metrics)
+            iteration = self.state.iteration
+            last = iteration == self.iterations
+            if reporter is not None:
+                reporter.step()
+            if last or iteration % self.settings.log_every == 0:
+                seconds = time.perf_counter() - clock
+                self._log(reporter, metrics, grad_norm, seconds)
+                metrics, clock = self._new_metrics(), time.perf_counter()
+            reason = self._agreed(stop.reason(limit))
+            if reason or last or iteration % self.settings.save_every == 0:
+                self._save(metrics)
         if reporter is not None:
             reporter.close()
-        if self.state.iteration < self.iterations:
-            self._say(
-                f"stopped by a signal and saved iteration {self.state.iteration} of "
-                f"{self.iterations}; the same command continues from there"
-            )
+            self._report_end(reason)
+
+    def _report_end(self, reason: StopReason) -> None:
+        """On the main rank, after the last save."""
+        if self.state.iteration == self.iterations:
+            write_status(self.output_dir, "completed")
+            return
+        write_status(self.output_dir, "stopped")
+        limit = f"its time limit of {self.settings.exit_duration_minutes} minutes"
+        cause = "a signal" if reason == StopReason.SIGNAL else limit
+        self._say(
+            f"stopped by {cause} after iteration {self.state.iteration} of {self.iterations}; "
+            "nothing is lost: the same command continues from there"
+        )
 
     def _train_step(self, metrics: MetricSums) -> float:
         """One optimizer step; returns the gradient norm before clipping."""
@@ -210,11 +220,12 @@ class Trainer:
             self.dataset[0].input_ids[None],
         )
 
-    def _any_rank(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank. One all-reduce of one number over the world."""
-        tensor = torch.tensor(float(flag), device=self.runtime.device)
+    def _agreed(self, reason: StopReason) -> StopReason:
+        """The largest of all ranks' reasons: a signal may reach one node only, and clocks differ.
+        One all-reduce of one number over the world."""
+        tensor = torch.tensor(float(reason), device=self.runtime.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return bool(tensor.item())
+        return StopReason(int(tensor.item()))
 
     def _open_metrics(self) -> MetricSums:
         """The sums of the log interval that the run stands in. What a checkpoint kept of them is

@@ -31,6 +31,19 @@ def claim_output(output_dir: Path, config: Config) -> None:
 
 def write_config(output_dir: Path, config: Config) -> None:
     """Write the resolved config, once the run is sure to be this one."""
-    partial = output_dir / ".partial_config.yaml"
-    partial.write_text(config.to_yaml(), encoding="utf-8")
-    os.replace(partial, output_dir / "config.yaml")
+    _replace_text(output_dir / "config.yaml", config.to_yaml())
+
+
+def write_status(output_dir: Path, status: str) -> None:
+    """Say how the run stands, for who started it: torchrun passes no exit code of its ranks on.
+
+    `running` (also after a kill or a failure), `stopped` (saved; starting it again continues it)
+    or `completed` (the last iteration is saved).
+    """
+    _replace_text(output_dir / "run_status", f"{status}\n")
+
+
+def _replace_text(path: Path, text: str) -> None:
+    partial = path.with_name(f".partial_{path.name}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
