@@ -1,5 +1,6 @@
 """Two nodes of two ranks, each in a network namespace of its own, started by the launch script."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -24,7 +25,7 @@ from test_training import (
 )
 from tiny_target import tiny_config
 
-SECONDS = 120
+SECONDS = 240
 """For a start, or for an end: a hang is a failure (torchrun alone would wait 300)."""
 
 
@@ -60,7 +61,8 @@ def nodes():
     finally:
         for node in made:
             for pid in ip("netns", "pids", node.namespace, check=False).split():
-                psutil.Process(int(pid)).kill()
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    psutil.Process(int(pid)).kill()
             ip("netns", "delete", node.namespace, check=False)
 
 

@@ -124,7 +124,7 @@ class Trainer:
         reporter = self._reporter()
         metrics, clock = self._open_metrics(), time.perf_counter()
         limit = self.settings.exit_duration_minutes
-        # One step is taken however long the start was: a run that is requeued must get on.
+        # Signals only: with a limit shorter than its start, a requeued run would never get on.
         reason = self._agreed(stop.reason(None))
         while not reason and self.state.iteration < self.iterations:
             grad_norm = self._train_step(metrics)
