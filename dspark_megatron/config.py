@@ -242,9 +242,17 @@ class ParallelConfig:
     """Ranks over which the experts of a mixture-of-experts target are spread, whole ones on each;
     1: every expert is split over the tensor-parallel ranks. A multiple of tensor_parallel that
     divides tensor_parallel x target.shard_across_data_parallel and the number of experts."""
+    context_parallel: int = 1
+    """Always 1: a sample stays whole on its ranks."""
 
     def validate(self) -> None:
         _positive("parallel.tensor_parallel", self.tensor_parallel)
+        require(
+            self.context_parallel == 1,
+            f"parallel.context_parallel ({self.context_parallel}) must be 1: samples are not split. "
+            "For long samples set target.max_tokens_per_forward, parallel.sequence_parallel=true, "
+            "train.micro_batch_size=1 and more ranks of parallel.tensor_parallel",
+        )
         _positive("parallel.expert_parallel", self.expert_parallel)
 
 

@@ -73,6 +73,7 @@ def test_overrides_are_typed(tmp_path):
         ("train.epochs=1", "give exactly one of train.iterations (10) and train.epochs (1.0)"),
         ("loss.loss_decay_gamma=0", "must be > 0, or null"),
         ("target.shard_across_data_parallel=-1", "must be >= 0"),
+        ("parallel.context_parallel=2", "must be 1: samples are not split"),
         ("evaluate.temperature=-1", "0 is greedy"),
         ("train.dtype=fp8", "must be one of bfloat16, float32"),
         ("train.exit_duration_minutes=0", "train.exit_duration_minutes (0.0) must be > 0"),
