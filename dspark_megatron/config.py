@@ -249,9 +249,9 @@ class ParallelConfig:
         _positive("parallel.tensor_parallel", self.tensor_parallel)
         require(
             self.context_parallel == 1,
-            f"parallel.context_parallel ({self.context_parallel}) must be 1: samples are not split. "
-            "For long samples set target.max_tokens_per_forward, parallel.sequence_parallel=true, "
-            "train.micro_batch_size=1 and more ranks of parallel.tensor_parallel",
+            f"parallel.context_parallel ({self.context_parallel}) must be 1: samples are not split; "
+            "for long ones set target.max_tokens_per_forward, parallel.sequence_parallel=true and "
+            "train.micro_batch_size=1",
         )
         _positive("parallel.expert_parallel", self.expert_parallel)
 
