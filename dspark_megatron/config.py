@@ -246,11 +246,12 @@ class ParallelConfig:
     """Always 1: a sample stays whole on its ranks."""
 
     def validate(self) -> None:
+        size = self.context_parallel
         _positive("parallel.tensor_parallel", self.tensor_parallel)
         require(
-            self.context_parallel == 1,
-            f"parallel.context_parallel ({self.context_parallel}) must be 1: samples are not split; "
-            "for long ones set target.max_tokens_per_forward, parallel.sequence_parallel=true and "
+            size == 1,
+            f"parallel.context_parallel ({size}) must be 1: samples are not split. "
+            "For long ones set target.max_tokens_per_forward, parallel.sequence_parallel=true and "
             "train.micro_batch_size=1",
         )
         _positive("parallel.expert_parallel", self.expert_parallel)
