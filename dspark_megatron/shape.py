@@ -12,6 +12,9 @@ from dspark_megatron.config import (
     require,
 )
 
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Those that do not change with the sequence length."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DraftShape:
@@ -256,10 +259,9 @@ def _rope_parameters(text: Any) -> dict[str, Any]:
     for key in ("type", "partial_rotary_factor", "mrope_section", "mrope_interleaved"):
         rope.pop(key, None)
     rope.setdefault("rope_type", "default")
-    fixed = ("default", "linear", "llama3", "yarn")
     require(
-        rope["rope_type"] in fixed,
-        f"the target's rope_type ({rope['rope_type']!r}) must be one of {', '.join(fixed)}: "
+        rope["rope_type"] in ROPE_TYPES,
+        f"the target's rope_type ({rope['rope_type']!r}) must be one of {', '.join(ROPE_TYPES)}: "
         "the others change with the sequence length",
     )
     return rope

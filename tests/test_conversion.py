@@ -438,7 +438,18 @@ DAMAGE = {
         reconfigure,
         lambda c: c["dflash_config"].update(mask_token_id=31),
     ),
-    "rope_theta must be 10000.0, is 1.0": (reconfigure, lambda c: c.update(rope_theta=1.0)),
+    "rope_theta is 1.0 at the top level and 10000.0 in rope_parameters": (
+        reconfigure,
+        lambda c: c.update(rope_theta=1.0),
+    ),
+    "rope_scaling {'rope_type': 'yarn', 'factor': 4.0": (
+        reconfigure,
+        lambda c: c.update(rope_scaling={"rope_type": "yarn", "factor": 4.0}),
+    ),
+    "'rope_theta': 1.0} in config.json and {": (
+        reconfigure,
+        lambda c: [x.update(rope_theta=1.0) for x in (c, c["rope_parameters"])],
+    ),
     "in [0, 4]": (
         reconfigure,
         lambda c: [x.update(target_layer_ids=[0, 2, 5]) for x in (c, c["dflash_config"])],

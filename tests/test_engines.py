@@ -483,6 +483,14 @@ TRAPS = {
         {VLLM: "sliding_window_non_causal"},
     ),
     "rope scaling": (set_rope(rope_type="yarn", factor=4.0), {TRT: "yarn"}),
+    "other rope in the older keys": (
+        set_keys(rope_scaling={"type": "yarn", "factor": 4.0}),
+        dict.fromkeys(ALL, "rope_scaling {'factor': 4.0, 'rope_type': 'yarn'"),
+    ),
+    "other rope_theta": (
+        set_keys(rope_theta=5.0),
+        dict.fromkeys(ALL, "5.0 at the top level and 10000.0 in rope_parameters"),
+    ),
     "yarn in mlx": (
         all_of(set_rope(rope_type="yarn", factor=4.0), set_nested(projector_type=None)),
         {TRT: "yarn", MLX: "projector_type"},

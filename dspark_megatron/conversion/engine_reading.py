@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dspark_megatron.conversion.names import LATENT, LM_HEAD, hugging_face_shapes
+from dspark_megatron.conversion.rope_config import rope_differences
 from dspark_megatron.shape import DraftShape
 
 DEEPSPEC, VLLM, SGLANG, MLX, TRT = "DeepSpec", "vLLM", "SGLang", "mlx-dspark", "TensorRT-LLM"
@@ -317,6 +318,7 @@ def _rope_facts(r: Reading) -> dict[str, Any]:
     projector = r.get("dflash_config.projector_type")
     return {
         "partial rotary": _some([f"{x} {rope[x]}" for x in partial if rope[x] not in (None, 1)]),
+        "differing ropes": "; ".join(rope_differences(r.config)),
         "scaled rope": kind != "default" and str(kind),
         "yarn without projector_type": kind == "yarn" and projector != "dspark",
         "attention bias": bool(r.get("attention_bias")),

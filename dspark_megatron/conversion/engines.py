@@ -79,6 +79,7 @@ COMMON_PROBLEMS: Rules = (
     ("impossible ids", "needs layers that the target has, found {}"),
     ("mask token", "needs mask_token_id below vocab_size, found {}"),
     ("other width", "needs the target's hidden_size, found {}"),
+    ("differing ropes", "may read the other one of two RoPEs: {}; correct one"),
     ("not quantized", "builds quantized layers, the file has none; delete quantization_config"),
 )
 COMMON_WARNINGS: Rules = (

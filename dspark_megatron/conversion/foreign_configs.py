@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dspark_megatron.config import ConfigError, require
+from dspark_megatron.conversion.rope_config import rope_of_config
 
 Config = dict[str, Any]
 
@@ -184,20 +185,8 @@ def lifted(config: Config, target: TargetFacts | None) -> Config:
     if found.get("enable_confidence_head") is False:
         defaults["confidence_head_with_markov"] = False
     missing = {key: value for key, value in defaults.items() if found.get(key) is None}
-    return {**found, **missing, "rope_parameters": _rope_parameters(found)}
-
-
-def _rope_parameters(config: Config) -> Config | None:
-    """From either spelling, without what the draft's RoPE does not apply."""
-    rope = dict(config.get("rope_parameters") or {})
-    if not rope and config.get("rope_theta") is not None:
-        rope = {"rope_theta": config["rope_theta"], **(config.get("rope_scaling") or {})}
-    if "type" in rope:  # what `rope_type` was called
-        rope.setdefault("rope_type", rope.pop("type"))
-    for key in ("partial_rotary_factor", "mrope_section", "mrope_interleaved"):
-        rope.pop(key, None)
-    rope.setdefault("rope_type", "default")
-    return rope if "rope_theta" in rope else None
+    complete = {**found, **missing}
+    return {**complete, "rope_parameters": rope_of_config(complete)}
 
 
 def _some(config: Config, keys: tuple[str, ...]) -> Config:

@@ -98,6 +98,9 @@ def _type_problems(config: dict[str, Any]) -> list[str]:
         for key in sizes
         if type(config[key]) is int and config[key] < (key != "markov_rank")
     ]
+    eps = config["rms_norm_eps"]
+    if type(eps) in (int, float) and not 0 < eps < 1:
+        problems.append(f"rms_norm_eps ({eps}) must be in (0, 1)")
     ids = config["target_layer_ids"]
     if isinstance(ids, list) and any(type(i) is not int for i in ids):
         problems.append(f"target_layer_ids must hold integers, is {ids}")
