@@ -1,13 +1,15 @@
 """A run that starts from weights: another run's, an import's, or a draft folder's of any layout."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_training import assert_same_curve, curve, run_training
-from tiny_target import tiny_config
+from tiny_target import make_target, tiny_config
 
 from dspark_megatron.config import ConfigError
 from dspark_megatron.conversion.export import export_checkpoint
@@ -100,13 +102,45 @@ def test_another_block_size_may_start_from_it(pool, tiny_run, starts, tmp_path):
     [
         ("hf", {"model": {"markov_rank": 4}}, r"markov_rank \(8 there, 4 here\)"),
         ("run", {"model": {"target_layer_ids": [1, 2]}}, r"\[0, 2\] there, \[1, 2\] here"),
-        ("run", {"model": {"num_layers": 3}}, r"num_layers \(2 there, 3 here\)"),
+        ("run", {"model": {"num_layers": 3}}, r"num_layers \(2 there, 3 here\); set the model"),
     ],
 )
 def test_another_draft_is_refused_before_any_work(tiny_run, starts, form, sections, message):
     train = {"initial_checkpoint": str(starts[form])}
     with pytest.raises(ConfigError, match=message):
         describe_run(tiny_config(tiny_run, train=train, **sections), world_size=1)
+
+
+def test_what_the_target_gives_is_not_to_be_set(tiny_run, starts, tmp_path):
+    target = make_target(tmp_path / "wide", hidden_size=64)
+    sections = {"target": {"path": str(target)}, "train": {"initial_checkpoint": str(starts["hf"])}}
+    with pytest.raises(ConfigError, match="the target gives hidden_size, so use the one"):
+        describe_run(tiny_config(tiny_run, **sections), world_size=1)
+
+
+def refuse(pool, tiny_run, tmp_path, path, message, **sections):
+    with pytest.raises(AssertionError, match=message):
+        start_from(pool, tiny_run, tmp_path / "output", path, **sections)
+
+
+def test_a_draft_of_another_target_is_refused(pool, tiny_run, starts, tmp_path):
+    """Of the same shape, so that only its weights tell."""
+    other = {"path": str(make_target(tmp_path / "other", seed=1))}
+    for form, message in (
+        ("hf", "embed_tokens.weight differs from its source"),
+        ("run", "was trained for another target .fingerprint"),
+        ("import", "export the draft with --no-shared-weights"),
+    ):
+        refuse(pool, tiny_run, tmp_path, starts[form], message, target=other)
+    start_from(pool, tiny_run, tmp_path / "over", starts["specforge"], target=other)
+
+
+def test_values_that_are_not_finite_are_refused(pool, tiny_run, starts, tmp_path):
+    folder = shutil.copytree(starts["hf"], tmp_path / "draft")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["fc.weight"][0, :3] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    refuse(pool, tiny_run, tmp_path, folder, "fc.weight has 3 values that are not finite")
 
 
 def test_what_is_no_folder_is_refused(tiny_run):

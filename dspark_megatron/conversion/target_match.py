@@ -60,6 +60,12 @@ def difference(name: str, found: Tensor, source: Tensor) -> list[str]:
     return [f"{name} differs from its source"]
 
 
+def not_finite(name: str, tensor: Tensor) -> list[str]:
+    """A line if some of its values are infinite or no numbers."""
+    bad = int((~tensor.isfinite()).sum())
+    return [f"{name} has {bad} values that are not finite"] if bad else []
+
+
 def all_differences(folder: DraftFolder, tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
     """One line for each of the tensors that the folder holds otherwise."""
     return [line for name, x in tensors for line in difference(name, folder.tensor(name), x)]

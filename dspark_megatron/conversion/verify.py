@@ -16,6 +16,7 @@ from dspark_megatron.conversion.sidecar import SIDECAR, check_sidecar
 from dspark_megatron.conversion.sources import CheckpointSource
 from dspark_megatron.conversion.target_match import (
     all_differences,
+    not_finite,
     shape_problems,
     shared_problems,
     target_problems,
@@ -145,9 +146,7 @@ def _value_problems(folder: DraftFolder, dtype: torch.dtype) -> list[str]:
         tensor = folder.tensor(name)
         if tensor.dtype != dtype:
             problems.append(f"{name} must be {dtype}, is {tensor.dtype}")
-        if not tensor.isfinite().all():
-            bad = int((~tensor.isfinite()).sum())
-            problems.append(f"{name} has {bad} values that are not finite")
+        problems += not_finite(name, tensor)
     return problems
 
 
