@@ -231,7 +231,7 @@ def test_export_loads_strictly_and_verifies(tmp_path, target, shape):
     summary = verify_folder(out, checkpoint=run, target_dir=target)
     assert f"{len(found)} tensors" in summary[0] and "DeepSpec: loads" in summary
     assert sorted(p.name for p in out.iterdir()) == FILES
-    assert not list(tmp_path.glob("out.*"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "run", "target"]
 
 
 def test_export_in_bfloat16_is_a_cast(tmp_path, target, run):
@@ -303,10 +303,62 @@ def test_a_failed_export_leaves_the_earlier_one(tmp_path, target, run, monkeypat
         patch.setattr(CheckpointReader, "tensor", fail)
         export(run, target, out, force=True)
     assert (out / "model.safetensors").read_bytes() == before
-    assert not (tmp_path / "out.partial").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "run", "target"]
     export(run, target, out, force=True)
     assert (out / "model.safetensors").read_bytes() != before
-    assert not (tmp_path / "out.partial").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "run", "target"]
+
+
+def test_what_lies_beside_an_export_is_left_alone(tmp_path, target, run):
+    for name in ("out.partial", "out.replaced"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").touch()
+    (tmp_path / "out.probe").touch()
+    before = sorted(tmp_path.iterdir())
+    out = export(run, target, tmp_path / "out")
+    export(run, target, out, force=True)
+    assert sorted(tmp_path.iterdir()) == sorted([out, *before])
+    assert (tmp_path / "out.partial/mine").exists() and (tmp_path / "out.replaced/mine").exists()
+    assert out.stat().st_mode == (tmp_path / "out.partial").stat().st_mode
+
+
+def test_a_mount_point_is_refused_at_once(tmp_path, target, run, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: str(path) == str(out))
+    monkeypatch.setattr(CheckpointReader, "tensor", None)
+    with pytest.raises(ConfigError, match="out is a mount point.* choose one in it"):
+        export(run, target, out)
+    assert not list(out.iterdir())
+
+
+def test_a_rename_that_fails_at_the_end_brings_the_earlier_export_back(
+    tmp_path, target, run, monkeypatch
+):
+    out = export(run, target, tmp_path / "out")
+    before = (out / "config.json").read_bytes()
+    rename = Path.rename
+
+    def fail(self, to):
+        if self.name == "new":
+            raise OSError(16, "Device or resource busy")
+        return rename(self, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fail)
+        with pytest.raises(ConfigError, match="cannot put .*out in place: Device or resource busy"):
+            export(run, target, out, force=True, dtype=torch.float32)
+    assert (out / "config.json").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "run", "target"]
+
+
+def test_a_type_too_small_for_the_values(tmp_path, target):
+    big = torch.full((16, 48), 1e5)
+    run = write_checkpoint(tmp_path / "run", VANILLA, **{"fc.weight": big})
+    with pytest.raises(ConfigError, match="768 values that are not finite as float16; the source"):
+        export(run, target, tmp_path / "out", dtype=torch.float16)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "target"]
+    export(run, target, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -379,6 +379,9 @@ BAD = {
     "norm.weight has type torch.int32": lambda f: rewrite(
         f, lambda t: t.update({"norm.weight": t["norm.weight"].int()})
     ),
+    "norm.weight has 2 values that are not finite": lambda f: rewrite(
+        f, lambda t: t["norm.weight"][:2].fill_(torch.nan)
+    ),
     "embed_tokens.weight differs from its source": lambda f: rewrite(
         f, lambda t: t["embed_tokens.weight"][0].add_(1)
     ),
@@ -411,7 +414,7 @@ def test_a_bad_folder_is_refused_and_left_alone(tmp_path, target, draft, message
         with pytest.raises(ConfigError) as error:
             use()
         assert message in str(error.value)
-    assert not list(tmp_path.glob("imported*")) + list(tmp_path.glob("converted*"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["draft", "run", "target"]
     assert {path: path.read_bytes() for path in draft.iterdir()} == before
 
 
@@ -457,6 +460,17 @@ def test_an_import_never_writes_over_anything(tmp_path, target, draft):
     assert [path.name for path in taken.iterdir()] == ["mine"]
 
 
+def test_an_import_into_the_folder_where_one_stands(tmp_path, target, draft, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    (tmp_path / "here.partial").mkdir()
+    monkeypatch.chdir(here)
+    import_(draft, target, ".")
+    assert (here / "checkpoints/iter_0000000/.metadata").is_file()
+    names = ["draft", "here", "here.partial", "run", "target"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
 FULL_DISK = """
 import resource, signal, sys
 sys.path[:0] = sys.argv[4:]
@@ -487,7 +501,7 @@ def test_a_write_that_the_system_refuses_leaves_nothing(tmp_path, target, draft)
         capture_output=True,
     )
     assert done.stdout.count("refused: ") == 2, done.stdout + done.stderr
-    assert not list(tmp_path.glob("out*"))
+    assert not list(tmp_path.glob("*out*"))
 
 
 def test_temperatures_are_carried_along(tmp_path, target, draft):

@@ -5,7 +5,6 @@ draft always gives the same bytes.
 """
 
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from dspark_megatron.conversion.names import (
     hugging_face_shapes,
     raise_if_any,
 )
+from dspark_megatron.conversion.new_folder import new_folder
 from dspark_megatron.conversion.safetensors_writer import (
     TensorSpec,
     parse_size,
@@ -33,7 +33,11 @@ from dspark_megatron.conversion.safetensors_writer import (
 )
 from dspark_megatron.conversion.sidecar import SIDECAR, carry_sidecar, check_sidecar
 from dspark_megatron.conversion.sources import DraftSource
-from dspark_megatron.conversion.target_match import shape_problems, target_problems
+from dspark_megatron.conversion.target_match import (
+    not_finite,
+    shape_problems,
+    target_problems,
+)
 from dspark_megatron.shape import DraftShape
 from dspark_megatron.target_folder import (
     load_target_config,
@@ -80,11 +84,8 @@ def write_draft_folder(
     shard_limit = parse_size(options.max_shard_size)
     with_temperatures = check_sidecar(source.neighbours(), shape.block_size)
     _check_output(output_dir, options.force)
-    partial = output_dir.with_name(f"{output_dir.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        _write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
+    with new_folder(output_dir) as folder:
+        _write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
         names = hugging_face_shapes(shape, shared_weights=bool(shared))
         sizes = {layout.to_name(name): size for name, size in names.items()}
         verdicts = engine_verdicts(config, sizes, target_config=target_config)
@@ -97,18 +98,14 @@ def write_draft_folder(
             history=source.history(),
             with_temperatures=with_temperatures,
         )
-        _write_text(partial / "README.md", card)
-        carry_sidecar(source.neighbours(), partial)
+        _write_text(folder / "README.md", card)
+        carry_sidecar(source.neighbours(), folder)
         specs = {name: TensorSpec(size, dtype) for name, size in sizes.items()}
         tensors = map(
-            lambda item: (layout.to_name(item[0]), item[1].to(dtype)),  # keeps none of them
+            lambda item: (layout.to_name(item[0]), _cast(*item, dtype)),  # keeps none of them
             _tensors(source, target_dir, shared),
         )
-        write_safetensors(partial, tensors, specs, shard_limit)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    _put_in_place(partial, output_dir)
+        write_safetensors(folder, tensors, specs, shard_limit)
     return output_dir
 
 
@@ -122,6 +119,17 @@ def _tensors(
     yield from source.tensors()
     if shared:
         yield LM_HEAD, read_tensor(target_dir, shared[LM_HEAD])
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = tensor.to(dtype)
+    problems = not_finite(name, cast)
+    require(
+        not problems,
+        f"{''.join(problems)} as {str(dtype).removeprefix('torch.')}; the source has "
+        f"{int((~tensor.isfinite()).sum())}; choose a type that holds them, or another checkpoint",
+    )
+    return cast
 
 
 def _shared_names(shape: DraftShape, target_dir: Path) -> dict[str, str]:
@@ -147,11 +155,7 @@ def _check_output(output_dir: Path, force: bool) -> None:
     """Only an empty folder is written to; with `force` also one that holds nothing but what an
     export writes."""
     try:
-        output_dir.parent.mkdir(parents=True, exist_ok=True)
         names = {path.name for path in output_dir.iterdir()} if output_dir.exists() else set()
-        probe = output_dir.with_name(f"{output_dir.name}.probe")
-        probe.touch()
-        probe.unlink()
     except OSError as error:
         raise ConfigError(f"cannot write to {output_dir}: {error.strerror}") from error
     if not names:
@@ -172,12 +176,3 @@ def _holds_draft(folder: Path) -> bool:
     except ConfigError:
         return False
     return True
-
-
-def _put_in_place(partial: Path, output_dir: Path) -> None:
-    replaced = output_dir.with_name(f"{output_dir.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if output_dir.exists():
-        output_dir.rename(replaced)
-    partial.rename(output_dir)
-    shutil.rmtree(replaced, ignore_errors=True)

@@ -5,7 +5,6 @@ reads at every tensor-parallel size.
 """
 
 import json
-import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -24,11 +23,19 @@ from dspark_megatron.conversion.megatron_checkpoint import (
     FORMAT,
     META,
     TRACKER,
+    cause_of,
     iteration_folder,
 )
-from dspark_megatron.conversion.names import megatron_shapes, name_table, to_megatron
+from dspark_megatron.conversion.names import (
+    megatron_shapes,
+    name_table,
+    raise_if_any,
+    to_megatron,
+)
+from dspark_megatron.conversion.new_folder import new_folder
 from dspark_megatron.conversion.sidecar import carry_sidecar, check_sidecar
 from dspark_megatron.conversion.sources import FolderSource
+from dspark_megatron.conversion.target_match import not_finite
 from dspark_megatron.shape import DraftShape, check_draft_split, padded_vocab_size
 
 BACKEND = {
@@ -55,11 +62,11 @@ def import_folder(
     run does it; the checkpoint loads at other sizes, too. Raises ConfigError, before anything is
     written, for a folder that is no draft of this target, and when output_dir is not empty.
     """
-    folder = open_draft_folder(input_dir, target_dir, layout)
-    source, shape = FolderSource(folder), folder.shape
+    draft = open_draft_folder(input_dir, target_dir, layout)
+    source, shape = FolderSource(draft), draft.shape
     check_draft_split(shape, tensor_parallel)
-    check_sidecar(folder.path, shape.block_size)
-    run = Path(output_dir)
+    check_sidecar(draft.path, shape.block_size)
+    run = Path(output_dir).resolve()
     require(
         not run.exists() or (run.is_dir() and not any(run.iterdir())),
         f"{run} is there already and not empty; choose a new run folder",
@@ -67,33 +74,35 @@ def import_folder(
     meta = {
         "format": FORMAT,
         "shape": shape.to_dict(),
-        **folder.description.facts(),
+        **draft.description.facts(),
         "target_fingerprint": fingerprint(target_dir),
         "weights_only": True,
-        "imported_from": {"folder": folder.path.resolve().name, "layout": folder.layout.name},
+        "imported_from": {"folder": draft.path.resolve().name, "layout": draft.layout.name},
         "iteration": 0,
         "consumed_samples": 0,
         "open_metrics": [],
     }
-    partial = run.with_name(f"{run.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    checkpoint = iteration_folder(partial / "checkpoints", 0)
+
+    def get(name: str) -> Tensor:
+        tensor = draft.tensor(name)
+        raise_if_any(not_finite(name, tensor), str(draft.path))
+        return tensor
+
     try:
-        checkpoint.mkdir(parents=True)
-        padded = padded_vocab_size(shape.vocab_size, tensor_parallel)
-        _write_tensors(checkpoint, shape, folder.tensor, source.dtype(), padded)
-        (checkpoint / "metadata.json").write_text(json.dumps(BACKEND))
-        torch.save({}, checkpoint / "common.pt")
-        (checkpoint / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-        (checkpoint.parent / TRACKER).write_text("0\n")
-        carry_sidecar(folder.path, partial)
-        if run.exists():
-            run.rmdir()
-        partial.rename(run)
+        with new_folder(run) as folder:
+            checkpoint = iteration_folder(folder / "checkpoints", 0)
+            checkpoint.mkdir(parents=True)
+            padded = padded_vocab_size(shape.vocab_size, tensor_parallel)
+            _write_tensors(checkpoint, shape, get, source.dtype(), padded)
+            (checkpoint / "metadata.json").write_text(json.dumps(BACKEND))
+            torch.save({}, checkpoint / "common.pt")
+            (checkpoint / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+            (checkpoint.parent / TRACKER).write_text("0\n")
+            carry_sidecar(draft.path, folder)
     except (OSError, CheckpointException) as error:  # the latter is what a full disk becomes
-        raise ConfigError(f"cannot write {run}: {error}; nothing was kept") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(cause := cause_of(error), ConfigError | KeyboardInterrupt):
+            raise cause from None
+        raise ConfigError(f"cannot write {run}: {cause}; nothing was kept") from error
     return iteration_folder(run / "checkpoints", 0)
 
 

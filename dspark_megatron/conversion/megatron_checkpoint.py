@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as distributed_checkpoint
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from dspark_megatron.config import ConfigError, require
@@ -72,6 +73,14 @@ class _Storage(distributed_checkpoint.FileSystemReader):
         if self._kept is None:
             self._kept = super().read_metadata(*args, **kwargs)
         return self._kept
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What went wrong in a save or load of PyTorch's, which wraps it; others are their own."""
+    if not isinstance(error, CheckpointException):
+        return error
+    cause, _ = next(iter(error.failures.values()))
+    return cause
 
 
 def find_checkpoint(path: str | Path, iteration: int | None = None) -> Path:
