@@ -1,5 +1,6 @@
 """A run that starts from weights: another run's, an import's, or a draft folder's of any layout."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -155,9 +156,17 @@ def test_an_import_is_no_run_to_continue(pool, tiny_run, starts):
         pool.run(run_training, world=1, tp=1, config=config)
 
 
+IN_A_POD = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost"}
+"""What a launcher leaves in the environment; the tool is a job of its own all the same."""
+
+
 def convert(*arguments):
     done = subprocess.run(
-        [sys.executable, str(TOOL), *map(str, arguments)], text=True, capture_output=True
+        [sys.executable, str(TOOL), *map(str, arguments)],
+        text=True,
+        capture_output=True,
+        env={**os.environ, **IN_A_POD, "MASTER_PORT": "29999"},
+        timeout=120,
     )
     return done.returncode, done.stdout + done.stderr
 

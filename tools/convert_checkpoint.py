@@ -12,17 +12,20 @@
 import argparse
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from dspark_megatron.config import ConfigError, require
 from dspark_megatron.conversion.export import convert_folder, export_checkpoint
 from dspark_megatron.conversion.folder_writer import WriteOptions
+from dspark_megatron.conversion.foreign_configs import TargetFacts
 from dspark_megatron.conversion.import_draft import import_folder
 from dspark_megatron.conversion.layouts import LAYOUTS
 from dspark_megatron.conversion.verify import verify_folder
-from dspark_megatron.target_folder import target_fingerprint
+from dspark_megatron.target_folder import load_target_config, target_fingerprint
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -38,7 +41,7 @@ def options(args: argparse.Namespace) -> WriteOptions:
     )
 
 
-def export(args: argparse.Namespace) -> list[str]:
+def export(args: argparse.Namespace) -> Iterator[str]:
     output = export_checkpoint(
         args.checkpoint,
         args.target,
@@ -48,7 +51,8 @@ def export(args: argparse.Namespace) -> list[str]:
         fingerprint=target_fingerprint,
     )
     args.input = output
-    return verify(args)
+    yield f"wrote {output}"
+    yield from verify(args)
 
 
 def import_(args: argparse.Namespace) -> list[str]:
@@ -70,42 +74,44 @@ def convert(args: argparse.Namespace) -> list[str]:
     return [f"wrote {output}", *verify_folder(output, layout=args.layout, target_dir=args.target)]
 
 
-def verify(args: argparse.Namespace) -> list[str]:
+def verify(args: argparse.Namespace) -> Iterator[str]:
     with_logits = args.checkpoint is not None and not args.skip_logits
     require(
         args.target is not None or not with_logits,
         "comparing logits with the checkpoint needs --target: the embedding and LM head are there; "
         "give it, or --skip-logits",
     )
-    lines = verify_folder(
+    yield from verify_folder(
         args.input,
         layout=args.layout,
         checkpoint=args.checkpoint,
         target_dir=args.target,
         iteration=args.iteration,
     )
-    return lines + compare(args) if with_logits else lines
+    if with_logits:
+        yield from compare(args)
 
 
 def compare(args: argparse.Namespace) -> list[str]:
     """The logits of both sides; needs Megatron-Core and room for one whole draft in fp32."""
-    from dspark_megatron.training.runtime import launch, start
+    from dspark_megatron.training.runtime import Launch, prepare_megatron, start
 
-    with launch() as job:
-        from dspark_megatron.conversion.export import open_draft_folder
-        from dspark_megatron.conversion.logit_check import compare_logits
-        from dspark_megatron.conversion.megatron_checkpoint import (
-            CheckpointReader,
-            find_checkpoint,
-        )
-        from dspark_megatron.conversion.sources import CheckpointSource
+    prepare_megatron()
+    from dspark_megatron.conversion.draft_folder import DraftFolder
+    from dspark_megatron.conversion.logit_check import compare_logits
+    from dspark_megatron.conversion.megatron_checkpoint import CheckpointReader, find_checkpoint
+    from dspark_megatron.conversion.sources import CheckpointSource
 
-        runtime = start(job, 1)
+    runtime = start(Launch.alone(), 1)
+    try:
         source = CheckpointSource(
             CheckpointReader(find_checkpoint(args.checkpoint, args.iteration))
         )
-        folder = open_draft_folder(args.input, args.target, args.layout)
+        facts = TargetFacts.of(load_target_config(args.target), args.target.resolve().name)
+        folder = DraftFolder(args.input, args.layout, facts)
         return compare_logits(folder, source, args.target, tp_group=runtime.tp_group)
+    finally:
+        dist.destroy_process_group()
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -176,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
         for line in args.run(args):
-            print(line)
+            print(line, flush=True)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

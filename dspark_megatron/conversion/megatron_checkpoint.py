@@ -5,6 +5,7 @@ global shapes, whatever layout wrote it. `dspark.json` beside the tensors says w
 """
 
 import json
+import os
 import re
 import warnings
 from pathlib import Path
@@ -16,13 +17,17 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from dspark_megatron.config import ConfigError, require
+from dspark_megatron.config import require
+from dspark_megatron.conversion.checkpoint_metadata import damaged, read_metadata
 from dspark_megatron.shape import DraftShape
 
 FORMAT = 1
 META = "dspark.json"
 TRACKER = "latest_checkpointed_iteration.txt"
 OPTIMIZER_PREFIX = "optimizer."
+KEYS = ("iteration", "consumed_samples", "target_fingerprint", "num_anchors", "initializer_range")
+KEYS += ("confidence_head_alpha",)
+"""What every `dspark.json` has, beside format and shape."""
 
 
 class CheckpointReader:
@@ -31,11 +36,11 @@ class CheckpointReader:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.meta = read_meta(self.path)
-        self.shape = DraftShape.from_dict(self.meta["shape"])
-        require(
-            (self.path / ".metadata").is_file(),
-            f"{self.path} has no .metadata: its save was not completed; use another iteration",
-        )
+        try:
+            self.shape = DraftShape.from_dict(self.meta["shape"])
+            _ = [self.meta[key] for key in KEYS]
+        except (KeyError, TypeError) as error:
+            raise damaged(self.path / META, error) from error
         self._storage = _Storage(self.path)
         stored = self._storage.read_metadata().state_dict_metadata
         self._tensors: dict[str, TensorStorageMetadata] = {
@@ -59,19 +64,27 @@ class CheckpointReader:
         with warnings.catch_warnings():
             # PyTorch wonders whether a single process is meant; it is.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            distributed_checkpoint.load({name: tensor}, storage_reader=self._storage, no_dist=True)
+            try:
+                distributed_checkpoint.load(
+                    {name: tensor}, storage_reader=self._storage, no_dist=True
+                )
+            except CheckpointException as error:
+                cause = cause_of(error)
+                if isinstance(cause, KeyboardInterrupt):
+                    raise cause from None
+                raise damaged(self.path, cause) from error
         return tensor
 
 
 class _Storage(distributed_checkpoint.FileSystemReader):
-    """Reads the pickled metadata once, not for every tensor: it lists each shard of the optimizer
-    state as well and grows with the number of ranks."""
+    """Reads the pickled metadata safely, and once, not for every tensor: it lists each shard of the
+    optimizer state as well and grows with the number of ranks."""
 
     _kept: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         if self._kept is None:
-            self._kept = super().read_metadata(*args, **kwargs)
+            self._kept = read_metadata(Path(self.path))
         return self._kept
 
 
@@ -86,7 +99,7 @@ def cause_of(error: BaseException) -> BaseException:
 def find_checkpoint(path: str | Path, iteration: int | None = None) -> Path:
     """The `iter_*` folder that is meant by a run folder, its `checkpoints/` folder or the folder
     itself. `iteration`: None takes the newest complete one."""
-    path = Path(path)
+    path = Path(os.path.abspath(path))  # `.` has no name, and links keep theirs
     require(path.is_dir(), f"{path} is not a folder; give a run, checkpoints or iter_* folder")
     if _iteration_of(path) is not None:
         require(
@@ -145,8 +158,10 @@ def read_meta(path: Path) -> dict[str, Any]:
     )
     try:
         meta = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{file} is not valid JSON ({error}); use another iteration") from error
+    except (OSError, ValueError) as error:
+        raise damaged(file, error) from error
+    if not isinstance(meta, dict):
+        raise damaged(file, TypeError(f"it holds {type(meta).__name__}"))
     require(
         meta.get("format") == FORMAT,
         f"{file} has format {meta.get('format')}, this version reads format {FORMAT}; "

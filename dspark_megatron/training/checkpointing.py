@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from dspark_megatron.config import ConfigError, LossConfig
+from dspark_megatron.conversion.checkpoint_metadata import read_metadata
 from dspark_megatron.conversion.megatron_checkpoint import (
     META,
     TRACKER,
@@ -78,7 +79,8 @@ def save_checkpoint(
     if is_main:
         meta = {**meta, **asdict(state)}
         (partial / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():  # it loses its name whole; pruning deletes it
+            final.rename(partial.with_name(f"{partial.name}_{os.urandom(4).hex()}"))
         partial.rename(final)
         _replace_text(checkpoints / TRACKER, f"{state.iteration}\n")
         _prune(checkpoints, final, keep_last)
@@ -88,6 +90,7 @@ def save_checkpoint(
 
 def load_checkpoint(folder: Path, model: DSparkDraftModel, optimizer: Any | None) -> RunState:
     """Fill the model, and the optimizer if given, from a checkpoint of any parallel layout."""
+    read_metadata(folder)  # Megatron-Core would unpickle it unseen
     loaded = dist_checkpointing.load(_sharded_state(model, optimizer, is_loading=True), str(folder))
     result = model.load_state_dict(loaded["model"], strict=False)
     missing = [

@@ -65,6 +65,12 @@ class Launch:
         stores = (dist.PrefixStore(attempt, s) for s in (store, watch))
         return cls(rank, world_size, local_rank, *stores)
 
+    @classmethod
+    def alone(cls) -> "Launch":
+        """A job of this process only, whatever the environment says."""
+        store = dist.HashStore()
+        return cls(0, 1, 0, store, store)
+
 
 @contextlib.contextmanager
 def launch() -> Iterator[Launch]:
