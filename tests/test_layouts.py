@@ -335,6 +335,18 @@ UNSUPPORTED = {
     "causal attention": lambda c: c["dflash_config"].update(causal=True),
     "attention_bias": lambda c: c.update(attention_bias=True),
     "sample_from_anchor": lambda c: c.update(sample_from_anchor=False),
+    "blocks whose anchor": lambda c: (
+        c.pop("sample_from_anchor") and c["dflash_config"].update(sample_from_anchor=False)
+    ),
+    "shift_label": lambda c: c["dflash_config"].update(shift_label=False),
+    "logit_scale 0.5 instead of 1": lambda c: c.update(logit_scale=0.5),
+    "attention_value_scale 0.5": lambda c: c["dflash_config"].update(attention_value_scale=0.5),
+    "(is_neox_style false)": lambda c: c.update(is_neox_style=False),
+    "interleaved RoPE": lambda c: c.update(rope_is_neox_style=False),
+    "attention_sink_bias": lambda c: c["dflash_config"].update(attention_sink_bias=True),
+    "eagle_aux_hidden_state_layer_ids [0, 2, 4] counts the embedding": lambda c: c.update(
+        eagle_aux_hidden_state_layer_ids=[0, 2, 4]
+    ),
     "draft_vocab_size": lambda c: c.update(draft_vocab_size=20),
     "'gelu'": lambda c: c.update(hidden_act="gelu"),
     "'gemma4'": lambda c: c.update(model_type="gemma4"),
@@ -348,6 +360,13 @@ def test_what_our_draft_does_not_have_is_refused(draft, message):
     with pytest.raises(ConfigError, match="not supported, and not to be left out") as error:
         DraftFolder(draft)
     assert message in str(error.value)
+
+
+def test_the_same_settings_at_our_values_are_accepted(draft):
+    same = {"logit_scale": 1.0, "is_neox_style": True, "attention_sink_bias": False}
+    same["eagle_aux_hidden_state_layer_ids"] = [1, 3, 5]
+    reconfigure(draft, lambda c: c.update(same) or c["dflash_config"].update(shift_label=True))
+    assert DraftFolder(draft).shape == VANILLA
 
 
 BAD = {

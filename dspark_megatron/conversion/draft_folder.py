@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dspark_megatron.config import ConfigError, require
+from dspark_megatron.conversion.engine_reading import AUX
 from dspark_megatron.conversion.foreign_configs import TargetFacts
 from dspark_megatron.conversion.hf_config import description_of_config
 from dspark_megatron.conversion.layouts import LAYOUTS, detect_layout
@@ -128,6 +129,7 @@ def _unsupported(config: dict[str, Any], names: Any) -> list[str]:
     windows = {x for x in config.get("layer_types") or () if x != "full_attention"}
     reduced = [name for name in names if name in ("d2t", "t2d")]
     vocab = config.get("vocab_size")
+    ids, aux = config.get("target_layer_ids"), config.get(AUX)
     rules = {
         "a quantized draft (quantization_config)": config.get("quantization_config"),
         f"attention layers {sorted(windows)}": windows,
@@ -137,10 +139,19 @@ def _unsupported(config: dict[str, Any], names: Any) -> list[str]:
         or nested.get("causal")
         or config.get("dflash_query_causal"),
         "attention biases (attention_bias)": config.get("attention_bias"),
-        "blocks whose anchor is not drafted from (sample_from_anchor false)": config.get(
-            "sample_from_anchor"
+        "blocks whose anchor is not drafted from (sample_from_anchor false)": False
+        in (config.get("sample_from_anchor"), nested.get("sample_from_anchor")),
+        "labels shifted by one position (dflash_config.shift_label false)": nested.get(
+            "shift_label"
         )
         is False,
+        **_scales(config, nested),
+        "interleaved RoPE (is_neox_style false)": False
+        in (config.get("is_neox_style"), config.get("rope_is_neox_style")),
+        "attention sinks (attention_sink_bias)": config.get("attention_sink_bias")
+        or nested.get("attention_sink_bias"),
+        f"two sets of target layers: {AUX} {aux} counts the embedding, so it is not "
+        f"target_layer_ids {ids}": ids and aux is not None and aux != [i + 1 for i in ids],
         "a draft vocabulary of its own (draft_vocab_size, d2t, t2d)": reduced
         or config.get("draft_vocab_size") not in (None, vocab),
         f"the activation {config.get('hidden_act')!r}": config.get("hidden_act", "silu") != "silu",
@@ -154,6 +165,14 @@ def _unsupported(config: dict[str, Any], names: Any) -> list[str]:
         != "dspark",
     }
     return [f"{rule}: not supported, and not to be left out" for rule, hit in rules.items() if hit]
+
+
+def _scales(config: dict[str, Any], nested: dict[str, Any]) -> dict[str, bool]:
+    return {
+        f"{key} {value!r} instead of 1": value not in (None, 1)
+        for key in ("logit_scale", "attention_value_scale")
+        for value in (config.get(key), nested.get(key))
+    }
 
 
 def _confidence(shape: DraftShape) -> str:
