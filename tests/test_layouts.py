@@ -533,14 +533,44 @@ def test_temperatures_are_carried_along(tmp_path, target, draft):
     back = export(tmp_path / "imported", target, tmp_path / "back")
     assert json.loads((back / "dspark_sts.json").read_text()) == good
     (draft / "dspark_sts.json").write_text(json.dumps({"temperatures": [1.0, 0.0, 1.0]}))
-    with pytest.raises(ConfigError, match="one positive temperature for each of the 3 slots"):
-        convert_folder(draft, target, tmp_path / "third", WriteOptions())
+    for bad in ([1.0, 0.0, 1.0], [1.0, float("inf"), 1.0], [1.0, True, 1.0], [1.0, 1.0]):
+        (draft / "dspark_sts.json").write_text(json.dumps({"temperatures": bad}))
+        with pytest.raises(ConfigError, match="one positive temperature for each of the 3 slots"):
+            convert_folder(draft, target, tmp_path / "third", WriteOptions())
+
+
+def test_temperatures_of_another_iteration_are_refused(tmp_path, target):
+    run = write_checkpoint(tmp_path / "run", VANILLA)
+    temperatures = {"temperatures": [1.0, 0.5, 2.0], "iteration": 100}
+    (run / "dspark_sts.json").write_text(json.dumps(temperatures))
+    out = export(run, target, tmp_path / "out")
+    import_(out, target, tmp_path / "back")
+    export(tmp_path / "back", target, tmp_path / "again")
+    write_checkpoint(run, VANILLA, iteration=200)
+    with pytest.raises(ConfigError, match="was calibrated for iteration 100, this draft is of 200"):
+        export(run, target, tmp_path / "third")
+
+
+def test_what_was_made_in_an_export_is_not_replaced(tmp_path, target):
+    run = write_checkpoint(tmp_path / "run", VANILLA)
+    (run / "dspark_sts.json").write_text(json.dumps({"temperatures": [1.0, 0.5, 2.0]}))
+    out = export(run, target, tmp_path / "out")
+    export(run, target, out, force=True)
+    card = (out / "README.md").read_text()
+    (out / "README.md").write_text(card.replace("## License", "## Licence\n\nMIT"))
+    (out / "dspark_sts.json").write_text(json.dumps({"temperatures": [3.0, 3.0, 3.0]}))
+    with pytest.raises(ConfigError, match="dspark_sts.json, which is not .* README.md, which was"):
+        export(run, target, out, force=True)
+    (out / "README.md").write_text(card)
+    (out / "dspark_sts.json").unlink()
+    export(run, target, out, force=True)
 
 
 def test_the_card_has_what_is_known(tmp_path, target):
     run = write_checkpoint(tmp_path / "run", SHAPES["gated"])
     figures = {"heldout.jsonl": {"prompts": 5, "tau": 3.25}}
     evaluation = {"iteration": 100, "temperature": 0.0, "files": figures}
+    evaluation["checkpoint"] = "/elsewhere/run/checkpoints/iter_0000100"
     (run / "evaluation.json").write_text(json.dumps(evaluation))
     card = (export(run, target, tmp_path / "dspark", target_name="org/t") / "README.md").read_text()
     assert "# DSpark drafter for org/t" in card and "gated Markov head of rank 5" in card
@@ -552,10 +582,15 @@ def test_the_card_has_what_is_known(tmp_path, target):
     assert "vllm serve org/t --speculative-config" in card and '"num_speculative_tokens": 3' in card
     card = (export(vanilla, target, tmp_path / "m", "modelopt") / "README.md").read_text()
     assert "Neither vLLM nor SGLang loads this folder" in card
-    (run / "evaluation.json").write_text(json.dumps({**evaluation, "iteration": 50}))
-    shutil.rmtree(tmp_path / "dspark")
-    card = (export(run, target, tmp_path / "dspark") / "README.md").read_text()
-    assert "tau" not in card, "the evaluation is of another checkpoint"
+    for other in ("run/checkpoints/iter_0000050", "other/checkpoints/iter_0000100", None):
+        (run / "evaluation.json").write_text(json.dumps({**evaluation, "checkpoint": other}))
+        shutil.rmtree(tmp_path / "dspark")
+        card = (export(run, target, tmp_path / "dspark") / "README.md").read_text()
+        assert "tau" not in card, "the evaluation is of another checkpoint"
+    for malformed in ({**evaluation, "files": {"a": {}}}, {**evaluation, "files": []}, [], {}):
+        (run / "evaluation.json").write_text(json.dumps(malformed))
+        with pytest.raises(ConfigError, match="evaluation.json is not as evaluation writes it"):
+            export(run, target, tmp_path / "third")
 
 
 def write_at(runtime, shape, folder, run):

@@ -18,7 +18,7 @@ from dspark_megatron.conversion.engines import engine_verdicts
 from dspark_megatron.conversion.foreign_configs import TargetFacts
 from dspark_megatron.conversion.hf_config import hugging_face_config
 from dspark_megatron.conversion.layouts import LAYOUTS, detect_layout
-from dspark_megatron.conversion.model_card import model_card
+from dspark_megatron.conversion.model_card import is_unedited, model_card
 from dspark_megatron.conversion.names import (
     EMBEDDING,
     LM_HEAD,
@@ -82,8 +82,12 @@ def write_draft_folder(
     canonical = hugging_face_config(source.description, target_config=target_config, dtype=dtype)
     config = layout.to_config(canonical, facts)
     shard_limit = parse_size(options.max_shard_size)
-    with_temperatures = check_sidecar(source.neighbours(), shape.block_size)
+    history = source.history()
+    # Iteration 0 is an import, whose sidecar came with it.
+    iteration = history.get("iterations") or None
+    with_temperatures = check_sidecar(source.neighbours(), shape.block_size, iteration)
     _check_output(output_dir, options.force)
+    _check_nothing_lost(output_dir, source.neighbours())
     with new_folder(output_dir) as folder:
         _write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
         names = hugging_face_shapes(shape, shared_weights=bool(shared))
@@ -95,7 +99,7 @@ def write_draft_folder(
             target=facts.name,
             folder=output_dir.name,
             engines={verdict.engine for verdict in verdicts if verdict.loads},
-            history=source.history(),
+            history=history,
             with_temperatures=with_temperatures,
         )
         _write_text(folder / "README.md", card)
@@ -167,6 +171,21 @@ def _check_output(output_dir: Path, force: bool) -> None:
         f"{', '.join(sorted(foreign)) or 'the config of no draft'}); choose another folder",
     )
     require(force, f"{output_dir} holds an earlier export; give --force to replace it")
+
+
+def _check_nothing_lost(output_dir: Path, neighbours: Path) -> None:
+    """Replacing an earlier export must not delete what was made in it."""
+    own, carried = output_dir / SIDECAR, neighbours / SIDECAR
+    card = output_dir / "README.md"
+    lost = []
+    if own.is_file() and (not carried.is_file() or own.read_bytes() != carried.read_bytes()):
+        lost.append(f"{SIDECAR}, which is not that of {neighbours}")
+    if card.is_file() and not is_unedited(card.read_text(encoding="utf-8", errors="replace")):
+        lost.append(f"{card.name}, which was edited")
+    require(
+        not lost,
+        f"replacing {output_dir} would delete its {' and '.join(lost)}; move that away first",
+    )
 
 
 def _holds_draft(folder: Path) -> bool:

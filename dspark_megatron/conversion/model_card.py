@@ -1,5 +1,6 @@
 """README.md of an export: what the draft is, how it was trained, how to serve it."""
 
+import hashlib
 import json
 from typing import Any
 
@@ -46,7 +47,20 @@ def model_card(
         *_serving(description, engines, target, folder, with_temperatures),
         "## License\n\n<!-- To be filled in by whoever publishes this draft. -->",
     ]
-    return "\n\n".join(parts) + "\n"
+    text = "\n\n".join(parts) + "\n"
+    return f"{text}\n{_mark(text)}\n"
+
+
+def is_unedited(card: str) -> bool:
+    """Whether the text of a model card is as it was written."""
+    text, _, mark = card.rstrip("\n").rpartition("\n")
+    return mark == _mark(text)
+
+
+def _mark(text: str) -> str:
+    """An invisible line by which a card that somebody has worked on is told from a new one."""
+    digest = hashlib.sha256(text.strip().encode()).hexdigest()
+    return f"<!-- dspark-megatron {digest[:16]} -->"
 
 
 def _training(history: dict[str, Any]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dspark_megatron.config import ConfigError
 from dspark_megatron.conversion.description import DraftDescription
 from dspark_megatron.conversion.draft_folder import DraftFolder
 from dspark_megatron.conversion.megatron_checkpoint import CheckpointReader
@@ -66,14 +67,24 @@ class CheckpointSource:
     @cached_property
     def _evaluation(self) -> dict[str, Any] | None:
         """The run's evaluation, if it is of this checkpoint."""
+        file = self.neighbours() / "evaluation.json"
+        if not file.is_file():
+            return None
         try:
-            text = (self.neighbours() / "evaluation.json").read_text(encoding="utf-8")
-            found = json.loads(text)
-        except (OSError, ValueError):
-            return None
-        if not isinstance(found, dict) or found.get("iteration") != self.reader.meta["iteration"]:
-            return None
-        return found
+            found = json.loads(file.read_text(encoding="utf-8"))
+            # Runs are moved, so by the names of run, checkpoints and checkpoint.
+            evaluated = Path(found["checkpoint"] or "").parts[-3:]
+            figures = {
+                name: {"prompts": int(x["prompts"]), "tau": x["tau"] and float(x["tau"])}
+                for name, x in found["files"].items()
+            }
+            evaluation = {"temperature": float(found["temperature"]), "files": figures}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"{file} is not as evaluation writes it ({error!r}); evaluate again, or move the "
+                "file away"
+            ) from error
+        return evaluation if evaluated == self.path.parts[-3:] else None
 
 
 class FolderSource:
