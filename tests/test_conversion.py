@@ -19,6 +19,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 from dspark_megatron.config import ConfigError
 from dspark_megatron.conversion import names
 from dspark_megatron.conversion.description import DraftDescription
+from dspark_megatron.conversion.draft_folder import DraftFolder
 from dspark_megatron.conversion.export import export_checkpoint
 from dspark_megatron.conversion.folder_writer import WriteOptions
 from dspark_megatron.conversion.hf_config import description_of_config, hugging_face_config
@@ -526,6 +527,29 @@ def test_verify_finds(tmp_path, target, run, message):
     with pytest.raises(ConfigError) as error:
         verify_folder(out, checkpoint=run, target_dir=target)
     assert message in str(error.value)
+
+
+def test_verify_lists_a_bad_sidecar_with_the_rest(tmp_path, target, run):
+    out = export(run, target, tmp_path / "out")
+    (out / "dspark_sts.json").write_text("{}")
+    reconfigure(out, lambda c: c.update(block_size=4))
+    with pytest.raises(ConfigError, match="2 problem") as error:
+        verify_folder(out, checkpoint=run)
+    assert "dspark_sts.json must be" in str(error.value) and "block_size is 4" in str(error.value)
+
+
+def test_verify_reads_each_tensor_once_and_says_what_it_compared(
+    tmp_path, target, run, monkeypatch
+):
+    out = export(run, target, tmp_path / "out")
+    read, tensor = [], DraftFolder.tensor
+    monkeypatch.setattr(
+        DraftFolder, "tensor", lambda self, name: read.append(name) or tensor(self, name)
+    )
+    rewrite(out, lambda t: t.pop("lm_head.weight"))
+    lines = verify_folder(out, checkpoint=run, target_dir=target)
+    assert f"embed_tokens.weight: equal to the target's ({target})" in lines
+    assert len(read) == len(set(read)) == len(load_file(out / "model.safetensors"))
 
 
 def test_verify_finds_stray_and_unmarked_files(tmp_path, target, run):

@@ -1,6 +1,6 @@
 """Whether a draft can work at all, and with a given target."""
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,17 @@ def target_problems(shape: DraftShape, target_config: Any) -> list[str]:
 def shared_problems(folder: DraftFolder, target_dir: str | Path) -> list[str]:
     """Where the folder's own embedding or LM head is not the target's: this project, like SGLang,
     always takes the target's, so such a draft would change."""
-    problems = []
+    lines = (
+        difference(name, folder.tensor(name), theirs)
+        for name, theirs in targets_shared(folder, target_dir)
+    )
+    return [line for found in lines for line in found]
+
+
+def targets_shared(folder: DraftFolder, target_dir: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """The target's embedding and LM head, those of them that the folder holds too."""
     names = dict(zip((EMBEDDING, LM_HEAD), shared_weights(target_dir), strict=True))
-    for name in folder.shared:
-        theirs = read_tensor(target_dir, names[name]).to(folder.dtype(name))
-        problems += difference(name, folder.tensor(name), theirs)
-    return problems
+    return ((name, read_tensor(target_dir, names[name])) for name in folder.shared)
 
 
 def difference(name: str, found: Tensor, source: Tensor) -> list[str]:
@@ -64,8 +69,3 @@ def not_finite(name: str, tensor: Tensor) -> list[str]:
     """A line if some of its values are infinite or no numbers."""
     bad = int((~tensor.isfinite()).sum())
     return [f"{name} has {bad} values that are not finite"] if bad else []
-
-
-def all_differences(folder: DraftFolder, tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """One line for each of the tensors that the folder holds otherwise."""
-    return [line for name, x in tensors for line in difference(name, folder.tensor(name), x)]

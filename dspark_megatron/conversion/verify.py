@@ -1,11 +1,14 @@
 """Read a draft folder strictly, compare it with its sources, say which engines load it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from dspark_megatron.config import ConfigError
 from dspark_megatron.conversion.draft_folder import DraftFolder
 from dspark_megatron.conversion.engines import Verdict, engine_verdicts
 from dspark_megatron.conversion.foreign_configs import TargetFacts
@@ -15,11 +18,11 @@ from dspark_megatron.conversion.names import raise_if_any
 from dspark_megatron.conversion.sidecar import SIDECAR, check_sidecar
 from dspark_megatron.conversion.sources import CheckpointSource
 from dspark_megatron.conversion.target_match import (
-    all_differences,
+    difference,
     not_finite,
     shape_problems,
-    shared_problems,
     target_problems,
+    targets_shared,
 )
 from dspark_megatron.safetensors_folder import open_safetensors
 from dspark_megatron.target_folder import load_target_config
@@ -36,7 +39,8 @@ def verify_folder(
     iteration: int | None = None,
 ) -> list[str]:
     """Check names, shapes, types, finite values, config; with target_dir whether the draft is this
-    target's; with checkpoint every trained tensor bit by bit and every config key.
+    target's; with checkpoint the draft's shape and every trained tensor bit by bit; with both also
+    every other config key.
 
     Returns lines that say what was checked, and for each engine whether it loads the folder. Raises
     ConfigError that lists every problem of the folder itself.
@@ -54,28 +58,26 @@ def verify_folder(
     if checkpoint:
         source = CheckpointSource(CheckpointReader(find_checkpoint(checkpoint, iteration)))
         problems += _source_problems(folder, source, target_config)
+    with_temperatures = False
+    try:
+        with_temperatures = check_sidecar(folder.path, shape.block_size)
+    except ConfigError as error:
+        problems.append(str(error))
     if dtype_name not in DTYPES:
         problems.append(f"dtype ({dtype_name!r}) must be one of {', '.join(DTYPES)}")
     raise_if_any(problems, str(folder.path))
 
-    problems = _value_problems(folder, DTYPES[dtype_name])
-    sizes = folder.files.shapes.values()
-    summary = [
-        f"{folder.path}: layout {folder.layout.name}, {len(sizes)} tensors, "
-        f"{sum(torch.Size(size).numel() for size in sizes):,} parameters, {dtype_name}, names and "
-        "shapes as expected",
-        f"config.json: taps {list(shape.target_layer_ids)} of {shape.num_target_layers} layers, "
-        f"block size {shape.block_size}, Markov {shape.markov_head_type} of rank "
-        f"{shape.markov_rank}",
-    ]
-    if check_sidecar(folder.path, shape.block_size):
+    summary = _summary(folder, dtype_name)
+    if with_temperatures:
         summary.append(f"{SIDECAR}: a temperature for each of the {shape.block_size} slots")
+    sources: list[Iterable[tuple[str, Tensor]]] = []
     if target_dir is not None and folder.shared:
-        problems += shared_problems(folder, target_dir)
-        summary.append(f"embedding and LM head equal the target's ({target_dir})")
+        sources.append(targets_shared(folder, target_dir))
+        summary.append(f"{' and '.join(folder.shared)}: equal to the target's ({target_dir})")
     if source is not None:
-        problems += all_differences(folder, source.tensors())
+        sources.append(source.tensors())
         summary.append(f"every trained tensor equals the checkpoint's ({source.path})")
+    problems = _value_problems(folder, DTYPES[dtype_name], chain.from_iterable(sources))
     raise_if_any(problems, str(folder.path))
     verdicts = engine_verdicts(
         folder.config,
@@ -84,6 +86,18 @@ def verify_folder(
         target_config=target_config,
     )
     return [*summary, *(line for verdict in verdicts for line in _verdict_lines(verdict))]
+
+
+def _summary(folder: DraftFolder, dtype_name: str) -> list[str]:
+    shape, sizes = folder.shape, folder.files.shapes.values()
+    return [
+        f"{folder.path}: layout {folder.layout.name}, {len(sizes)} tensors, "
+        f"{sum(torch.Size(size).numel() for size in sizes):,} parameters, {dtype_name}, names and "
+        "shapes as expected",
+        f"config.json: taps {list(shape.target_layer_ids)} of {shape.num_target_layers} layers, "
+        f"block size {shape.block_size}, Markov {shape.markov_head_type} of rank "
+        f"{shape.markov_rank}",
+    ]
 
 
 def _dtype_name(folder: DraftFolder) -> str | None:
@@ -140,14 +154,24 @@ def _file_problems(folder: DraftFolder) -> list[str]:
     return problems
 
 
-def _value_problems(folder: DraftFolder, dtype: torch.dtype) -> list[str]:
-    problems = []
-    for name in folder.names():
+def _value_problems(
+    folder: DraftFolder, dtype: torch.dtype, sources: Iterable[tuple[str, Tensor]]
+) -> list[str]:
+    """What is wrong with the values. sources: tensors that the folder's own must equal, each of
+    which is read once."""
+    problems, others = [], dict.fromkeys(folder.names())
+    for name, theirs in sources:
+        del others[name]
         tensor = folder.tensor(name)
-        if tensor.dtype != dtype:
-            problems.append(f"{name} must be {dtype}, is {tensor.dtype}")
-        problems += not_finite(name, tensor)
+        problems += _own_problems(name, tensor, dtype) + difference(name, tensor, theirs)
+    for name in others:
+        problems += _own_problems(name, folder.tensor(name), dtype)
     return problems
+
+
+def _own_problems(name: str, tensor: Tensor, dtype: torch.dtype) -> list[str]:
+    wrong = [] if tensor.dtype == dtype else [f"{name} must be {dtype}, is {tensor.dtype}"]
+    return wrong + not_finite(name, tensor)
 
 
 def _verdict_lines(verdict: Verdict) -> list[str]:
