@@ -83,7 +83,14 @@ def description_of_config(config: dict[str, Any]) -> DraftDescription:
     shape = DraftShape.from_dict({field: config[key] for field, (key, _) in KEYS.items()})
     found = {**(config.get("dflash_config") or {}), **config}
     facts = DraftDescription(shape=shape).facts()
-    return DraftDescription(shape=shape, **{key: found.get(key, facts[key]) for key in facts})
+    facts |= {key: found[key] for key in facts if found.get(key) is not None}
+    problems = [
+        f"{key} must be a number >= 0, is {value!r}"
+        for key, value in facts.items()
+        if type(value) not in (int, float) or not value >= 0
+    ]
+    raise_if_any(problems, "config.json")
+    return DraftDescription(shape=shape, **facts)
 
 
 def _type_problems(config: dict[str, Any]) -> list[str]:
