@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace, stop: "StopRequests") -> None:
 
         config = load_config(arguments.config, arguments.overrides)
         if arguments.dry_run:
-            from dspark_megatron.training.dry_run import describe_run
+            from dspark_megatron.planning.dry_run import describe_run
 
             if job.rank == 0:
                 print(describe_run(config, job.world_size), flush=True)

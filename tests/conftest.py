@@ -18,3 +18,11 @@ def tiny_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     target = make_target(folder / "target")
     return tiny_settings(target, make_chats(folder / "chats.jsonl"), folder / "unused")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def megatron_without_a_gpu():
+    """The plan builds a draft in the test's own process, on the meta device."""
+    from dspark_megatron.training.runtime import prepare_megatron
+
+    prepare_megatron()

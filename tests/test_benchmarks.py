@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -149,8 +150,11 @@ def test_communication_is_as_the_formula_says(pool, tp):
     for rows in pool.run(communication_rows, world=tp, tp=tp):
         plain = ["all-gather", "all-reduce", "all"]
         split = ["all-gather", "all-reduce", "all-to-all", "reduce-scatter", "all"]
-        for mode, names in (("off", plain), ("on", split)):
-            of_mode = [row for row in rows if row["sequence parallel"] == mode]
+        for (mode, names), again in product((("off", plain), ("on", split)), ("off", "on")):
+            of_mode = [
+                row for row in rows if (row["sequence parallel"], row["recompute"]) == (mode, again)
+            ]
+            assert of_mode, (mode, again)
             small, large = of_mode[: len(names)], of_mode[len(names) :]
             assert [row["collective"] for row in small] == names
             for a, b in zip(small, large, strict=True):
@@ -160,7 +164,7 @@ def test_communication_is_as_the_formula_says(pool, tp):
 
 def test_one_rank_communicates_nothing(pool):
     (rows,) = pool.run(communication_rows, world=1, tp=1)
-    assert [(row["collective"], row["calls"]) for row in rows] == [("all", 0)] * 2
+    assert [(row["collective"], row["calls"]) for row in rows] == [("all", 0)] * 4
 
 
 def activation_rows(runtime):

@@ -33,6 +33,8 @@ ROOM_MAY_IMPORT = {
     "conversion": {"model"},
     "evaluation": {"ops", "model", "targets", "data"},
     "training": {"ops", "model", "targets", "data", "conversion", "evaluation"},
+    # A plan adds up what all rooms would take; only entry points and tools ask for one.
+    "planning": {"ops", "model", "targets", "conversion", "training"},
 }
 ENTRY_POINTS = {"train", "evaluate", "__init__"}
 

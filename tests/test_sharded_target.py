@@ -8,7 +8,7 @@ from tiny_draft import SHAPES, CachedStates, build_tiny_draft, make_samples, mak
 from tiny_target import make_target, tiny_config
 
 from dspark_megatron.config import ConfigError
-from dspark_megatron.training.dry_run import describe_run
+from dspark_megatron.planning.dry_run import describe_run
 
 LAYOUTS = [(2, 1, 2, 2), (4, 2, 2, 2), (4, 1, 2, 2), (4, 1, 0, 4), (4, 2, 0, 2)]
 """World size, tensor-parallel size, target.shard_across_data_parallel, ranks that share."""

@@ -12,7 +12,8 @@ Shapes: n blocks, k slots, t context tokens, h hidden, r Markov rank, d head wid
 import argparse
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import benchmarking
@@ -24,11 +25,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dspark_megatron.config import LossConfig
 from dspark_megatron.data.conversation import Sample
 from dspark_megatron.ops.anchors import draft_blocks, sample_anchors
+from dspark_megatron.planning.communication import StepSize, draft_collectives, ring_bytes
 from dspark_megatron.shape import DraftShape
 from dspark_megatron.training.runtime import Runtime, launch
 
-FORMATS = {"tp": "d", "sequence parallel": "", "vocabulary": ",d", "collective": "", "calls": "d"}
-FORMATS |= {"counted bytes": ",d", "formula bytes": ",d", "sent on a ring": ",d"}
+FORMATS = {"tp": "d", "sequence parallel": "", "recompute": "", "vocabulary": ",d"}
+FORMATS |= {
+    "collective": "",
+    "calls": "d",
+    "counted bytes": ",d",
+    "formula bytes": ",d",
+    "sent on a ring": ",d",
+}
 SHAPE = DraftShape(
     hidden_size=64,
     ffn_hidden_size=96,
@@ -65,10 +73,6 @@ OPERATORS = {
 }
 
 
-GATHERED_FLOATS, REDUCED_FLOATS = 5, 2
-"""Of each row of the loss, as the docstring of `head_loss` has it."""
-
-
 class CollectiveCounter(TorchDispatchMode):
     """Calls and bytes of a group's collectives inside a `with`, those of backward included."""
 
@@ -97,101 +101,21 @@ def _tensors(argument: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
 
 
-@dataclass(frozen=True)
-class StepSize:
-    """What a step's communication depends on, beside the shape."""
-
-    blocks: int
-    context: int
-    """Context tokens that some block sees."""
-    rows: int
-    """Supervised slots."""
-
-
-def formula(
-    shape: DraftShape, size: StepSize, tp_size: int, itemsize: int, *, sequence_parallel: bool
-) -> dict[str, int]:
-    """Bytes that a rank hands to each kind of collective in one micro-batch's forward and
-    backward pass; none on one rank. `itemsize`: bytes of a number of the model. The vocabulary
-    size is nowhere in it.
-
-    In either mode, all-reduce: the embedding of anchors and the mask token [n + 1, h] and of
-    previous tokens [n, k, r]; gradients of the loss [rows, h + r] and REDUCED_FLOATS a row;
-    gradients of the query and key norms, which a rank has of its own heads only, 2 * d floats a
-    layer. All-gather: GATHERED_FLOATS a row of the loss.
-    """
-    if tp_size == 1:
-        return {}
-    h, rows, layers = shape.hidden_size, size.rows, shape.num_layers
-    embeddings = (size.blocks + 1) * h + size.blocks * shape.block_size * shape.markov_rank
-    floats = REDUCED_FLOATS * rows + layers * 2 * shape.head_dim
-    moves = _split_rows if sequence_parallel else _whole_rows
-    total = Counter({name: itemsize * count for name, count in moves(shape, size, tp_size).items()})
-    total["all-reduce"] += itemsize * (embeddings + rows * (h + shape.markov_rank)) + 4 * floats
-    total["all-gather"] += 4 * GATHERED_FLOATS * rows
-    if sequence_parallel:  # gradients of the norms: a rank has those of its rows only
-        total["all-reduce"] += 4 * (2 * layers + 2) * h
-    return dict(total)
-
-
-def _whole_rows(shape: DraftShape, size: StepSize, tp_size: int) -> dict[str, int]:
-    """Numbers that move between the linears. All-reduce: after attention and after the MLP
-    [n, k, h] in each layer, and as much in backward; backward of the context, once for all layers,
-    [t, h]. All-gather: this rank's part of the encoded context [t, h / tp]."""
-    slots, h = size.blocks * shape.block_size, shape.hidden_size
-    return {
-        "all-reduce": shape.num_layers * 4 * slots * h + size.context * h,
-        "all-gather": size.context * h // tp_size,
-    }
-
-
-def _split_rows(shape: DraftShape, size: StepSize, tp_size: int) -> dict[str, int]:
-    """The same with sequence parallelism, rows padded to a multiple of tp. For each all-reduce of a
-    layer an all-gather of this rank's rows and a reduce-scatter of all; in backward the MLP gathers
-    its input again; at the end one all-gather. The context: an all-to-all [t, h / tp] and its
-    backward, an all-gather and its backward."""
-    slots, context = (
-        -(-rows // tp_size) * tp_size for rows in (size.blocks * shape.block_size, size.context)
-    )
-    h, layers = shape.hidden_size, shape.num_layers
-    return {
-        "all-gather": ((5 * layers + 1) * slots + context) * h // tp_size,
-        "reduce-scatter": (4 * layers * slots + context) * h,
-        "all-to-all": 2 * context * h // tp_size,
-    }
-
-
-def ring_bytes(collective: str, handed: int, tp_size: int) -> int:
-    """Bytes that a rank sends when the collective runs on a ring, from what it hands over: the
-    measure in which an all-reduce is a reduce-scatter and an all-gather."""
-    others = tp_size - 1
-    return round(
-        handed
-        * {
-            "all-reduce": 2 * others / tp_size,
-            "all-gather": others,
-            "reduce-scatter": others / tp_size,
-            "all-to-all": others / tp_size,
-        }[collective]
-    )
-
-
 def count_step(
     runtime: Runtime,
     shape: DraftShape,
     seq_length: int,
     num_anchors: int,
-    *,
-    sequence_parallel: bool,
+    **options: bool,
 ) -> tuple[CollectiveCounter, StepSize]:
-    """One step on a random sample, with its collectives counted. Every rank calls it."""
+    """One step on a random sample, with its collectives counted. Every rank calls it. options: of
+    the draft."""
     from step_variants import Item, OurStep, build_draft, random_states
 
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(2, shape.vocab_size, (seq_length,), generator=generator)
     mask = torch.rand(seq_length, generator=generator) > 0.2
     anchors = sample_anchors(mask, num_anchors, seed=1)
-    options = dict(sequence_parallel=sequence_parallel)
     draft = build_draft(shape, runtime, torch.float32, **options)
     states = random_states(shape, seq_length, generator, draft.lm_head)
     step = OurStep(draft, runtime, LossConfig(chunk_rows=64))
@@ -206,17 +130,23 @@ def table_rows(runtime: Runtime, args: argparse.Namespace) -> list[dict[str, Any
     """Rows for the tensor-parallel size that the runtime has. Raises ValueError where count and
     formula differ."""
     tp_size, rows = runtime.tp_group.size(), []
-    for split in (False, True) if tp_size > 1 else (False,):
-        for vocab_size in args.vocab:
-            shape = replace(SHAPE, vocab_size=vocab_size)
-            sizes = args.seq_length, args.num_anchors
-            counter, size = count_step(runtime, shape, *sizes, sequence_parallel=split)
-            expected = formula(shape, size, tp_size, itemsize=4, sequence_parallel=split)
-            if counter.bytes != expected:
-                raise ValueError(f"counted {dict(counter.bytes)}, by formula {expected}")
-            row = {"tp": tp_size, "sequence parallel": "on" if split else "off"}
-            rows += _collectives({**row, "vocabulary": vocab_size}, counter, expected, tp_size)
+    modes = product((False, True) if tp_size > 1 else (False,), (False, True), args.vocab)
+    for split, recompute, vocab_size in modes:
+        shape = replace(SHAPE, vocab_size=vocab_size)
+        options = dict(sequence_parallel=split, recompute_activations=recompute)
+        counter, size = count_step(runtime, shape, args.seq_length, args.num_anchors, **options)
+        expected = draft_collectives(
+            shape, size, tp_size, itemsize=4, sequence_parallel=split, recompute=recompute
+        )
+        if counter.bytes != expected:
+            raise ValueError(f"counted {dict(counter.bytes)}, by formula {expected}")
+        row = {"tp": tp_size, "sequence parallel": _on(split), "recompute": _on(recompute)}
+        rows += _collectives({**row, "vocabulary": vocab_size}, counter, expected, tp_size)
     return rows
+
+
+def _on(flag: bool) -> str:
+    return "on" if flag else "off"
 
 
 def _collectives(

@@ -1,0 +1,68 @@
+"""What a run would be: resolved config, layout, parameters, memory and communication of a rank."""
+
+import math
+from pathlib import Path
+
+from dspark_megatron.config import Config
+from dspark_megatron.conversion.megatron_checkpoint import latest_iteration
+from dspark_megatron.conversion.names import hugging_face_shapes
+from dspark_megatron.planning.memory import Parts, RankMemory, rank_memory
+from dspark_megatron.planning.meta_draft import draft_elements
+from dspark_megatron.planning.traffic import Traffic, step_traffic
+from dspark_megatron.shape import check_batch_size
+from dspark_megatron.training.initial_weights import InitialWeights
+from dspark_megatron.training.setup import RunPlan, check_run
+
+GIB = 2**30
+
+
+def describe_run(config: Config, world_size: int) -> str:
+    """The text of `--dry-run`. Raises ConfigError where the run would, as far as that needs
+    neither weights nor data nor the run's machine."""
+    plan = check_run(config, world_size, needs_tokenizer=False)
+    check_batch_size(config.train, plan.dp_size)
+    checkpoints = Path(config.train.output_dir) / "checkpoints"
+    if not config.train.resume or latest_iteration(checkpoints) is None:
+        InitialWeights.open(plan)
+    lines = [config.to_yaml(), describe_plan(plan)]
+    if plan.tokenizer is None:
+        lines.append(f"not checked: the tokenizer, since {config.target.path} has none")
+    return "\n".join(lines)
+
+
+def describe_plan(plan: RunPlan) -> str:
+    """Layout, parameters, memory of a rank by part, what it sends in a step."""
+    tp = plan.config.parallel.tensor_parallel
+    trained = hugging_face_shapes(plan.shape, shared_weights=False)
+    total = sum(math.prod(size) for size in trained.values())
+    local = draft_elements(plan.shape, tp).trained
+    lines = [
+        f"layout: {tp * plan.dp_size} ranks = {tp} tensor-parallel x {plan.dp_size} data-parallel",
+        f"draft: {total:,} trained parameters, {local:,} on a rank",
+        *memory_lines(rank_memory(plan)),
+        *traffic_lines(step_traffic(plan)),
+    ]
+    return "\n".join(lines)
+
+
+def memory_lines(memory: RankMemory) -> list[str]:
+    lines = ["memory of a rank, GiB (not in it: NCCL's buffers, the CUDA context, fragmentation):"]
+    lines += _part_lines(memory.held)
+    for moment, parts in memory.moments.items():
+        total = sum(parts.values())
+        lines += [_line(f"on top, in {moment}", total, indent=2), *_part_lines(parts, indent=4)]
+    return [*lines, _line(f"sum at the highest, {memory.highest}", memory.total)]
+
+
+def traffic_lines(step: list[Traffic]) -> list[str]:
+    lines = ["sent by a rank in a step, GiB (collectives on rings, samples of full length):"]
+    lines += [_line(f"{part.purpose}, {part.span} ranks", part.sent) for part in step]
+    return [*lines, _line("sum", sum(part.sent for part in step))]
+
+
+def _part_lines(parts: Parts, indent: int = 2) -> list[str]:
+    return [_line(name, size, indent) for name, size in parts.items()]
+
+
+def _line(name: str, size: int, indent: int = 2) -> str:
+    return f"{' ' * indent}{name:<{66 - indent}}{size / GIB:9.3f}"

@@ -1,0 +1,57 @@
+"""What the head loss takes at its highest, by formula: bytes of a rank.
+
+Shapes: n rows, h hidden, r Markov rank, v/tp vocabulary entries of this rank.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from dspark_megatron.config import LossConfig
+from dspark_megatron.ops.chunk_budget import chunk_rows, row_bytes, tile_rows
+
+FP32 = 4
+ROOMS = 3
+"""Of the elementwise passes, as `logit_passes.tiled_passes` makes them."""
+
+
+@dataclass(frozen=True)
+class HeadLossSize:
+    """What one call of the head loss depends on."""
+
+    rows: int
+    hidden_size: int
+    markov_rank: int
+    vocab_local: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+def head_loss_parts(loss: LossConfig, size: HeadLossSize, *, with_teacher: bool) -> dict[str, int]:
+    """What `head_loss` holds above its inputs at the highest moment of its two passes, by part."""
+    e, entries = size.dtype.itemsize, size.vocab_local * size.markov_rank
+    features = 2 * e * size.rows * (size.hidden_size + size.markov_rank)
+    chunk = _chunk_parts(loss, size, with_teacher=with_teacher)
+    # The gradient is scaled in fp32, then cast to the weight's type.
+    scaled = {"scaled gradient of markov_w2": FP32 * entries + (e * entries if e != FP32 else 0)}
+    scaled["scaled gradient of its rows"] = features // 2
+    higher = chunk if sum(chunk.values()) >= sum(scaled.values()) else scaled
+    return {
+        "rows of the loss and their gradients": features + size.rows * (5 * FP32 + 2 * 8),
+        "gradient of markov_w2 in the loss (fp32)": FP32 * entries,
+        **higher,
+    }
+
+
+def _chunk_parts(loss: LossConfig, size: HeadLossSize, *, with_teacher: bool) -> dict[str, int]:
+    """While a chunk's logits exist. Compiled passes need no rooms."""
+    columns, e = size.vocab_local, size.dtype.itemsize
+    rows = min(chunk_rows(loss, columns, size.dtype, with_teacher=with_teacher), size.rows)
+    tile = 0 if loss.compile else min(tile_rows(columns, size.device), rows)
+    return {
+        "logits of the head loss": rows * row_bytes(columns, size.dtype, with_teacher=with_teacher),
+        "elementwise rooms of the head loss": ROOMS * FP32 * tile * columns,
+        "a chunk's share of markov_w2's gradient": 0
+        if e == FP32
+        else e * columns * size.markov_rank,
+    }

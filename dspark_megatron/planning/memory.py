@@ -1,0 +1,149 @@
+"""Memory of one rank by part: what is held all the time, and what comes on top, by moment."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from dspark_megatron.planning.activations import DraftPass, gradient_bytes, kept_bytes, layer_bytes
+from dspark_megatron.planning.loss_memory import HeadLossSize, head_loss_parts
+from dspark_megatron.planning.meta_draft import draft_elements
+from dspark_megatron.planning.target_work import TargetWork, target_work
+from dspark_megatron.shape import padded_vocab_size
+from dspark_megatron.target_folder import load_target_config
+from dspark_megatron.targets.footprint import target_bytes
+from dspark_megatron.training.setup import RunPlan
+
+Parts = dict[str, int]
+"""Bytes by what takes them."""
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    held: Parts
+    """Throughout a micro-batch."""
+    moments: dict[str, Parts] = field(default_factory=dict)
+    """On top of it, one moment after the other."""
+
+    @property
+    def highest(self) -> str:
+        """The moment that takes most."""
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    @property
+    def total(self) -> int:
+        """Bytes at the highest moment."""
+        return sum(self.held.values()) + sum(self.moments[self.highest].values())
+
+
+def target_dtype(plan: RunPlan) -> torch.dtype:
+    """The type that the target is loaded in; `auto` takes the one it was saved in."""
+    if plan.config.target.dtype != "auto":
+        return getattr(torch, plan.config.target.dtype)
+    # The plan's own config will not do: a model on the meta device leaves its type in it.
+    return load_target_config(plan.config.target.path).dtype or torch.float32
+
+
+def rank_memory(plan: RunPlan) -> RankMemory:
+    """Of the rank that holds most. Sizes are upper bounds where data decides: samples of
+    `data.max_length` tokens, `model.num_anchors` anchors in each and every slot supervised."""
+    states = _target_states(plan)
+    held = {"frozen target": _frozen_target(plan), **draft_parts(plan), **states}
+    one, work = draft_pass(plan), plan_target_work(plan)
+    kept = {"activations kept for the backward pass": kept_bytes(plan.shape, one)}
+    loss = _loss_parts(plan, one)
+    again = {"layer computed again": layer_bytes(plan.shape, one)} if one.recompute else {}
+    backward = {"gradients in a layer": gradient_bytes(plan.shape, one)}
+    return RankMemory(
+        held,
+        {
+            "the target's forward pass": {
+                "states of a target layer": max(work.layer, _taps(plan)),
+                **(
+                    {"gathered target layers": work.gathered_layers} if work.gathered_layers else {}
+                ),
+            },
+            "the draft's loss": {**kept, **loss},
+            "the draft's backward pass": {**kept, **again, **backward},
+        },
+    )
+
+
+def draft_parts(plan: RunPlan) -> Parts:
+    """Weights, gradients and optimizer state, counted on the draft on the meta device."""
+    config, itemsize = plan.config, plan.dtype.itemsize
+    trained, frozen = draft_elements(plan.shape, config.parallel.tensor_parallel)
+    shards = plan.dp_size if config.optimizer.use_distributed_optimizer else 1
+    states = 3 if itemsize == 2 else 2  # fp32 main weights, where the weights are not fp32
+    return {
+        "frozen embedding and head": frozen * itemsize,
+        "draft weights": trained * itemsize,
+        "draft gradients (fp32)": trained * 4,
+        "optimizer state (fp32)": states * trained * 4 // shards,
+    }
+
+
+def draft_pass(plan: RunPlan) -> DraftPass:
+    config, tp = plan.config, plan.config.parallel.tensor_parallel
+    return DraftPass(
+        samples=config.train.micro_batch_size,
+        seq_length=config.data.max_length,
+        num_anchors=config.model.num_anchors,
+        itemsize=plan.dtype.itemsize,
+        tp_size=tp,
+        sequence_parallel=config.parallel.sequence_parallel and tp > 1,
+        recompute=config.train.recompute_activations,
+        attention_backend=config.model.attention_backend,
+        attention_group_size=config.model.attention_group_size,
+    )
+
+
+def plan_target_work(plan: RunPlan) -> TargetWork:
+    tokens = plan.config.train.micro_batch_size * plan.config.data.max_length
+    last = _last_layer(plan)
+    if last is None:
+        last = plan.target_config.get_text_config().num_hidden_layers - 1
+    split, dtype = plan.target_split, target_dtype(plan)
+    return target_work(plan.target_config, dtype, split, tokens, last_layer=last)
+
+
+def _frozen_target(plan: RunPlan) -> int:
+    split, last = plan.target_split, _last_layer(plan)
+    return target_bytes(plan.target_config, target_dtype(plan), split, last_layer=last)
+
+
+def _last_layer(plan: RunPlan) -> int | None:
+    """The highest target layer that is kept; None for all."""
+    return None if plan.config.needs_teacher else max(plan.shape.target_layer_ids)
+
+
+def _target_states(plan: RunPlan) -> Parts:
+    """Taps and, for a teacher, the last hidden states."""
+    return {"target states of a micro-batch": _taps(plan) + plan.config.needs_teacher * _rows(plan)}
+
+
+def _taps(plan: RunPlan) -> int:
+    """For a moment each tap exists by itself and beside the others."""
+    return len(plan.shape.target_layer_ids) * _rows(plan)
+
+
+def _rows(plan: RunPlan) -> int:
+    tokens = plan.config.train.micro_batch_size * plan.config.data.max_length
+    return tokens * plan.shape.hidden_size * target_dtype(plan).itemsize
+
+
+def _loss_parts(plan: RunPlan, one: DraftPass) -> Parts:
+    """The head loss on all slots, its inputs and the draft's output, from which they are picked."""
+    shape, tp, config = plan.shape, plan.config.parallel.tensor_parallel, plan.config
+    rows, e = one.blocks * shape.block_size, one.itemsize
+    size = HeadLossSize(
+        rows=rows,
+        hidden_size=shape.hidden_size,
+        markov_rank=shape.markov_rank,
+        vocab_local=padded_vocab_size(shape.vocab_size, tp) // tp,
+        dtype=plan.dtype,
+        device=torch.device("cuda"),  # its larger tiles: a plan is made for GPUs
+    )
+    output = 2 * e * rows * (shape.hidden_size + shape.markov_rank)
+    teacher = config.needs_teacher * e * rows * shape.hidden_size
+    parts = head_loss_parts(config.loss, size, with_teacher=config.needs_teacher)
+    return {"the draft's output and the target's rows": output + teacher, **parts}

@@ -1,0 +1,64 @@
+"""What a rank sends in one optimizer step, by purpose and group."""
+
+from dataclasses import dataclass
+
+from dspark_megatron.planning.communication import StepSize, draft_collectives, ring_bytes
+from dspark_megatron.planning.memory import draft_pass, plan_target_work
+from dspark_megatron.planning.meta_draft import draft_elements
+from dspark_megatron.training.setup import RunPlan
+
+
+@dataclass(frozen=True)
+class Traffic:
+    purpose: str
+    sent: int
+    """Bytes of a step, collectives on rings."""
+    span: int
+    """Neighbouring ranks from the group's first to its last: what must fit into a node for the
+    bytes to stay in it."""
+
+
+def step_traffic(plan: RunPlan) -> list[Traffic]:
+    """Only what is sent at all. Sizes of samples as in `rank_memory`."""
+    config, split, tp = plan.config, plan.target_split, plan.config.parallel.tensor_parallel
+    passes = config.train.global_batch_size // (config.train.micro_batch_size * plan.dp_size)
+    work, shared = plan_target_work(plan), tp * split.shards
+    found = [
+        Traffic("draft, tensor-parallel", passes * _draft_bytes(plan), tp),
+        Traffic(
+            "draft's gradients and weights, data-parallel", _data_parallel(plan), tp * plan.dp_size
+        ),
+        Traffic(
+            "target's outputs, tensor-parallel",
+            passes * ring_bytes("all-reduce", work.all_reduced, tp),
+            tp,
+        ),
+        Traffic("target's weights, between their shards", passes * work.received_weights, shared),
+        Traffic("target's tokens, to their experts", passes * work.exchanged, split.ep_size),
+    ]
+    return [traffic for traffic in found if traffic.sent]
+
+
+def _draft_bytes(plan: RunPlan) -> int:
+    one, tp = draft_pass(plan), plan.config.parallel.tensor_parallel
+    size = StepSize(one.blocks, one.context, one.blocks * plan.shape.block_size)
+    handed = draft_collectives(
+        plan.shape,
+        size,
+        tp,
+        one.itemsize,
+        sequence_parallel=one.sequence_parallel,
+        recompute=one.recompute,
+    )
+    return sum(ring_bytes(name, count, tp) for name, count in handed.items())
+
+
+def _data_parallel(plan: RunPlan) -> int:
+    """Gradients in fp32, reduced once a step. With the distributed optimizer each rank gets the
+    sums of its own part, and all get the updated weights."""
+    trained = draft_elements(plan.shape, plan.config.parallel.tensor_parallel).trained
+    if not plan.config.optimizer.use_distributed_optimizer:
+        return ring_bytes("all-reduce", 4 * trained, plan.dp_size)
+    weights = trained * plan.dtype.itemsize // plan.dp_size
+    gradients = ring_bytes("reduce-scatter", 4 * trained, plan.dp_size)
+    return gradients + ring_bytes("all-gather", weights, plan.dp_size)
