@@ -29,8 +29,8 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raw is None or isinstance(raw, dict),
         f"{path} must hold sections (a YAML mapping), not a {type(raw).__name__}",
     )
-    changes = _nested(overrides)
-    config = config_from_dict(_merged(raw or {}, changes))
+    changes = nested_overrides(overrides)
+    config = config_from_dict(merged_sections(raw or {}, changes))
     config.validate()
     check_new_preset(raw or {}, changes)
     return config
@@ -41,7 +41,7 @@ def config_from_dict(raw: dict[str, Any]) -> Config:
     return _build(Config, with_preset(raw), prefix="")
 
 
-def _nested(overrides: typing.Iterable[str]) -> dict[str, dict[str, Any]]:
+def nested_overrides(overrides: typing.Iterable[str]) -> dict[str, dict[str, Any]]:
     """`section.key=value` texts as sections of keys."""
     sections: dict[str, dict[str, Any]] = {}
     for override in overrides:
@@ -58,7 +58,7 @@ def _nested(overrides: typing.Iterable[str]) -> dict[str, dict[str, Any]]:
     return sections
 
 
-def _merged(raw: dict[str, Any], changes: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def merged_sections(raw: dict[str, Any], changes: dict[str, dict[str, Any]]) -> dict[str, Any]:
     merged = dict(raw)
     for section, values in changes.items():
         old = {} if merged.get(section) is None else merged[section]

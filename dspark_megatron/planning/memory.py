@@ -1,5 +1,6 @@
 """Memory of one rank by part: what is held all the time, and what comes on top, by moment."""
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +12,7 @@ from dspark_megatron.planning.target_work import TargetWork, target_work
 from dspark_megatron.shape import padded_vocab_size
 from dspark_megatron.target_folder import load_target_config
 from dspark_megatron.targets.footprint import target_bytes
+from dspark_megatron.targets.split import TargetSplit
 from dspark_megatron.training.setup import RunPlan
 
 Parts = dict[str, int]
@@ -47,8 +49,9 @@ def rank_memory(plan: RunPlan) -> RankMemory:
     """Of the rank that holds most. Sizes are upper bounds where data decides: samples of
     `data.max_length` tokens, `model.num_anchors` anchors in each and every slot supervised."""
     states = _target_states(plan)
-    held = {"frozen target": _frozen_target(plan), **draft_parts(plan), **states}
-    one, work = draft_pass(plan), plan_target_work(plan)
+    weights, work = _target_figures(plan)
+    held = {"frozen target": weights, **draft_parts(plan), **states}
+    one = draft_pass(plan)
     kept = {"activations kept for the backward pass": kept_bytes(plan.shape, one)}
     loss = _loss_parts(plan, one)
     again = {"layer computed again": layer_bytes(plan.shape, one)} if one.recompute else {}
@@ -98,17 +101,26 @@ def draft_pass(plan: RunPlan) -> DraftPass:
 
 
 def plan_target_work(plan: RunPlan) -> TargetWork:
+    return _target_figures(plan)[1]
+
+
+def _target_figures(plan: RunPlan) -> tuple[int, TargetWork]:
+    """Bytes of the frozen weights, and what a forward pass takes."""
     tokens = plan.config.train.micro_batch_size * plan.config.data.max_length
-    last = _last_layer(plan)
+    path, dtype = plan.config.target.path, target_dtype(plan)
+    return _figures_of_split(path, dtype, plan.target_split, tokens, _last_layer(plan))
+
+
+@functools.cache
+def _figures_of_split(
+    path: str, dtype: torch.dtype, split: TargetSplit, tokens: int, last: int | None
+) -> tuple[int, TargetWork]:
+    """Once for all layouts that split the target alike."""
+    config = load_target_config(path)
+    weights = target_bytes(config, dtype, split, last_layer=last)
     if last is None:
-        last = plan.target_config.get_text_config().num_hidden_layers - 1
-    split, dtype = plan.target_split, target_dtype(plan)
-    return target_work(plan.target_config, dtype, split, tokens, last_layer=last)
-
-
-def _frozen_target(plan: RunPlan) -> int:
-    split, last = plan.target_split, _last_layer(plan)
-    return target_bytes(plan.target_config, target_dtype(plan), split, last_layer=last)
+        last = config.get_text_config().num_hidden_layers - 1
+    return weights, target_work(config, dtype, split, tokens, last_layer=last)
 
 
 def _last_layer(plan: RunPlan) -> int | None:

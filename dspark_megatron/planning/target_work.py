@@ -27,7 +27,7 @@ class TargetWork:
     received_weights: int
     """Of other ranks' shards, in one forward pass."""
     all_reduced: int
-    """Outputs of split linears and experts."""
+    """Outputs of split linears, experts and embeddings; none on one rank."""
     exchanged: int
     """Routed tokens to the ranks of their experts and back, and whole again in the split group."""
 
@@ -45,10 +45,10 @@ def target_work(
     text = target_config.get_text_config()
     whole, received, reduced, routed = [0] * (last_layer + 1), 0, 0, 0
     for name, parameter in model.named_parameters():
-        layer = _layer_of(name)
+        layer, style, shards = _layer_of(name), style_of(name, model.tp_plan), split.shards
         if not 0 <= layer <= last_layer:
+            reduced += style.startswith("embedding_rowwise")
             continue
-        style, shards = style_of(name, model.tp_plan), split.shards
         dimension = split_dimension(style, parameter)
         parts = 1 if dimension is None else split.tp_size
         if split.ep_size > 1 and style_of(name, model.ep_plan):
@@ -64,7 +64,8 @@ def target_work(
     reduced += routed if shared_batch else 0
     exchanged = 0 if shared_batch else routed * _exchanged(text, rows, split)
     states = _layer_states(text, model.tp_plan, split, tokens) * dtype.itemsize
-    return TargetWork(states, 2 * max(whole), received, reduced * rows, exchanged)
+    reduced = reduced * rows if split.tp_size > 1 else 0
+    return TargetWork(states, 2 * max(whole), received, reduced, exchanged)
 
 
 def _exchanged(text: Any, rows: int, split: TargetSplit) -> int:

@@ -1,0 +1,155 @@
+"""tools/plan.py: layouts, the one that is chosen, and a YAML that runs."""
+
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from target_families import make_family
+from tiny_target import make_target, tiny_config
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dspark_megatron.config import ConfigError
+from dspark_megatron.config_file import load_config
+from dspark_megatron.planning.dry_run import describe_run
+from dspark_megatron.planning.layouts import Machine
+from dspark_megatron.planning.recommend import Wish, evenly_spread_layers, recommend
+from dspark_megatron.planning.target_work import target_work
+from dspark_megatron.target_folder import load_target_config
+from dspark_megatron.targets.footprint import target_bytes
+from dspark_megatron.targets.split import TargetSplit
+
+ROOT = Path(__file__).parents[1]
+PUBLIC = ROOT / "tests" / "public_configs"
+NODE = Machine(gpus_per_node=8, nodes=1, gpu_memory_gib=74.5)
+MASK = "model.mask_token_id=128255"
+
+
+def wish(name, *overrides, **options):
+    return Wish(str(PUBLIC / name), overrides=list(overrides), **options)
+
+
+def loaded(text, tmp_path, *overrides):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    return load_config(file, overrides)
+
+
+def test_the_yaml_passes_its_own_dry_run(tmp_path):
+    """From the command line, with the target given as a file."""
+    target, file = PUBLIC / "llama-3.1-70b" / "config.json", tmp_path / "run.yaml"
+    command = [sys.executable, "tools/plan.py", "--target", target, "--output", file, MASK]
+    subprocess.run(list(map(str, command)), cwd=ROOT, check=True, timeout=300)
+    config = load_config(file)
+    text = describe_run(config, 8)
+    planned = [line for line in text.splitlines() if "at the highest" in line]
+    assert f"# {planned[0]}" in file.read_text()
+    assert float(planned[0].split()[-1]) < NODE.usable_bytes / 2**30
+
+
+def test_the_cheapest_that_fits_is_chosen():
+    text = recommend(wish("llama-3.1-70b", MASK), NODE)
+    rows = [line for line in text.splitlines() if line.endswith(("fits", "too large", "chosen"))]
+    fitting = [row for row in rows if not row.endswith("too large")]
+    seconds = {row.split("#")[1].split()[3]: row for row in fitting}
+    assert len(rows) == 7 and seconds[min(seconds, key=float)].endswith("chosen")
+    for row in fitting:
+        assert float(row.split()[1]) < NODE.usable_bytes / 2**30
+
+
+def test_a_given_key_stays(tmp_path):
+    fixed = ("parallel.tensor_parallel=8", "train.recompute_activations=true")
+    config = loaded(recommend(wish("llama-3.1-70b", MASK, *fixed), NODE), tmp_path)
+    assert config.parallel.tensor_parallel == 8 and config.train.recompute_activations
+
+
+def test_a_missing_mask_token_is_the_dry_run_s_to_refuse(tmp_path):
+    text = recommend(wish("qwen3-8b"), NODE)
+    assert "mask_token_id: null  # to be set" in text
+    with pytest.raises(ConfigError, match="mask_token_id is missing"):
+        describe_run(loaded(text, tmp_path), 8)
+    describe_run(loaded(text, tmp_path, "model.mask_token_id=151669"), 8)
+
+
+def test_nothing_fits():
+    with pytest.raises(ConfigError, match=r"leanest \(TP .*\) takes .* GiB a GPU.*more nodes"):
+        recommend(wish("llama-3.1-405b", MASK), NODE)
+
+
+def test_the_rules_allow_nothing():
+    with pytest.raises(ConfigError, match="global_batch_size"):
+        recommend(wish("qwen3-8b", "parallel.tensor_parallel=1", global_batch_size=4), NODE)
+    with pytest.raises(ConfigError, match="folder with a config.json"):
+        recommend(Wish("no/such/model.bin"), NODE)
+
+
+@pytest.mark.parametrize(
+    "layers, ids",
+    [(36, [1, 9, 17, 25, 33]), (40, [1, 10, 19, 28, 37]), (126, [1, 32, 62, 93, 123])],
+)
+def test_taps_are_spread_as_in_the_paper(layers, ids):
+    assert evenly_spread_layers(layers) == ids
+
+
+def test_a_cache_of_the_paper_s_size():
+    """DeepSpec's own figure for Qwen3-4B is 38 TB."""
+    text = recommend(wish("qwen3-8b", "model.target_layer_ids=[1]", samples=1000), NODE)
+    gib = 1000 * (4096 * (2 * 4096 * 2 + 6) + 56) / 2**30
+    assert f"{gib:,.3f} GiB for 1,000 samples of 4096 tokens; this trainer has no cache" in text
+
+
+@pytest.mark.parametrize(
+    "name, split", [("llama-3.1-70b", (2, 4, 4, 1)), ("llama-3.1-405b", (8, 4, 2, 1))]
+)
+def test_a_sharded_target_s_weights_travel(name, split):
+    """What a rank gets in a forward pass is what it does not hold of its split of the layers."""
+    config = load_target_config(PUBLIC / name)
+    split = TargetSplit(*split)
+    last = config.num_hidden_layers - 1
+    work = target_work(config, torch.bfloat16, split, tokens=4096, last_layer=last)
+    whole = TargetSplit(split.tp_size, split.dp_size)
+    held = target_bytes(config, torch.bfloat16, split)
+    missing = target_bytes(config, torch.bfloat16, whole) - held
+    assert work.received_weights == pytest.approx(missing, rel=0.02)  # embeddings aside
+    assert work.gathered_layers == pytest.approx(2 * (missing + held) / (last + 1), rel=0.05)
+    assert work.all_reduced == (2 * (last + 1) + 1) * 4096 * config.hidden_size * 2
+
+
+class Reduced(TorchDispatchMode):
+    """Bytes handed to all-reduces of any group; other collectives are refused."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        if name in ("c10d::allreduce_", "_c10d_functional::all_reduce"):
+            tensors = args[0] if isinstance(args[0], list) else [args[0]]
+            self.total += sum(tensor.nbytes for tensor in tensors)
+        else:
+            others = ("gather", "scatter", "broadcast", "all_to_all", "alltoall")
+            assert "c10d" not in name or not any(other in name for other in others), name
+        return func(*args, **(kwargs or {}))
+
+
+def reduced_bytes(runtime, config):
+    from dspark_megatron.training.setup import build_target, check_run
+
+    target = build_target(check_run(config, runtime.world_size), runtime)
+    with Reduced() as counter:
+        target.states(torch.arange(40)[None])
+    return counter.total
+
+
+@pytest.mark.parametrize("family, ep", [("qwen3", 1), ("qwen3_moe", 1), ("qwen3_moe", 2)])
+def test_the_target_s_collectives(pool, tiny_run, tmp_path, family, ep):
+    """Counted in its forward pass."""
+    make = make_target if family == "qwen3" else partial(make_family, model_type=family)
+    path, parallel = make(tmp_path / "target"), {"tensor_parallel": 2, "expert_parallel": ep}
+    config = tiny_config(tiny_run, target={"path": str(path)}, parallel=parallel)
+    split = TargetSplit(2, 1, 1, ep)
+    target_config = load_target_config(path)
+    work = target_work(target_config, torch.float32, split, tokens=40, last_layer=3)
+    for counted in pool.run(reduced_bytes, world=2, tp=2, config=config):
+        assert counted == work.all_reduced
