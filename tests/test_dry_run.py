@@ -50,6 +50,7 @@ def allocated(runtime, config):
     from test_targets import elements
 
     from dspark_megatron.training import loop
+    from dspark_megatron.training.stop_requests import StopRequests
 
     kept = []
     build = loop.build_optimizer
@@ -67,7 +68,7 @@ def allocated(runtime, config):
 
     loop.build_target = keep_target
     try:
-        loop.train(check_run(config, runtime.world_size), runtime)
+        loop.train(check_run(config, runtime.world_size), runtime, StopRequests())
     finally:
         loop.build_optimizer, loop.build_target = build, build_target
     model, optimizer = kept

@@ -13,12 +13,12 @@ from test_training import finish, launch, write_config
 from tiny_target import make_target, tiny_config
 
 from dspark_megatron.config import ConfigError
+from dspark_megatron.planning.dry_run import describe_run
 from dspark_megatron.safetensors_folder import SafetensorsFolder
 from dspark_megatron.target_folder import load_target_config
 from dspark_megatron.targets.footprint import target_bytes
 from dspark_megatron.targets.quantization import check_quantization
 from dspark_megatron.targets.split import TargetSplit
-from dspark_megatron.training.dry_run import describe_run
 
 BLOCK = 8
 without_gpu = pytest.mark.skipif(

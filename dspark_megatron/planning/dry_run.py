@@ -6,7 +6,7 @@ from pathlib import Path
 from dspark_megatron.config import Config
 from dspark_megatron.conversion.megatron_checkpoint import latest_iteration
 from dspark_megatron.conversion.names import hugging_face_shapes
-from dspark_megatron.planning.memory import Parts, RankMemory, rank_memory
+from dspark_megatron.planning.memory import Parts, RankMemory, quantization_note, rank_memory
 from dspark_megatron.planning.meta_draft import draft_elements
 from dspark_megatron.planning.traffic import Traffic, step_traffic
 from dspark_megatron.shape import check_batch_size
@@ -36,10 +36,12 @@ def describe_plan(plan: RunPlan) -> str:
     trained = hugging_face_shapes(plan.shape, shared_weights=False)
     total = sum(math.prod(size) for size in trained.values())
     local = draft_elements(plan.shape, tp).trained
+    memory = rank_memory(plan)
     lines = [
         f"layout: {tp * plan.dp_size} ranks = {tp} tensor-parallel x {plan.dp_size} data-parallel",
         f"draft: {total:,} trained parameters, {local:,} on a rank",
-        *memory_lines(rank_memory(plan)),
+        *memory_lines(memory),
+        *quantization_note(plan, counted="frozen target" in memory.held),
         *traffic_lines(step_traffic(plan)),
     ]
     return "\n".join(lines)

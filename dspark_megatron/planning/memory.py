@@ -1,6 +1,7 @@
 """Memory of one rank by part: what is held all the time, and what comes on top, by moment."""
 
 import functools
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +13,7 @@ from dspark_megatron.planning.target_work import TargetWork, target_work
 from dspark_megatron.shape import padded_vocab_size
 from dspark_megatron.target_folder import load_target_config
 from dspark_megatron.targets.footprint import target_bytes
+from dspark_megatron.targets.quantization import quantization_method
 from dspark_megatron.targets.split import TargetSplit
 from dspark_megatron.training.setup import RunPlan
 
@@ -47,10 +49,12 @@ def target_dtype(plan: RunPlan) -> torch.dtype:
 
 def rank_memory(plan: RunPlan) -> RankMemory:
     """Of the rank that holds most. Sizes are upper bounds where data decides: samples of
-    `data.max_length` tokens, `model.num_anchors` anchors in each and every slot supervised."""
+    `data.max_length` tokens, `model.num_anchors` anchors in each and every slot supervised. Without
+    the target where its quantized size is not known."""
     states = _target_states(plan)
     weights, work = _target_figures(plan)
-    held = {"frozen target": weights, **draft_parts(plan), **states}
+    held = {} if weights is None else {"frozen target": weights}
+    held |= {**draft_parts(plan), **states}
     one = draft_pass(plan)
     kept = {"activations kept for the backward pass": kept_bytes(plan.shape, one)}
     loss = _loss_parts(plan, one)
@@ -60,7 +64,7 @@ def rank_memory(plan: RunPlan) -> RankMemory:
         held,
         {
             "the target's forward pass": {
-                "states of a target layer": max(work.layer, _taps(plan)),
+                "states of a target layer": max(work.layer // target_passes(plan), _taps(plan)),
                 **(
                     {"gathered target layers": work.gathered_layers} if work.gathered_layers else {}
                 ),
@@ -104,18 +108,43 @@ def plan_target_work(plan: RunPlan) -> TargetWork:
     return _target_figures(plan)[1]
 
 
-def _target_figures(plan: RunPlan) -> tuple[int, TargetWork]:
-    """Bytes of the frozen weights, and what a forward pass takes."""
-    tokens = plan.config.train.micro_batch_size * plan.config.data.max_length
+def _tokens(plan: RunPlan) -> int:
+    """Of a micro-batch."""
+    return plan.config.train.micro_batch_size * plan.config.data.max_length
+
+
+def target_passes(plan: RunPlan) -> int:
+    """Forward passes of the target for a micro-batch."""
+    return math.ceil(_tokens(plan) / (plan.config.target.max_tokens_per_forward or _tokens(plan)))
+
+
+def quantization_note(plan: RunPlan, *, counted: bool) -> list[str]:
+    """What to know of a quantized target's size."""
+    method = quantization_method(plan.target_config)
+    if method is None:
+        return []
+    how = "counted as it is saved" if counted else "not counted"
+    arguments = load_target_config(plan.config.target.path), target_dtype(plan), plan.target_split
+    whole = target_bytes(*arguments, last_layer=_last_layer(plan), dequantized=True)
+    return [
+        f"the target is quantized ({method}), and {how}; where Transformers dequantizes it, for "
+        f"want of a GPU or a kernel, it takes {whole / 2**30:.3f} GiB"
+    ]
+
+
+def _target_figures(plan: RunPlan) -> tuple[int | None, TargetWork]:
+    """Bytes of the frozen weights, None where they are not known, and what a forward pass takes."""
+    tokens = _tokens(plan)
     path, dtype = plan.config.target.path, target_dtype(plan)
-    return _figures_of_split(path, dtype, plan.target_split, tokens, _last_layer(plan))
+    wanted = (dtype, plan.target_split, tokens, _last_layer(plan))
+    return _figures_of_split(path, load_target_config(path).to_json_string(), *wanted)
 
 
 @functools.cache
 def _figures_of_split(
-    path: str, dtype: torch.dtype, split: TargetSplit, tokens: int, last: int | None
-) -> tuple[int, TargetWork]:
-    """Once for all layouts that split the target alike."""
+    path: str, text: str, dtype: torch.dtype, split: TargetSplit, tokens: int, last: int | None
+) -> tuple[int | None, TargetWork]:
+    """Once for all layouts that split the target alike. text: its config, which a path may lose."""
     config = load_target_config(path)
     weights = target_bytes(config, dtype, split, last_layer=last)
     if last is None:
@@ -139,8 +168,7 @@ def _taps(plan: RunPlan) -> int:
 
 
 def _rows(plan: RunPlan) -> int:
-    tokens = plan.config.train.micro_batch_size * plan.config.data.max_length
-    return tokens * plan.shape.hidden_size * target_dtype(plan).itemsize
+    return _tokens(plan) * plan.shape.hidden_size * target_dtype(plan).itemsize
 
 
 def _loss_parts(plan: RunPlan, one: DraftPass) -> Parts:

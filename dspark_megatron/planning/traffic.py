@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from dspark_megatron.planning.communication import StepSize, draft_collectives, ring_bytes
-from dspark_megatron.planning.memory import draft_pass, plan_target_work
+from dspark_megatron.planning.memory import draft_pass, plan_target_work, target_passes
 from dspark_megatron.planning.meta_draft import draft_elements
 from dspark_megatron.training.setup import RunPlan
 
@@ -33,7 +33,11 @@ def step_traffic(plan: RunPlan) -> list[Traffic]:
             passes * ring_bytes("all-reduce", work.all_reduced, tp),
             tp,
         ),
-        Traffic("target's weights, between their shards", passes * work.received_weights, shared),
+        Traffic(
+            "target's weights, between their shards",
+            passes * target_passes(plan) * work.received_weights,
+            shared,
+        ),
         Traffic("target's tokens, to their experts", passes * work.exchanged, split.ep_size),
     ]
     return [traffic for traffic in found if traffic.sent]
