@@ -7,6 +7,8 @@
 import datetime
 import importlib
 import multiprocessing
+import os
+import threading
 import traceback
 from collections.abc import Callable
 from multiprocessing import connection
@@ -80,7 +82,14 @@ class RankPool:
         self._processes, self._pipes = [], []
 
 
+def _end_with_the_session() -> None:
+    """A rank that waits in a collective does not see its pipe close."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def _serve(rank: int, port: int, pipe: Any) -> None:
+    threading.Thread(target=_end_with_the_session, daemon=True).start()
     import torch
 
     from dspark_megatron.training.runtime import prepare_megatron
