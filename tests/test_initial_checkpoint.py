@@ -166,7 +166,7 @@ def convert(*arguments):
         text=True,
         capture_output=True,
         env={**os.environ, **IN_A_POD, "MASTER_PORT": "29999"},
-        timeout=120,
+        timeout=300,
     )
     return done.returncode, done.stdout + done.stderr
 
