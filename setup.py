@@ -23,6 +23,7 @@ setup(
         "pyyaml",
         "tensorboard",
         "tqdm",
+        "matplotlib",
         "jinja2",  # chat templates
         "psutil",  # megatron-core's distributed checkpoints import it
         "setuptools",  # megatron-core imports it through torch.utils.cpp_extension

@@ -1,0 +1,111 @@
+"""What was drafted and what became of it, round by round: the input of calibration, of the
+threshold sweep and of the serving simulation.
+
+Shapes: n rounds (of all prompts), k slots.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dspark_megatron.config import ConfigError, require
+
+_KINDS = {
+    "confidence_logits": (2, torch.float32),
+    "accept_rate": (2, torch.float32),
+    "proposed": (1, torch.int64),
+    "accepted": (1, torch.int64),
+    "prompt": (1, torch.int64),
+}
+"""Dimensions and type of each tensor."""
+
+
+@dataclass(frozen=True)
+class DraftRecords:
+    """Rounds of speculative decoding, those of a prompt in their order."""
+
+    confidence_logits: Tensor
+    """[n, k] fp32 of every drafted slot; given the draft's own tokens before it."""
+    accept_rate: Tensor
+    """[n, k] fp32 in [0, 1]: 1 - tvd of the draft's and the target's distribution, given the
+    draft's own tokens before the slot; NaN where the target did not look."""
+    proposed: Tensor
+    """[n] int64 in 1..k: slots that were judged; fewer than k when a stop token ended the answer or
+    a scheduler cut the draft."""
+    accepted: Tensor
+    """[n] int64 in 0..proposed: slots that the target kept, all before the first rejected."""
+    prompt: Tensor
+    """[n] int64: place of the prompt among all prompts of the evaluation."""
+    facts: dict[str, Any]
+    """Of the evaluation: `block_size`, `temperature`, `target`, `checkpoint`, `iteration`,
+    `prompt_files`, as in its JSON."""
+
+    def __len__(self) -> int:
+        return len(self.accepted)
+
+    @property
+    def block_size(self) -> int:
+        return self.confidence_logits.shape[1]
+
+    def judged(self) -> Tensor:
+        """[n, k] bool: slots of which it is known whether the draft survived them."""
+        return torch.arange(self.block_size) < self.proposed[:, None]
+
+    def survived(self) -> Tensor:
+        """[n, k] bool: the slot's token and all before it were kept."""
+        return torch.arange(self.block_size) < self.accepted[:, None]
+
+    def select(self, rounds: Tensor) -> "DraftRecords":
+        """Some of the rounds: indices or a mask over n."""
+        tensors = {name: getattr(self, name)[rounds] for name in _KINDS}
+        return DraftRecords(**tensors, facts=self.facts)
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file, whole or not at all."""
+        partial = path.with_name(f".partial_{path.name}")
+        tensors = {name: getattr(self, name).contiguous() for name in _KINDS}
+        save_file(tensors, partial, metadata={"facts": json.dumps(self.facts)})
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "DraftRecords":
+        """Read what `save` wrote; ConfigError when it is no such file."""
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                facts = json.loads((file.metadata() or {}).get("facts", "null"))
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
+            raise ConfigError(
+                f"{path} must be the draft records of an evaluation (evaluate.records): {error}"
+            ) from error
+        return cls(**_checked(path, tensors, facts), facts=facts)
+
+
+def _checked(path: str | Path, tensors: dict[str, Tensor], facts: Any) -> dict[str, Tensor]:
+    require(
+        isinstance(facts, dict) and tensors.keys() == _KINDS.keys(),
+        f"{path} must hold the tensors {sorted(_KINDS)} and facts of an evaluation, has "
+        f"{sorted(tensors)}; evaluate with evaluate.records to make it",
+    )
+    rounds = len(tensors["accepted"])
+    slots = tensors["confidence_logits"].shape[-1]
+    for name, (dims, dtype) in _KINDS.items():
+        tensor, shape = tensors[name], (rounds, slots)[:dims]
+        require(
+            tensor.dtype == dtype and tuple(tensor.shape) == shape,
+            f"{name} in {path} must be {dtype} {list(shape)}, is {tensor.dtype} "
+            f"{list(tensor.shape)}",
+        )
+    proposed, accepted = tensors["proposed"], tensors["accepted"]
+    require(
+        bool(((0 <= accepted) & (accepted <= proposed) & (proposed <= slots)).all()),
+        f"{path} must have 0 <= accepted <= proposed <= {slots} in every round",
+    )
+    require(rounds > 0, f"{path} has no rounds; evaluate more prompts or longer answers")
+    return tensors
