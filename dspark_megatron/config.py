@@ -370,19 +370,25 @@ class EvaluateConfig:
     """Prompts used of each file, from its start; null means all."""
     max_prompt_length: int = 4096
     """Prompts longer than this many tokens are refused."""
+    batch_size: int = 8
+    """Prompts that each data-parallel rank decodes at one time; one that is done makes room for the
+    next."""
     compare_plain: bool = True
     """Decode the same prompts without the draft too, to report the speed-up."""
     seed: int = 980406
     """Seeds the sampling of each prompt, whatever the layout."""
     output: str = ""
     """JSON file for the results; empty means train.output_dir/evaluation.json."""
+    records: str = ""
+    """Safetensors file for every draft and what became of it, which calibration and the serving
+    simulation read; empty: none."""
 
     def validate(self) -> None:
         require(
             self.temperature >= 0,
             f"evaluate.temperature ({self.temperature}) must be >= 0 (0 is greedy)",
         )
-        for name in ("max_new_tokens", "max_prompt_length"):
+        for name in ("max_new_tokens", "max_prompt_length", "batch_size"):
             _positive(f"evaluate.{name}", getattr(self, name))
         if self.max_prompts is not None:
             _positive("evaluate.max_prompts", self.max_prompts)

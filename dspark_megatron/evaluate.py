@@ -33,7 +33,13 @@ def _evaluate(job: Any, config: Any) -> None:
     from dspark_megatron.conversion.megatron_checkpoint import find_checkpoint
     from dspark_megatron.data.prompts import load_prompts
     from dspark_megatron.evaluation.report import table
-    from dspark_megatron.evaluation.run import claim_file, evaluate_prompts, write_results
+    from dspark_megatron.evaluation.run import (
+        all_figures,
+        claim_file,
+        draft_records,
+        evaluate_prompts,
+        write_results,
+    )
     from dspark_megatron.shape import target_shards
     from dspark_megatron.targets.quantization import check_quantization
     from dspark_megatron.training.checkpointing import check_same_run
@@ -57,30 +63,36 @@ def _evaluate(job: Any, config: Any) -> None:
         folder = find_checkpoint(settings.checkpoint or config.train.output_dir)
         check_same_run(folder, draft_identity(plan))
     output = Path(settings.output or f"{config.train.output_dir}/evaluation.json")
-    claim_file(output)
+    claim_file(output, "evaluate.output")
+    if settings.records:
+        claim_file(Path(settings.records), "evaluate.records")
     runtime = start(job, config.parallel.tensor_parallel)
     first_prompt = torch.tensor([files[settings.prompt_files[0]][0].input_ids])
     decoder, iteration = _build_decoder(plan, runtime, folder, first_prompt)
-    figures = evaluate_prompts(
+    results = evaluate_prompts(
         decoder, files, settings, dp_group=runtime.dp_group, show_progress=runtime.is_main
     )
     if not runtime.is_main:
         return
+    block_size = plan.shape.block_size
+    facts = {
+        "target": config.target.path,
+        "checkpoint": str(folder) if folder else None,
+        "iteration": iteration,
+        "temperature": settings.temperature,
+        "max_new_tokens": settings.max_new_tokens,
+        "block_size": block_size,
+        "seed": settings.seed,
+        "batch_size": settings.batch_size,
+    }
+    figures = all_figures(results, block_size)
     print(table(figures, greedy=settings.temperature == 0), flush=True)
-    write_results(
-        output,
-        {
-            "target": config.target.path,
-            "checkpoint": str(folder) if folder else None,
-            "iteration": iteration,
-            "temperature": settings.temperature,
-            "max_new_tokens": settings.max_new_tokens,
-            "block_size": plan.shape.block_size,
-            "seed": settings.seed,
-            "files": figures,
-        },
-    )
+    write_results(output, {**facts, "files": figures})
     print(f"wrote {output}", flush=True)
+    if settings.records:
+        facts["prompt_files"] = settings.prompt_files
+        draft_records(results, block_size, facts).save(Path(settings.records))
+        print(f"wrote {settings.records}", flush=True)
 
 
 def _build_decoder(
@@ -88,7 +100,7 @@ def _build_decoder(
 ) -> tuple[Any, int]:
     """The decoder of a checkpoint folder (null: the untrained draft) and its iteration.
     first_prompt [1, s]: token ids to check the teacher logits on."""
-    from dspark_megatron.evaluation.decoding import Decoder
+    from dspark_megatron.evaluation.decoding import Decoder, Sampling
     from dspark_megatron.target_folder import stop_token_ids
     from dspark_megatron.targets.teacher_check import check_teacher_logits
     from dspark_megatron.training.checkpointing import load_checkpoint
@@ -108,15 +120,10 @@ def _build_decoder(
         check_teacher_logits(
             target, plan.config.target.path, target_head, draft.vocab_shard, first_prompt
         )
-    decoder = Decoder(
-        target,
-        draft,
-        target_head,
-        temperature=plan.config.evaluate.temperature,
-        max_new_tokens=plan.config.evaluate.max_new_tokens,
-        stop_token_ids=stop_token_ids(plan.config.target.path, plan.tokenizer),
-        device=runtime.device,
-    )
+    settings = plan.config.evaluate
+    stop_ids = stop_token_ids(plan.config.target.path, plan.tokenizer)
+    sampling = Sampling(settings.temperature, settings.max_new_tokens, frozenset(stop_ids))
+    decoder = Decoder(target, draft, target_head, sampling, batch_size=settings.batch_size)
     return decoder, iteration
 
 

@@ -26,9 +26,7 @@ def states_in_passes(
     own = -(-b // rows) * -(-s // max_tokens)
     # Agreed before the first pass: in a pass the ranks already wait for each other.
     idle = _most(own, input_ids.device, lockstep_group) - own
-    groups = [
-        joined(run(group.split(max_tokens, dim=1)), dim=1) for group in input_ids.split(rows)
-    ]
+    groups = [joined(run(group.split(max_tokens, dim=1)), dim=1) for group in input_ids.split(rows)]
     for _ in range(idle):
         run((input_ids[:1, :1],))
     return joined(groups, dim=0)
