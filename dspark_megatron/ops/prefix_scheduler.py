@@ -9,15 +9,15 @@ steps fit into a second, so `tau * SPS(B)` is its throughput. Two ways to choose
 - `global_budget` of an earlier step's confidences, then `lengths_for_budget` of this step's: what
   engines run, since the size of a step is then known before its drafts are.
 
-**Both are lossless.** They admit one slot after the other, the likeliest of the requests' next slots
-first. The survival of slot j depends on the draft tokens before j alone, so which slot is next and
-whether it is admitted depends on the tokens of slots that are admitted already: no slot is admitted
-or dropped for its own token. Those of other requests may well decide, but they were drawn
-independently. So the tokens of all requests are distributed, jointly, as the target alone would have
-it. What that takes:
+**Both are lossless.** They admit one slot after the other, the likeliest of the requests' next
+slots first. The survival of slot j depends on the draft tokens before j alone, so which slot is
+next and whether it is admitted depends on the tokens of slots that are admitted already: no slot is
+admitted or dropped for its own token. Those of other requests may well decide, but they were drawn
+independently. So the tokens of all requests are distributed, jointly, as the target alone would
+have it. What that takes:
 
-1. confidence j is a function of the draft tokens before slot j, not of token j itself: so is DSpark's
-   confidence head, but not an estimate from the drawn token's own probability;
+1. confidence j is a function of the draft tokens before slot j, not of token j itself: so is
+   DSpark's confidence head, but not an estimate from the drawn token's own probability;
 2. draft tokens are drawn independently for each request, and anew in each step;
 3. a budget is fixed before this step's tokens are drawn: any earlier step's confidences will do;
 4. a slot that is not verified is dropped, and the target draws the token of its place afresh.
