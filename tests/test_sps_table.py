@@ -35,14 +35,13 @@ def test_additive_look_up():
 
 def test_the_steps_of_a_schedule():
     assert sps_of_step(SAMPLED, 3, 3).tolist() == [100.0] * 5 + [80.0] * 5
-    with pytest.raises(
-        ConfigError, match="3 requests of 7 slots verify up to 24 tokens.*at 20 tokens"
+    for table, requests, slots, message in (
+        (SAMPLED, 3, 7, "3 requests of 7 slots .* for 24 verified tokens, and it ends at 20"),
+        (ADDITIVE, 3, 7, "for 24 verified tokens, and it ends at 16"),
+        (ADDITIVE, 5, 1, "for 5 requests, and it ends at 4"),
     ):
-        sps_of_step(SAMPLED, 3, 7)
-    with pytest.raises(ConfigError, match="at 16 tokens and 4 requests"):
-        sps_of_step(ADDITIVE, 3, 7)
-    with pytest.raises(ConfigError, match="5 requests"):
-        sps_of_step(ADDITIVE, 5, 1)
+        with pytest.raises(ConfigError, match=message):
+            sps_of_step(table, requests, slots)
 
 
 def test_interpolation_meets_the_points():

@@ -103,12 +103,15 @@ def sps_of_step(table: SpsTable, requests: int, block_size: int) -> Tensor:
     -> fp64 [R*k + 1]. ConfigError beyond the table: SGLang's look-up repeats the last point there,
     which would make all further tokens free."""
     most = requests * (block_size + 1)
-    require(
-        requests <= table.max_requests and most <= table.max_batch_tokens,
-        f"{requests} requests of {block_size} slots verify up to {most} tokens, and the table of "
-        f"steps per second ends at {table.max_batch_tokens} tokens and {table.max_requests} "
-        "requests; measure more or take fewer requests",
-    )
+    for what, wanted, end in (
+        ("verified tokens", most, table.max_batch_tokens),
+        ("requests", requests, table.max_requests),
+    ):
+        require(
+            wanted <= end,
+            f"{requests} requests of {block_size} slots need a table of steps per second for "
+            f"{wanted} {what}, and it ends at {end}; measure more or take fewer requests",
+        )
     return table.steps_per_second(torch.arange(requests, most + 1), requests)
 
 
