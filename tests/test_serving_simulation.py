@@ -1,5 +1,9 @@
 """Replayed drafts against a case done by hand, and what must hold of any of them."""
 
+import json
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,8 +15,12 @@ from dspark_megatron.evaluation.serving_simulation import (
     simulate_serving,
     tokens_gained,
 )
-from dspark_megatron.evaluation.sps_table import AdditiveSps, SampledSps
+from dspark_megatron.evaluation.sps_table import AdditiveSps, SampledSps, write_sps_table
 from dspark_megatron.evaluation.verify_policies import threshold_lengths
+
+sys.path.append(str(Path(__file__).parents[1] / "tools"))  # a folder of scripts, not a package
+
+import simulate_serving as simulate_serving_tool  # noqa: E402
 
 
 def make_records(confidence, accepted, prompt, proposed=None):
@@ -81,6 +89,20 @@ def test_drafting_takes_its_time_where_there_are_drafts():
     found = throughputs(EASY_THEN_HARD, TABLE, 1, rounds=64, draft_seconds=0.05)
     assert found["no drafting"] == pytest.approx(10)
     assert found["fixed 1"] == pytest.approx(3 / (2 / 8 + 0.1))
+
+
+def test_time_passes_between_the_points_of_a_table():
+    """Two requests of two slots verify 2 to 6 tokens, and the table has points at 2 and 6 only. A
+    scheduler that reads it with floor look-up takes the tokens before 6 for free; the clock does
+    not."""
+    records = make_records([[0.5, 0.5]], [0], [0])
+    table = SampledSps([2, 6], [10.0, 2.0], 6)
+    for interpolate, slots in ((False, 3), (True, 0)):
+        settings = ServingSettings(rounds=1, interpolate=interpolate)
+        rows = simulate_serving(records, table, [2], settings)
+        found = {row["policy"]: row for row in rows}["early stopping"]
+        assert found["verified"] == slots / 2
+        assert found["tokens_per_second"] == pytest.approx(2 / (0.1 + slots * 0.1))
 
 
 def test_temperatures_divide_the_logits():
@@ -173,3 +195,27 @@ def test_what_cannot_be_replayed_is_refused():
     for requests in ([], [0]):
         with pytest.raises(ConfigError, match="requests must be"):
             simulate_serving(EASY_THEN_HARD, TABLE, requests, settings)
+
+
+def test_the_tool_writes_figures_and_a_picture(tmp_path, capsys):
+    EASY_THEN_HARD.save(tmp_path / "drafts.safetensors")
+    write_sps_table(tmp_path / "sps.json", SampledSps([1, 2, 3, 6], [10.0, 8.0, 5.5, 2.0], 6))
+    (tmp_path / "dspark_sts.json").write_text('{"temperatures": [0.2, 0.2]}')
+    output = tmp_path / "serving.json"
+    command = [f"--records={tmp_path}/drafts.safetensors", f"--sps={tmp_path}/sps.json"]
+    command += [f"--output={output}", f"--temperatures={tmp_path}", "--rounds=64"]
+    assert simulate_serving_tool.main([*command, "--requests", "1", "2"]) == 0
+    written = json.loads(output.read_text())
+    assert written["temperatures"] == [0.2, 0.2] and written["drafts"] == {"block_size": 2}
+    rows = {(row["requests"], row["policy"]): row for row in written["figures"]}
+    assert rows[1, "early stopping"]["tokens_per_second"] == pytest.approx(4 / (1 / 5.5 + 1 / 10))
+    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "early stopping" in capsys.readouterr().out
+
+    output.unlink()
+    assert simulate_serving_tool.main([*command, "--requests", "1", "3"]) == 2
+    assert "and it ends at 6" in capsys.readouterr().err and not output.exists()
+    assert simulate_serving_tool.main([*command, f"--output={tmp_path}/none/a.json"]) == 2
+    (tmp_path / "dspark_sts.json").unlink()
+    assert simulate_serving_tool.main(command) == 2
+    assert "must hold a dspark_sts.json" in capsys.readouterr().err

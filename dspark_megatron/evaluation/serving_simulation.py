@@ -2,7 +2,9 @@
 
 Recorded rounds are replayed, each of R rows going through the rounds of one prompt after the other.
 A step takes `1 / SPS(tokens verified)` seconds and the time of a draft; a request that verifies l
-slots of a round gains the ones among them that the target kept, and one token more.
+slots of a round gains the ones among them that the target kept, and one token more. Between the
+points of a table that clock goes by straight lines, however the scheduler reads the table: floor
+look-up would give away the time of all tokens between two points.
 
 A round is replayed as it was recorded. In truth a shorter verification, which gains fewer tokens,
 would have had the next draft begin earlier in the answer; here every policy sees the same rounds in
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from dspark_megatron.config import require
 from dspark_megatron.evaluation.draft_records import DraftRecords
-from dspark_megatron.evaluation.sps_table import SpsTable, sps_of_step
+from dspark_megatron.evaluation.sps_table import SpsTable, interpolated, sps_of_step
 from dspark_megatron.evaluation.verify_policies import Policy, verify_policies
 
 
@@ -39,6 +41,9 @@ class ServingSettings:
     """Time of the drafts of a step; decoding without drafts does not take it."""
     rounds: int = 4096
     """Rounds replayed by every policy, about; each takes at least 64 steps."""
+    interpolate: bool = False
+    """The scheduler, too, reads straight lines between the points of a table with floor look-up;
+    false: it reads the table as SGLang does."""
     seed: int = 0
 
     def check(self, block_size: int) -> None:
@@ -72,17 +77,19 @@ def simulate_serving(
     settings.check(records.block_size)
     check_replayable(records)
     require(min(requests, default=0) >= 1, f"requests must be numbers >= 1, are {requests}")
-    steps_per_second = {r: sps_of_step(table, r, records.block_size) for r in requests}
+    clock = interpolated(table)
+    known = clock if settings.interpolate else table
+    costs = {r: [sps_of_step(t, r, records.block_size) for t in (known, clock)] for r in requests}
     temperatures = torch.tensor(settings.temperatures or [1.0] * records.block_size)
     confidence = (records.confidence_logits / temperatures).sigmoid()  # [n, k]
     figures = []
-    for count, sps in steps_per_second.items():
+    for count, (known_sps, sps) in costs.items():
         counted = max(64, -(-settings.rounds // count))
         steps = list(replay(records, count, settings.lag + counted, settings.seed))
         rows = [
             _serve(policy, records, confidence, steps, sps, settings)
             for policy in verify_policies(
-                sps, records.block_size, thresholds=settings.thresholds, lag=settings.lag
+                known_sps, records.block_size, thresholds=settings.thresholds, lag=settings.lag
             )
         ]
         plain = rows[0]["tokens_per_second"]

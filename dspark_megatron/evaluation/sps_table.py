@@ -115,8 +115,10 @@ def sps_of_step(table: SpsTable, requests: int, block_size: int) -> Tensor:
     return table.steps_per_second(torch.arange(requests, most + 1), requests)
 
 
-def interpolated(table: SampledSps) -> AdditiveSps:
-    """The same points, joined by straight lines in seconds, without a cost by request."""
+def interpolated(table: SpsTable) -> AdditiveSps:
+    """The same points, joined by straight lines in seconds; an additive table is so already."""
+    if isinstance(table, AdditiveSps):
+        return table
     seconds = [1 / x for x in table.sample_steps_per_sec]
     bias = min(seconds)
     return AdditiveSps(
