@@ -10,6 +10,7 @@ from dspark_megatron.evaluation.sps_table import (
     AdditiveSps,
     SampledSps,
     interpolated,
+    measured_table,
     read_sps_table,
     sps_of_step,
     write_sps_table,
@@ -49,6 +50,19 @@ def test_interpolation_meets_the_points():
     sps = lines.steps_per_second(torch.tensor([4, 8, 12, 16]), requests=5)
     middle = 2 / (1 / 80 + 1 / 20)
     assert sps.tolist() == pytest.approx([100, 80, middle, 20], rel=1e-12)
+
+
+def test_a_table_of_measured_steps():
+    by_tokens = {4: 0.25, 1: 0.1, 2: 0.125}
+    sampled = measured_table(by_tokens, {})
+    assert sampled == SampledSps([1, 2, 4], [10.0, 8.0, 4.0], 4)
+    # Three tokens of one request would take 0.1875 s; two tokens came out faster than alone.
+    table = measured_table(by_tokens, {3: 0.2, 2: 0.12})
+    assert table.bs_probes == [1, 2, 3]
+    assert table.alpha_seconds == pytest.approx([0, 0, 0.0125])
+    for requests, seconds in ((1, 0.25), (3, 0.2625)):
+        sps = table.steps_per_second(torch.tensor([4]), requests)
+        assert float(sps) == pytest.approx(1 / seconds)
 
 
 @pytest.mark.parametrize("table", [SAMPLED, ADDITIVE])

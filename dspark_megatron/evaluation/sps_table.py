@@ -6,7 +6,7 @@ machine, target, layout and context length, and never part of a checkpoint.
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,21 @@ def interpolated(table: SpsTable) -> AdditiveSps:
         m_probes=table.sample_batch_tokens,
         theta_seconds=[x - bias for x in seconds],
     )
+
+
+def measured_table(token_seconds: dict[int, float], request_seconds: dict[int, float]) -> SpsTable:
+    """The table of measured steps. token_seconds: by the tokens of one request that are verified.
+    request_seconds: by requests of one token each; a step of R of them costs alpha(R) more than R
+    tokens of one request (not less, whatever noise may say). Without any, the table is sampled."""
+    points = sorted(token_seconds)
+    rates = [1 / token_seconds[n] for n in points]
+    sampled = SampledSps(points, rates, max_batch_tokens=points[-1])
+    if not request_seconds:
+        return sampled
+    lines, counts = interpolated(sampled), sorted(request_seconds)
+    alone = 1 / lines.steps_per_second(torch.tensor(counts), requests=1)
+    alpha = [max(0.0, request_seconds[n] - x) for n, x in zip(counts, alone.tolist(), strict=True)]
+    return replace(lines, bs_probes=[1, *counts], alpha_seconds=[0.0, *alpha])
 
 
 def read_sps_table(path: str | Path) -> SpsTable:
