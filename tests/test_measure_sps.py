@@ -92,6 +92,12 @@ def test_what_cannot_be_measured_is_refused(pool, tiny_run, tmp_path):
         assert part in message
 
 
+def test_a_measurement_that_cannot_be_right_is_named():
+    table = SampledSps([1, 2, 4], [10.0, 8.0, 9.0], 4)
+    assert "2 tokens took longer than 4" in measure_sps.show(table, [1, 2, 4])
+    assert "warning" not in measure_sps.show(SampledSps([1, 2], [10.0, 9.0], 2), [1, 2])
+
+
 def test_the_command_writes_a_table(tiny_run, tmp_path):
     config, output = tmp_path / "run.yaml", tmp_path / "sps.json"
     config.write_text(tiny_config(tiny_run).to_yaml())

@@ -14,6 +14,7 @@ import argparse
 import os
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def show(table: Any, batch_tokens: list[int]) -> str:
-    """Seconds and steps per second of each number of tokens, of one request."""
+    """Time of each number of tokens, of one request; and where it cannot be right."""
     tokens = torch.tensor(sorted(set(batch_tokens)))
     rates = table.steps_per_second(tokens, 1).tolist()
     rows = [
@@ -178,7 +179,14 @@ def show(table: Any, batch_tokens: list[int]) -> str:
         for n, rate in zip(tokens.tolist(), rates, strict=True)
     ]
     formats = {"tokens": "d", "ms": ",.2f", "steps / s": ",.2f", "tokens / s": ",.1f"}
-    return benchmarking.table(rows, formats)
+    lines = [benchmarking.table(rows, formats)]
+    for few, many in pairwise(rows):
+        if few["ms"] > 1.1 * many["ms"]:
+            lines.append(
+                f"warning: {few['tokens']} tokens took longer than {many['tokens']}; take more "
+                "--rounds, on a machine that does nothing else"
+            )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
