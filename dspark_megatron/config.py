@@ -375,6 +375,13 @@ class EvaluateConfig:
     next."""
     compare_plain: bool = True
     """Decode the same prompts without the draft too, to report the speed-up."""
+    scheduler: str = "none"
+    """How much of each draft is verified: all of it (`none`), or what pays by the confidence head
+    and `sps_table`: `early_stopping` (Algorithm 1) or `lagged_budget` (as engines run it)."""
+    sps_table: str = ""
+    """JSON table of steps per second by verified tokens, from tools/measure_sps.py or SGLang."""
+    temperatures: str = ""
+    """Folder with the `dspark_sts.json` of a calibration, for the scheduler; empty: all 1."""
     seed: int = 980406
     """Seeds the sampling of each prompt, whatever the layout."""
     output: str = ""
@@ -392,6 +399,18 @@ class EvaluateConfig:
             _positive(f"evaluate.{name}", getattr(self, name))
         if self.max_prompts is not None:
             _positive("evaluate.max_prompts", self.max_prompts)
+        schedulers = ("none", "early_stopping", "lagged_budget")
+        _one_of("evaluate.scheduler", self.scheduler, schedulers)
+        require(
+            (self.scheduler == "none") != bool(self.sps_table),
+            f"evaluate.scheduler ({self.scheduler!r}) and evaluate.sps_table ({self.sps_table!r}) "
+            "go together: name a table to schedule by, or neither",
+        )
+        require(
+            not self.temperatures or self.scheduler != "none",
+            f"evaluate.temperatures ({self.temperatures!r}) is for a scheduler, and "
+            "evaluate.scheduler is 'none'",
+        )
 
 
 @dataclass(kw_only=True)
@@ -425,6 +444,11 @@ class Config:
             "optimizer.overlap_grad_reduce waits for the gradient of every weight, and the "
             "confidence head gets none: loss.confidence_head_alpha is 0; set "
             "model.enable_confidence_head=false or optimizer.overlap_grad_reduce=false",
+        )
+        require(
+            self.evaluate.scheduler == "none" or self.model.enable_confidence_head,
+            f"evaluate.scheduler ({self.evaluate.scheduler!r}) goes by the confidence head, and "
+            "model.enable_confidence_head is false; set evaluate.scheduler=none",
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -66,9 +66,10 @@ def _evaluate(job: Any, config: Any) -> None:
     claim_file(output, "evaluate.output")
     if settings.records:
         claim_file(Path(settings.records), "evaluate.records")
+    cut = _scheduled_cut(settings, plan.shape.block_size)
     runtime = start(job, config.parallel.tensor_parallel)
     first_prompt = torch.tensor([files[settings.prompt_files[0]][0].input_ids])
-    decoder, iteration = _build_decoder(plan, runtime, folder, first_prompt)
+    decoder, iteration = _build_decoder(plan, runtime, folder, first_prompt, cut)
     results = evaluate_prompts(
         decoder, files, settings, dp_group=runtime.dp_group, show_progress=runtime.is_main
     )
@@ -84,6 +85,7 @@ def _evaluate(job: Any, config: Any) -> None:
         "block_size": block_size,
         "seed": settings.seed,
         "batch_size": settings.batch_size,
+        "scheduler": settings.scheduler,
     }
     figures = all_figures(results, block_size)
     print(table(figures, greedy=settings.temperature == 0), flush=True)
@@ -95,8 +97,23 @@ def _evaluate(job: Any, config: Any) -> None:
         print(f"wrote {settings.records}", flush=True)
 
 
+def _scheduled_cut(settings: Any, block_size: int) -> Any:
+    """The scheduler of the settings, None without one; ConfigError if its files cannot be used."""
+    if settings.scheduler == "none":
+        return None
+    from dspark_megatron.conversion.sidecar import read_temperatures
+    from dspark_megatron.evaluation.scheduled_cut import ScheduledCut
+    from dspark_megatron.evaluation.sps_table import read_sps_table, sps_of_step
+
+    table = read_sps_table(settings.sps_table)
+    sps_of_step(table, settings.batch_size, block_size)  # the largest step must be within it
+    folder = settings.temperatures
+    temperatures = read_temperatures(Path(folder), block_size) if folder else None
+    return ScheduledCut(settings.scheduler, table, block_size, temperatures)
+
+
 def _build_decoder(
-    plan: Any, runtime: Any, folder: Path | None, first_prompt: Any
+    plan: Any, runtime: Any, folder: Path | None, first_prompt: Any, cut: Any
 ) -> tuple[Any, int]:
     """The decoder of a checkpoint folder (null: the untrained draft) and its iteration.
     first_prompt [1, s]: token ids to check the teacher logits on."""
@@ -123,7 +140,7 @@ def _build_decoder(
     settings = plan.config.evaluate
     stop_ids = stop_token_ids(plan.config.target.path, plan.tokenizer)
     sampling = Sampling(settings.temperature, settings.max_new_tokens, frozenset(stop_ids))
-    decoder = Decoder(target, draft, target_head, sampling, batch_size=settings.batch_size)
+    decoder = Decoder(target, draft, target_head, sampling, batch_size=settings.batch_size, cut=cut)
     return decoder, iteration
 
 

@@ -17,7 +17,8 @@ PROMPTS = ["hello", "the hill in the", "then all bells", "inn well"]
 
 
 def decode(runtime, config, prompts, seeds=(0,), cut=None):
-    """Token ids by plain and by speculative decoding, and the rounds."""
+    """Token ids by plain and by speculative decoding, and the rounds. cut: a name of CUTS, or one
+    of the decoder's own kind."""
     from dspark_megatron.evaluation.decoding import Decoder, Sampling
     from dspark_megatron.target_folder import stop_token_ids
     from dspark_megatron.training.setup import (
@@ -36,7 +37,7 @@ def decode(runtime, config, prompts, seeds=(0,), cut=None):
         load_target_head(plan, draft, target),
         Sampling(settings.temperature, settings.max_new_tokens, stops),
         batch_size=settings.batch_size,
-        cut=None if cut is None else CUTS[cut],
+        cut=CUTS.get(cut, cut),
     )
     ids = [plan.tokenizer(text)["input_ids"] for text in prompts for _ in seeds]
     seeds = [seed for _ in prompts for seed in seeds]

@@ -17,7 +17,7 @@ from typing import Any
 import benchmarking
 
 from dspark_megatron.config import ConfigError, require
-from dspark_megatron.conversion.sidecar import SIDECAR, check_sidecar
+from dspark_megatron.conversion.sidecar import SIDECAR, read_temperatures
 from dspark_megatron.evaluation.draft_records import DraftRecords
 from dspark_megatron.evaluation.serving_plot import plot_serving
 from dspark_megatron.evaluation.serving_simulation import ServingSettings, simulate_serving
@@ -53,8 +53,11 @@ def simulate(args: argparse.Namespace) -> list[dict[str, Any]]:
     )
     records = DraftRecords.load(args.records)
     table = read_sps_table(args.sps)
+    temperatures = None
+    if args.temperatures:
+        temperatures = read_temperatures(args.temperatures, records.block_size)
     settings = ServingSettings(
-        temperatures=read_temperatures(args.temperatures, records.block_size),
+        temperatures=temperatures,
         thresholds=tuple(args.thresholds),
         lag=args.lag,
         draft_seconds=args.draft_seconds,
@@ -66,13 +69,6 @@ def simulate(args: argparse.Namespace) -> list[dict[str, Any]]:
     write_figures(args, records, settings, figures)
     plot_serving(figures, args.output.with_suffix(".png"))
     return figures
-
-
-def read_temperatures(folder: Path | None, block_size: int) -> list[float] | None:
-    if folder is None:
-        return None
-    require(check_sidecar(folder, block_size), f"{folder} must hold a {SIDECAR} and has none")
-    return json.loads((folder / SIDECAR).read_text(encoding="utf-8"))["temperatures"]
 
 
 def write_figures(

@@ -42,6 +42,13 @@ def check_sidecar(folder: Path, block_size: int, iteration: int | None = None) -
     return True
 
 
+def read_temperatures(folder: Path, block_size: int, iteration: int | None = None) -> list[float]:
+    """Temperature of each slot; ConfigError as in `check_sidecar`, and when there are none."""
+    found = check_sidecar(folder, block_size, iteration)
+    require(found, f"{folder} must hold a {SIDECAR}; tools/calibrate_confidence.py makes one")
+    return json.loads((folder / SIDECAR).read_text(encoding="utf-8"))["temperatures"]
+
+
 def carry_sidecar(source: Path, folder: Path) -> None:
     if (source / SIDECAR).is_file():
         shutil.copyfile(source / SIDECAR, folder / SIDECAR)
