@@ -66,7 +66,7 @@ def _evaluate(job: Any, config: Any) -> None:
     claim_file(output, "evaluate.output")
     if settings.records:
         claim_file(Path(settings.records), "evaluate.records")
-    cut = _scheduled_cut(settings, plan.shape.block_size)
+    cut = _scheduled_cut(settings, plan.shape.block_size, folder)
     runtime = start(job, config.parallel.tensor_parallel)
     first_prompt = torch.tensor([files[settings.prompt_files[0]][0].input_ids])
     decoder, iteration = _build_decoder(plan, runtime, folder, first_prompt, cut)
@@ -97,18 +97,21 @@ def _evaluate(job: Any, config: Any) -> None:
         print(f"wrote {settings.records}", flush=True)
 
 
-def _scheduled_cut(settings: Any, block_size: int) -> Any:
+def _scheduled_cut(settings: Any, block_size: int, checkpoint: Path | None) -> Any:
     """The scheduler of the settings, None without one; ConfigError if its files cannot be used."""
     if settings.scheduler == "none":
         return None
+    from dspark_megatron.conversion.megatron_checkpoint import read_meta
     from dspark_megatron.conversion.sidecar import read_temperatures
     from dspark_megatron.evaluation.scheduled_cut import ScheduledCut
     from dspark_megatron.evaluation.sps_table import read_sps_table, sps_of_step
 
     table = read_sps_table(settings.sps_table)
     sps_of_step(table, settings.batch_size, block_size)  # the largest step must be within it
-    folder = settings.temperatures
-    temperatures = read_temperatures(Path(folder), block_size) if folder else None
+    temperatures = None
+    if settings.temperatures:
+        iteration = read_meta(checkpoint)["iteration"] if checkpoint else 0
+        temperatures = read_temperatures(Path(settings.temperatures), block_size, iteration)
     return ScheduledCut(settings.scheduler, table, block_size, temperatures)
 
 
