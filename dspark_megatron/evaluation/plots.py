@@ -11,6 +11,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 INK, FAINT = "#333333", "#cccccc"
 BLUE, ORANGE, GREEN = "#1f6fb4", "#d9822b", "#3a8a4d"
@@ -80,31 +81,25 @@ def threshold_plot(sweep: dict[str, Any]) -> Figure:
     return figure
 
 
-def slot_plot(files: dict[str, dict[str, Any]], name: str, ylabel: str) -> Figure:
-    """A figure by slot, a line for each prompt file, with its confidence intervals where the
-    evaluation has them. name: `accept_rate` or `prefix_survival`."""
-    figure = _figure(4.2, 3.0)
-    axes = figure.subplots()
-    for i, (file, figures) in enumerate(files.items()):
-        values = _gaps(figures[name])
-        offset = 0.06 * (i - (len(files) - 1) / 2)  # intervals of several files stay apart
-        axes.errorbar(
-            [slot + offset for slot in range(len(values))],
-            values,
-            yerr=_errors(values, figures.get("confidence_intervals", {}).get(name)),
-            label=file,
-            color=COLORS[i % len(COLORS)],
-            marker="o",
-            markersize=3,
-            linewidth=1.2,
-            elinewidth=0.8,
-            capsize=2,
-        )
-    _style(axes, title="", xlabel="slot")
-    axes.set_ylabel(ylabel, color=INK, fontsize=8)
-    axes.set_ylim(0, 1.02)
-    axes.set_xticks(range(len(values)))
-    _legend(axes)
+def slot_plot(files: dict[str, dict[str, Any]]) -> Figure:
+    """Acceptance and survival by slot, a line for each prompt file, with confidence intervals where
+    the evaluation has them. files: figures by name, as in `evaluation.json`."""
+    figure = _figure(8.4, 3.2)
+    titles = {
+        "accept_rate": "accepted, of those reached",
+        "prefix_survival": "survived with all slots before",
+    }
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, (name, title) in zip(panels, titles.items(), strict=True):
+        for i, (file, figures) in enumerate(files.items()):
+            _slot_line(axes, figures, name, 0.06 * (i - (len(files) - 1) / 2), label=file, order=i)
+        _style(axes, title=title, xlabel="slot")
+        axes.set_ylim(0, 1.02)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    lines, names = panels[0].get_legend_handles_labels()
+    figure.legend(
+        lines, names, loc="outside lower center", ncols=4, fontsize=7, frameon=False, labelcolor=INK
+    )
     return figure
 
 
@@ -121,6 +116,26 @@ def _reliability_line(axes: Axes, figures: dict[str, Any], slot: int, color: Any
         markersize=2.5,
         linewidth=1,
         label=str(slot),
+    )
+
+
+def _slot_line(
+    axes: Axes, figures: dict[str, Any], name: str, offset: float, *, label: str, order: int
+) -> None:
+    """offset: of the slots, so that the intervals of several files stay apart."""
+    values = _gaps(figures[name])
+    axes.errorbar(
+        [slot + offset for slot in range(len(values))],
+        values,
+        yerr=_errors(values, figures.get("confidence_intervals", {}).get(name)),
+        label=label,
+        color=COLORS[order % len(COLORS)],
+        linestyle="-" if order < len(COLORS) else "--",
+        marker="o",
+        markersize=3,
+        linewidth=1.2,
+        elinewidth=0.8,
+        capsize=2,
     )
 
 
