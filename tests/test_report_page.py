@@ -30,9 +30,10 @@ FULL = PLAIN | {
     "confidence_intervals": {
         "tau": [2.25, 2.875],
         "accept_rate": [[0.5, 0.875], [0.25, 0.625], None],
-        "prefix_survival": [[0.5, 0.875], [0.125, 0.5], None],
+        "prefix_survival": [[0.5, 0.875], [0.125, 0.5], [None, None]],
     },
 }
+BROKEN = {"accept_rate": [[0.5, 0.75], [0.25], None]}
 EVALUATION = {
     "target": "<b>target</b>",
     "checkpoint": None,
@@ -109,6 +110,14 @@ def test_an_evaluation_alone_without_intervals_or_plain_decoding(tmp_path):
         ({"evaluation": {"loss": [1.0]}}, "figures by prompt file"),
         ({"evaluation": EVALUATION | {"files": {"a": {"tau": 1.0}}}}, "no prompts, accept_rate"),
         ({"evaluation": EVALUATION | {"block_size": 4}}, "each of the 4 slots"),
+        (
+            {"evaluation": EVALUATION | {"files": {"a": FULL | {"tau": "2"}}}},
+            "tau of a .* a number",
+        ),
+        (
+            {"evaluation": EVALUATION | {"files": {"a": FULL | {"confidence_intervals": BROKEN}}}},
+            "interval of accept_rate of a",
+        ),
         ({"calibration": calibration(iteration=7)}, "iteration is 7 and 100"),
         ({"calibration": {"temperatures": [1.0]}}, "lacks labels"),
         ({"simulation": {"throughput": 3}}, "list `concurrency`"),

@@ -191,7 +191,8 @@ def _errors(
     """Distances of [low, high] from the values, as errorbar wants them."""
     if intervals is None:
         return None
-    ends = [(v, v) if pair is None else pair for v, pair in zip(values, intervals, strict=True)]
-    low = [max(v - end[0], 0) for v, end in zip(values, ends, strict=True)]
-    high = [max(end[1] - v, 0) for v, end in zip(values, ends, strict=True)]
+    known = (pair and None not in pair for pair in intervals)
+    ends = [pair if k else (v, v) for v, pair, k in zip(values, intervals, known, strict=True)]
+    low = [max(v - low, 0) for v, (low, _) in zip(values, ends, strict=True)]
+    high = [max(high - v, 0) for v, (_, high) in zip(values, ends, strict=True)]
     return [low, high]

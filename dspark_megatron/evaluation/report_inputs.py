@@ -8,6 +8,7 @@ from dspark_megatron.config import ConfigError, require
 
 FIGURES = ("prompts", "tau", "accept_rate", "prefix_survival")
 """Without these a file of `evaluation.json` cannot be shown."""
+BY_SLOT = ("accept_rate", "prefix_survival")
 CALIBRATION = ("labels", "fit", "held_out", "temperatures", "survival", "threshold_sweep")
 SAME = ("target", "iteration", "block_size")
 """What an evaluation and a calibration of one draft share."""
@@ -23,22 +24,17 @@ def read_evaluation(path: Path) -> dict[str, Any]:
         f"{path} puts several evaluations together ({', '.join(found)}); give a file that one "
         "evaluation wrote (evaluate.output)",
     )
-    files = found.get("files")
+    files, slots = found.get("files"), found.get("block_size")
+    good = isinstance(files, dict) and bool(files) and type(slots) is int
     require(
-        isinstance(files, dict) and bool(files),
-        f"{path} must be an evaluation's JSON, with figures by prompt file in `files`; it has "
-        f"{sorted(found)}",
+        good and all(isinstance(figures, dict) for figures in files.values()),
+        f"{path} must be an evaluation's JSON, with a block_size and figures by prompt file in "
+        f"`files`; it has {sorted(found)}",
     )
     for name, figures in files.items():
         lacking = [key for key in FIGURES if key not in figures]
         require(not lacking, f"{path} has no {', '.join(lacking)} for {name}; evaluate again")
-        for key in ("accept_rate", "prefix_survival"):
-            slots = found.get("block_size", len(figures[key]))
-            require(
-                isinstance(figures[key], list) and len(figures[key]) == slots,
-                f"{key} of {name} in {path} must have a number for each of the {slots} slots, is "
-                f"{figures[key]}",
-            )
+        _check_figures(figures, slots, f"of {name} in {path}")
     return found
 
 
@@ -75,11 +71,38 @@ def read_simulation(path: Path) -> dict[str, Any]:
     for name, figures in policies.items():
         for key, values in figures.items():
             require(
-                isinstance(values, list) and len(values) == len(levels),
+                _are_numbers(values, len(levels)),
                 f"{key} of {name} in {path} must be a list of {len(levels)} numbers, one for each "
                 f"concurrency, is {values}",
             )
     return found
+
+
+def _check_figures(figures: dict[str, Any], slots: int, where: str) -> None:
+    require(_are_numbers([figures["tau"]], 1), f"tau {where} must be a number or null")
+    for key in BY_SLOT:
+        require(
+            _are_numbers(figures[key], slots),
+            f"{key} {where} must have a number or null for each of the {slots} slots, is "
+            f"{figures[key]}",
+        )
+    for key, ends in figures.get("confidence_intervals", {}).items():
+        pairs = ends if key in BY_SLOT else [ends]
+        count = slots if key in BY_SLOT else 1
+        require(
+            isinstance(pairs, list)
+            and len(pairs) == count
+            and all(pair is None or _are_numbers(pair, 2) for pair in pairs),
+            f"the confidence interval of {key} {where} must be [low, high], for figures by slot "
+            f"one for each of the {slots} slots; it is {ends}",
+        )
+
+
+def _are_numbers(values: Any, count: int) -> bool:
+    """Whether it is a list of so many numbers or nulls."""
+    kinds = (int, float, type(None))
+    right = isinstance(values, list) and len(values) == count
+    return right and all(type(value) in kinds for value in values)
 
 
 def _read(path: Path) -> dict[str, Any]:

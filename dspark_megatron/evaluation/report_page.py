@@ -66,17 +66,18 @@ def _by_slot(files: dict[str, dict[str, Any]]) -> str:
 
 def _calibration(calibration: dict[str, Any]) -> str:
     before, after = (calibration["survival"][when] for when in ("before", "after"))
-    columns = {
-        "temperature": calibration["temperatures"],
-        "ECE before": before["ece"],
-        "after": after["ece"],
-        "floor": after["noise_floor"],
-        "AUC before": before["auc"],
-        "after ": after["auc"],
-        "Brier before": before["brier"],
-        " after": after["brier"],
-    }
-    rows = [[slot, *row] for slot, row in enumerate(zip(*columns.values(), strict=True))]
+    columns = [
+        ("temperature", calibration["temperatures"]),
+        ("ECE before", before["ece"]),
+        ("after", after["ece"]),
+        ("floor", after["noise_floor"]),
+        ("AUC before", before["auc"]),
+        ("after", after["auc"]),
+        ("Brier before", before["brier"]),
+        ("after", after["brier"]),
+    ]
+    by_slot = zip(*(figures for _, figures in columns), strict=True)
+    rows = [[slot, *row] for slot, row in enumerate(by_slot)]
     fit, held_out = calibration["fit"], calibration["held_out"]
     note = (
         f"Of the survival up to and with a slot ({calibration['labels']} labels). Temperatures "
@@ -87,7 +88,7 @@ def _calibration(calibration: dict[str, Any]) -> str:
     return section(
         "Calibration of the confidence head",
         picture(reliability_diagram(calibration["survival"]), "reliability diagram"),
-        table(["slot", *columns], rows),
+        table(["slot", *(head for head, _ in columns)], rows),
         *map(paragraph, [note, *calibration["notes"]]),
     )
 
