@@ -180,6 +180,21 @@ def test_the_split_keeps_prompts_together():
         split_by_prompt(records, 0.01, seed=0)
 
 
+def test_temperatures_are_of_the_fit_part_and_figures_of_the_other():
+    settings = CalibrationSettings(fit_share=0.25)
+    records = synthetic_records(prompts=20, rounds=30, temperatures=[1.5, 2.0])
+    before = calibrate(records, settings)
+    fit, _ = split_by_prompt(records, settings.fit_share, settings.seed)
+    held_out = ~torch.isin(records.prompt, fit.prompt)
+    records.accepted[held_out] = 2
+    after = calibrate(records, settings)
+    assert after["fit"] == {"prompts": 5, "rounds": 150}
+    assert after["temperatures"] == before["temperatures"] != [1.0, 1.0]
+    for name in ("survival", "confidence"):
+        assert after[name]["after"]["observed"] == [1.0, 1.0] != before[name]["after"]["observed"]
+    assert after["threshold_sweep"]["after"]["tau"][0] == 3.0
+
+
 def saved(tmp_path, name, **changes):
     records = synthetic_records(prompts=3, rounds=2, temperatures=[1.0, 1.0], **changes)
     records.save(tmp_path / name)

@@ -21,9 +21,8 @@ FEW = 20
 
 
 def png(figure: Figure) -> bytes:
-    """The same figure gives the same bytes with the same Matplotlib."""
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=144, metadata={"Software": None})
+    figure.savefig(file, format="png", dpi=144)
     return file.getvalue()
 
 
