@@ -91,26 +91,29 @@ def _figures(
     predictions: Tensor, labels: Tensor, settings: CalibrationSettings
 ) -> dict[str, list[Any]]:
     """Figures by slot, over the rounds whose label is known. predictions, labels [n, k]."""
-    slots = []
-    for slot, (p, y) in enumerate(zip(predictions.T, labels.T, strict=True)):
-        known = ~y.isnan()
-        p, y = p[known], y[known]
-        bins = binned(p, y, settings.bins)
-        slots.append(
-            {
-                "rounds": len(y),
-                "predicted": _number(p.mean()),
-                "observed": _number(y.mean()),
-                "ece": _number(bins.calibration_error),
-                "noise_floor": _number(noise_floor(p, settings.bins, seed=settings.seed + slot)),
-                "auc": _number(auc(p, y)),
-                "brier": _number(brier(p, y)),
-                "bin_count": bins.count.tolist(),
-                "bin_predicted": [_number(x) for x in bins.predicted / bins.count],
-                "bin_observed": [_number(x) for x in bins.observed / bins.count],
-            }
-        )
+    slots = [
+        _slot_figures(p[~y.isnan()], y[~y.isnan()], settings)
+        for p, y in zip(predictions.T, labels.T, strict=True)
+    ]
     return {name: [figures[name] for figures in slots] for name in slots[0]}
+
+
+def _slot_figures(
+    predictions: Tensor, labels: Tensor, settings: CalibrationSettings
+) -> dict[str, Any]:
+    bins = binned(predictions, labels, settings.bins)
+    return {
+        "rounds": len(labels),
+        "predicted": _number(predictions.mean()),
+        "observed": _number(labels.mean()),
+        "ece": _number(bins.calibration_error),
+        "noise_floor": _number(noise_floor(predictions, settings.bins, seed=settings.seed)),
+        "auc": _number(auc(predictions, labels)),
+        "brier": _number(brier(predictions, labels)),
+        "bin_count": bins.count.tolist(),
+        "bin_predicted": [_number(x) for x in bins.predicted / bins.count],
+        "bin_observed": [_number(x) for x in bins.observed / bins.count],
+    }
 
 
 def _notes(
@@ -119,18 +122,23 @@ def _notes(
     """What a reader of the figures must know. fit_labels, labels [n, k]: of either part."""
     notes = []
     for slot, temperature in enumerate(temperatures):
-        for part, y in (("fitted on", fit_labels[:, slot]), ("held out", labels[:, slot])):
+        for y, part, effect in (
+            (fit_labels[:, slot], "fitted on", "its temperature stays 1"),
+            (labels[:, slot], "held out", "it has no AUC"),
+        ):
             known = y[~y.isnan()]
-            if two_classes(known):
-                continue
-            what = "no known outcome"
-            if len(known):
-                what = f"{'only kept' if known[0] else 'no surviving'} drafts ({len(known)} rounds)"
-            effect = "its temperature stays 1" if part == "fitted on" else "it has no AUC"
-            notes.append(f"slot {slot}: {what} in the part {part}; {effect}")
+            if not two_classes(known):
+                notes.append(f"slot {slot}: {_outcome(known)} in the part {part}; {effect}")
         if temperature in (grid[0], grid[-1]):
             notes.append(f"slot {slot}: temperature {temperature:g} is at the edge of the grid")
     return notes
+
+
+def _outcome(labels: Tensor) -> str:
+    """What a slot's labels have in common, when they are of one class."""
+    if not len(labels):
+        return "no known outcome"
+    return f"{'only' if labels[0] else 'no'} surviving drafts ({len(labels)} rounds)"
 
 
 def _size(records: DraftRecords) -> dict[str, int]:

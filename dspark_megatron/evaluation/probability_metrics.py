@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dspark_megatron.seeds import derived_seed
+
 
 @dataclass(frozen=True)
 class Bins:
@@ -41,7 +43,7 @@ def noise_floor(predictions: Tensor, bins: int, *, seed: int, draws: int = 100) 
     label an independent draw: the mean over drawn labels."""
     index = _bin_index(predictions, bins)
     predicted = _sums(index, predictions, bins)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(derived_seed("noise floor", seed))
     total = 0.0
     for _ in range(draws):
         labels = torch.bernoulli(predictions, generator=generator)
