@@ -40,7 +40,7 @@ EVALUATION = {
     "iteration": 100,
     "temperature": 1.0,
     "block_size": 3,
-    "files": {"data/plain.jsonl": PLAIN, "data/<i>full.jsonl": FULL},
+    "files": {"data/plain$^$.jsonl": PLAIN, "data/<i>full.jsonl": FULL},
 }
 SIMULATION = {
     "concurrency": [1, 64],

@@ -12,6 +12,8 @@ from dspark_megatron.evaluation.draft_records import DraftRecords
 
 SAME = ("target", "checkpoint", "iteration", "block_size")
 """Facts that records of one draft share."""
+LISTED = ("temperature", "prompt_files")
+"""Facts in which they may differ."""
 
 
 def load_records(paths: Sequence[str | Path]) -> DraftRecords:
@@ -25,14 +27,14 @@ def load_records(paths: Sequence[str | Path]) -> DraftRecords:
     require(len(files) == len(paths), f"--records names a file twice: {list(map(str, paths))}")
     first_path, first = next(iter(files.items()))
     for path, records in files.items():
-        _check_same(path, records, first_path, first)
         _check_usable(path, records)
+        _check_same(path, records, first_path, first)
     prompts = _prompts_counted_through([*files.values()])
     names = ("confidence_logits", "accept_rate", "proposed", "accepted")
     tensors = {name: torch.cat([getattr(r, name) for r in files.values()]) for name in names}
-    facts = {key: first.facts.get(key) for key in SAME}
-    for key in ("temperature", "prompt_files"):
-        values = [r.facts.get(key) for r in files.values()]
+    facts = {key: first.facts[key] for key in SAME}
+    for key in LISTED:
+        values = [r.facts[key] for r in files.values()]
         flat = [x for value in values for x in (value if isinstance(value, list) else [value])]
         facts[key] = list(dict.fromkeys(flat))
     return DraftRecords(**tensors, prompt=torch.cat(prompts), facts=facts)
@@ -57,15 +59,22 @@ def split_by_prompt(
 
 def _check_same(path: Path, records: DraftRecords, first_path: Path, first: DraftRecords) -> None:
     for key in SAME:
-        mine, wanted = records.facts.get(key), first.facts.get(key)
+        mine, wanted = records.facts[key], first.facts[key]
         require(
-            mine == wanted and records.block_size == first.block_size,
+            mine == wanted,
             f"records must be of one draft: {key} is {mine!r} in {path} and {wanted!r} in "
             f"{first_path}; calibrate each draft by itself",
         )
 
 
 def _check_usable(path: Path, records: DraftRecords) -> None:
+    lacking = [key for key in (*SAME, *LISTED) if key not in records.facts]
+    require(not lacking, f"{path} must say of which evaluation it is, lacks {', '.join(lacking)}")
+    own = records.facts["block_size"]
+    require(
+        own == records.block_size,
+        f"{path} must have the {own} slots of its block_size, has {records.block_size}",
+    )
     logits, judged = records.confidence_logits, records.judged()
     require(
         not logits.isnan().all(),
@@ -91,7 +100,7 @@ def _check_usable(path: Path, records: DraftRecords) -> None:
 def _prompts_counted_through(parts: list[DraftRecords]) -> list[Tensor]:
     """Prompt numbers of every part; parts of the same prompt files share theirs, and the order of
     the parts does not matter."""
-    lists = [part.facts.get("prompt_files") or [] for part in parts]
+    lists = [part.facts["prompt_files"] for part in parts]
     keys = [json.dumps(files) for files in lists]
     owners = {file: key for files, key in zip(lists, keys, strict=True) for file in files}
     mixed = sorted({f for fs, k in zip(lists, keys, strict=True) for f in fs if owners[f] != k})

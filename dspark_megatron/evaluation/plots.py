@@ -127,7 +127,7 @@ def _slot_line(
         [slot + offset for slot in range(len(values))],
         values,
         yerr=_errors(values, figures.get("confidence_intervals", {}).get(name)),
-        label=label,
+        label=label.replace("$", r"\$"),  # a file's name is no formula
         color=COLORS[order % len(COLORS)],
         linestyle="-" if order < len(COLORS) else "--",
         marker="o",

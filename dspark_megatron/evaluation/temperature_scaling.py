@@ -3,7 +3,7 @@
 `confidence_j = sigmoid(logit_j / T_j)` is the chance that slot j is kept once all before it were;
 `survival_j = prod_{i<=j} confidence_i` that the draft survives up to and with slot j.
 
-Shapes: n rounds, k slots, g temperatures of the grid. NaN labels are unknown.
+Shapes: n rounds, k slots. NaN labels are unknown.
 """
 
 import math
