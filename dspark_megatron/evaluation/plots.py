@@ -88,10 +88,12 @@ def slot_plot(files: dict[str, dict[str, Any]]) -> Figure:
         "accept_rate": "accepted, of those reached",
         "prefix_survival": "survived with all slots before",
     }
+    step = 0.06 if any("confidence_intervals" in figures for figures in files.values()) else 0
     panels = figure.subplots(1, 2, sharey=True)
     for axes, (name, title) in zip(panels, titles.items(), strict=True):
         for i, (file, figures) in enumerate(files.items()):
-            _slot_line(axes, figures, name, 0.06 * (i - (len(files) - 1) / 2), label=file, order=i)
+            offset = step * (i - (len(files) - 1) / 2)
+            _slot_line(axes, figures, name, offset, label=file, order=i)
         _style(axes, title=title, xlabel="slot")
         axes.set_ylim(0, 1.02)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
