@@ -42,9 +42,13 @@ EVALUATION = {
     "block_size": 3,
     "files": {"data/plain$^$.jsonl": PLAIN, "data/<i>full.jsonl": FULL},
 }
+SIMULATED = dict(policy="whole & long", per_request=1.0, tau=1.5, verified=2.0, speedup=1.25)
 SIMULATION = {
-    "concurrency": [1, 64],
-    "policies": {"whole & long": {"tokens_per_second": [11.0, 222.0]}, "cut": {"tau": [1.5, 1.25]}},
+    "figures": [
+        {**SIMULATED, "requests": 1, "tokens_per_second": 11.0},
+        {**SIMULATED, "requests": 64, "tokens_per_second": 222.0},
+        {**SIMULATED, "policy": "cut", "requests": 64, "tokens_per_second": 333.0},
+    ]
 }
 
 
@@ -89,7 +93,7 @@ def test_the_page_holds_everything(tmp_path):
     assert "slot 2: &lt;div&gt;no surviving drafts" in page
     assert "<b>" not in page and "<i>" not in page and not re.search(r"src=\"(?!data:)", page)
     pictures = re.findall(r"base64,([^\"]+)", page)
-    assert len(pictures) == 3
+    assert len(pictures) == 4
     for picture in pictures:
         (tmp_path / "picture.png").write_bytes(base64.b64decode(picture))
         pixels = image.imread(tmp_path / "picture.png")
@@ -120,8 +124,12 @@ def test_an_evaluation_alone_without_intervals_or_plain_decoding(tmp_path):
         ),
         ({"calibration": calibration(iteration=7)}, "iteration is 7 and 100"),
         ({"calibration": {"temperatures": [1.0]}}, "lacks labels"),
-        ({"simulation": {"throughput": 3}}, "list `concurrency`"),
-        ({"simulation": SIMULATION | {"concurrency": [1]}}, "a list of 1 numbers"),
+        ({"simulation": {"throughput": 3}}, "list `figures`"),
+        ({"simulation": {"figures": [SIMULATED]}}, "list `figures`"),
+        (
+            {"simulation": {"figures": [{**SIMULATION["figures"][0], "tau": "2"}]}},
+            "must be numbers",
+        ),
         ({"simulation": [1]}, "must hold an object"),
     ],
 )

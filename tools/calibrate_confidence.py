@@ -2,24 +2,30 @@
 
     python tools/calibrate_confidence.py --records runs/x/drafts.safetensors [...] --output DIR \\
         [--labels observed|expected] [--bins 20] [--fit-share 0.5] [--force]
+    torchrun --nproc-per-node N tools/calibrate_confidence.py --config run.yaml \\
+        --records runs/x/drafts.safetensors --output DIR [section.key=value ...]
 
-Writes into DIR, a run's or an export's folder: `dspark_sts.json` (for SGLang; an export carries the
-run's along), `calibration.json` (all figures), `reliability.png` and `threshold_sweep.png`.
-See docs/calibration.md.
+The second form evaluates the draft first, without plain decoding, and leaves its records in that
+file. Writes into DIR, a run's or an export's folder: `dspark_sts.json` (for SGLang; an export
+carries the run's along), `calibration.json` (all figures), `reliability.png` and
+`threshold_sweep.png`. See docs/calibration.md.
 """
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from dspark_megatron.config import ConfigError
+from dspark_megatron.config import ConfigError, require
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Calibrate a draft's confidence head.")
     parser.add_argument("--records", required=True, nargs="+", type=Path, help="of one draft")
+    parser.add_argument("--config", help="YAML of the run to evaluate first")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of --config")
     parser.add_argument("--output", required=True, type=Path, help="folder to write into")
     parser.add_argument("--labels", default="observed", help="observed (default) or expected")
     parser.add_argument("--bins", type=int, default=20, help="of the calibration error")
@@ -41,6 +47,7 @@ def main(argv: list[str] | None = None) -> None:
 def _calibrate(args: argparse.Namespace) -> None:
     from dspark_megatron.conversion.sidecar import SIDECAR, check_place, sidecar_json
     from dspark_megatron.evaluation.calibration import CalibrationSettings, calibrate
+    from dspark_megatron.evaluation.calibration_records import load_records
     from dspark_megatron.evaluation.output_files import write_files
     from dspark_megatron.evaluation.plots import png, reliability_diagram, threshold_plot
 
@@ -51,7 +58,9 @@ def _calibrate(args: argparse.Namespace) -> None:
         widest_temperature=args.widest_temperature,
         seed=args.seed,
     )
-    records = _records(args)
+    if args.config and not _evaluate(args):
+        return
+    records = load_records(args.records)
     check_place(args.output, records.block_size, records.facts["iteration"], args.force)
     result = calibrate(records, settings)
     texts = {"calibration.json": json.dumps(result, indent=1) + "\n", SIDECAR: sidecar_json(result)}
@@ -67,11 +76,18 @@ def _calibrate(args: argparse.Namespace) -> None:
     print(f"wrote {args.output}/{{{SIDECAR},calibration.json,reliability.png,threshold_sweep.png}}")
 
 
-def _records(args: argparse.Namespace) -> Any:
-    """What to calibrate on."""
-    from dspark_megatron.evaluation.calibration_records import load_records
+def _evaluate(args: argparse.Namespace) -> bool:
+    """Make the records; whether this is the rank that calibrates on them."""
+    from dspark_megatron import evaluate
 
-    return load_records(args.records)
+    require(
+        len(args.records) == 1 and args.records[0].parent.is_dir(),
+        f"with --config one file of --records is written, in a folder that exists; got "
+        f"{', '.join(map(str, args.records))}",
+    )
+    own = ["evaluate.compare_plain=false", f"evaluate.records={args.records[0]}"]
+    evaluate.main(["--config", args.config, *args.overrides, *own])
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _summary(result: dict[str, Any]) -> str:

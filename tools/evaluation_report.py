@@ -3,8 +3,8 @@
     python tools/evaluation_report.py runs/x/evaluation.json \\
         [--calibration runs/x/calibration.json] [--simulation simulation.json] --output report.html
 
---calibration: of tools/calibrate_confidence.py, for the same draft. --simulation: JSON with a list
-`concurrency` and an object `policies`, by name the figures, each a list by concurrency.
+--calibration: of tools/calibrate_confidence.py, for the same draft. --simulation: of
+tools/simulate_serving.py.
 """
 
 import argparse

@@ -19,7 +19,9 @@ import benchmarking
 from dspark_megatron.config import ConfigError, require
 from dspark_megatron.conversion.sidecar import SIDECAR, read_temperatures
 from dspark_megatron.evaluation.draft_records import DraftRecords
-from dspark_megatron.evaluation.serving_plot import plot_serving
+from dspark_megatron.evaluation.output_files import write_files
+from dspark_megatron.evaluation.plots import png
+from dspark_megatron.evaluation.serving_plot import serving_plot
 from dspark_megatron.evaluation.serving_simulation import ServingSettings, simulate_serving
 from dspark_megatron.evaluation.sps_table import read_sps_table
 
@@ -66,23 +68,13 @@ def simulate(args: argparse.Namespace) -> list[dict[str, Any]]:
         seed=args.seed,
     )
     figures = simulate_serving(records, table, args.requests, settings)
-    write_figures(args, records, settings, figures)
-    plot_serving(figures, args.output.with_suffix(".png"))
-    return figures
-
-
-def write_figures(
-    args: argparse.Namespace,
-    records: DraftRecords,
-    settings: ServingSettings,
-    figures: list[dict[str, Any]],
-) -> None:
-    """Write the JSON whole or not at all."""
     about = {"records": str(args.records), "sps_table": str(args.sps), **vars(settings)}
     about["drafts"] = records.facts
-    partial = args.output.with_name(f".partial_{args.output.name}")
-    partial.write_text(json.dumps({**about, "figures": figures}, indent=2) + "\n", encoding="utf-8")
-    partial.replace(args.output)
+    text = json.dumps({**about, "figures": figures}, indent=2) + "\n"
+    picture = args.output.with_suffix(".png").name
+    contents = {picture: png(serving_plot(figures)), args.output.name: text.encode()}
+    write_files(args.output.parent, contents)
+    return figures
 
 
 def main(argv: list[str] | None = None) -> int:

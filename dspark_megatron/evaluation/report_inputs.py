@@ -10,6 +10,7 @@ FIGURES = ("prompts", "tau", "accept_rate", "prefix_survival")
 """Without these a file of `evaluation.json` cannot be shown."""
 BY_SLOT = ("accept_rate", "prefix_survival")
 CALIBRATION = ("labels", "fit", "held_out", "temperatures", "survival", "threshold_sweep")
+SIMULATED = {"policy", "requests", "tokens_per_second", "per_request", "tau", "verified", "speedup"}
 SAME = ("target", "iteration", "block_size")
 """What an evaluation and a calibration of one draft share."""
 
@@ -57,25 +58,21 @@ def read_calibration(path: Path, evaluation: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def read_simulation(path: Path) -> dict[str, Any]:
-    """A serving simulation: `concurrency`, and in `policies` by name its figures, each a list with
-    a number for each concurrency."""
-    found = _read(path)
-    levels, policies = found.get("concurrency"), found.get("policies")
-    good = isinstance(levels, list) and isinstance(policies, dict) and bool(policies)
+def read_simulation(path: Path) -> list[dict[str, Any]]:
+    """Figures of a serving simulation by requests and policy; ConfigError when it is none."""
+    figures = _read(path).get("figures")
+    good = isinstance(figures, list) and bool(figures)
     require(
-        good and all(isinstance(figures, dict) for figures in policies.values()),
-        f"{path} must hold a list `concurrency` and an object `policies` with the figures of each "
-        f"policy; it has {sorted(found)}",
+        good and all(isinstance(row, dict) and row.keys() >= SIMULATED for row in figures),
+        f"{path} must be the JSON of tools/simulate_serving.py, with a list `figures` of "
+        f"{', '.join(sorted(SIMULATED))}",
     )
-    for name, figures in policies.items():
-        for key, values in figures.items():
-            require(
-                _are_numbers(values, len(levels)),
-                f"{key} of {name} in {path} must be a list of {len(levels)} numbers, one for each "
-                f"concurrency, is {values}",
-            )
-    return found
+    for row in figures:
+        require(
+            _are_numbers([row[key] for key in SIMULATED - {"policy"}], len(SIMULATED) - 1),
+            f"the figures in {path} must be numbers, are {row}",
+        )
+    return figures
 
 
 def _check_figures(figures: dict[str, Any], slots: int, where: str) -> None:
@@ -86,7 +83,7 @@ def _check_figures(figures: dict[str, Any], slots: int, where: str) -> None:
             f"{key} {where} must have a number or null for each of the {slots} slots, is "
             f"{figures[key]}",
         )
-    for key, ends in figures.get("confidence_intervals", {}).items():
+    for key, ends in (figures.get("confidence_intervals") or {}).items():
         pairs = ends if key in BY_SLOT else [ends]
         count = slots if key in BY_SLOT else 1
         require(

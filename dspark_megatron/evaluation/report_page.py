@@ -6,6 +6,7 @@ from typing import Any
 
 from dspark_megatron.evaluation.page_parts import page, paragraph, picture, section, shown, table
 from dspark_megatron.evaluation.plots import reliability_diagram, slot_plot, threshold_plot
+from dspark_megatron.evaluation.serving_plot import serving_plot
 
 FACTS = ("target", "checkpoint", "iteration", "block_size", "temperature", "max_new_tokens", "seed")
 FILE_COLUMNS = {
@@ -25,12 +26,16 @@ SLOT_TABLES = {
     "accept_rate": "Share of a slot's tokens that were kept, of those whose predecessors were.",
     "prefix_survival": "Share of the proposals whose tokens up to and with a slot were all kept.",
 }
+SIMULATION_TABLES = {
+    "tokens_per_second": "Tokens per second of all requests served at once.",
+    "verified": "Draft slots of a request that are verified in a step.",
+}
 
 
 def report_page(
     evaluation: dict[str, Any],
     calibration: dict[str, Any] | None = None,
-    simulation: dict[str, Any] | None = None,
+    simulation: list[dict[str, Any]] | None = None,
 ) -> str:
     """The page's HTML. Arguments: what `report_inputs` reads."""
     files = _short_names(evaluation["files"])
@@ -49,7 +54,7 @@ def _by_file(files: dict[str, dict[str, Any]]) -> str:
     keys = [key for key in FILE_COLUMNS if any(f.get(key) is not None for f in files.values())]
     rows = [[name, *(_of_file(figures, key) for key in keys)] for name, figures in files.items()]
     note = "tau: tokens gained in a round of drafting and verifying, bonus token included."
-    if any("confidence_intervals" in figures for figures in files.values()):
+    if any(map(_intervals, files.values())):
         note += " Below a figure: its confidence interval."
     headings = ["file", *(FILE_COLUMNS[key] for key in keys)]
     return section("Prompt files", table(headings, rows), paragraph(note))
@@ -105,14 +110,15 @@ def _sweep(sweep: dict[str, Any]) -> str:
     )
 
 
-def _simulation(simulation: dict[str, Any]) -> str:
-    policies, levels = simulation["policies"], simulation["concurrency"]
-    parts = []
-    for name in dict.fromkeys(name for figures in policies.values() for name in figures):
-        unknown = [None] * len(levels)
-        rows = [[policy, *figures.get(name, unknown)] for policy, figures in policies.items()]
-        parts.append(paragraph(f"{name.replace('_', ' ')} by concurrency"))
-        parts.append(table(["policy", *levels], rows))
+def _simulation(figures: list[dict[str, Any]]) -> str:
+    levels = sorted({row["requests"] for row in figures})
+    parts = [picture(serving_plot(figures), "throughput and verified slots by requests")]
+    for key, meaning in SIMULATION_TABLES.items():
+        by_policy: dict[str, dict[int, float]] = {}
+        for row in figures:
+            by_policy.setdefault(row["policy"], {})[row["requests"]] = row[key]
+        rows = [[policy, *map(found.get, levels)] for policy, found in by_policy.items()]
+        parts += [paragraph(meaning), table(["policy \\ requests", *levels], rows)]
     return section("Serving simulation", *parts)
 
 
@@ -123,13 +129,17 @@ def _short_names(files: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return dict(zip(names, files.values(), strict=True))
 
 
+def _intervals(figures: dict[str, Any]) -> dict[str, Any]:
+    return figures.get("confidence_intervals") or {}
+
+
 def _of_file(figures: dict[str, Any], key: str) -> str:
-    return _with_interval(figures.get(key), figures.get("confidence_intervals", {}).get(key))
+    return _with_interval(figures.get(key), _intervals(figures).get(key))
 
 
 def _of_slots(figures: dict[str, Any], key: str) -> list[str]:
     values = figures[key]
-    pairs = figures.get("confidence_intervals", {}).get(key) or [None] * len(values)
+    pairs = _intervals(figures).get(key) or [None] * len(values)
     return [_with_interval(value, pair) for value, pair in zip(values, pairs, strict=True)]
 
 

@@ -1,15 +1,13 @@
 """The figures of a serving simulation as a picture."""
 
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 
-def plot_serving(figures: list[dict[str, Any]], path: Path) -> None:
-    """A PNG with three panels: throughput by requests, throughput by the speed of each request
-    (upper right is better), and verified slots by requests. figures: of `simulate_serving`. The
-    file is written whole or not at all."""
+def serving_plot(figures: list[dict[str, Any]]) -> Figure:
+    """Three panels: throughput by requests, throughput by the speed of each request (upper right is
+    better), and verified slots by requests. figures: of `simulate_serving`."""
     curves: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(figures, key=lambda row: row["requests"]):
         curves.setdefault(row["policy"], []).append(row)
@@ -32,9 +30,7 @@ def plot_serving(figures: list[dict[str, Any]], path: Path) -> None:
             axis.set_xticks(ticks, [str(tick) for tick in ticks])
     handles, labels = axes[0].get_legend_handles_labels()
     picture.legend(handles, labels, loc="outside right center")
-    partial = path.with_name(f".partial_{path.name}")
-    picture.savefig(partial, format="png", dpi=120)
-    partial.replace(path)
+    return picture
 
 
 def _styles(curves: dict[str, list]) -> list[dict[str, Any]]:
