@@ -1,0 +1,203 @@
+"""Acceptance estimated without generation: accept rates on a split vocabulary, the rounds of a
+decoder, and figures equal to those of real decoding."""
+
+import pytest
+import torch
+from reference import PlainDraft, plain_blocks, plain_candidates, plain_tau
+from test_draft_model import whole
+from test_head_loss import make_inputs, shard_of
+from tiny_draft import SHAPE, build_tiny_draft, layout_of, make_samples, target_head
+
+from dspark_megatron.ops.acceptance import probabilities, round_starts
+
+
+def plain_accept_rates(inputs, temperature):
+    """[n] from whole softmaxes, or one-hot ones of the argmax at temperature 0."""
+    draft = inputs["hidden"] @ inputs["lm_head"].t()
+    if inputs["latent"] is not None:
+        draft = draft + inputs["latent"] @ inputs["markov_w2"].t()
+    teacher = inputs["teacher_hidden"] @ inputs["lm_head"].t()
+    p, q = probabilities(draft, temperature), probabilities(teacher, temperature)
+    return 1 - (p - q).abs().sum(dim=-1) / 2
+
+
+def split_accept_rates(runtime, inputs, temperature, chunk_rows=4):
+    from dspark_megatron.ops.accept_rates import LogitRows, accept_rates
+
+    shard, lm_head, markov_w2 = shard_of(inputs, runtime.tp_group)
+    features, joint = inputs["hidden"], lm_head
+    if markov_w2 is not None:
+        features = torch.cat([features, inputs["latent"]], dim=1)
+        joint = torch.cat([lm_head, markov_w2], dim=1)
+    return accept_rates(
+        LogitRows(features, joint),
+        LogitRows(inputs["teacher_hidden"], lm_head),
+        shard,
+        temperature=temperature,
+        chunk_rows=chunk_rows,
+        tp_group=runtime.tp_group,
+    )
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_accept_rates_equal_plain_ones(pool, tp):
+    """61 tokens, so the last shard ends in padding; also logits of thousands, and no row."""
+    cases = [dict(), dict(kind="extreme"), dict(with_latent=False), dict(rows=0)]
+    for case in cases:
+        inputs = make_inputs(61, torch.float32, **case)
+        for temperature in (0.0, 0.7, 1.0):
+            arguments = dict(inputs=inputs, temperature=temperature)
+            for got in pool.run(split_accept_rates, world=tp, tp=tp, **arguments):
+                expected = plain_accept_rates(inputs, temperature)
+                torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tp", [1, 4])
+def test_of_equally_likely_tokens_the_lowest_id_counts(pool, tp):
+    """Draft and target each hold two tokens equal, of different shards."""
+    inputs = make_inputs(61, torch.float32, with_latent=False, rows=2)
+    inputs["lm_head"] = torch.zeros(61, 16)
+    inputs["lm_head"][[5, 20, 50], [0, 1, 2]] = 1.0
+    inputs["hidden"], inputs["teacher_hidden"] = torch.zeros(2, 2, 16)
+    inputs["hidden"][:, [0, 1]] = 1.0  # 5 and 20
+    inputs["teacher_hidden"][0, [0, 2]] = 1.0  # 5 and 50: the draft's 5
+    inputs["teacher_hidden"][1, [1, 2]] = 1.0  # 20 and 50: not the draft's 5
+    for got in pool.run(split_accept_rates, world=tp, tp=tp, inputs=inputs, temperature=0.0):
+        assert got.tolist() == [1, 0]
+
+
+def plain_rounds(rates, masks, anchors):
+    """Every course that the rounds over a text can take, followed one by one: anchor, chance,
+    tokens kept and tokens judged of each."""
+    found, k = [], len(rates[0])
+
+    def start(anchor, chance):
+        if anchor not in anchors or chance == 0:
+            return
+        row = rates[anchors.index(anchor)], masks[anchors.index(anchor)]
+        for kept, (rate, supervised) in enumerate(zip(*row, strict=True)):
+            if not supervised:  # all are kept, and the last of them ended the answer
+                found.append((anchor, chance, kept, kept))
+                return
+            found.append((anchor, chance * (1 - rate), kept, k))
+            start(anchor + kept + 1, chance * (1 - rate))
+            chance *= rate
+        found.append((anchor, chance, k, k))
+        start(anchor + k + 1, chance)
+
+    for anchor in anchors:
+        if anchor - 1 not in anchors:
+            start(anchor, 1.0)
+    return found
+
+
+def test_round_starts_follow_every_course_of_a_round():
+    """Two answers of a chat, at positions 2 to 9 and 11 to 13."""
+    mask = torch.tensor([0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 0], dtype=torch.bool)
+    anchors = torch.tensor(plain_candidates(mask))
+    blocks = plain_blocks(torch.zeros(len(mask), dtype=torch.long), mask, anchors, 3)
+    rates = torch.rand(len(anchors), 3, generator=torch.Generator().manual_seed(0)).double()
+    got = round_starts(rates, blocks.eval_mask, anchors)
+    rounds = plain_rounds(rates.tolist(), blocks.eval_mask.tolist(), anchors.tolist())
+    expected = [sum(chance for a, chance, *_ in rounds if a == anchor) for anchor in anchors]
+    assert got.tolist() == pytest.approx(expected)
+    assert got[0] == got[7] == 1 and 0 < got[1] < 1
+
+
+def estimate(runtime, temperature, micro_batch_size, max_blocks, lockstep=False):
+    """Figures of a tiny draft on tiny samples, its weights, and how often states were asked for."""
+    from test_sharded_target import CountedStates
+
+    from dspark_megatron.data.conversation import Sample
+    from dspark_megatron.evaluation.estimate import EstimateSettings, estimate_acceptance
+
+    draft, samples = build_tiny_draft(runtime, SHAPE), make_samples(SHAPE, LENGTHS)
+    head = few_likely(draft.lm_head, draft.vocab_shard.vocab_start_index)
+    draft.load_frozen_replicas(draft.embed_tokens.weight, head)
+    target = CountedStates(samples)
+    target.lockstep = lockstep
+    figures = estimate_acceptance(
+        draft,
+        target,
+        draft.lm_head,
+        [Sample(*pair) for pair in zip(samples.input_ids, samples.loss_masks, strict=True)],
+        EstimateSettings(temperature, micro_batch_size, max_blocks, chunk_rows=4),
+        dp_group=runtime.dp_group,
+    )
+    weights = {n: p.detach() for n, p in draft.named_parameters() if p.requires_grad}
+    ranks = {"tp_rank": runtime.tp_group.rank(), "dp_rank": runtime.dp_group.rank()}
+    return {
+        "figures": figures,
+        "weights": weights,
+        "layout": layout_of(draft),
+        "calls": target.calls,
+        **ranks,
+    }
+
+
+LENGTHS = (20, 13, 17, 9, 2)
+"""Of samples whose masks have gaps; the last has no anchor."""
+
+
+def few_likely(lm_head, first_id=0):
+    """Four likely tokens, so that draft and target agree now and then. lm_head [v, h]."""
+    ids = torch.arange(first_id, first_id + len(lm_head))
+    return lm_head * torch.where(ids < 4, 1, 0.05)[:, None]
+
+
+def plain_estimate(weights, temperature):
+    """Every course of every round, counted as `report.acceptance` counts rounds."""
+    twin = PlainDraft(SHAPE)
+    embed, head = target_head(SHAPE)
+    head = few_likely(head)
+    twin.load_state_dict({**weights, "embed_tokens.weight": embed, "lm_head.weight": head})
+    samples, rounds, blocks, block_tau = make_samples(SHAPE, LENGTHS), [], 0, 0.0
+    for ids, mask, taps, last in zip(
+        samples.input_ids, samples.loss_masks, samples.taps, samples.last_hidden, strict=True
+    ):
+        anchors = torch.tensor(plain_candidates(mask))
+        if not len(anchors):
+            continue
+        supervised = plain_blocks(ids, mask, anchors, SHAPE.block_size).eval_mask
+        at = (anchors[:, None] + torch.arange(SHAPE.block_size)).clamp(max=len(ids) - 1)
+        with torch.no_grad():
+            draft, teacher = twin(taps, ids, anchors).logits, twin.lm_head(last[at])
+        p, q = probabilities(draft, temperature), probabilities(teacher, temperature)
+        rates = torch.minimum(p, q).sum(dim=-1)
+        rounds += plain_rounds(rates.tolist(), supervised.tolist(), anchors.tolist())
+        blocks += len(anchors)
+        block_tau += plain_tau(rates, supervised).sum().item()
+    total = sum(chance for _, chance, _, _ in rounds)
+    figures = {"samples": len(LENGTHS), "rounds": total, "tau": blocks / total}
+    figures |= {"block_tau": block_tau / blocks, "accept_rate": [], "prefix_survival": []}
+    for k in range(SHAPE.block_size):
+        kept = sum(chance for _, chance, accepted, _ in rounds if accepted > k)
+        reached = sum(c for _, c, accepted, judged in rounds if judged > k and accepted >= k)
+        offered = sum(chance for _, chance, _, judged in rounds if judged > k)
+        figures["accept_rate"].append(kept / reached)
+        figures["prefix_survival"].append(kept / offered)
+    return figures
+
+
+# World size, tensor-parallel size, micro-batch size, blocks of one pass of the draft.
+LAYOUTS = [(1, 1, 4, 3), (2, 2, 1, 100), (4, 4, 2, 3), (2, 1, 2, 7), (4, 2, 1, 4)]
+
+
+@pytest.mark.parametrize("world, tp, micro_batch_size, max_blocks", LAYOUTS)
+def test_the_estimate_equals_the_plain_one(pool, world, tp, micro_batch_size, max_blocks):
+    for temperature in (0.0, 0.5):
+        arguments = dict(micro_batch_size=micro_batch_size, max_blocks=max_blocks)
+        ranks = pool.run(estimate, world=world, tp=tp, temperature=temperature, **arguments)
+        expected = plain_estimate(whole(ranks, "weights", SHAPE), temperature)
+        for rank in ranks:
+            assert rank["figures"].keys() == expected.keys()
+            for name, value in expected.items():
+                assert rank["figures"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize("lockstep, calls", [(False, [2, 1, 1, 1]), (True, [2, 2, 2, 2])])
+def test_ranks_without_a_sample_keep_in_step(pool, lockstep, calls):
+    """Five samples for four ranks: one has a second turn."""
+    arguments = dict(temperature=1.0, micro_batch_size=1, max_blocks=100, lockstep=lockstep)
+    ranks = pool.run(estimate, world=4, tp=1, **arguments)
+    assert [rank["calls"] for rank in ranks] == calls
