@@ -1,13 +1,21 @@
 """Acceptance estimated without generation: accept rates on a split vocabulary, the rounds of a
 decoder, and figures equal to those of real decoding."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from reference import PlainDraft, plain_blocks, plain_candidates, plain_tau
+from test_decoding import PROMPTS
 from test_draft_model import whole
 from test_head_loss import make_inputs, shard_of
+from test_training import curve, run_training, run_until_stopped, unbroken  # noqa: F401
 from tiny_draft import SHAPE, build_tiny_draft, layout_of, make_samples, target_head
+from tiny_target import make_chats, tiny_config
 
+from dspark_megatron.config import ConfigError
+from dspark_megatron.conversion.megatron_checkpoint import BEST, find_checkpoint, iteration_folder
 from dspark_megatron.ops.acceptance import probabilities, round_starts
 
 
@@ -201,3 +209,149 @@ def test_ranks_without_a_sample_keep_in_step(pool, lockstep, calls):
     arguments = dict(temperature=1.0, micro_batch_size=1, max_blocks=100, lockstep=lockstep)
     ranks = pool.run(estimate, world=4, tp=1, **arguments)
     assert [rank["calls"] for rank in ranks] == calls
+
+
+@pytest.fixture(scope="module")
+def heldout(tmp_path_factory):
+    """Six chats after the 24 that are trained on."""
+    path = make_chats(tmp_path_factory.mktemp("heldout") / "chats.jsonl", 30)
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[24:]))
+    return path
+
+
+def with_estimates(tiny_run, heldout, output, **sections):
+    """As the unbroken run, with an estimate every 4 steps, and only one newest checkpoint."""
+    settings = {"output_dir": str(output), "micro_batch_size": 4, "keep_last": 1}
+    sections["train"] = {**settings, **sections.get("train", {})}
+    evaluate = {"heldout_files": [str(heldout)], "every": 4, "temperature": 0.0}
+    return tiny_config(tiny_run, evaluate=evaluate, **sections)
+
+
+@pytest.fixture(scope="module")
+def estimated(pool, tiny_run, heldout, tmp_path_factory):
+    output = tmp_path_factory.mktemp("estimated")
+    pool.run(run_training, world=1, tp=1, config=with_estimates(tiny_run, heldout, output))
+    return output
+
+
+def estimates(output):
+    return [json.loads(line) for line in (output / "heldout.jsonl").read_text().splitlines()]
+
+
+def best_of(output):
+    """The tracked iteration, the first of the highest tau, and those there is a checkpoint of."""
+    checkpoints = output / "checkpoints"
+    tracked = int((checkpoints / "best_checkpointed_iteration.txt").read_text())
+    highest = max(estimates(output), key=lambda row: row["tau"])["iteration"]
+    return tracked, highest, {int(p.name[5:]) for p in checkpoints.glob("iter_*")}
+
+
+def test_estimates_leave_the_curve_as_it_is(unbroken, estimated):  # noqa: F811
+    rows = [curve(unbroken), curve(estimated)]
+    for row in (*rows[0], *rows[1]):
+        del row["tokens_per_second"]
+    assert rows[0] == rows[1]
+    assert [row["iteration"] for row in estimates(estimated)] == [4, 8, 12, 16, 20]
+
+
+def test_the_best_checkpoint_is_kept(estimated):
+    tracked, highest, there = best_of(estimated)
+    assert tracked == highest < 20, "the last checkpoint is kept anyway"
+    assert there == {tracked, 20}
+    assert find_checkpoint(estimated, BEST) == iteration_folder(estimated / "checkpoints", tracked)
+    assert find_checkpoint(estimated).name == "iter_0000020"
+
+
+def test_a_run_without_estimates_has_no_best_checkpoint(unbroken):  # noqa: F811
+    with pytest.raises(ConfigError, match="no best_checkpointed_iteration.txt"):
+        find_checkpoint(unbroken, BEST)
+
+
+def test_the_best_checkpoint_survives_a_kill_and_another_layout(
+    pool, tiny_run, heldout, estimated, tmp_path
+):
+    """Killed after an estimate past its last checkpoint, and, before, between a checkpoint and the
+    tracker of the best."""
+    parallel = {"tensor_parallel": 2}
+    train = {"micro_batch_size": 1, "save_every": 1000}
+    config = with_estimates(tiny_run, heldout, tmp_path, parallel=parallel, train=train)
+    pool.run(run_until_stopped, world=4, tp=2, config=config, steps=10)
+    with (tmp_path / "heldout.jsonl").open("a") as file:
+        file.write('{"iteration": 12, "tau": 99.0}\n{"iteration": 1')
+    (tmp_path / "checkpoints" / "best_checkpointed_iteration.txt").write_text("4\n")
+    pool.run(run_training, world=1, tp=1, config=with_estimates(tiny_run, heldout, tmp_path))
+    assert best_of(tmp_path) == best_of(estimated)
+    for mine, theirs in zip(estimates(tmp_path), estimates(estimated), strict=True):
+        assert mine["iteration"] == theirs["iteration"]
+        assert mine["tau"] == pytest.approx(theirs["tau"], rel=1e-6)
+
+
+def test_estimates_of_other_conditions_do_not_compare(pool, tiny_run, heldout, estimated, tmp_path):
+    """At another temperature the run goes on with a best of its own."""
+    shutil.copytree(estimated, tmp_path, dirs_exist_ok=True)
+    config = with_estimates(tiny_run, heldout, tmp_path, train={"iterations": 21})
+    config.evaluate.heldout_samples = 1
+    pool.run(run_training, world=1, tp=1, config=config)
+    assert best_of(tmp_path)[0] == 21 and estimates(tmp_path)[-1]["samples"] == 1
+
+
+def greedy(runtime, config):
+    """Figures of real greedy decoding with the best checkpoint, and the estimate on its answers."""
+    from dspark_megatron.evaluation.decoding import Decoder
+    from dspark_megatron.evaluation.estimate import (
+        EstimateSettings,
+        answer_sample,
+        estimate_acceptance,
+    )
+    from dspark_megatron.evaluation.report import acceptance
+    from dspark_megatron.target_folder import stop_token_ids
+    from dspark_megatron.training.checkpointing import load_checkpoint
+    from dspark_megatron.training.setup import build_draft, build_target, check_run
+
+    plan = check_run(config, runtime.world_size)
+    draft, target = build_draft(plan, runtime).eval(), build_target(plan, runtime)
+    load_checkpoint(find_checkpoint(config.train.output_dir, BEST), draft, optimizer=None)
+    decoder = Decoder(
+        target,
+        draft,
+        draft.lm_head,
+        temperature=0.0,
+        max_new_tokens=40,
+        stop_token_ids=stop_token_ids(config.target.path, plan.tokenizer),
+        device=runtime.device,
+    )
+    prompts = [plan.tokenizer(text)["input_ids"] for text in PROMPTS]
+    answers = [decoder.speculative(prompt, seed=0) for prompt in prompts]
+    samples = [answer_sample(p, a.token_ids) for p, a in zip(prompts, answers, strict=True)]
+    settings = EstimateSettings.of(config, draft)
+    real = acceptance([(answer, None) for answer in answers], plan.shape.block_size)
+    figures = estimate_acceptance(
+        draft, target, draft.lm_head, samples, settings, dp_group=runtime.dp_group
+    )
+    return real, figures
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_greedy_rounds_are_foreseen_exactly(pool, tiny_run, estimated, tp):
+    config = tiny_config(
+        tiny_run, train={"output_dir": str(estimated)}, parallel={"tensor_parallel": tp}
+    )
+    real, figures = pool.run(greedy, world=tp, tp=tp, config=config)[0]
+    assert real["tau"] > 1.05, "the draft should be right now and then"
+    assert figures["rounds"] == real["rounds"]
+    assert figures["accept_rate"] == pytest.approx(real["accept_rate"])
+
+
+CE_ALONE = {"l1_loss_alpha": 0.0, "confidence_head_alpha": 0.0}
+REFUSED = [
+    ({"evaluate": {"every": 5}}, "evaluate.every .5. needs answers"),
+    ({"evaluate": {"heldout_files": ["a/../b.jsonl"]}, "data": {"train_files": ["b.jsonl"]}}, "a/"),
+    ({"evaluate": {"heldout_files": ["b.jsonl"], "every": 5}, "loss": CE_ALONE}, "cross entropy"),
+    ({"evaluate": {"best": True, "untrained": True}}, "name two drafts"),
+]
+
+
+@pytest.mark.parametrize("sections, message", REFUSED)
+def test_settings_that_contradict_each_other(tiny_run, sections, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny_config(tiny_run, **sections)
