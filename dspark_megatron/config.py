@@ -325,7 +325,7 @@ class TrainConfig:
     """Minutes since the launch after which the run ends its step, saves and exits, as on SIGTERM;
     null: no limit."""
     keep_last: int = 3
-    """Checkpoints kept; older ones are deleted after a newer one is complete."""
+    """Checkpoints kept, beside the best; older ones are deleted after a newer one is complete."""
     resume: bool = True
     """Continue from the newest checkpoint of output_dir when there is one."""
     initial_checkpoint: str = ""
@@ -385,7 +385,7 @@ class EvaluateConfig:
     """Samples used of them, from the start; null means all."""
     every: int | None = None
     """Train steps between estimates of tau on the held-out answers, at `temperature`; the last step
-    has one too. Null: none. The checkpoint of the best one is kept."""
+    has one too. Null: none. The best one so far saves a checkpoint, which is kept."""
 
     def validate(self) -> None:
         require(

@@ -287,8 +287,12 @@ def test_the_best_checkpoint_survives_a_kill_and_another_layout(
 
 
 def test_estimates_of_other_conditions_do_not_compare(pool, tiny_run, heldout, estimated, tmp_path):
-    """At another temperature the run goes on with a best of its own."""
+    """On fewer answers even a lower tau is the best of its own kind."""
     shutil.copytree(estimated, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "checkpoints" / "iter_0000020" / "dspark.json"
+    meta = json.loads(file.read_text())
+    meta["best"]["tau"] = 99.0
+    file.write_text(json.dumps(meta))
     config = with_estimates(tiny_run, heldout, tmp_path, train={"iterations": 21})
     config.evaluate.heldout_samples = 1
     pool.run(run_training, world=1, tp=1, config=config)

@@ -62,8 +62,8 @@ def train(plan: RunPlan, runtime: Runtime, stop: StopRequests) -> None:
     dist.barrier()
     resume_from = _checkpoint_to_resume(plan, output_dir / "checkpoints", runtime)
     initial = InitialWeights.open(plan) if resume_from is None else None
-    dataset = _load_data(plan, runtime)
     heldout = HeldOut.load(plan, runtime)
+    dataset = _load_data(plan, runtime)
     Trainer(plan, runtime, dataset, output_dir, resume_from, initial, heldout).run(stop)
 
 
