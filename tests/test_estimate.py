@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from reference import PlainDraft, plain_blocks, plain_candidates, plain_tau
+from test_conversion import load_tool
 from test_decoding import PROMPTS
 from test_draft_model import whole
 from test_head_loss import make_inputs, shard_of
@@ -260,6 +261,14 @@ def test_the_best_checkpoint_is_kept(estimated):
     assert there == {tracked, 20}
     assert find_checkpoint(estimated, BEST) == iteration_folder(estimated / "checkpoints", tracked)
     assert find_checkpoint(estimated).name == "iter_0000020"
+
+
+def test_the_best_checkpoint_is_exported(tiny_run, estimated, tmp_path):
+    command = ["export", "--checkpoint", str(estimated), "--target", tiny_run["target"]["path"]]
+    command += ["--output", str(tmp_path / "out"), "--iteration", "best", "--skip-logits"]
+    assert load_tool().main(command) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"{best_of(estimated)[0]} iterations" in card
 
 
 def test_a_run_without_estimates_has_no_best_checkpoint(unbroken):  # noqa: F811
