@@ -61,6 +61,7 @@ class RunState:
     open_metrics: tuple[float, ...] = ()
     """Packed sums of the log interval that the checkpoint stands in, over all ranks."""
     best: BestEstimate | None = None
+    """None until an estimate is made, or when its checkpoint is gone."""
 
     @property
     def is_best(self) -> bool:
