@@ -14,6 +14,11 @@ from dspark_megatron.config import ConfigError, EvaluateConfig
 from dspark_megatron.data.prompts import Prompt
 from dspark_megatron.evaluation.decoding import Decoder
 from dspark_megatron.evaluation.draft_records import DraftRecords
+from dspark_megatron.evaluation.estimate import (
+    EstimateSettings,
+    answer_sample,
+    estimate_acceptance,
+)
 from dspark_megatron.evaluation.figures import acceptance, comparison
 from dspark_megatron.evaluation.generation import Decoded, Generation
 
@@ -74,6 +79,31 @@ def all_figures(results: dict[str, FileResult], block_size: int) -> dict[str, di
         figures["all"] = acceptance(everything, block_size)
         figures["all"] |= comparison(speculative, plain or None)
     return figures
+
+
+def estimates(
+    decoder: Decoder,
+    files: dict[str, list[Prompt]],
+    results: dict[str, FileResult],
+    settings: EstimateSettings,
+    *,
+    dp_group: dist.ProcessGroup,
+) -> dict[str, dict[str, Any]]:
+    """By file name what the estimate without generation says of the same answers, to compare it
+    with what decoding them took. All ranks call it together."""
+    found = {}
+    for name, result in results.items():
+        answers = zip(files[name], result.generations, strict=True)
+        samples = [answer_sample(prompt.input_ids, answer.token_ids) for prompt, answer in answers]
+        found[name] = estimate_acceptance(
+            decoder.draft,
+            decoder.target,
+            decoder.target_head,
+            samples,
+            settings,
+            dp_group=dp_group,
+        )
+    return found
 
 
 def draft_records(

@@ -15,6 +15,28 @@ def tau(accept_rate: Tensor, eval_mask: Tensor) -> Tensor:
     return 1 + (accept_rate * eval_mask).cumprod(dim=-1).sum(dim=-1)
 
 
+def round_starts(accept_rate: Tensor, eval_mask: Tensor, anchor_positions: Tensor) -> Tensor:
+    """Chance that a decoder which writes this text starts a round at each of its anchors.
+
+    Every anchor of one sample, ascending: accept_rate [n, k] and eval_mask [n, k] as in `tau`,
+    anchor_positions [n] -> float64 [n]. An answer is a run of neighbouring anchors: its first
+    token starts a round, and a round of j kept tokens hands over to the anchor j + 1 further on.
+    So the sum is the expected number of rounds, and anchors / rounds the expected tau.
+    """
+    n, k = accept_rate.shape
+    survival = (accept_rate.double() * eval_mask).cumprod(dim=1)
+    before = torch.cat([survival.new_ones(n, 1), survival[:, :-1]], dim=1)
+    lengths = torch.cat([before - survival, survival[:, -1:]], dim=1)  # [n, k + 1] of 1 to k + 1
+    positions = anchor_positions.tolist()
+    chance = survival.new_zeros(positions[-1] + k + 2 if n else 0)  # by position
+    for i, (position, row) in enumerate(zip(positions, lengths, strict=True)):
+        if i == 0 or positions[i - 1] != position - 1:
+            chance[position] = 1
+        # What leads past the end of the answer lands on no anchor.
+        chance[position + 1 : position + k + 2] += chance[position] * row
+    return chance[anchor_positions]
+
+
 def probabilities(logits: Tensor, temperature: float) -> Tensor:
     """Softmax at a temperature; one-hot of the argmax at 0. [..., v] -> fp32 [..., v]."""
     if temperature == 0:
