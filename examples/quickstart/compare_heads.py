@@ -92,16 +92,17 @@ def command(module: str, overrides: list[str], log: Path) -> None:
 
 
 def table(comparison: dict[str, list[dict]]) -> str:
-    """Means over seeds, with the standard deviation between them."""
+    """Of decoding, and of the estimate on the same answers, which leaves out the luck of the draw:
+    means over seeds, with the standard deviation between them."""
     slots = len(comparison["vanilla"][0]["accept_rate"])
-    header = ["head", "tau", *(f"accept@{j}" for j in range(slots)), "survival@" + str(slots - 1)]
+    header = ["head", "", "tau", *(f"accept@{slot}" for slot in range(slots))]
     lines = ["".join(f"{cell:>15}" for cell in header)]
     for head, figures in comparison.items():
-        rows = [[f["tau"] for f in figures]]
-        rows += [[f["accept_rate"][j] for f in figures] for j in range(slots)]
-        rows += [[f["prefix_survival"][-1] for f in figures]]
-        cells = [head, *map(_mean_and_spread, rows)]
-        lines.append("".join(f"{cell:>15}" for cell in cells))
+        for kind, rows in (("decoded", figures), ("estimate", [f["estimate"] for f in figures])):
+            columns = [[f["tau"] for f in rows]]
+            columns += [[f["accept_rate"][slot] for f in rows] for slot in range(slots)]
+            cells = [head, kind, *map(_mean_and_spread, columns)]
+            lines.append("".join(f"{cell:>15}" for cell in cells))
     return "\n".join(lines)
 
 
