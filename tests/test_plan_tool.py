@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from dspark_megatron.targets.footprint import target_bytes
 from dspark_megatron.targets.split import TargetSplit
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "tools"))  # a folder of scripts, not a package
 PUBLIC = ROOT / "tests" / "public_configs"
 NODE = Machine(gpus_per_node=8, nodes=1, gpu_memory_gib=74.5)
 MASK = "model.mask_token_id=128255"
@@ -81,8 +83,50 @@ def test_nothing_fits():
 def test_the_rules_allow_nothing():
     with pytest.raises(ConfigError, match="global_batch_size"):
         recommend(wish("qwen3-8b", "parallel.tensor_parallel=1", global_batch_size=4), NODE)
+    with pytest.raises(ConfigError, match=r"shard_across_data_parallel \(3\).*: \[1, 2, 4, 8\]"):
+        recommend(wish("qwen3-8b", "target.shard_across_data_parallel=3"), NODE)
     with pytest.raises(ConfigError, match="folder with a config.json"):
         recommend(Wish("no/such/model.bin"), NODE)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"nodes": 0}, r"nodes \(0\) must be >= 1"),
+        ({"gpus_per_node": -1}, r"gpus_per_node \(-1\) must be >= 1"),
+        ({"gpu_memory_gib": 0}, r"gpu_memory_gib \(0\) must be > 0"),
+        ({"margin": 2}, r"margin \(2\).*\(0, 1\]"),
+        ({"network_gb_per_s": 0}, r"network_gb_per_s \(0\) must be > 0"),
+    ],
+)
+def test_a_machine_that_cannot_be(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        recommend(wish("qwen3-8b"), replace(NODE, **changes))
+
+
+def test_a_wish_that_cannot_be():
+    with pytest.raises(ConfigError, match=r"samples \(0\) must be >= 1"):
+        recommend(wish("qwen3-8b", samples=0), NODE)
+    with pytest.raises(ConfigError, match=r"target\.path is the target that is planned for"):
+        recommend(wish("qwen3-8b", "target.path=elsewhere"), NODE)
+
+
+def test_an_output_without_a_folder_is_refused_first(capsys):
+    import plan
+
+    with pytest.raises(SystemExit, match="folder of --output no/such/run.yaml must exist"):
+        plan.main(["--target", str(PUBLIC / "qwen3-8b"), "--output", "no/such/run.yaml"])
+    assert not capsys.readouterr().out
+
+
+def test_a_size_that_the_rules_refuse_is_named_with_the_reason(tmp_path):
+    keys = ("parallel.sequence_parallel=false", "train.recompute_activations=true")
+    keys += ("target.shard_across_data_parallel=1", "train.iterations=7")
+    text = recommend(wish("qwen3-8b", *keys, global_batch_size=2), NODE)
+    reasons = [line for line in text.splitlines() if line.startswith("# refused: TP ")]
+    assert [line.split()[3] for line in reasons] == ["1:", "2:"]
+    assert all("train.global_batch_size (2) must be divisible" in line for line in reasons)
+    assert "iterations: 7" in text and "epochs" not in text
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from dspark_megatron.conversion.megatron_checkpoint import (
     read_meta,
 )
 from dspark_megatron.model.draft_model import BACKEND_DETAILS, FROZEN_REPLICAS, DSparkDraftModel
+from dspark_megatron.training.output import replace_text
 
 _SHARDING = {
     # The only type of the distributed optimizer that loads at another TP and DP size.
@@ -85,7 +86,7 @@ def save_checkpoint(
         if final.exists():  # it loses its name whole; pruning deletes it
             final.rename(partial.with_name(f"{partial.name}_{os.urandom(4).hex()}"))
         partial.rename(final)
-        _replace_text(checkpoints / TRACKER, f"{state.iteration}\n")
+        replace_text(checkpoints / TRACKER, f"{state.iteration}\n")
         _prune(checkpoints, final, keep_last)
     dist.barrier()
     return final
@@ -161,12 +162,6 @@ def _keep_settings(optimizer: Any, loaded: dict) -> None:
     ours = optimizer.param_groups[0]  # all groups share them
     for group in loaded.get("optimizer", loaded)["param_groups"]:
         group.update({name: ours[name] for name in _SETTINGS})
-
-
-def _replace_text(path: Path, text: str) -> None:
-    partial = path.with_name(f".partial_{path.name}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _prune(checkpoints: Path, newest: Path, keep_last: int) -> None:
