@@ -82,7 +82,8 @@ def best_layout(candidates: list[Candidate], machine: Machine) -> Candidate:
         f"({layout_words(lean.plan)}) takes {lean.memory.total / GIB:.1f} GiB a GPU, and "
         f"{machine.margin:g} x {machine.gpu_memory_gib:g} = {machine.usable_bytes / GIB:.1f} GiB "
         "are to be used; take more nodes, a smaller data.max_length, train.micro_batch_size=1, "
-        "fewer model.num_anchors or a smaller draft (model.num_layers, model.ffn_hidden_size)"
+        "target.max_tokens_per_forward, fewer model.num_anchors or a smaller draft "
+        f"(model.num_layers, model.ffn_hidden_size); {lean.memory.highest} takes most"
     )
 
 
