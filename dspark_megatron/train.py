@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dspark_megatron.training.stop_requests import StopRequests
 
-# Nothing heavy is imported here: distributed checkpointing spawns helper processes that import
-# this module again, and megatron must not be imported before the CPU support is installed.
+# Nothing heavy is imported here: signals are taken up first, and megatron must not be imported
+# before the CPU support is installed.
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

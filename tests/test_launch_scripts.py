@@ -63,7 +63,7 @@ def calls(environment):
 
 
 def wait_for_call(environment, name):
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not any(line.startswith(name) for line in calls(environment)):
         assert time.monotonic() < deadline, calls(environment)
         time.sleep(0.01)

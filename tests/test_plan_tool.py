@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,13 +16,16 @@ from dspark_megatron.config import ConfigError
 from dspark_megatron.config_file import load_config
 from dspark_megatron.planning.dry_run import describe_run
 from dspark_megatron.planning.layouts import Machine
+from dspark_megatron.planning.memory import plan_target_work, target_passes
 from dspark_megatron.planning.recommend import Wish, evenly_spread_layers, recommend
 from dspark_megatron.planning.target_work import target_work
 from dspark_megatron.target_folder import load_target_config
 from dspark_megatron.targets.footprint import target_bytes
 from dspark_megatron.targets.split import TargetSplit
+from dspark_megatron.training.setup import check_run
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "tools"))  # a folder of scripts, not a package
 PUBLIC = ROOT / "tests" / "public_configs"
 NODE = Machine(gpus_per_node=8, nodes=1, gpu_memory_gib=74.5)
 MASK = "model.mask_token_id=128255"
@@ -73,6 +77,33 @@ def test_a_missing_mask_token_is_the_dry_run_s_to_refuse(tmp_path):
     describe_run(loaded(text, tmp_path, "model.mask_token_id=151669"), 8)
 
 
+def test_passes_of_the_target_are_those_that_it_makes(tmp_path):
+    """Four samples of 4096 tokens: a pass of 4000 tokens takes a part of one, 9000 two of them."""
+    keys = ("parallel.tensor_parallel=8", "parallel.sequence_parallel=true", MASK)
+    keys += ("train.recompute_activations=true",)
+    text = recommend(wish("llama-3.1-70b", *keys, micro_batch_size=4), NODE)
+    plan_of = partial(loaded, text, tmp_path)
+    works = {}
+    for most in ("null", 9000, 4000):
+        config = plan_of(f"target.max_tokens_per_forward={most}")
+        plan = check_run(config, 8, needs_tokenizer=False)
+        works[most] = target_passes(plan), plan_target_work(plan)
+    assert [works[most][0] for most in works] == [1, 2, 8]
+    assert works["null"][1].layer == 2 * works[9000][1].layer
+    assert works["null"][1].cache == works[9000][1].cache == 0
+    # 80 layers, keys and values of 1 of 8 key/value heads of 128 numbers, bf16.
+    assert works[4000][1].cache == 80 * 4096 * 2 * 128 * 2
+
+
+def test_a_length_that_the_target_was_not_made_for_is_noted(tmp_path):
+    config = load_config(ROOT / "examples" / "qwen3-4b.yaml", [f"target.path={PUBLIC}/qwen3-4b"])
+    assert "max_position_embeddings" not in describe_run(config, 8)
+    config.data.max_length = 50000
+    assert "(50000) is more than the target's max_position_embeddings (40960)" in describe_run(
+        config, 8
+    )
+
+
 def test_nothing_fits():
     with pytest.raises(ConfigError, match=r"leanest \(TP .*\) takes .* GiB a GPU.*more nodes"):
         recommend(wish("llama-3.1-405b", MASK), NODE)
@@ -81,8 +112,50 @@ def test_nothing_fits():
 def test_the_rules_allow_nothing():
     with pytest.raises(ConfigError, match="global_batch_size"):
         recommend(wish("qwen3-8b", "parallel.tensor_parallel=1", global_batch_size=4), NODE)
+    with pytest.raises(ConfigError, match=r"shard_across_data_parallel \(3\).*: \[1, 2, 4, 8\]"):
+        recommend(wish("qwen3-8b", "target.shard_across_data_parallel=3"), NODE)
     with pytest.raises(ConfigError, match="folder with a config.json"):
         recommend(Wish("no/such/model.bin"), NODE)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"nodes": 0}, r"nodes \(0\) must be >= 1"),
+        ({"gpus_per_node": -1}, r"gpus_per_node \(-1\) must be >= 1"),
+        ({"gpu_memory_gib": 0}, r"gpu_memory_gib \(0\) must be > 0"),
+        ({"margin": 2}, r"margin \(2\).*\(0, 1\]"),
+        ({"network_gb_per_s": 0}, r"network_gb_per_s \(0\) must be > 0"),
+    ],
+)
+def test_a_machine_that_cannot_be(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        recommend(wish("qwen3-8b"), replace(NODE, **changes))
+
+
+def test_a_wish_that_cannot_be():
+    with pytest.raises(ConfigError, match=r"samples \(0\) must be >= 1"):
+        recommend(wish("qwen3-8b", samples=0), NODE)
+    with pytest.raises(ConfigError, match=r"target\.path is the target that is planned for"):
+        recommend(wish("qwen3-8b", "target.path=elsewhere"), NODE)
+
+
+def test_an_output_without_a_folder_is_refused_first(capsys):
+    import plan
+
+    with pytest.raises(SystemExit, match="folder of --output no/such/run.yaml must exist"):
+        plan.main(["--target", str(PUBLIC / "qwen3-8b"), "--output", "no/such/run.yaml"])
+    assert not capsys.readouterr().out
+
+
+def test_a_size_that_the_rules_refuse_is_named_with_the_reason(tmp_path):
+    keys = ("parallel.sequence_parallel=false", "train.recompute_activations=true")
+    keys += ("target.shard_across_data_parallel=1", "train.iterations=7")
+    text = recommend(wish("qwen3-8b", *keys, global_batch_size=2), NODE)
+    reasons = [line for line in text.splitlines() if line.startswith("# refused: TP ")]
+    assert [line.split()[3] for line in reasons] == ["1:", "2:"]
+    assert all("train.global_batch_size (2) must be divisible" in line for line in reasons)
+    assert "iterations: 7" in text and "epochs" not in text
 
 
 @pytest.mark.parametrize(
@@ -108,12 +181,12 @@ def test_a_sharded_target_s_weights_travel(name, split):
     config = load_target_config(PUBLIC / name)
     split = TargetSplit(*split)
     last = config.num_hidden_layers - 1
-    work = target_work(config, torch.bfloat16, split, tokens=4096, last_layer=last)
+    work = target_work(config, torch.bfloat16, split, (1, 4096), last_layer=last)
     whole = TargetSplit(split.tp_size, split.dp_size)
     held = target_bytes(config, torch.bfloat16, split)
     missing = target_bytes(config, torch.bfloat16, whole) - held
     assert work.received_weights == pytest.approx(missing, rel=0.02)  # embeddings aside
-    assert work.gathered_layers == pytest.approx(2 * (missing + held) / (last + 1), rel=0.05)
+    assert work.gathered_layers == pytest.approx(3 * (missing + held) / (last + 1), rel=0.05)
     assert work.all_reduced == (2 * (last + 1) + 1) * 4096 * config.hidden_size * 2
 
 
@@ -150,6 +223,6 @@ def test_the_target_s_collectives(pool, tiny_run, tmp_path, family, ep):
     config = tiny_config(tiny_run, target={"path": str(path)}, parallel=parallel)
     split = TargetSplit(2, 1, 1, ep)
     target_config = load_target_config(path)
-    work = target_work(target_config, torch.float32, split, tokens=40, last_layer=3)
+    work = target_work(target_config, torch.float32, split, (1, 40), last_layer=3)
     for counted in pool.run(reduced_bytes, world=2, tp=2, config=config):
         assert counted == work.all_reduced

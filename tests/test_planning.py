@@ -65,6 +65,20 @@ def test_kept_activations_are_those_that_autograd_saves(pool, tp, head, layers, 
             assert kept_bytes(shape, one) == pytest.approx(size, rel=0.05), (split, recompute)
 
 
+def test_the_peak_of_the_target(tmp_path):
+    """Measured by the benchmark. A shared target's layer counts a copy more than a CPU keeps."""
+    file = tmp_path / "target.json"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    sizes = ["--hidden", 256, "--ffn", 896, "--seq-length", 1024, "--families", "llama", "mixtral"]
+    run_tool(*launcher, "tools/benchmark_target.py", *sizes, "--json", file)
+    rows = figures(file)
+    assert {(row["tp"], row["shared by"], row["pieces"]) for row in rows} == {
+        *((1, 1, 1), (1, 2, 1), (1, 1, 4), (2, 1, 1), (2, 1, 4))
+    }
+    for row in rows:
+        assert 0.95 < row["planned / measured"] < (1.3 if row["shared by"] > 1 else 1.15), row
+
+
 LOSS = dict(rows=1024, vocab=16384, hidden=256, rank=128)
 BUDGETS = {"float32": 32, "bfloat16": 24}
 

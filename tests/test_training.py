@@ -1,5 +1,6 @@
 """Whole runs: the same curve for every layout, across kills and resumes, and one export."""
 
+import contextlib
 import json
 import math
 import os
@@ -135,11 +136,20 @@ def wait_for(condition, process, seconds=240):
 
 
 def kill_tree(process):
-    """kill -9 of the launcher and all ranks (torchrun puts each in a session of its own)."""
+    """kill -9 of the launcher and all ranks (torchrun puts each in a session of its own). What
+    ranks have started by multiprocessing must end by itself."""
     launcher = psutil.Process(process.pid)
-    for one in [*launcher.children(recursive=True), launcher]:
+    started = launcher.children(recursive=True)
+    for one in [*started, launcher]:
+        with contextlib.suppress(psutil.NoSuchProcess):  # a writer that is through
+            if "multiprocessing" not in " ".join(one.cmdline()):
+                one.kill()
+    _, alive = psutil.wait_procs(started, timeout=30)
+    commands = [one.cmdline() for one in alive]
+    for one in alive:
         one.kill()
     process.communicate()
+    assert not commands
 
 
 def latest(output):

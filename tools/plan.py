@@ -35,11 +35,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
+    if args.output is not None and not args.output.parent.is_dir():
+        sys.exit(f"error: the folder of --output {args.output} must exist")
     from dspark_megatron.training.runtime import prepare_megatron
 
     prepare_megatron()
     from dspark_megatron.planning.layouts import Machine
     from dspark_megatron.planning.recommend import Wish, recommend
+    from dspark_megatron.training.output import replace_text
 
     machine = Machine(
         args.gpus_per_node,
@@ -64,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.output is None:
         print(text, end="")
     else:
-        args.output.write_text(text, encoding="utf-8")
+        replace_text(args.output, text)
         print(f"wrote {args.output}")
 
 

@@ -41,10 +41,21 @@ def describe_plan(plan: RunPlan) -> str:
         f"layout: {tp * plan.dp_size} ranks = {tp} tensor-parallel x {plan.dp_size} data-parallel",
         f"draft: {total:,} trained parameters, {local:,} on a rank",
         *memory_lines(memory),
+        *length_note(plan),
         *quantization_note(plan, counted="frozen target" in memory.held),
         *traffic_lines(step_traffic(plan)),
     ]
     return "\n".join(lines)
+
+
+def length_note(plan: RunPlan) -> list[str]:
+    most, length = plan.shape.max_position_embeddings, plan.config.data.max_length
+    if length <= most:
+        return []
+    return [
+        f"data.max_length ({length}) is more than the target's max_position_embeddings ({most}): "
+        "where samples are as long, the target is outside of what it was made for"
+    ]
 
 
 def memory_lines(memory: RankMemory) -> list[str]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
-from dspark_megatron.config import Config, ConfigError
+from dspark_megatron.config import Config, ConfigError, require
 from dspark_megatron.planning.memory import RankMemory, rank_memory
 from dspark_megatron.planning.traffic import step_traffic
 from dspark_megatron.shape import check_batch_size, check_layout, draft_shape
@@ -34,6 +34,17 @@ class Machine:
     """A GPU's, in one direction within a node (NVLink of an H100, by its data sheet)."""
     network_gb_per_s: float = 50.0
     """A GPU's, in one direction between nodes (400 Gb/s)."""
+
+    def validate(self) -> None:
+        for name in ("gpus_per_node", "nodes"):
+            require(getattr(self, name) >= 1, f"{name} ({getattr(self, name)}) must be >= 1")
+        for name in ("gpu_memory_gib", "node_gb_per_s", "network_gb_per_s"):
+            require(getattr(self, name) > 0, f"{name} ({getattr(self, name):g}) must be > 0")
+        require(
+            0 < self.margin <= 1,
+            f"margin ({self.margin:g}), the share of a GPU's memory that is planned with, must be "
+            "in (0, 1]",
+        )
 
     @property
     def world_size(self) -> int:
@@ -71,7 +82,8 @@ def best_layout(candidates: list[Candidate], machine: Machine) -> Candidate:
         f"({layout_words(lean.plan)}) takes {lean.memory.total / GIB:.1f} GiB a GPU, and "
         f"{machine.margin:g} x {machine.gpu_memory_gib:g} = {machine.usable_bytes / GIB:.1f} GiB "
         "are to be used; take more nodes, a smaller data.max_length, train.micro_batch_size=1, "
-        "fewer model.num_anchors or a smaller draft (model.num_layers, model.ffn_hidden_size)"
+        "target.max_tokens_per_forward, fewer model.num_anchors or a smaller draft "
+        f"(model.num_layers, model.ffn_hidden_size); {lean.memory.highest} takes most"
     )
 
 
@@ -91,11 +103,13 @@ def layout_words(plan: RunPlan) -> str:
 
 def layouts(
     base: Config, target_config: Any, machine: Machine, *, fixed: set[str]
-) -> list[Candidate]:
-    """All layouts of the searched keys that the rules allow. fixed: keys to leave as they are.
-    Raises the last refusal when the rules allow none."""
-    shape, found, refusal = draft_shape(base.model, target_config), [], None
+) -> tuple[list[Candidate], dict[int, str]]:
+    """All layouts of the searched keys that the rules allow, the best first, and why a
+    tensor-parallel size allows none. fixed: keys to leave as they are. Raises the first refusal
+    when there is no layout at all."""
+    shape, found, refused = draft_shape(base.model, target_config), [], {}
     for config in _configs(base, machine, fixed):
+        tp = config.parallel.tensor_parallel
         try:
             dp_size = check_layout(config, shape, target_config, machine.world_size)
             check_batch_size(config.train, dp_size)
@@ -103,10 +117,11 @@ def layouts(
             plan = RunPlan(config, target_config, shape, None, dp_size)
             found.append(_candidate(plan, machine))
         except ConfigError as error:
-            refusal = error
-    if not found:
-        raise refusal
-    return sorted(found, key=lambda candidate: candidate.order)
+            refused.setdefault(tp, str(error))
+    require(bool(found), next(iter(refused.values()), ""))
+    allowed = {candidate.plan.target_split.tp_size for candidate in found}
+    refused = {tp: why for tp, why in refused.items() if tp not in allowed}
+    return sorted(found, key=lambda candidate: candidate.order), refused
 
 
 def _configs(base: Config, machine: Machine, fixed: set[str]) -> Iterator[Config]:

@@ -13,6 +13,7 @@ from dspark_megatron.planning.target_work import TargetWork, target_work
 from dspark_megatron.shape import padded_vocab_size
 from dspark_megatron.target_folder import load_target_config
 from dspark_megatron.targets.footprint import target_bytes
+from dspark_megatron.targets.passes import Passes
 from dspark_megatron.targets.quantization import quantization_method
 from dspark_megatron.targets.split import TargetSplit
 from dspark_megatron.training.setup import RunPlan
@@ -63,16 +64,25 @@ def rank_memory(plan: RunPlan) -> RankMemory:
     return RankMemory(
         held,
         {
-            "the target's forward pass": {
-                "states of a target layer": max(work.layer // target_passes(plan), _taps(plan)),
-                **(
-                    {"gathered target layers": work.gathered_layers} if work.gathered_layers else {}
-                ),
-            },
+            "the target's forward pass": _forward_parts(plan, work),
             "the draft's loss": {**kept, **loss},
             "the draft's backward pass": {**kept, **again, **backward},
         },
     )
+
+
+def _forward_parts(plan: RunPlan, work: TargetWork) -> Parts:
+    """A layer at work, when the last states of its pass are still to come, or states being put
+    together: each tap by itself and beside the others, or those of several passes and all of them.
+    """
+    teacher = plan.config.needs_teacher
+    joined = _taps(plan) + (target_passes(plan) > 1) * teacher * _rows(plan)
+    parts = {
+        "states of a target layer": max(work.layer - teacher * work.last_states, joined),
+        "target's keys and values": work.cache,
+        "gathered target layer": work.gathered_layers,
+    }
+    return {name: size for name, size in parts.items() if size}
 
 
 def draft_parts(plan: RunPlan) -> Parts:
@@ -108,14 +118,14 @@ def plan_target_work(plan: RunPlan) -> TargetWork:
     return _target_figures(plan)[1]
 
 
-def _tokens(plan: RunPlan) -> int:
-    """Of a micro-batch."""
-    return plan.config.train.micro_batch_size * plan.config.data.max_length
+def _batch(plan: RunPlan) -> tuple[int, int]:
+    """Samples of a micro-batch and their length."""
+    return plan.config.train.micro_batch_size, plan.config.data.max_length
 
 
 def target_passes(plan: RunPlan) -> int:
     """Forward passes of the target for a micro-batch."""
-    return math.ceil(_tokens(plan) / (plan.config.target.max_tokens_per_forward or _tokens(plan)))
+    return Passes.of(*_batch(plan), plan.config.target.max_tokens_per_forward).count
 
 
 def quantization_note(plan: RunPlan, *, counted: bool) -> list[str]:
@@ -134,22 +144,29 @@ def quantization_note(plan: RunPlan, *, counted: bool) -> list[str]:
 
 def _target_figures(plan: RunPlan) -> tuple[int | None, TargetWork]:
     """Bytes of the frozen weights, None where they are not known, and what a forward pass takes."""
-    tokens = _tokens(plan)
-    path, dtype = plan.config.target.path, target_dtype(plan)
-    wanted = (dtype, plan.target_split, tokens, _last_layer(plan))
-    return _figures_of_split(path, load_target_config(path).to_json_string(), *wanted)
+    target, dtype = plan.config.target, target_dtype(plan)
+    wanted = (dtype, plan.target_split, _batch(plan), target.max_tokens_per_forward)
+    text = load_target_config(target.path).to_json_string()
+    return _figures_of_split(target.path, text, *wanted, _last_layer(plan))
 
 
 @functools.cache
 def _figures_of_split(
-    path: str, text: str, dtype: torch.dtype, split: TargetSplit, tokens: int, last: int | None
+    path: str,
+    text: str,
+    dtype: torch.dtype,
+    split: TargetSplit,
+    batch: tuple[int, int],
+    max_tokens: int | None,
+    last: int | None,
 ) -> tuple[int | None, TargetWork]:
     """Once for all layouts that split the target alike. text: its config, which a path may lose."""
     config = load_target_config(path)
     weights = target_bytes(config, dtype, split, last_layer=last)
     if last is None:
         last = config.get_text_config().num_hidden_layers - 1
-    return weights, target_work(config, dtype, split, tokens, last_layer=last)
+    work = target_work(config, dtype, split, batch, last_layer=last, max_tokens=max_tokens)
+    return weights, work
 
 
 def _last_layer(plan: RunPlan) -> int | None:
@@ -168,7 +185,7 @@ def _taps(plan: RunPlan) -> int:
 
 
 def _rows(plan: RunPlan) -> int:
-    return _tokens(plan) * plan.shape.hidden_size * target_dtype(plan).itemsize
+    return math.prod(_batch(plan)) * plan.shape.hidden_size * target_dtype(plan).itemsize
 
 
 def _loss_parts(plan: RunPlan, one: DraftPass) -> Parts:

@@ -44,23 +44,26 @@ class Wish:
 def recommend(wish: Wish, machine: Machine) -> str:
     """YAML of a run that fits the machine, with the plan as its comments. Raises ConfigError when
     the rules or the memory allow none."""
+    machine.validate()
+    _check(wish)
     folder = _folder(wish.target)
     target_config = load_target_config(folder)
     changes = nested_overrides(wish.overrides)
-    sections = merged_sections(_sections(wish, folder, target_config), changes)
+    sections = merged_sections(_sections(wish, folder, target_config, changes), changes)
     config = config_from_dict(sections)
     config.validate()
     asked = config.model.mask_token_id
     if asked is None:  # no size depends on it
         config.model.mask_token_id = _stand_in(target_config)
     fixed = {f"{section}.{key}" for section, keys in changes.items() for key in keys}
-    found = layouts(config, target_config, machine, fixed=fixed)
+    found, refused = layouts(config, target_config, machine, fixed=fixed)
     best = best_layout(found, machine)
     lines = [
         f"{machine.nodes} node(s) of {machine.gpus_per_node} GPUs with {machine.gpu_memory_gib:g} "
         f"GiB, of which {machine.margin:g} are planned with",
         "",
         *candidate_lines(found, best),
+        *(f"refused: TP {tp}: {why}" for tp, why in refused.items()),
         "",
         f"chosen: {layout_words(best.plan)}: of the layouts that fit the one that sends least",
         "",
@@ -102,6 +105,17 @@ def candidate_lines(found: list[Candidate], best: Candidate) -> list[str]:
     return lines
 
 
+def _check(wish: Wish) -> None:
+    require(
+        wish.samples is None or wish.samples >= 1,
+        f"samples ({wish.samples}) must be >= 1; leave it out for the size of one",
+    )
+    require(
+        not any(text.startswith("target.path=") for text in wish.overrides),
+        "target.path is the target that is planned for; name it as the target, not as an override",
+    )
+
+
 def _folder(path: str) -> str:
     given = Path(path)
     require(
@@ -111,25 +125,26 @@ def _folder(path: str) -> str:
     return str(given if given.is_dir() else given.parent)
 
 
-def _sections(wish: Wish, folder: str, target_config: PretrainedConfig) -> dict[str, Any]:
+def _sections(
+    wish: Wish, folder: str, target_config: PretrainedConfig, changes: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """What the overrides are put on: the wish, and defaults for what a run must say."""
     name = Path(folder).resolve().name
     depth = target_config.get_text_config().num_hidden_layers
-    taps = {} if _names_taps(wish) else {"target_layer_ids": evenly_spread_layers(depth)}
+    has_taps = "target_layer_ids" in changes.get("model", {})
+    taps = {} if has_taps else {"target_layer_ids": evenly_spread_layers(depth)}
+    length = {} if "iterations" in changes.get("train", {}) else {"epochs": 10}
     return {
         "target": {"path": folder},
         "model": {**taps, "mask_token_id": None},
         "data": {"train_files": ["data/train.jsonl"], "max_length": wish.seq_length},
         "train": {
             "output_dir": f"runs/{name}-dspark",
-            "epochs": 10,
+            **length,
             "micro_batch_size": wish.micro_batch_size,
             "global_batch_size": wish.global_batch_size,
         },
     }
-
-
-def _names_taps(wish: Wish) -> bool:
-    return any(text.startswith("model.target_layer_ids=") for text in wish.overrides)
 
 
 def _stand_in(target_config: PretrainedConfig) -> int:

@@ -1,9 +1,8 @@
 """What a forward pass of the frozen target takes beside its weights, and what it sends, by formula.
 
-Nothing here is measured: kernels of a family may need more. Weights are looked up in Transformers'
-own plans of the family, on the meta device.
-
-Shapes: T tokens of a micro-batch, h hidden, a and g query and key/value heads, d head width.
+Tensors are those that Transformers' modules have alive at once, where a test counts them; what a
+kernel takes inside (and `eager` attention, or a mask) is not in it. Weights are looked up in
+Transformers' own plans of the family, on the meta device.
 """
 
 import math
@@ -13,7 +12,10 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from dspark_megatron.targets.passes import Passes
 from dspark_megatron.targets.split import TargetSplit, meta_target, split_dimension, style_of
+
+FP32 = 4
 
 
 @dataclass(frozen=True)
@@ -21,9 +23,14 @@ class TargetWork:
     """Of one rank and one micro-batch, in bytes."""
 
     layer: int
-    """Intermediate states of the layer that needs most."""
+    """Intermediate states of one pass in the layer that needs most."""
+    last_states: int
+    """Of one pass; they come when its layers are through."""
+    cache: int
+    """Keys and values of a sample that goes through in pieces; 0 if none does."""
     gathered_layers: int
-    """Weights of a layer made whole to run and of the next one, fetched ahead; 0 if not sharded."""
+    """A layer made whole to run, thrice: its weights, as they arrived, and the next layer's as they
+    arrive (on a GPU they lie on another stream, whose memory is its own); 0 if not sharded."""
     received_weights: int
     """Of other ranks' shards, in one forward pass."""
     all_reduced: int
@@ -36,11 +43,13 @@ def target_work(
     target_config: PretrainedConfig,
     dtype: torch.dtype,
     split: TargetSplit,
-    tokens: int,
+    batch: tuple[int, int],
     *,
     last_layer: int,
+    max_tokens: int | None = None,
 ) -> TargetWork:
-    """last_layer: the highest decoder layer that is kept."""
+    """batch: samples and their length. last_layer: the highest decoder layer that is kept.
+    max_tokens: of one forward pass; None: the whole batch."""
     model = meta_target(target_config, dtype)
     text = target_config.get_text_config()
     whole, received, reduced, routed = [0] * (last_layer + 1), 0, 0, 0
@@ -59,13 +68,27 @@ def target_work(
         size = math.ceil(parameter.numel() / parts) * dtype.itemsize
         whole[layer] += size if shards > 1 else 0
         received += size * (shards - 1) // shards
-    rows = tokens * text.hidden_size * dtype.itemsize
+    rows = math.prod(batch) * text.hidden_size * dtype.itemsize
     shared_batch = split.ep_size == split.tp_size  # then outputs are summed, and no token moves
     reduced += routed if shared_batch else 0
     exchanged = 0 if shared_batch else routed * _exchanged(text, rows, split)
-    states = _layer_states(text, model.tp_plan, split, tokens) * dtype.itemsize
     reduced = reduced * rows if split.tp_size > 1 else 0
-    return TargetWork(states, 2 * max(whole), received, reduced, exchanged)
+    attention_parts = split.tp_size if _splits_attention(model.tp_plan) else 1
+    passes, cache = Passes.of(*batch, max_tokens), 0
+    tokens = passes.rows * passes.length
+    states = tokens * _token_states(text, split, attention_parts, dtype)
+    if passes.length < batch[1]:
+        cache = (last_layer + 1) * batch[1] * _cached(text, attention_parts)
+        # Queries of a piece need a mask, and with it keys and values of every query head.
+        states += 2 * batch[1] * _query_width(text) // attention_parts
+    e = dtype.itemsize
+    last_states = e * tokens * text.hidden_size
+    sent = received, reduced, exchanged
+    return TargetWork(e * states, last_states, e * cache, 3 * max(whole), *sent)
+
+
+def _splits_attention(tp_plan: dict[str, str] | None) -> bool:
+    return any("self_attn" in name for name in tp_plan or {})
 
 
 def _exchanged(text: Any, rows: int, split: TargetSplit) -> int:
@@ -76,33 +99,68 @@ def _exchanged(text: Any, rows: int, split: TargetSplit) -> int:
     return int(2 * others * _experts_of_a_token(text) * rows / split.tp_size) + gathered
 
 
-def _layer_states(text: Any, tp_plan: dict[str, str], split: TargetSplit, tokens: int) -> int:
-    """Numbers: the residual and the normed states, and what attention or the MLP needs at once."""
-    attention_split = any("self_attn" in name for name in tp_plan or {})
-    attention = _attention_width(text) // (split.tp_size if attention_split else 1)
-    mlp = 3 * (getattr(text, "intermediate_size", None) or 0) // split.tp_size
-    return tokens * (2 * text.hidden_size + max(attention, mlp, _expert_width(text, split)))
+def _token_states(text: Any, split: TargetSplit, attention_parts: int, dtype: torch.dtype) -> int:
+    """Numbers for each token, at the highest of a layer's moments. The embeddings, the layer's
+    input and the sum after its attention stay throughout; beside them the normed input."""
+    h, mlp = text.hidden_size, 3 * (getattr(text, "intermediate_size", None) or 0)
+    return max(
+        3 * h + 2 * FP32 * h // dtype.itemsize,  # a norm in fp32
+        3 * h + _attention_width(text) // attention_parts,
+        4 * h + mlp // split.tp_size,  # gate, up and their product
+        4 * h + _expert_width(text, split, dtype),
+    )
 
 
 def _attention_width(text: Any) -> int:
-    """Queries and keys before and after their rotation, values, the output. Latent attention has
-    keys and values of every query head."""
+    """While queries or keys are rotated: queries, keys and values, and three numbers for each one
+    that is being rotated. Latent attention at its end: queries before, with and after rotation,
+    keys and values before and after they are put together, the output before and after it is put
+    in order."""
     heads = text.num_attention_heads
-    if getattr(text, "kv_lora_rank", None) is not None:
+    if _is_latent(text):
         width = text.qk_nope_head_dim + text.qk_rope_head_dim
-        return heads * (4 * width + 2 * text.v_head_dim)
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return head_dim * (3 * heads + 3 * kv_heads)
+        return heads * (4 * width + 3 * text.v_head_dim)
+    kv_heads = _kv_heads(text)
+    return _head_dim(text) * max(4 * heads + 2 * kv_heads, 2 * heads + 5 * kv_heads)
 
 
-def _expert_width(text: Any, split: TargetSplit) -> int:
-    """A token's row for each of its experts, in and out, and gate, up and their product between."""
-    chosen = _experts_of_a_token(text)
+def _query_width(text: Any) -> int:
+    width = text.qk_nope_head_dim + text.qk_rope_head_dim if _is_latent(text) else _head_dim(text)
+    return text.num_attention_heads * width
+
+
+def _cached(text: Any, attention_parts: int) -> int:
+    """Numbers of a token in one layer's cache; latents are whole on every rank."""
+    if _is_latent(text):
+        return text.kv_lora_rank + text.qk_rope_head_dim
+    return 2 * _kv_heads(text) * _head_dim(text) // attention_parts
+
+
+def _is_latent(text: Any) -> bool:
+    return getattr(text, "kv_lora_rank", None) is not None
+
+
+def _kv_heads(text: Any) -> int:
+    return getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+
+
+def _head_dim(text: Any) -> int:
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def _expert_width(text: Any, split: TargetSplit, dtype: torch.dtype) -> int:
+    """A token's rows for its experts: gathered, with gate, up, an activation and the product; later
+    gathered, out of the experts, weighted and in order again. The latter two are fp32 where the
+    router's weights are (Mixtral, DeepSeek), and are counted so. Experts of other ranks have rows
+    too, unless tokens travel: then a rank has as many as it sends, and those that arrived beside.
+    """
+    chosen, h = _experts_of_a_token(text), text.hidden_size
     width = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", 0)
-    if split.ep_size > split.tp_size:  # a rank runs as many routed tokens as it sends
-        return chosen * (2 * text.hidden_size + 3 * width) // split.tp_size
-    return chosen * (2 * text.hidden_size + 3 * width // split.tp_size)
+    weighted = 2 * h + 2 * FP32 * h // dtype.itemsize
+    if split.ep_size > split.tp_size:
+        return chosen * (h + max(h + 4 * width, weighted)) // split.tp_size
+    parts = split.tp_size if split.ep_size == 1 else 1
+    return chosen * max(h + 4 * width // parts, weighted)
 
 
 def _experts_of_a_token(text: Any) -> int:

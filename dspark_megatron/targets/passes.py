@@ -1,6 +1,8 @@
 """Cut a batch into forward passes of a bounded number of tokens, and put their states together."""
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -12,21 +14,39 @@ RunPieces = Callable[[tuple[Tensor, ...]], list[TargetStates]]
 """Runs consecutive pieces [r, t] of the same r sequences, each after those before it."""
 
 
+@dataclass(frozen=True)
+class Passes:
+    """Forward passes of the target for a batch, all but the last of one size."""
+
+    rows: int
+    """Sequences of one pass."""
+    length: int
+    """Tokens of each in it."""
+    count: int
+
+    @classmethod
+    def of(cls, b: int, s: int, max_tokens: int | None) -> "Passes":
+        """As many whole sequences as `max_tokens` holds, or a part of one; None: all at once."""
+        if max_tokens is None:
+            return cls(b, s, 1)
+        rows = min(b, max(1, max_tokens // s))
+        return cls(rows, min(s, max_tokens), math.ceil(b / rows) * math.ceil(s / max_tokens))
+
+
 def states_in_passes(
     input_ids: Tensor, max_tokens: int, run: RunPieces, *, lockstep_group: dist.ProcessGroup | None
 ) -> TargetStates:
-    """States of input_ids [b, s] from passes of at most `max_tokens` tokens: as many whole
-    sequences as that holds, or a part of one.
+    """States of input_ids [b, s] from passes of at most `max_tokens` tokens.
 
     lockstep_group: ranks that must make equally many passes; those with fewer than others repeat
     one token for nothing. One all-reduce of a number, none without a group.
     """
-    b, s = input_ids.shape
-    rows = max(1, max_tokens // s)
-    own = -(-b // rows) * -(-s // max_tokens)
+    own = Passes.of(*input_ids.shape, max_tokens)
     # Agreed before the first pass: in a pass the ranks already wait for each other.
-    idle = _most(own, input_ids.device, lockstep_group) - own
-    groups = [joined(run(group.split(max_tokens, dim=1)), dim=1) for group in input_ids.split(rows)]
+    idle = _most(own.count, input_ids.device, lockstep_group) - own.count
+    groups = [
+        joined(run(group.split(own.length, dim=1)), dim=1) for group in input_ids.split(own.rows)
+    ]
     for _ in range(idle):
         run((input_ids[:1, :1],))
     return joined(groups, dim=0)

@@ -31,7 +31,7 @@ def claim_output(output_dir: Path, config: Config) -> None:
 
 def write_config(output_dir: Path, config: Config) -> None:
     """Write the resolved config, once the run is sure to be this one."""
-    _replace_text(output_dir / "config.yaml", config.to_yaml())
+    replace_text(output_dir / "config.yaml", config.to_yaml())
 
 
 def write_status(output_dir: Path, status: str) -> None:
@@ -40,10 +40,11 @@ def write_status(output_dir: Path, status: str) -> None:
     `running` (also after a kill or a failure), `stopped` (saved; starting it again continues it)
     or `completed` (the last iteration is saved).
     """
-    _replace_text(output_dir / "run_status", f"{status}\n")
+    replace_text(output_dir / "run_status", f"{status}\n")
 
 
-def _replace_text(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole, or leave the one that is there."""
     partial = path.with_name(f".partial_{path.name}")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

@@ -1,0 +1,134 @@
+"""Memory of a forward pass of the frozen target, beside what the plan says of it.
+
+    torchrun --nproc-per-node 2 tools/benchmark_target.py [--hidden 512] [--json FILE]
+
+Random targets of one size by family, dtype and layout: tensor-parallel, shared by data-parallel
+ranks, with samples in pieces. Measured is what a pass takes above the weights, the states that it
+returns included.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import benchmarking
+import torch
+import torch.distributed as dist
+from transformers import AutoConfig, AutoModel, PretrainedConfig
+
+from dspark_megatron.config import TargetConfig
+from dspark_megatron.planning.target_work import target_work
+from dspark_megatron.targets.huggingface import HuggingFaceTarget
+from dspark_megatron.targets.split import TargetSplit
+from dspark_megatron.training.runtime import Runtime, launch
+
+TAPS = (0, 2)
+FORMATS = {"family": "", "dtype": "", "tp": "d", "shared by": "d", "pieces": "d"}
+FORMATS |= {"MiB": ".1f", "planned": ".1f", "planned / measured": ".2f"}
+
+
+class Case(NamedTuple):
+    family: str
+    dtype: str
+    shards: int
+    pieces: int
+
+
+def cases(args: argparse.Namespace, dp_size: int) -> Iterator[Case]:
+    """Every family in both types; of the first also a shared target and samples in pieces."""
+    for family in args.families:
+        yield from (Case(family, dtype, 1, 1) for dtype in benchmarking.DTYPES)
+    if dp_size > 1:
+        yield Case(args.families[0], "float32", dp_size, 1)
+    yield Case(args.families[0], "float32", 1, 4)
+
+
+def family_config(family: str, args: argparse.Namespace) -> PretrainedConfig:
+    """Eight experts, two for each token, where the family has experts. Values of latent attention
+    are as wide as its keys: otherwise a CPU has no kernel that spares the matrix of scores."""
+    width = args.hidden // args.heads
+    latent = {"q_lora_rank": args.hidden // 2, "kv_lora_rank": args.hidden // 4}
+    latent |= {"qk_nope_head_dim": width // 2, "qk_rope_head_dim": width // 2, "v_head_dim": width}
+    extra = {
+        "mixtral": {"num_local_experts": 8, "intermediate_size": args.ffn // 4},
+        "deepseek_v3": latent
+        | {"num_key_value_heads": args.heads, "n_routed_experts": 8, "num_experts_per_tok": 2}
+        | {"moe_intermediate_size": args.ffn // 4, "n_group": 1, "topk_group": 1},
+    }
+    base = {
+        "vocab_size": 512,
+        "hidden_size": args.hidden,
+        "intermediate_size": args.ffn,
+        "num_hidden_layers": 4,
+        "num_attention_heads": args.heads,
+        "num_key_value_heads": args.kv_heads,
+        "max_position_embeddings": args.seq_length,
+    }
+    return AutoConfig.for_model(family, **{**base, **extra.get(family, {})})
+
+
+def measured(case: Case, args: argparse.Namespace, runtime: Runtime, folder: Path) -> dict:
+    config, dtype = family_config(case.family, args), benchmarking.DTYPES[case.dtype]
+    split = TargetSplit(runtime.tp_group.size(), runtime.dp_group.size(), case.shards)
+    path, max_tokens = folder / case.family / case.dtype, args.seq_length // case.pieces
+    if runtime.is_main and not path.exists():
+        AutoModel.from_config(config, dtype=dtype).save_pretrained(path)
+    dist.barrier()
+    target = HuggingFaceTarget(
+        TargetConfig(path=str(path), max_tokens_per_forward=max_tokens),
+        TAPS,
+        split=split,
+        dp_group=runtime.dp_group,
+        device=runtime.device,
+    )
+    ids = torch.arange(args.seq_length)[None] % config.vocab_size
+    peak = benchmarking.peak_memory(
+        lambda: target.states(ids), runtime.device, barrier=dist.barrier
+    )
+    work = target_work(
+        config, dtype, split, (1, args.seq_length), last_layer=3, max_tokens=max_tokens
+    )
+    states = (len(TAPS) + 1) * args.seq_length * args.hidden * dtype.itemsize
+    planned = states + work.layer - work.last_states + work.cache + work.gathered_layers
+    return {
+        **{"family": case.family, "dtype": case.dtype, "tp": split.tp_size},
+        **{"shared by": case.shards, "pieces": case.pieces},
+        **{"MiB": peak / benchmarking.MIB, "planned": planned / benchmarking.MIB},
+        "planned / measured": planned / peak,
+    }
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Memory of a forward pass of the target.")
+    families = ("llama", "mixtral", "deepseek_v3")
+    parser.add_argument("--families", nargs="+", choices=families, default=families)
+    parser.add_argument("--tp", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--ffn", type=int, default=1792)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--kv-heads", type=int, default=2)
+    parser.add_argument("--seq-length", type=int, default=2048)
+    benchmarking.add_report_options(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    benchmarking.give_tensors_own_pages()
+    with launch() as job, tempfile.TemporaryDirectory() as own:
+        rows: list[dict[str, Any]] = []
+        for runtime in benchmarking.runtime_of_each_size(job, args.tp):
+            folder = [own]
+            dist.broadcast_object_list(folder, 0)
+            for case in cases(args, runtime.dp_group.size()):
+                rows.append(measured(case, args, runtime, Path(folder[0])))
+        dist.barrier()
+        if runtime.is_main:
+            title = f"a pass of the target, hidden {args.hidden}, {args.seq_length} tokens, a rank"
+            print(benchmarking.report({title: (rows, FORMATS)}, runtime.device, args.json))
+
+
+if __name__ == "__main__":
+    main()
