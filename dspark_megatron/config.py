@@ -406,9 +406,14 @@ class EvaluateConfig:
             "evaluate.best and evaluate.untrained name two drafts; set either to false",
         )
         require(
-            self.every is None or bool(self.heldout_files),
-            f"evaluate.every ({self.every}) needs answers to estimate on: name "
-            "evaluate.heldout_files, or set evaluate.every=null",
+            not (self.checkpoint and self.untrained),
+            f"evaluate.checkpoint ({self.checkpoint}) and evaluate.untrained name two drafts; give "
+            "one of them",
+        )
+        require(
+            (self.every is None) != bool(self.heldout_files),
+            f"evaluate.every ({self.every}) and evaluate.heldout_files ({self.heldout_files}) go "
+            "together: estimates every so many steps on these answers, or neither",
         )
         require(
             self.temperature >= 0,

@@ -32,7 +32,7 @@ def _evaluate(job: Any, config: Any) -> None:
     from dspark_megatron.data.prompts import load_prompts
     from dspark_megatron.evaluation.estimate import EstimateSettings
     from dspark_megatron.evaluation.run import all_figures, estimates, evaluate_prompts
-    from dspark_megatron.training.runtime import start
+    from dspark_megatron.training.runtime import main_ranks_folder, start
 
     settings = config.evaluate
     plan = _checked_plan(config, job.world_size)
@@ -42,20 +42,24 @@ def _evaluate(job: Any, config: Any) -> None:
     cut = _scheduled_cut(settings, plan.shape.block_size, checkpoint)
     output = _claim_outputs(config)
     runtime = start(job, config.parallel.tensor_parallel)
+    if checkpoint is not None:  # a run that goes on may have saved another one meanwhile
+        checkpoint = main_ranks_folder(checkpoint, runtime)
     first_prompt = torch.tensor([files[settings.prompt_files[0]][0].input_ids])
     decoder, iteration = _build_decoder(plan, runtime, checkpoint, first_prompt, cut)
     results = evaluate_prompts(
         decoder, files, settings, dp_group=runtime.dp_group, show_progress=runtime.is_main
     )
+    facts = _facts(plan, checkpoint, iteration)
     figures = all_figures(results, plan.shape.block_size)
+    if runtime.is_main:
+        _write(config, facts, files, results, figures, output)
     if cut is None:  # the estimate is of whole drafts
         pieces = EstimateSettings.of(config, decoder.draft)
         found = estimates(decoder, files, results, pieces, dp_group=runtime.dp_group)
         for name, estimate in found.items():
             figures[name]["estimate"] = estimate
     if runtime.is_main:
-        facts = {"checkpoint": str(checkpoint) if checkpoint else None, "iteration": iteration}
-        _report(plan, {"target": config.target.path, **facts}, results, figures, output)
+        _report(settings, facts, figures, output)
 
 
 def _checked_plan(config: Any, world_size: int) -> Any:
@@ -106,13 +110,14 @@ def _scheduled_cut(settings: Any, block_size: int, checkpoint: Path | None) -> A
     temperatures = None
     if settings.temperatures:
         iteration = read_meta(checkpoint)["iteration"] if checkpoint else 0
-        temperatures = read_temperatures(Path(settings.temperatures), block_size, iteration)
+        folder = Path(settings.temperatures)
+        temperatures = read_temperatures(folder, block_size, iteration, checkpoint)
     return ScheduledCut(settings.scheduler, table, block_size, temperatures)
 
 
 def _claim_outputs(config: Any) -> Path:
     """Where the results go; ConfigError if any file could not be written."""
-    from dspark_megatron.evaluation.run import claim_file
+    from dspark_megatron.evaluation.output_files import claim_file
 
     settings = config.evaluate
     output = Path(settings.output or f"{config.train.output_dir}/evaluation.json")
@@ -154,21 +159,41 @@ def _build_decoder(
     return decoder, iteration
 
 
-def _report(plan: Any, facts: dict, results: dict, figures: dict, output: Path) -> None:
-    """Show the figures and write the files, on the main rank."""
-    from dspark_megatron.evaluation.report import table
-    from dspark_megatron.evaluation.run import draft_records, write_results
-
-    settings, block_size = plan.config.evaluate, plan.shape.block_size
+def _facts(plan: Any, checkpoint: Path | None, iteration: int) -> dict[str, Any]:
+    """What was evaluated and how."""
     names = ("temperature", "max_new_tokens", "seed", "batch_size", "scheduler")
-    facts |= {"block_size": block_size, **{name: getattr(settings, name) for name in names}}
+    return {
+        "target": plan.config.target.path,
+        "checkpoint": str(checkpoint) if checkpoint else None,
+        "iteration": iteration,
+        "block_size": plan.shape.block_size,
+        **{name: getattr(plan.config.evaluate, name) for name in names},
+    }
+
+
+def _write(
+    config: Any, facts: dict, files: dict, results: dict, figures: dict, output: Path
+) -> None:
+    """What decoding gave, before anything else can fail."""
+    from dspark_megatron.evaluation.output_files import write_json
+    from dspark_megatron.evaluation.run import draft_records
+
+    write_json(output, {**facts, "files": figures})
+    records = config.evaluate.records
+    if records:
+        counts = {"prompt_files": list(files), "prompts": [len(found) for found in files.values()]}
+        draft_records(results, facts["block_size"], facts | counts).save(Path(records))
+        print(f"wrote {records}", flush=True)
+
+
+def _report(settings: Any, facts: dict, figures: dict, output: Path) -> None:
+    """The table, and the figures with the estimates."""
+    from dspark_megatron.evaluation.output_files import write_json
+    from dspark_megatron.evaluation.report import table
+
+    write_json(output, {**facts, "files": figures})
     print(table(figures, greedy=settings.temperature == 0), flush=True)
-    write_results(output, {**facts, "files": figures})
     print(f"wrote {output}", flush=True)
-    if settings.records:
-        facts["prompt_files"] = settings.prompt_files
-        draft_records(results, block_size, facts).save(Path(settings.records))
-        print(f"wrote {settings.records}", flush=True)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def test_everything_is_written(tmp_path, capsys):
 
 
 def test_a_slot_without_figures_leaves_the_lists_of_sglang_empty(tmp_path):
-    folder = run(tmp_path, edit=lambda r: (r.accepted.fill_(2), r.proposed.fill_(2)))
+    folder = run(tmp_path, edit=lambda r: r.accepted.clamp_(max=2))
     sidecar = json.loads((folder / "dspark_sts.json").read_text())
     assert sidecar["ece_before"] == sidecar["ece_after"] == []
     assert sidecar["temperatures"][2] == 1.0
@@ -61,7 +61,18 @@ def test_a_slot_without_figures_leaves_the_lists_of_sglang_empty(tmp_path):
     ("own", "message"),
     [
         ({"temperatures": [1.0] * 3}, "not of a calibration"),
-        ({"temperatures": [1.0] * 3, "iteration": 50}, "of iteration 50, the records are of"),
+        (
+            {"temperatures": [1.0] * 3, "iteration": 50, "checkpoint": "a"},
+            "is of iteration 50 of a, the records are of",
+        ),
+        (
+            {
+                "temperatures": [1.0] * 3,
+                "iteration": 100,
+                "checkpoint": "runs/y/checkpoints/iter_0000100",
+            },
+            "of runs/y/.*, the records are of iteration 100 of runs/x/",
+        ),
     ],
 )
 def test_other_temperatures_are_kept(tmp_path, own, message):

@@ -16,9 +16,9 @@ from dspark_megatron.ops.acceptance import judge, overlap, probabilities
 PROMPTS = ["hello", "the hill in the", "then all bells", "inn well"]
 
 
-def decode(runtime, config, prompts, seeds=(0,), cut=None):
+def decode(runtime, config, prompts, seeds=(0,), cut=None, confidence_scale=0):
     """Token ids by plain and by speculative decoding, and the rounds. cut: a name of CUTS, or one
-    of the decoder's own kind."""
+    of the decoder's own kind. confidence_scale: of random weights for the confidence head."""
     from dspark_megatron.evaluation.decoding import Decoder, Sampling
     from dspark_megatron.target_folder import stop_token_ids
     from dspark_megatron.training.setup import (
@@ -30,6 +30,12 @@ def decode(runtime, config, prompts, seeds=(0,), cut=None):
 
     plan, settings = check_run(config, runtime.world_size), config.evaluate
     draft, target = build_draft(plan, runtime).eval(), build_target(plan, runtime)
+    if confidence_scale:
+        weight = draft.confidence_head.proj.weight
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            weight.copy_(confidence_scale * torch.randn(weight.shape, generator=generator))
+            weight[:, : plan.shape.hidden_size] = 0
     stops = frozenset(stop_token_ids(config.target.path, plan.tokenizer))
     decoder = Decoder(
         target,

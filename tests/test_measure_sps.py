@@ -74,7 +74,7 @@ def refusals(runtime, config, folder):
             measure_sps.check(arguments(*more, output=f"{folder}/sps.json"), plan)
         messages.append(str(caught.value))
     with pytest.raises(ConfigError) as caught:
-        measure_sps.check(arguments(output=f"{folder}/none/sps.json"), plan)
+        measure_sps.check(arguments(output=str(folder)), plan)
     return [*messages, str(caught.value)]
 
 
@@ -86,7 +86,7 @@ def test_what_cannot_be_measured_is_refused(pool, tiny_run, tmp_path):
         "1 to 64, is [65]",
         "--context-length (200) must be >= 1, and with 64 tokens more at most the target's 256",
         "--rounds (0)",
-        "folder that exists",
+        "is a folder; name a file",
     ]
     for message, part in zip(found, wanted, strict=True):
         assert part in message

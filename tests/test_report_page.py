@@ -11,6 +11,8 @@ from matplotlib import image
 from synthetic_records import synthetic_records
 
 from dspark_megatron.evaluation.calibration import CalibrationSettings, calibrate
+from dspark_megatron.evaluation.figures import acceptance
+from dspark_megatron.evaluation.generation import Generation, Round
 
 sys.path.append(str(Path(__file__).parents[1] / "tools"))  # a folder of scripts, not a package
 
@@ -44,17 +46,18 @@ EVALUATION = {
 }
 SIMULATED = dict(policy="whole & long", per_request=1.0, tau=1.5, verified=2.0, speedup=1.25)
 SIMULATION = {
+    "drafts": {"target": "<b>target</b>", "checkpoint": None, "iteration": 100, "block_size": 3},
     "figures": [
         {**SIMULATED, "requests": 1, "tokens_per_second": 11.0},
         {**SIMULATED, "requests": 64, "tokens_per_second": 222.0},
         {**SIMULATED, "policy": "cut", "requests": 64, "tokens_per_second": 333.0},
-    ]
+    ],
 }
 
 
 def calibration(**changes):
     records = synthetic_records(
-        prompts=4, rounds=30, temperatures=[2.0] * 3, target="<b>target</b>"
+        prompts=4, rounds=30, temperatures=[2.0] * 3, target="<b>target</b>", checkpoint=None
     )
     return calibrate(records, CalibrationSettings()) | changes
 
@@ -100,6 +103,13 @@ def test_the_page_holds_everything(tmp_path):
         assert pixels.shape[1] > 500 and pixels.std() > 0.01  # something is drawn
 
 
+def test_a_file_of_one_prompt(tmp_path):
+    """It has no intervals, which evaluation writes as null."""
+    figures = acceptance([Generation([1, 2], [Round(3, 1, True)])], block_size=3)
+    page = report(tmp_path, EVALUATION | {"files": {"one.jsonl": figures}})
+    assert "2.000" in cells(page) and "interval" not in page
+
+
 def test_an_evaluation_alone_without_intervals_or_plain_decoding(tmp_path):
     page = report(tmp_path, EVALUATION | {"files": {"prompts.jsonl": PLAIN}})
     assert "interval" not in page and "speed-up" not in page and "Calibration" not in page
@@ -123,7 +133,10 @@ def test_an_evaluation_alone_without_intervals_or_plain_decoding(tmp_path):
             "interval of accept_rate of a",
         ),
         ({"calibration": calibration(iteration=7)}, "iteration is 7 and 100"),
+        ({"calibration": calibration(checkpoint="other")}, "checkpoint is 'other' and None"),
+        ({"calibration": calibration(survival={})}, "figures before and after"),
         ({"calibration": {"temperatures": [1.0]}}, "lacks labels"),
+        ({"simulation": {**SIMULATION, "drafts": {}}}, "target is None"),
         ({"simulation": {"throughput": 3}}, "list `figures`"),
         ({"simulation": {"figures": [SIMULATED]}}, "list `figures`"),
         (

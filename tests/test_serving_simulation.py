@@ -185,7 +185,7 @@ def test_what_cannot_be_replayed_is_refused():
         make_records([[0.5] * 2] * 2, [0, 0], [0, 0], proposed=[2, 1]),  # no stop token was kept
     ]
     for records in cut:
-        with pytest.raises(ConfigError, match="1 of 2 recorded rounds verified only a part"):
+        with pytest.raises(ConfigError, match="1 of 2 that were cut"):
             simulate_serving(records, TABLE, [1], settings)
     blind = make_records([[float("nan")] * 2], [0], [0])
     with pytest.raises(ConfigError, match="confidence head"):

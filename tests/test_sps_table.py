@@ -37,7 +37,7 @@ def test_additive_look_up():
 def test_the_steps_of_a_schedule():
     assert sps_of_step(SAMPLED, 3, 3).tolist() == [100.0] * 5 + [80.0] * 5
     for table, requests, slots, message in (
-        (SAMPLED, 3, 7, "3 requests of 7 slots .* for 24 verified tokens, and it ends at 20"),
+        (SAMPLED, 3, 7, "3 requests of 7 slots .* for 24 verified tokens, and it ends at 16"),
         (ADDITIVE, 3, 7, "for 24 verified tokens, and it ends at 16"),
         (ADDITIVE, 5, 1, "for 5 requests, and it ends at 4"),
     ):

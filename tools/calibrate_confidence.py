@@ -61,7 +61,7 @@ def _calibrate(args: argparse.Namespace) -> None:
     if args.config and not _evaluate(args):
         return
     records = load_records(args.records)
-    check_place(args.output, records.block_size, records.facts["iteration"], args.force)
+    check_place(args.output, records.block_size, records.facts, args.force)
     result = calibrate(records, settings)
     texts = {"calibration.json": json.dumps(result, indent=1) + "\n", SIDECAR: sidecar_json(result)}
     write_files(
@@ -79,14 +79,30 @@ def _calibrate(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> bool:
     """Make the records; whether this is the rank that calibrates on them."""
     from dspark_megatron import evaluate
+    from dspark_megatron.config_file import load_config
+    from dspark_megatron.evaluation.output_files import claim_file
 
     require(
         len(args.records) == 1 and args.records[0].parent.is_dir(),
         f"with --config one file of --records is written, in a folder that exists; got "
         f"{', '.join(map(str, args.records))}",
     )
-    own = ["evaluate.compare_plain=false", f"evaluate.records={args.records[0]}"]
-    evaluate.main(["--config", args.config, *args.overrides, *own])
+    records = args.records[0]
+    own = {
+        "output": records.with_suffix(".json"),  # not the run's own evaluation
+        "records": records,
+        "compare_plain": "false",
+        "scheduler": "none",
+        "sps_table": "''",
+        "temperatures": "''",
+    }
+    overrides = [*args.overrides, *(f"evaluate.{key}={value}" for key, value in own.items())]
+    require(
+        load_config(args.config, overrides).model.enable_confidence_head,
+        "model.enable_confidence_head is false: there is no head to calibrate",
+    )
+    claim_file(args.output / "calibration.json", "--output")
+    evaluate.main(["--config", args.config, *overrides])
     return os.environ.get("RANK", "0") == "0"
 
 

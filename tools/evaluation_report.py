@@ -42,7 +42,7 @@ def _report(args: argparse.Namespace) -> None:
 
     evaluation = read_evaluation(args.evaluation)
     calibration = args.calibration and read_calibration(args.calibration, evaluation)
-    simulation = args.simulation and read_simulation(args.simulation)
+    simulation = args.simulation and read_simulation(args.simulation, evaluation)
     text = report_page(evaluation, calibration, simulation)
     write_files(args.output.parent, {args.output.name: text.encode()})
     print(f"wrote {args.output}")

@@ -11,7 +11,6 @@ the table's cost by request. Not timed: drafting, sampling, gathering logits ove
 """
 
 import argparse
-import os
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -45,10 +44,15 @@ class Verifier:
     """A target that takes verification steps behind made-up contexts."""
 
     def __init__(self, plan: Any, runtime: Any, context_length: int) -> None:
-        from dspark_megatron.training.setup import build_target
+        from dspark_megatron.ops.vocab_parallel import VocabShard
+        from dspark_megatron.shape import padded_vocab_size
+        from dspark_megatron.training.setup import build_target, frozen_rows
 
         self.target, self.device = build_target(plan, runtime), runtime.device
-        self.head = _local_head(plan, runtime, self.target)
+        padded = padded_vocab_size(plan.shape.vocab_size, runtime.tp_group.size())
+        shard = VocabShard.of_group(plan.shape.vocab_size, padded, runtime.tp_group)
+        _, head = frozen_rows(plan, shard)
+        self.head = head.to(device=self.device, dtype=self.target.model.dtype)  # [v/tp, h]
         self.vocab_size, self.context_length = plan.shape.vocab_size, context_length
         self.generator = torch.Generator().manual_seed(0)  # the same tokens on every rank
 
@@ -68,20 +72,6 @@ class Verifier:
 
     def token_ids(self, *size: int) -> Tensor:
         return torch.randint(self.vocab_size, size, generator=self.generator).to(self.device)
-
-
-def _local_head(plan: Any, runtime: Any, target: Any) -> Tensor:
-    """This rank's [v/tp, h] rows of the LM head, in the target's dtype."""
-    from dspark_megatron.ops.vocab_parallel import VocabShard
-    from dspark_megatron.shape import padded_vocab_size
-    from dspark_megatron.target_folder import read_rows, shared_weights
-
-    folder, vocab_size = plan.config.target.path, plan.shape.vocab_size
-    padded = padded_vocab_size(vocab_size, runtime.tp_group.size())
-    shard = VocabShard.of_group(vocab_size, padded, runtime.tp_group)
-    _, name = shared_weights(folder)
-    rows = read_rows(folder, name, shard.vocab_start_index, shard.vocab_end_index)
-    return rows.to(device=target.device, dtype=target.model.dtype)
 
 
 def step_seconds(
@@ -119,6 +109,7 @@ def measure(plan: Any, runtime: Any, args: argparse.Namespace) -> Any:
 
 def check(args: argparse.Namespace, plan: Any) -> None:
     from dspark_megatron.config import require
+    from dspark_megatron.evaluation.output_files import claim_file
 
     tokens, context = args.batch_tokens, args.context_length
     require(
@@ -142,11 +133,7 @@ def check(args: argparse.Namespace, plan: Any) -> None:
         f"one copy of the target is measured, and {plan.dp_size} were started; launch "
         f"parallel.tensor_parallel ({plan.config.parallel.tensor_parallel}) processes",
     )
-    folder = args.output.resolve().parent
-    require(
-        folder.is_dir() and os.access(folder, os.W_OK),
-        f"--output {args.output} must lie in a folder that exists and is writable",
-    )
+    claim_file(args.output, "--output")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -57,7 +57,8 @@ def simulate(args: argparse.Namespace) -> list[dict[str, Any]]:
     table = read_sps_table(args.sps)
     temperatures = None
     if args.temperatures:
-        temperatures = read_temperatures(args.temperatures, records.block_size)
+        draft = records.facts.get("iteration"), records.facts.get("checkpoint")
+        temperatures = read_temperatures(args.temperatures, records.block_size, *draft)
     settings = ServingSettings(
         temperatures=temperatures,
         thresholds=tuple(args.thresholds),

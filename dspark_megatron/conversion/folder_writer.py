@@ -85,7 +85,8 @@ def write_draft_folder(
     history = source.history()
     # Iteration 0 is an import, whose sidecar came with it.
     iteration = history.get("iterations") or None
-    with_temperatures = check_sidecar(source.neighbours(), shape.block_size, iteration)
+    checkpoint = source.path if iteration else None
+    with_temperatures = check_sidecar(source.neighbours(), shape.block_size, iteration, checkpoint)
     _check_output(output_dir, options.force)
     _check_nothing_lost(output_dir, source.neighbours())
     with new_folder(output_dir) as folder:

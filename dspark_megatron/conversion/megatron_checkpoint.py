@@ -107,7 +107,8 @@ def find_checkpoint(path: str | Path, iteration: int | str | None = None) -> Pat
     if _iteration_of(path) is not None:
         require(
             iteration in (None, _iteration_of(path)),
-            f"{path} is iteration {_iteration_of(path)}, not {iteration}; leave the iteration out",
+            f"{path} is iteration {_iteration_of(path)}, and {iteration!r} is asked for; give the "
+            "run's folder, or ask for no other",
         )
         return path
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
@@ -119,7 +120,8 @@ def find_checkpoint(path: str | Path, iteration: int | str | None = None) -> Pat
         require(
             iteration is not None,
             f"{folder} has no {tracker}, so its {kind} checkpoint is unknown; iter_* folders "
-            f"there: {listing}; name an iteration, or a run or checkpoints folder",
+            f"there: {listing}; name one of them, or a run or checkpoints folder (runs with "
+            "evaluate.every keep a best one)",
         )
     require(
         iteration in there,

@@ -1,7 +1,7 @@
 """`dspark_sts.json`: temperatures of the confidence head by slot, in SGLang's schema.
 
-Calibration writes it beside a draft; conversion carries it along. A key `iteration` says which
-checkpoint of a run it is of.
+Calibration writes it beside a draft; conversion carries it along. The keys `iteration` and
+`checkpoint` say which draft it is of.
 """
 
 import json
@@ -15,16 +15,22 @@ from dspark_megatron.config import ConfigError, require
 SIDECAR = "dspark_sts.json"
 
 
-def check_sidecar(folder: Path, block_size: int, iteration: int | None = None) -> bool:
+def check_sidecar(
+    folder: Path,
+    block_size: int,
+    iteration: int | None = None,
+    checkpoint: str | Path | None = None,
+) -> bool:
     """Whether the folder has one. ConfigError when it cannot be used with this draft: SGLang wants
-    one positive temperature for each slot. iteration: of the draft; a sidecar that names another
-    was calibrated for another."""
+    one positive temperature for each slot. iteration, checkpoint: of the draft, where known; a
+    sidecar that names another was calibrated for another."""
     file = folder / SIDECAR
     if not file.is_file():
         return False
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         temperatures, own = found["temperatures"], found.get("iteration")
+        calibrated = found.get("checkpoint")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{file} must be JSON with a list `temperatures` ({error!r})") from error
     numbers = isinstance(temperatures, list) and all(
@@ -40,12 +46,28 @@ def check_sidecar(folder: Path, block_size: int, iteration: int | None = None) -
         f"{file} was calibrated for iteration {own}, this draft is of {iteration}; calibrate "
         "again, or move the file away",
     )
+    require(
+        None in (calibrated, checkpoint) or same_checkpoint(calibrated, checkpoint),
+        f"{file} was calibrated for {calibrated}, this draft is {checkpoint}; calibrate again, or "
+        "move the file away",
+    )
     return True
 
 
-def read_temperatures(folder: Path, block_size: int, iteration: int | None = None) -> list[float]:
+def same_checkpoint(first: str | Path, second: str | Path) -> bool:
+    """Whether two paths are of one checkpoint. Runs are moved, so by the names of run, checkpoints
+    and checkpoint."""
+    return Path(first).parts[-3:] == Path(second).parts[-3:]
+
+
+def read_temperatures(
+    folder: Path,
+    block_size: int,
+    iteration: int | None = None,
+    checkpoint: str | Path | None = None,
+) -> list[float]:
     """Temperature of each slot; ConfigError as in `check_sidecar`, and when there are none."""
-    found = check_sidecar(folder, block_size, iteration)
+    found = check_sidecar(folder, block_size, iteration, checkpoint)
     require(found, f"{folder} must hold a {SIDECAR}; tools/calibrate_confidence.py makes one")
     return json.loads((folder / SIDECAR).read_text(encoding="utf-8"))["temperatures"]
 
@@ -67,13 +89,15 @@ def sidecar_json(calibration: dict[str, Any]) -> str:
         "ece_before": before,
         "ece_after": after,
         "iteration": calibration["iteration"],
+        "checkpoint": calibration["checkpoint"],
     }
     return json.dumps(content, indent=2) + "\n"
 
 
-def check_place(folder: Path, block_size: int, iteration: int | None, force: bool) -> None:
+def check_place(folder: Path, block_size: int, facts: dict[str, Any], force: bool) -> None:
     """ConfigError when the sidecar of a draft would not belong into this folder, or would replace
-    one that calibration of the same iteration did not write (allowed with `force`)."""
+    one that calibration of the same checkpoint did not write (allowed with `force`). facts: of the
+    draft's records."""
     own = _own_block_size(folder / "config.json")
     require(
         own in (None, block_size),
@@ -84,14 +108,18 @@ def check_place(folder: Path, block_size: int, iteration: int | None, force: boo
     if force or not file.exists():
         return
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))["iteration"]
+        found = json.loads(file.read_text(encoding="utf-8"))
+        there = (found["iteration"], found["checkpoint"])
     except (OSError, ValueError, KeyError, TypeError):
-        found = None
+        there = None
+    iteration, checkpoint = facts["iteration"], facts["checkpoint"]
+    same = there is not None and there[0] == iteration
+    same = same and same_checkpoint(there[1] or "", checkpoint or "")  # none when untrained
+    of = "not of a calibration" if there is None else f"of iteration {there[0]} of {there[1]}"
     require(
-        found is not None and found == iteration,
-        f"{file} is {'not of a calibration' if found is None else f'of iteration {found}'}, the "
-        f"records are of iteration {iteration}; give --force to replace it, or choose another "
-        "--output",
+        same,
+        f"{file} is {of}, the records are of iteration {iteration} of {checkpoint}; give --force "
+        "to replace it, or choose another --output",
     )
 
 

@@ -18,6 +18,7 @@ from dspark_megatron.conversion.names import (
     hugging_face_shapes,
     to_hugging_face,
 )
+from dspark_megatron.conversion.sidecar import same_checkpoint
 
 
 class DraftSource(Protocol):
@@ -72,8 +73,7 @@ class CheckpointSource:
             return None
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
-            # Runs are moved, so by the names of run, checkpoints and checkpoint.
-            evaluated = Path(found["checkpoint"] or "").parts[-3:]
+            evaluated = same_checkpoint(found["checkpoint"] or "", self.path)
             figures = {
                 name: {"prompts": int(x["prompts"]), "tau": x["tau"] and float(x["tau"])}
                 for name, x in found["files"].items()
@@ -84,7 +84,7 @@ class CheckpointSource:
                 f"{file} is not as evaluation writes it ({error!r}); evaluate again, or move the "
                 "file away"
             ) from error
-        return evaluation if evaluated == self.path.parts[-3:] else None
+        return evaluation if evaluated else None
 
 
 class FolderSource:

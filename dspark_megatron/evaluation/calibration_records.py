@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,20 +88,22 @@ def _check_usable(path: Path, records: DraftRecords) -> None:
         f"{path} must have finite confidence logits in every judged slot, has {broken} of "
         f"{int(judged.sum())} that are not; evaluate again",
     )
-    short = records.proposed < records.block_size
-    cut = int((short & (records.accepted < records.proposed)).sum())
-    require(
-        cut == 0,
-        f"{path} must hold whole drafts, judged up to the last slot or an accepted stop token, has "
-        f"{cut} of {len(records)} that a scheduler cut; their late slots are of the most confident "
-        "drafts alone; evaluate without a scheduler",
-    )
+    records.require_whole_drafts(path)
 
 
 def _prompts_counted_through(parts: list[DraftRecords]) -> list[Tensor]:
     """Prompt numbers of every part; parts of the same prompt files share theirs, and the order of
     the parts does not matter."""
     lists = [part.facts["prompt_files"] for part in parts]
+    counts: dict[str, Any] = {}
+    for part, files in zip(parts, lists, strict=True):
+        own, known = part.facts.get("prompts"), counts.get(json.dumps(files))
+        require(
+            None in (own, known) or own == known,
+            f"records of the same prompt_files {files} must have as many prompts of each, have "
+            f"{own} and {known}; evaluate with one evaluate.max_prompts",
+        )
+        counts[json.dumps(files)] = own
     keys = [json.dumps(files) for files in lists]
     owners = {file: key for files, key in zip(lists, keys, strict=True) for file in files}
     mixed = sorted({f for fs, k in zip(lists, keys, strict=True) for f in fs if owners[f] != k})

@@ -11,10 +11,11 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from dspark_megatron.config import ConfigError, require
+from dspark_megatron.evaluation.output_files import write_files
 
 _KINDS = {
     "confidence_logits": (2, torch.float32),
@@ -36,7 +37,7 @@ class DraftRecords:
     """[n, k] fp32 in [0, 1]: 1 - tvd of the draft's and the target's distribution, given the
     draft's own tokens before the slot; NaN where the target did not look."""
     proposed: Tensor
-    """[n] int64 in 1..k: slots that were judged; fewer than k when a stop token ended the answer or
+    """[n] int64 in 0..k: slots that were judged; fewer than k when a stop token ended the answer or
     a scheduler cut the draft."""
     accepted: Tensor
     """[n] int64 in 0..proposed: slots that the target kept, all before the first rejected."""
@@ -44,7 +45,7 @@ class DraftRecords:
     """[n] int64: place of the prompt among all prompts of the evaluation."""
     facts: dict[str, Any]
     """Of the evaluation: `block_size`, `temperature`, `target`, `checkpoint`, `iteration`,
-    `prompt_files`, as in its JSON."""
+    `scheduler`, `prompt_files`, `prompts` (how many of each file), as in its JSON."""
 
     def __len__(self) -> int:
         return len(self.accepted)
@@ -61,6 +62,21 @@ class DraftRecords:
         """[n, k] bool: the slot's token and all before it were kept."""
         return torch.arange(self.block_size) < self.accepted[:, None]
 
+    def require_whole_drafts(self, source: object) -> None:
+        """ConfigError unless every draft was judged to its end, or to the stop token that ended the
+        answer: of a draft that a scheduler cut, what its later slots were worth is not known."""
+        scheduler = self.facts.get("scheduler", "none")
+        ends = torch.ones(len(self), dtype=torch.bool)
+        ends[:-1] = self.prompt[1:] != self.prompt[:-1]
+        stopped = ends & (self.accepted == self.proposed)
+        cut = int(((self.proposed < self.block_size) & ~stopped).sum())
+        require(
+            scheduler == "none" and cut == 0,
+            f"{source} must hold whole drafts, judged up to the last slot or an accepted stop "
+            f"token, has {cut} of {len(self)} that were cut (scheduler: {scheduler}); evaluate "
+            "with evaluate.scheduler=none",
+        )
+
     def select(self, rounds: Tensor) -> "DraftRecords":
         """Some of the rounds: indices or a mask over n."""
         tensors = {name: getattr(self, name)[rounds] for name in _KINDS}
@@ -68,10 +84,9 @@ class DraftRecords:
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, whole or not at all."""
-        partial = path.with_name(f".partial_{path.name}")
         tensors = {name: getattr(self, name).contiguous() for name in _KINDS}
-        save_file(tensors, partial, metadata={"facts": json.dumps(self.facts)})
-        partial.replace(path)
+        content = save(tensors, metadata={"facts": json.dumps(self.facts)})
+        write_files(path.parent, {path.name: content})
 
     @classmethod
     def load(cls, path: str | Path) -> "DraftRecords":

@@ -88,7 +88,7 @@ def slot_plot(files: dict[str, dict[str, Any]]) -> Figure:
         "accept_rate": "accepted, of those reached",
         "prefix_survival": "survived with all slots before",
     }
-    step = 0.06 if any("confidence_intervals" in figures for figures in files.values()) else 0
+    step = 0.06 if any(figures.get("confidence_intervals") for figures in files.values()) else 0
     panels = figure.subplots(1, 2, sharey=True)
     for axes, (name, title) in zip(panels, titles.items(), strict=True):
         for i, (file, figures) in enumerate(files.items()):
@@ -128,7 +128,7 @@ def _slot_line(
     axes.errorbar(
         [slot + offset for slot in range(len(values))],
         values,
-        yerr=_errors(values, figures.get("confidence_intervals", {}).get(name)),
+        yerr=_errors(values, (figures.get("confidence_intervals") or {}).get(name)),
         label=label.replace("$", r"\$"),  # a file's name is no formula
         color=COLORS[order % len(COLORS)],
         linestyle="-" if order < len(COLORS) else "--",

@@ -9,9 +9,11 @@ from dspark_megatron.config import ConfigError, require
 FIGURES = ("prompts", "tau", "accept_rate", "prefix_survival")
 """Without these a file of `evaluation.json` cannot be shown."""
 BY_SLOT = ("accept_rate", "prefix_survival")
-CALIBRATION = ("labels", "fit", "held_out", "temperatures", "survival", "threshold_sweep")
+CALIBRATION = ("labels", "fit", "held_out", "temperatures", "survival", "threshold_sweep", "notes")
+SURVIVAL = ("ece", "noise_floor", "auc", "brier", "bin_count", "bin_predicted", "bin_observed")
+SWEPT = ("threshold", "verified_tokens", "accepted_tokens", "rejected_tokens", "acceptance", "tau")
 SIMULATED = {"policy", "requests", "tokens_per_second", "per_request", "tau", "verified", "speedup"}
-SAME = ("target", "iteration", "block_size")
+SAME = ("target", "checkpoint", "iteration", "block_size")
 """What an evaluation and a calibration of one draft share."""
 
 
@@ -48,19 +50,36 @@ def read_calibration(path: Path, evaluation: dict[str, Any]) -> dict[str, Any]:
         f"{path} must be a calibration.json of tools/calibrate_confidence.py, lacks "
         f"{', '.join(lacking)}",
     )
+    _check_same_draft(path, found, evaluation)
+    slots = evaluation["block_size"]
+    by_slot = [found["temperatures"]]
+    for when in ("before", "after"):
+        by_slot += [found["survival"].get(when, {}).get(key, []) for key in SURVIVAL]
+    swept = [found["threshold_sweep"].get(when, {}) for when in ("before", "after")]
+    require(
+        all(len(figures) == slots for figures in by_slot)
+        and all(sweep.keys() == set(SWEPT) for sweep in swept),
+        f"{path} must have figures before and after calibration for each of the {slots} slots and "
+        "each threshold; calibrate again",
+    )
+    return found
+
+
+def _check_same_draft(path: Path, found: dict[str, Any], evaluation: dict[str, Any]) -> None:
     for key in SAME:
         mine, wanted = found.get(key), evaluation.get(key)
         require(
             mine == wanted,
             f"{path} is of another draft than the evaluation: {key} is {mine!r} and {wanted!r}; "
-            "give the calibration of the evaluated one",
+            "give one of the evaluated draft",
         )
-    return found
 
 
-def read_simulation(path: Path) -> list[dict[str, Any]]:
-    """Figures of a serving simulation by requests and policy; ConfigError when it is none."""
-    figures = _read(path).get("figures")
+def read_simulation(path: Path, evaluation: dict[str, Any]) -> list[dict[str, Any]]:
+    """Figures of a serving simulation by requests and policy; ConfigError when it is none, or of
+    another draft than the one that was evaluated."""
+    found = _read(path)
+    figures = found.get("figures")
     good = isinstance(figures, list) and bool(figures)
     require(
         good and all(isinstance(row, dict) and row.keys() >= SIMULATED for row in figures),
@@ -72,6 +91,7 @@ def read_simulation(path: Path) -> list[dict[str, Any]]:
             _are_numbers([row[key] for key in SIMULATED - {"policy"}], len(SIMULATED) - 1),
             f"the figures in {path} must be numbers, are {row}",
         )
+    _check_same_draft(path, found.get("drafts", {}), evaluation)
     return figures
 
 

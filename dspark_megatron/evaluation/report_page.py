@@ -8,12 +8,14 @@ from dspark_megatron.evaluation.page_parts import page, paragraph, picture, sect
 from dspark_megatron.evaluation.plots import reliability_diagram, slot_plot, threshold_plot
 from dspark_megatron.evaluation.serving_plot import serving_plot
 
-FACTS = ("target", "checkpoint", "iteration", "block_size", "temperature", "max_new_tokens", "seed")
+FACTS = ("target", "checkpoint", "iteration", "block_size", "temperature", "max_new_tokens")
+FACTS += ("seed", "batch_size", "scheduler")
 FILE_COLUMNS = {
     "prompts": "prompts",
     "rounds": "rounds",
     "new_tokens": "new tokens",
     "tau": "tau",
+    "estimated_tau": "estimate",
     "verify_rate": "verify rate",
     "tokens_per_second": "tok/s",
     "plain_tokens_per_second": "plain tok/s",
@@ -39,6 +41,8 @@ def report_page(
 ) -> str:
     """The page's HTML. Arguments: what `report_inputs` reads."""
     files = _short_names(evaluation["files"])
+    for figures in files.values():
+        figures["estimated_tau"] = figures.get("estimate", {}).get("tau")
     facts = [[key.replace("_", " "), evaluation.get(key)] for key in FACTS]
     parts = [table([], facts), _by_file(files), _by_slot(files)]
     if calibration is not None:
@@ -53,7 +57,10 @@ def report_page(
 def _by_file(files: dict[str, dict[str, Any]]) -> str:
     keys = [key for key in FILE_COLUMNS if any(f.get(key) is not None for f in files.values())]
     rows = [[name, *(_of_file(figures, key) for key in keys)] for name, figures in files.items()]
-    note = "tau: tokens gained in a round of drafting and verifying, bonus token included."
+    note = (
+        "tau: tokens gained in a round of drafting and verifying, bonus token included. estimate: "
+        "the same, told from the answers without generation."
+    )
     if any(map(_intervals, files.values())):
         note += " Below a figure: its confidence interval."
     headings = ["file", *(FILE_COLUMNS[key] for key in keys)]

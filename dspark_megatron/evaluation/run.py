@@ -1,16 +1,13 @@
 """Evaluate a draft on prompt files: decode every prompt, count, report."""
 
-import json
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from dspark_megatron.config import ConfigError, EvaluateConfig
+from dspark_megatron.config import EvaluateConfig
 from dspark_megatron.data.prompts import Prompt
 from dspark_megatron.evaluation.decoding import Decoder
 from dspark_megatron.evaluation.draft_records import DraftRecords
@@ -120,25 +117,6 @@ def draft_records(
         prompt=torch.tensor([place for place, _ in rounds], dtype=torch.int64),
         facts=facts,
     )
-
-
-def claim_file(path: Path, key: str) -> None:
-    """Make the folder of a file to be written later; ConfigError if it will not be possible.
-    key: of the config, which names the file."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe = path.with_name(f".partial_{path.name}.{os.getpid()}")
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(f"{key} {path} must be writable: {error.strerror}") from error
-
-
-def write_results(path: Path, results: dict[str, Any]) -> None:
-    """Write the JSON whole or not at all."""
-    partial = path.with_name(f".partial_{path.name}")
-    partial.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _gather(shares: list[Decoded], dp_group: dist.ProcessGroup) -> list[list[Decoded]]:

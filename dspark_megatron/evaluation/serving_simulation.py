@@ -24,7 +24,8 @@ from torch import Tensor
 from dspark_megatron.config import require
 from dspark_megatron.evaluation.draft_records import DraftRecords
 from dspark_megatron.evaluation.sps_table import SpsTable, interpolated, sps_of_step
-from dspark_megatron.evaluation.verify_policies import Policy, verify_policies
+from dspark_megatron.evaluation.temperature_scaling import confidence as calibrated
+from dspark_megatron.evaluation.verify_policies import LAG, Policy, verify_policies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,7 @@ class ServingSettings:
     """Of the confidence head by slot, k positive numbers; none: the confidence as it is."""
     thresholds: tuple[float, ...] = (0.5,)
     """Of the static policies."""
-    lag: int = 2
+    lag: int = LAG
     """Steps by which the confidences that decide a budget are older than those it is spent on."""
     draft_seconds: float = 0.0
     """Time of the drafts of a step; decoding without drafts does not take it."""
@@ -80,8 +81,8 @@ def simulate_serving(
     clock = interpolated(table)
     known = clock if settings.interpolate else table
     costs = {r: [sps_of_step(t, r, records.block_size) for t in (known, clock)] for r in requests}
-    temperatures = torch.tensor(settings.temperatures or [1.0] * records.block_size)
-    confidence = (records.confidence_logits / temperatures).sigmoid()  # [n, k]
+    temperatures = settings.temperatures or [1.0] * records.block_size
+    confidence = calibrated(records.confidence_logits, temperatures)  # [n, k]
     figures = []
     for count, (known_sps, sps) in costs.items():
         counted = max(64, -(-settings.rounds // count))
@@ -98,16 +99,8 @@ def simulate_serving(
 
 
 def check_replayable(records: DraftRecords) -> None:
-    """ConfigError unless every round says what any length of verification would have gained: the
-    whole block was judged, or all up to a kept stop token."""
-    order, ends = _by_prompt(records)
-    known = records.proposed == records.block_size
-    known[order] |= ends & (records.accepted == records.proposed)[order]
-    require(
-        bool(known.all()),
-        f"{int((~known).sum())} of {len(records)} recorded rounds verified only a part of their "
-        f"{records.block_size} slots; record drafts without a scheduler to replay them",
-    )
+    """ConfigError unless every round says what any length of verification would have gained."""
+    records.require_whole_drafts("the simulation's records")
     require(
         bool(records.confidence_logits.isfinite().all()),
         "the records hold confidence logits that are not finite; record drafts of a draft with a "

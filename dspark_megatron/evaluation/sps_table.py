@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dspark_megatron.config import ConfigError, require
+from dspark_megatron.evaluation.output_files import write_json
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class SampledSps:
     sample_steps_per_sec: list[float]
     """Of each of them."""
     max_batch_tokens: int
-    """Up to which number of tokens the table holds; at least the last point."""
+    """Up to which number of tokens SGLang reads the table, repeating its last point; at least
+    that."""
 
     def __post_init__(self) -> None:
         _check_points("sample_batch_tokens", self.sample_batch_tokens, at_least=2)
@@ -42,6 +44,11 @@ class SampledSps:
             f"max_batch_tokens ({self.max_batch_tokens}) must be an integer >= the last point of "
             f"sample_batch_tokens ({self.sample_batch_tokens[-1]})",
         )
+
+    @property
+    def last_point(self) -> int:
+        """The largest number of tokens that was measured."""
+        return self.sample_batch_tokens[-1]
 
     @property
     def max_requests(self) -> float:
@@ -80,7 +87,8 @@ class AdditiveSps:
         _check_values("theta_seconds", self.theta_seconds, self.m_probes)
 
     @property
-    def max_batch_tokens(self) -> int:
+    def last_point(self) -> int:
+        """The largest number of tokens that was measured."""
         return self.m_probes[-1]
 
     @property
@@ -104,7 +112,7 @@ def sps_of_step(table: SpsTable, requests: int, block_size: int) -> Tensor:
     which would make all further tokens free."""
     most = requests * (block_size + 1)
     for what, wanted, end in (
-        ("verified tokens", most, table.max_batch_tokens),
+        ("verified tokens", most, table.last_point),
         ("requests", requests, table.max_requests),
     ):
         require(
@@ -164,9 +172,7 @@ def read_sps_table(path: str | Path) -> SpsTable:
 
 def write_sps_table(path: Path, table: SpsTable) -> None:
     """Write the JSON whole or not at all."""
-    partial = path.with_name(f".partial_{path.name}")
-    partial.write_text(json.dumps(asdict(table), indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_json(path, asdict(table))
 
 
 def _built(form: type, values: dict[str, Any], path: str | Path) -> SpsTable:

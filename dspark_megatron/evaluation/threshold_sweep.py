@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dspark_megatron.evaluation.draft_records import DraftRecords
 from dspark_megatron.evaluation.temperature_scaling import confidence
+from dspark_megatron.evaluation.verify_policies import threshold_lengths
 
 THRESHOLDS = tuple(i / 20 for i in range(21))
 
@@ -35,7 +36,7 @@ def threshold_sweep(
 
 def _row(records: DraftRecords, per_slot: Tensor, threshold: float) -> dict[str, Any]:
     """per_slot [n, k]: confidence."""
-    length = (per_slot >= threshold).long().cumprod(dim=1).sum(dim=1)  # [n] slots before the cut
+    length = threshold_lengths(per_slot, threshold)  # [n]
     verified = length.minimum(records.proposed)
     accepted = length.minimum(records.accepted)
     # The target adds no token where an accepted stop token, the last that was judged, ends it.

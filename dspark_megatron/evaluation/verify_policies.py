@@ -17,6 +17,9 @@ from dspark_megatron.ops.prefix_scheduler import (
     lengths_for_budget,
 )
 
+LAG = 2
+"""Steps by which the confidences that decide a budget are older than its drafts, as in SGLang."""
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -45,7 +48,7 @@ def verify_policies(
         ),
         *(Policy(name, lengths) for name, lengths in static),
         Policy("early stopping", partial(early_stopping_lengths, sps=sps)),
-        Policy(f"budget, lag {lag}", LaggedBudget(sps, lag)),
+        Policy(f"budget, lag {lag}", LaggedBudget(lambda _requests: sps, lag)),
     ]
 
 
@@ -57,16 +60,19 @@ def threshold_lengths(confidence: Tensor, threshold: float) -> Tensor:
 
 class LaggedBudget:
     """A budget from the confidences of `lag` steps ago, spent on those of this step. The first
-    steps, which have none, count every slot as certain, as SGLang does."""
+    steps, which have none, count every slot as certain, as SGLang does. Where the number of
+    requests has changed since, each gets its share."""
 
-    def __init__(self, sps: Tensor, lag: int) -> None:
-        self.sps, self.earlier = sps, deque(maxlen=lag)
+    def __init__(self, sps_of: Callable[[int], Tensor], lag: int) -> None:
+        """sps_of: steps per second of a step of so many requests, [R*k + 1]."""
+        self.sps_of, self.earlier = sps_of, deque(maxlen=lag)
 
     def __call__(self, confidence: Tensor) -> Tensor:
         full = len(self.earlier) == self.earlier.maxlen
         known = self.earlier[0] if full else torch.ones_like(confidence)
         self.earlier.append(confidence)
-        return lengths_for_budget(confidence, global_budget(known, self.sps))
+        budget = global_budget(known, self.sps_of(len(known)))
+        return lengths_for_budget(confidence, budget * len(confidence) // len(known))
 
 
 def _fixed_lengths(confidence: Tensor, length: int) -> Tensor:

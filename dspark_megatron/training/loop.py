@@ -39,7 +39,7 @@ from dspark_megatron.training.optimizer import (
 )
 from dspark_megatron.training.output import claim_output, write_config, write_status
 from dspark_megatron.training.reporter import Reporter
-from dspark_megatron.training.runtime import Runtime
+from dspark_megatron.training.runtime import Runtime, main_ranks_folder
 from dspark_megatron.training.setup import (
     RunPlan,
     build_draft,
@@ -280,19 +280,13 @@ class Trainer:
 def _checkpoint_to_resume(plan: RunPlan, checkpoints: Path, runtime: Runtime) -> Path | None:
     """The newest checkpoint, if it is to be continued; checked before any data is read.
 
-    The main rank decides for all: a file system may show its files late to other nodes.
+    The main rank decides for all.
     """
     iteration = latest_iteration(checkpoints) if plan.config.train.resume else None
-    decision = torch.tensor(-1 if iteration is None else iteration, device=runtime.device)
-    dist.broadcast(decision, 0)
-    if decision < 0:
+    newest = None if iteration is None else iteration_folder(checkpoints, iteration)
+    folder = main_ranks_folder(newest, runtime)
+    if folder is None:
         return None
-    folder = iteration_folder(checkpoints, int(decision))
-    require(
-        folder.is_dir(),
-        f"rank {runtime.rank} does not see {folder}, which the main rank continues from; "
-        "train.output_dir must be on a file system that all nodes share",
-    )
     require(
         not read_meta(folder).get("weights_only"),
         f"{folder} holds imported weights without an optimizer: it cannot be continued; set "

@@ -13,11 +13,12 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from dspark_megatron.config import ConfigError
+from dspark_megatron.config import ConfigError, require
 from dspark_megatron.training import cpu_support, loadable_adam
 
 _FAILURE_KEY = "dspark_failure"
@@ -136,6 +137,19 @@ def _watch(job: Launch, done: threading.Event) -> None:
             return
         if failed and not done.is_set():
             _exit()
+
+
+def main_ranks_folder(folder: Path | None, runtime: "Runtime") -> Path | None:
+    """The main rank's folder on every rank: a file system may show its files late to other nodes.
+    One broadcast of an object. ConfigError where a rank does not see it."""
+    chosen = [folder]
+    dist.broadcast_object_list(chosen, 0)
+    require(
+        chosen[0] is None or chosen[0].is_dir(),
+        f"rank {runtime.rank} does not see {chosen[0]}, which the main rank reads; runs must be on "
+        "a file system that all nodes share",
+    )
+    return chosen[0]
 
 
 def order_kernels(tensor_parallel: int, *, shards_target: bool) -> None:

@@ -24,6 +24,7 @@ from dspark_megatron.config import Config, ConfigError, require
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.model.layer_specs import layer_spec, transformer_engine_is_usable
 from dspark_megatron.ops.chunk_budget import chunk_rows
+from dspark_megatron.ops.vocab_parallel import VocabShard
 from dspark_megatron.shape import (
     DraftShape,
     check_layout,
@@ -146,7 +147,7 @@ def build_draft(plan: RunPlan, runtime: Runtime) -> DSparkDraftModel:
         spec=layer_spec(backend),
     )
     model.init_weights(seed=plan.config.train.seed, std=plan.config.model.initializer_range)
-    model.load_frozen_replicas(*_frozen_rows(plan, model))
+    model.load_frozen_replicas(*frozen_rows(plan, model.vocab_shard))
     return model
 
 
@@ -155,14 +156,13 @@ def load_target_head(plan: RunPlan, draft: DSparkDraftModel, target: HuggingFace
     replica when that is the same."""
     if draft.lm_head.dtype == target.model.dtype:
         return draft.lm_head
-    _, head = _frozen_rows(plan, draft)
+    _, head = frozen_rows(plan, draft.vocab_shard)
     return head.to(device=target.device, dtype=target.model.dtype)
 
 
-def _frozen_rows(plan: RunPlan, model: DSparkDraftModel) -> list[Tensor]:
+def frozen_rows(plan: RunPlan, shard: VocabShard) -> list[Tensor]:
     """This rank's rows of the target's embedding and LM head, as they are in its folder."""
-    folder, shard = plan.config.target.path, model.vocab_shard
-    found = []
+    folder, found = plan.config.target.path, []
     for name in shared_weights(folder):
         rows = read_rows(folder, name, shard.vocab_start_index, shard.vocab_end_index)
         require(
