@@ -19,6 +19,7 @@ setup(
         "torch>=2.7",
         "megatron-core>=0.16,<0.20",
         "transformers>=5.18",  # native tensor parallelism by DistributedConfig
+        "numpy",
         "safetensors>=0.5",
         "pyyaml",
         "tensorboard",

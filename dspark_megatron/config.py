@@ -5,6 +5,7 @@
 
 import dataclasses
 import difflib
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -324,7 +325,7 @@ class TrainConfig:
     """Minutes since the launch after which the run ends its step, saves and exits, as on SIGTERM;
     null: no limit."""
     keep_last: int = 3
-    """Checkpoints kept; older ones are deleted after a newer one is complete."""
+    """Checkpoints kept, beside the best; older ones are deleted after a newer one is complete."""
     resume: bool = True
     """Continue from the newest checkpoint of output_dir when there is one."""
     initial_checkpoint: str = ""
@@ -354,7 +355,7 @@ class TrainConfig:
 
 @dataclass(kw_only=True)
 class EvaluateConfig:
-    """Real speculative decoding of prompt files."""
+    """Real speculative decoding of prompt files, and its estimate from answers while training."""
 
     prompt_files: list[str] = field(default_factory=list)
     """JSONL files; each line has `messages`, `turns` (the first is used) or `prompt`."""
@@ -370,22 +371,66 @@ class EvaluateConfig:
     """Prompts used of each file, from its start; null means all."""
     max_prompt_length: int = 4096
     """Prompts longer than this many tokens are refused."""
+    batch_size: int = 8
+    """Prompts that each data-parallel rank decodes at one time; one that is done makes room for the
+    next."""
     compare_plain: bool = True
     """Decode the same prompts without the draft too, to report the speed-up."""
+    scheduler: str = "none"
+    """How much of each draft is verified: all of it (`none`), or what pays by the confidence head
+    and `sps_table`: `early_stopping` (Algorithm 1) or `lagged_budget` (as engines run it)."""
+    sps_table: str = ""
+    """JSON table of steps per second by verified tokens, from tools/measure_sps.py or SGLang."""
+    temperatures: str = ""
+    """Folder with the `dspark_sts.json` of a calibration, for the scheduler; empty: all 1."""
     seed: int = 980406
     """Seeds the sampling of each prompt, whatever the layout."""
     output: str = ""
     """JSON file for the results; empty means train.output_dir/evaluation.json."""
+    records: str = ""
+    """Safetensors file for every draft and what became of it, which calibration and the serving
+    simulation read; empty: none."""
+    best: bool = False
+    """Evaluate the checkpoint of the best held-out tau, not the newest."""
+    heldout_files: list[str] = field(default_factory=list)
+    """JSONL files of answers that are not trained on, in the forms of data.train_files."""
+    heldout_samples: int | None = None
+    """Samples used of them, from the start; null means all."""
+    every: int | None = None
+    """Train steps between estimates of tau on the held-out answers, at `temperature`; the last step
+    has one too. Null: none. The best one so far saves a checkpoint, which is kept."""
 
     def validate(self) -> None:
+        require(
+            not (self.best and self.untrained),
+            "evaluate.best and evaluate.untrained name two drafts; set either to false",
+        )
+        require(
+            self.every is None or bool(self.heldout_files),
+            f"evaluate.every ({self.every}) needs answers to estimate on: name "
+            "evaluate.heldout_files, or set evaluate.every=null",
+        )
         require(
             self.temperature >= 0,
             f"evaluate.temperature ({self.temperature}) must be >= 0 (0 is greedy)",
         )
-        for name in ("max_new_tokens", "max_prompt_length"):
+        for name in ("max_new_tokens", "max_prompt_length", "batch_size"):
             _positive(f"evaluate.{name}", getattr(self, name))
-        if self.max_prompts is not None:
-            _positive("evaluate.max_prompts", self.max_prompts)
+        for name in ("max_prompts", "heldout_samples", "every"):
+            if getattr(self, name) is not None:
+                _positive(f"evaluate.{name}", getattr(self, name))
+        schedulers = ("none", "early_stopping", "lagged_budget")
+        _one_of("evaluate.scheduler", self.scheduler, schedulers)
+        require(
+            (self.scheduler == "none") != bool(self.sps_table),
+            f"evaluate.scheduler ({self.scheduler!r}) and evaluate.sps_table ({self.sps_table!r}) "
+            "go together: name a table to schedule by, or neither",
+        )
+        require(
+            not self.temperatures or self.scheduler != "none",
+            f"evaluate.temperatures ({self.temperatures!r}) is for a scheduler, and "
+            "evaluate.scheduler is 'none'",
+        )
 
 
 @dataclass(kw_only=True)
@@ -419,6 +464,27 @@ class Config:
             "optimizer.overlap_grad_reduce waits for the gradient of every weight, and the "
             "confidence head gets none: loss.confidence_head_alpha is 0; set "
             "model.enable_confidence_head=false or optimizer.overlap_grad_reduce=false",
+        )
+        require(
+            self.evaluate.scheduler == "none" or self.model.enable_confidence_head,
+            f"evaluate.scheduler ({self.evaluate.scheduler!r}) goes by the confidence head, and "
+            "model.enable_confidence_head is false; set evaluate.scheduler=none",
+        )
+        self._check_heldout()
+
+    def _check_heldout(self) -> None:
+        trained = {os.path.realpath(path) for path in self.data.train_files}
+        both = [path for path in self.evaluate.heldout_files if os.path.realpath(path) in trained]
+        require(
+            not both,
+            f"evaluate.heldout_files must not be trained on, and {', '.join(both)} is in "
+            "data.train_files; take some of its lines out into a file of their own",
+        )
+        require(
+            self.evaluate.every is None or self.needs_teacher,
+            "evaluate.every compares with the target's distribution, which an objective of cross "
+            "entropy alone does not load; set evaluate.every=null, or give a term that compares "
+            "(loss.l1_loss_alpha, loss.kl_loss_alpha, ...) a weight",
         )
 
     def to_dict(self) -> dict[str, Any]:

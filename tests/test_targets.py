@@ -21,16 +21,32 @@ def tapped(runtime, config):
     target, draft = build_target(plan, runtime), build_draft(plan, runtime)
     states = target.states(IDS)
     check_teacher_logits(target, config.target.path, draft.lm_head, draft.vocab_shard, IDS)
-    cache = target.new_cache()
-    cached = []
-    for start, end in ((0, 8), (8, 11), (11, 15)):
-        cached.append(target.extend(IDS[:1, start:end], cache).taps)
-        target.forget(cache, 0)
-        target.extend(IDS[1:, :3], cache)  # a draft that is rejected
-        target.forget(cache, 3)
-    cached = torch.cat(cached, dim=1)
+    cached = cached_taps(target)
     embedding = draft.embed_tokens.weight
     return states.taps, states.last_hidden, cached, embedding, elements(target.model)
+
+
+def cached_taps(target):
+    """Taps [2, 15, m*h] of both rows of IDS through one cache: rows come one after another and
+    stand at other lengths, drafts of other lengths are rejected, a third sequence comes and goes.
+    """
+    cache = target.new_cache()
+    done = [[target.add_sequence(IDS[:1, :8], cache).taps[0]]]
+    target.add_sequence(IDS[1:, 5:9], cache)
+    done.append([target.add_sequence(IDS[1:, :5], cache).taps[0]])
+    target.keep(cache, [0, 2])
+    for first, second in ((9, 8), (12, 10), (13, 15), (15, 15)):
+        ends, starts = (first, second), [sum(map(len, row)) for row in done]
+        tokens = [row[start:end] for row, start, end in zip(IDS, starts, ends, strict=True)]
+        width = 2 + max(map(len, tokens))
+        drafts = torch.full((2, width), 7)  # the rest is rejected
+        for row, own in zip(drafts, tokens, strict=True):
+            row[: len(own)] = own
+        taps = target.extend(drafts, cache).taps
+        target.forget(cache, [width - len(own) for own in tokens])
+        for row, own, states in zip(done, tokens, taps, strict=True):
+            row.append(states[: len(own)])
+    return torch.stack([torch.cat(row) for row in done])
 
 
 @pytest.mark.parametrize("world, tp", [(1, 1), (2, 2), (4, 4), (4, 2)])
@@ -48,7 +64,7 @@ def test_taps_are_the_whole_targets(pool, tiny_run, tmp_path, world, tp, family,
     for taps, last_hidden, cached, _, size in ranks:
         torch.testing.assert_close(taps, expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(last_hidden, own[-1], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(cached, expected[:1], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(cached, expected, rtol=1e-4, atol=1e-5)
         if tp > 1:
             assert size < 0.8 * sum(p.numel() for p in model.model.parameters())
     rows = torch.cat([rank[3] for rank in ranks[:tp]])
@@ -142,7 +158,7 @@ def test_a_sliding_window_takes_rejected_drafts_back(pool, tiny_run, tmp_path):
     path = save_target(tmp_path / "target", model)
     config = tiny_config(tiny_run, target={"path": str(path)})
     taps, _, cached, _, _ = pool.run(tapped, world=1, tp=1, config=config)[0]
-    torch.testing.assert_close(cached, taps[:1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(cached, taps, rtol=1e-4, atol=1e-5)
 
 
 def test_fingerprints_tell_targets_apart(tmp_path):

@@ -17,6 +17,7 @@ import yaml
 from tiny_target import make_target, tiny_config
 
 from dspark_megatron.config import ConfigError
+from dspark_megatron.evaluation.draft_records import DraftRecords
 
 ROOT = Path(__file__).parent.parent
 CURVE = ("loss", "ce_loss", "l1_loss", "confidence_loss", "tau", "grad_norm", "learning_rate")
@@ -608,6 +609,8 @@ def test_the_evaluate_command(tiny_run, unbroken, tmp_path):
         "prompt_files": [str(f) for f in files],
         "max_new_tokens": 10,
         "output": str(tmp_path / "out.json"),
+        "records": str(tmp_path / "drafts.safetensors"),
+        "batch_size": 2,
     }
     config_file = write_config(
         tmp_path,
@@ -624,3 +627,11 @@ def test_the_evaluate_command(tiny_run, unbroken, tmp_path):
     assert result["files"]["all"]["prompts"] == 3
     assert result["files"][str(files[0])]["identical_to_plain"] == 2
     assert 1 <= result["files"]["all"]["tau"] <= 4
+    records = DraftRecords.load(tmp_path / "drafts.safetensors")
+    assert records.facts["iteration"] == 20 and records.prompt.unique().tolist() == [0, 1, 2]
+    assert len(records) == result["files"]["all"]["rounds"]
+    kept = records.accepted.sum().item() / len(records)
+    assert kept <= result["files"]["all"]["tau"] <= kept + 1
+    greedy = records.accept_rate[records.judged()]
+    assert set(greedy.tolist()) <= {0, 1}, "at temperature 0 a token is kept for sure or never"
+    assert records.confidence_logits.isfinite().all()

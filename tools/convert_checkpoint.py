@@ -24,9 +24,11 @@ from dspark_megatron.conversion.folder_writer import WriteOptions
 from dspark_megatron.conversion.foreign_configs import TargetFacts
 from dspark_megatron.conversion.import_draft import import_folder
 from dspark_megatron.conversion.layouts import LAYOUTS
+from dspark_megatron.conversion.megatron_checkpoint import BEST
 from dspark_megatron.conversion.verify import verify_folder
 from dspark_megatron.target_folder import load_target_config, target_fingerprint
 
+ITERATION_HELP = "a number, or `best`: of the best held-out tau; default: the newest"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -123,7 +125,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     command = commands.add_parser("export", help="training checkpoint to folder, then verify")
     command.set_defaults(run=export)
     command.add_argument("--checkpoint", type=Path, required=True)
-    command.add_argument("--iteration", type=int, help="default: the newest")
+    command.add_argument("--iteration", type=iteration, help=ITERATION_HELP)
     _add_output_options(command, dtype="bf16")
     _add_skip_logits(command)
 
@@ -149,9 +151,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     command.add_argument("--layout", choices=["auto", *LAYOUTS], default="auto")
     command.add_argument("--checkpoint", type=Path, help="compare tensors and logits")
     command.add_argument("--target", type=Path, help="compare embedding and LM head")
-    command.add_argument("--iteration", type=int, help="default: the newest")
+    command.add_argument("--iteration", type=iteration, help=ITERATION_HELP)
     _add_skip_logits(command)
     return parser.parse_args(argv)
+
+
+def iteration(text: str) -> int | str:
+    return text if text == BEST else int(text)
 
 
 def _add_output_options(command: argparse.ArgumentParser, dtype: str) -> None:

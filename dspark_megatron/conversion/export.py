@@ -26,7 +26,7 @@ def export_checkpoint(
     output_dir: str | Path,
     options: WriteOptions | None = None,
     *,
-    iteration: int | None = None,
+    iteration: int | str | None = None,
     fingerprint: Fingerprint | None = None,
 ) -> Path:
     """Write the draft of a run, checkpoints or `iter_*` folder to output_dir and return it.

@@ -24,6 +24,9 @@ from dspark_megatron.shape import DraftShape
 FORMAT = 1
 META = "dspark.json"
 TRACKER = "latest_checkpointed_iteration.txt"
+BEST_TRACKER = "best_checkpointed_iteration.txt"
+BEST = "best"
+"""In place of an iteration: the one of the best held-out tau."""
 OPTIMIZER_PREFIX = "optimizer."
 KEYS = ("iteration", "consumed_samples", "target_fingerprint", "num_anchors", "initializer_range")
 KEYS += ("confidence_head_alpha",)
@@ -96,9 +99,9 @@ def cause_of(error: BaseException) -> BaseException:
     return cause
 
 
-def find_checkpoint(path: str | Path, iteration: int | None = None) -> Path:
+def find_checkpoint(path: str | Path, iteration: int | str | None = None) -> Path:
     """The `iter_*` folder that is meant by a run folder, its `checkpoints/` folder or the folder
-    itself. `iteration`: None takes the newest complete one."""
+    itself. `iteration`: None takes the newest complete one, `BEST` the best."""
     path = Path(os.path.abspath(path))  # `.` has no name, and links keep theirs
     require(path.is_dir(), f"{path} is not a folder; give a run, checkpoints or iter_* folder")
     if _iteration_of(path) is not None:
@@ -110,13 +113,14 @@ def find_checkpoint(path: str | Path, iteration: int | None = None) -> Path:
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     there = {_iteration_of(p): p for p in folder.iterdir() if _iteration_of(p) is not None}
     listing = ", ".join(there[i].name for i in sorted(there)) or "none"
-    if iteration is None:
-        iteration = latest_iteration(folder)
-    require(
-        iteration is not None,
-        f"{folder} has no {TRACKER}, so its newest checkpoint is unknown; iter_* folders there: "
-        f"{listing}; name an iteration, or a run or checkpoints folder",
-    )
+    if iteration in (None, BEST):
+        kind, tracker = ("best", BEST_TRACKER) if iteration else ("newest", TRACKER)
+        iteration = _tracked_iteration(folder / tracker)
+        require(
+            iteration is not None,
+            f"{folder} has no {tracker}, so its {kind} checkpoint is unknown; iter_* folders "
+            f"there: {listing}; name an iteration, or a run or checkpoints folder",
+        )
     require(
         iteration in there,
         f"{folder} has no checkpoint of iteration {iteration}; there: {listing}",
@@ -132,10 +136,13 @@ def _iteration_of(path: Path) -> int | None:
 def latest_iteration(checkpoints: Path) -> int | None:
     """The newest complete checkpoint of a checkpoints folder, or None when it has no tracker file.
     ConfigError when the tracker names none that is there."""
-    tracker = checkpoints / TRACKER
+    return _tracked_iteration(checkpoints / TRACKER)
+
+
+def _tracked_iteration(tracker: Path) -> int | None:
     if not tracker.is_file():
         return None
-    text = tracker.read_text(encoding="utf-8").strip()
+    text, checkpoints = tracker.read_text(encoding="utf-8").strip(), tracker.parent
     require(
         text.isdecimal() and iteration_folder(checkpoints, int(text)).is_dir(),
         f"{tracker} names iteration {text!r}, but there is no such checkpoint in {checkpoints}; "

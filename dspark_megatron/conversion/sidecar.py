@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 from dspark_megatron.config import ConfigError, require
 
@@ -42,6 +43,63 @@ def check_sidecar(folder: Path, block_size: int, iteration: int | None = None) -
     return True
 
 
+def read_temperatures(folder: Path, block_size: int, iteration: int | None = None) -> list[float]:
+    """Temperature of each slot; ConfigError as in `check_sidecar`, and when there are none."""
+    found = check_sidecar(folder, block_size, iteration)
+    require(found, f"{folder} must hold a {SIDECAR}; tools/calibrate_confidence.py makes one")
+    return json.loads((folder / SIDECAR).read_text(encoding="utf-8"))["temperatures"]
+
+
 def carry_sidecar(source: Path, folder: Path) -> None:
     if (source / SIDECAR).is_file():
         shutil.copyfile(source / SIDECAR, folder / SIDECAR)
+
+
+def sidecar_json(calibration: dict[str, Any]) -> str:
+    """The sidecar's text. calibration: what `calibration.json` holds. The calibration errors are of
+    the survival, by slot, on the part held out; of numbers only, so none when a slot has none."""
+    errors = [calibration["survival"][when]["ece"] for when in ("before", "after")]
+    before, after = errors if all(None not in by_slot for by_slot in errors) else ([], [])
+    content = {
+        "temperatures": calibration["temperatures"],
+        "dataset": ", ".join(calibration["prompt_files"]),
+        "num_samples": calibration["fit"]["rounds"],
+        "ece_before": before,
+        "ece_after": after,
+        "iteration": calibration["iteration"],
+    }
+    return json.dumps(content, indent=2) + "\n"
+
+
+def check_place(folder: Path, block_size: int, iteration: int | None, force: bool) -> None:
+    """ConfigError when the sidecar of a draft would not belong into this folder, or would replace
+    one that calibration of the same iteration did not write (allowed with `force`)."""
+    own = _own_block_size(folder / "config.json")
+    require(
+        own in (None, block_size),
+        f"{folder} holds a draft of block_size {own}, the records are of {block_size}; choose the "
+        "folder of the draft that was evaluated",
+    )
+    file = folder / SIDECAR
+    if force or not file.exists():
+        return
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))["iteration"]
+    except (OSError, ValueError, KeyError, TypeError):
+        found = None
+    require(
+        found is not None and found == iteration,
+        f"{file} is {'not of a calibration' if found is None else f'of iteration {found}'}, the "
+        f"records are of iteration {iteration}; give --force to replace it, or choose another "
+        "--output",
+    )
+
+
+def _own_block_size(config_file: Path) -> int | None:
+    """Of the draft whose config this is; None when there is none or it does not say."""
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        nested = config.get("dflash_config") or {}
+        return config.get("block_size", nested.get("block_size"))
+    except (OSError, ValueError, AttributeError):
+        return None

@@ -36,7 +36,7 @@ def verify_folder(
     layout: str = "auto",
     checkpoint: str | Path | None = None,
     target_dir: str | Path | None = None,
-    iteration: int | None = None,
+    iteration: int | str | None = None,
 ) -> list[str]:
     """Check names, shapes, types, finite values, config; with target_dir whether the draft is this
     target's; with checkpoint the draft's shape and every trained tensor bit by bit; with both also

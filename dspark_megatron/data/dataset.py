@@ -132,7 +132,7 @@ def _nothing_kept(
 ) -> ConfigError:
     names = ", ".join(str(path) for path in files)
     if not report.read:
-        return ConfigError(f"no samples in data.train_files ({names}): the files have no lines")
+        return ConfigError(f"no samples in {names}: the files have no lines")
     return ConfigError(
         f"all {report.read:,} samples of {names} were dropped: {report.too_few_loss_tokens:,} "
         f"have fewer than data.min_loss_tokens ({min_loss_tokens}) supervised tokens within "

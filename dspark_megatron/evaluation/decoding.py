@@ -1,46 +1,50 @@
-"""Lossless speculative decoding of one sequence, and plain decoding to compare with.
+"""Lossless speculative decoding of several sequences at once, and plain decoding to compare with.
 
-All tensor-parallel ranks run it together; every drawn token is rank 0's, so they stay in step.
+All tensor-parallel ranks run it together; every drawn token is rank 0's, so they stay in step. A
+sequence that is done makes room for the next prompt.
+
+Shapes: b sequences under way, k slots, v vocabulary.
 """
 
 import time
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dspark_megatron.evaluation.generation import Decoded, Generation, Round
 from dspark_megatron.model.draft_model import DSparkDraftModel
-from dspark_megatron.model.drafting import Drafter
-from dspark_megatron.ops.acceptance import accept_or_resample, probabilities, sample
+from dspark_megatron.model.drafting import Drafter, Proposal
+from dspark_megatron.ops.acceptance import judge, overlap, probabilities, sample
 from dspark_megatron.ops.vocab_parallel import gather_vocab
 from dspark_megatron.targets.base import Target
 
+Cut = Callable[[Tensor], Tensor]
+"""How much of each draft to verify: confidence logits [b, k] -> lengths [b] in 0..k. What it says
+of a slot must not depend on that slot's token or a later one, or decoding is not lossless."""
 
-@dataclass
-class Round:
-    """One proposal and what became of it."""
 
-    proposed: int
-    """Draft tokens that were judged (fewer than the block when a stop token ended it)."""
-    accepted: int
-    """Draft tokens that the target kept."""
-    bonus: bool
-    """Whether the target added a token of its own."""
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn, and where they end."""
 
-    @property
-    def length(self) -> int:
-        return self.accepted + self.bonus
+    temperature: float
+    """Of target and draft; 0 is greedy."""
+    max_new_tokens: int
+    stop_token_ids: frozenset[int]
 
 
 @dataclass
-class Generation:
-    """A decoded answer."""
+class _Answer:
+    """One sequence under way."""
 
-    token_ids: list[int] = field(default_factory=list)
-    rounds: list[Round] = field(default_factory=list)
-    seconds: float = 0.0
-    """Time after the prompt's own forward pass."""
+    place: int
+    """Of its prompt."""
+    generator: torch.Generator
+    generation: Generation
 
 
 class Decoder:
@@ -51,105 +55,204 @@ class Decoder:
         target: Target,
         draft: DSparkDraftModel,
         target_head: Tensor,
+        sampling: Sampling,
         *,
-        temperature: float,
-        max_new_tokens: int,
-        stop_token_ids: list[int],
-        device: torch.device,
+        batch_size: int,
+        cut: Cut | None = None,
     ) -> None:
-        """target_head: this rank's [v/tp, h] rows of the target's LM head, in its dtype."""
+        """target_head: this rank's [v/tp, h] rows of the target's LM head, in its dtype.
+        batch_size: sequences under way at one time. cut: None verifies whole drafts."""
         self.target, self.draft, self.target_head = target, draft, target_head
-        self.temperature, self.max_new_tokens = temperature, max_new_tokens
-        self.stop_token_ids, self.device = set(stop_token_ids), device
-        self.tp_group = draft.tp_group
+        self.sampling, self.batch_size, self.cut = sampling, batch_size, cut
+        self.device, self.tp_group = target_head.device, draft.tp_group
 
-    def speculative(self, prompt: list[int], seed: int) -> Generation:
-        """Decode with the draft; the output is distributed as the target's own."""
-        generator = self._generator(seed)
-        drafter, cache = Drafter(self.draft), self.target.new_cache()
-        states = self.target.extend(self._row(prompt), cache)
-        self.target.forget(cache, 0)
-        drafter.extend(states.taps[0])
-        token = self._draw(self._target_probs(states.last_hidden[0, -1:]), generator)
-        result = Generation([int(token)])
-        start = time.perf_counter()
-        while not self._finished(result):
-            anchor = torch.tensor(result.token_ids[-1:], device=self.device)
-            proposal = drafter.propose(anchor, lambda logits: self._pick(logits, generator))
-            states = self.target.extend(torch.cat([anchor, proposal.tokens])[None], cache)
-            accepted, token = accept_or_resample(
-                proposal.tokens,
-                proposal.probs,
-                self._target_probs(states.last_hidden[0]),
-                generator,
-            )
-            accepted, token = self._agree(torch.stack([torch.tensor(accepted).to(token), token]))
-            drafter.extend(states.taps[0, : accepted + 1])
-            self.target.forget(cache, len(proposal.tokens) - accepted)
-            self._commit(result, proposal.tokens[:accepted].tolist(), token, len(proposal.tokens))
-        result.seconds = time.perf_counter() - start
-        del result.token_ids[self.max_new_tokens :]
-        return result
+    def speculative(
+        self,
+        prompts: Sequence[list[int]],
+        seeds: Sequence[int],
+        *,
+        on_answer: Callable[[], object] = lambda: None,
+    ) -> Decoded:
+        """Decode with the draft; the output is distributed as the target's own. A seed belongs to
+        its prompt: batches change nothing but rounding. on_answer is called after each answer."""
+        return self._decode(_Drafted(self), prompts, seeds, on_answer)
 
-    def plain(self, prompt: list[int], seed: int) -> Generation:
+    def plain(
+        self,
+        prompts: Sequence[list[int]],
+        seeds: Sequence[int],
+        *,
+        on_answer: Callable[[], object] = lambda: None,
+    ) -> Decoded:
         """Decode with the target alone, one token at a time."""
-        generator = self._generator(seed)
-        cache = self.target.new_cache()
-        states = self.target.extend(self._row(prompt), cache)
-        self.target.forget(cache, 0)
-        token = self._draw(self._target_probs(states.last_hidden[0, -1:]), generator)
-        result = Generation([int(token)])
-        start = time.perf_counter()
-        while not self._finished(result):
-            states = self.target.extend(self._row(result.token_ids[-1:]), cache)
-            self.target.forget(cache, 0)
-            token = self._draw(self._target_probs(states.last_hidden[0, -1:]), generator)
-            result.token_ids.append(int(token))
-        result.seconds = time.perf_counter() - start
-        return result
+        return self._decode(_Batch(self), prompts, seeds, on_answer)
 
-    def _commit(self, result: Generation, kept: list[int], token: int, proposed: int) -> None:
-        """Append a round's tokens; a stop token among the kept ones ends the answer there."""
-        for i, token_id in enumerate(kept):
-            if token_id in self.stop_token_ids:
-                result.token_ids += kept[: i + 1]
-                result.rounds.append(Round(proposed=i + 1, accepted=i + 1, bonus=False))
-                return
-        result.token_ids += [*kept, token]
-        result.rounds.append(Round(proposed=proposed, accepted=len(kept), bonus=True))
+    def _decode(
+        self,
+        batch: "_Batch",
+        prompts: Sequence[list[int]],
+        seeds: Sequence[int],
+        on_answer: Callable[[], object],
+    ) -> Decoded:
+        waiting = deque(enumerate(zip(prompts, seeds, strict=True)))
+        generations, seconds = [Generation() for _ in prompts], 0.0
+        while waiting or batch.answers:
+            while waiting and len(batch.answers) < self.batch_size:
+                place, (prompt, seed) = waiting.popleft()
+                generator = torch.Generator(device=self.device).manual_seed(seed)
+                batch.start(prompt, _Answer(place, generator, generations[place]))
+            start = time.perf_counter()
+            while batch.answers and not batch.drop_finished(on_answer):
+                batch.round()
+            seconds += time.perf_counter() - start
+        return Decoded(generations, seconds)
 
-    def _finished(self, result: Generation) -> bool:
-        stopped = result.token_ids[-1] in self.stop_token_ids
-        return stopped or len(result.token_ids) >= self.max_new_tokens
-
-    def _target_probs(self, last_hidden: Tensor) -> Tensor:
-        """[q, h] -> fp32 [q, v], whole on every rank."""
+    def target_probs(self, last_hidden: Tensor) -> Tensor:
+        """[b, q, h] -> fp32 [b, q, v], whole on every rank. One all-gather of logits."""
         logits = last_hidden.to(self.target_head.dtype) @ self.target_head.t()
         logits = gather_vocab(logits, self.draft.shape.vocab_size, tp_group=self.tp_group)
-        return probabilities(logits, self.temperature)
+        return probabilities(logits, self.sampling.temperature)
 
-    def _pick(self, logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        probs = probabilities(logits, self.temperature)
-        return self._draw(probs, generator), probs
-
-    def _draw(self, probs: Tensor, generator: torch.Generator) -> Tensor:
-        """One token from [1, v] -> [1], the same on every rank."""
-        token = sample(probs, generator)
-        self._broadcast(token)
-        return token
-
-    def _agree(self, numbers: Tensor) -> list[int]:
-        self._broadcast(numbers)
-        return numbers.tolist()
-
-    def _broadcast(self, tensor: Tensor) -> None:
+    def agree(self, numbers: Tensor) -> Tensor:
         """Tensor-parallel rank 0's values on every rank, in place. One broadcast."""
         if self.tp_group.size() > 1:
             source = dist.get_global_rank(self.tp_group, 0)
-            dist.broadcast(tensor, source, group=self.tp_group)
+            dist.broadcast(numbers, source, group=self.tp_group)
+        return numbers
 
-    def _generator(self, seed: int) -> torch.Generator:
-        return torch.Generator(device=self.device).manual_seed(seed)
 
-    def _row(self, token_ids: list[int]) -> Tensor:
-        return torch.tensor([token_ids], device=self.device)
+class _Batch:
+    """Sequences under way in plain decoding: a round adds the target's next token to each."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder, self.target, self.sampling = decoder, decoder.target, decoder.sampling
+        self.cache = decoder.target.new_cache()
+        self.answers: list[_Answer] = []
+
+    def start(self, prompt: list[int], answer: _Answer) -> Tensor:
+        """Take in a prompt and draw the answer's first token; returns the prompt's taps."""
+        prompt_ids = torch.tensor([prompt], device=self.decoder.device)
+        states = self.target.add_sequence(prompt_ids, self.cache)
+        self.answers.append(answer)
+        probs = self.decoder.target_probs(states.last_hidden[:, -1:])
+        first = self.decoder.agree(sample(probs[0], [answer.generator]))
+        answer.generation.token_ids.append(int(first))
+        return states.taps[0]
+
+    def drop_finished(self, on_answer: Callable[[], object]) -> bool:
+        """Whether there was one; answers are cut to their largest length."""
+        rows = [i for i, answer in enumerate(self.answers) if not self._finished(answer)]
+        if len(rows) == len(self.answers):
+            return False
+        for answer in self.answers:
+            if self._finished(answer):
+                del answer.generation.token_ids[self.sampling.max_new_tokens :]
+                on_answer()
+        self.keep(rows)
+        return True
+
+    def keep(self, rows: list[int]) -> None:
+        self.answers = [self.answers[row] for row in rows]
+        self.target.keep(self.cache, rows)
+
+    def round(self) -> None:
+        states = self.target.extend(self._anchors()[:, None], self.cache)
+        self.target.forget(self.cache, [0] * len(self.answers))
+        probs = self.decoder.target_probs(states.last_hidden)
+        for answer, token in zip(self.answers, self.draw(probs[:, 0]).tolist(), strict=True):
+            answer.generation.token_ids.append(token)
+
+    def draw(self, probs: Tensor) -> Tensor:
+        """One token for each sequence from probs [b, v], the same on every rank. One broadcast."""
+        return self.decoder.agree(sample(probs, self._generators()))
+
+    def _generators(self) -> list[torch.Generator]:
+        return [answer.generator for answer in self.answers]
+
+    def _anchors(self) -> Tensor:
+        """[b] last known token of each sequence."""
+        last = [answer.generation.token_ids[-1] for answer in self.answers]
+        return torch.tensor(last, device=self.decoder.device)
+
+    def _finished(self, answer: _Answer) -> bool:
+        token_ids = answer.generation.token_ids
+        stopped = token_ids[-1] in self.sampling.stop_token_ids
+        return stopped or len(token_ids) >= self.sampling.max_new_tokens
+
+
+class _Drafted(_Batch):
+    """Sequences under way in speculative decoding: a round drafts for all, and verifies."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__(decoder)
+        self.drafter = Drafter(decoder.draft)
+
+    def start(self, prompt: list[int], answer: _Answer) -> Tensor:
+        taps = super().start(prompt, answer)
+        self.drafter.add(taps)
+        return taps
+
+    def keep(self, rows: list[int]) -> None:
+        super().keep(rows)
+        self.drafter.keep(rows)
+
+    def round(self) -> None:
+        anchors = self._anchors()
+        proposal = self.drafter.propose(anchors, self._pick)
+        lengths = self._lengths(proposal)  # [b]
+        width = int(lengths.max())
+        tokens, probs = proposal.tokens[:, :width], proposal.probs[:, :width]
+        states = self.target.extend(torch.cat([anchors[:, None], tokens], dim=1), self.cache)
+        target_probs = self.decoder.target_probs(states.last_hidden)  # [b, width + 1, v]
+        draws = self._uniform(proposal.tokens.shape[1])[:, :width]
+        accepted, next_probs = judge(tokens, probs, target_probs, lengths, draws)
+        # Rounding may differ between ranks: rank 0's count goes with rank 0's token.
+        token = sample(next_probs, self._generators())
+        accepted, token = self.decoder.agree(torch.stack([accepted, token]))
+        kept = accepted.tolist()
+        self.target.forget(self.cache, [width - n for n in kept])
+        self.drafter.extend([taps[: n + 1] for taps, n in zip(states.taps, kept, strict=True)])
+        rates = overlap(probs, target_probs[:, :-1])
+        self._commit(proposal, lengths.tolist(), kept, token.tolist(), rates)
+
+    def _pick(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        probs = probabilities(logits, self.sampling.temperature)
+        return self.draw(probs), probs
+
+    def _lengths(self, proposal: Proposal) -> Tensor:
+        """Draft tokens of each sequence that are verified, the same on every rank. [b]"""
+        b, k = proposal.tokens.shape
+        if self.decoder.cut is None:
+            return torch.full((b,), k, device=proposal.tokens.device)
+        return self.decoder.agree(self.decoder.cut(proposal.confidence_logits))
+
+    def _uniform(self, count: int) -> Tensor:
+        """[b, count] in [0, 1), as many from each sequence's generator in every round."""
+        device = self.decoder.device
+        return torch.stack(
+            [torch.rand(count, generator=own, device=device) for own in self._generators()]
+        )
+
+    def _commit(
+        self,
+        proposal: Proposal,
+        lengths: list[int],
+        kept: list[int],
+        bonus: list[int],
+        rates: Tensor,
+    ) -> None:
+        """Append a round's tokens; a stop token among the kept ones ends the answer there."""
+        logits = proposal.confidence_logits
+        for i, answer in enumerate(self.answers):
+            length, own = lengths[i], proposal.tokens[i, : kept[i]].tolist()
+            stops = [j for j, token in enumerate(own) if token in self.sampling.stop_token_ids]
+            new = Round(length, len(own), bonus=True)
+            if stops:
+                own = own[: stops[0] + 1]
+                new = Round(len(own), len(own), bonus=False)
+            else:
+                own = [*own, bonus[i]]
+            new.confidence_logits = [] if logits is None else logits[i].tolist()
+            new.accept_rate = rates[i, :length].tolist()
+            answer.generation.token_ids += own
+            answer.generation.rounds.append(new)

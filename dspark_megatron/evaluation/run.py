@@ -2,16 +2,44 @@
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from dspark_megatron.config import ConfigError, EvaluateConfig
 from dspark_megatron.data.prompts import Prompt
 from dspark_megatron.evaluation.decoding import Decoder
-from dspark_megatron.evaluation.report import Pair, acceptance
+from dspark_megatron.evaluation.draft_records import DraftRecords
+from dspark_megatron.evaluation.estimate import (
+    EstimateSettings,
+    answer_sample,
+    estimate_acceptance,
+)
+from dspark_megatron.evaluation.figures import acceptance, comparison
+from dspark_megatron.evaluation.generation import Decoded, Generation
+
+
+@dataclass(frozen=True)
+class FileResult:
+    """One prompt file, decoded by all data-parallel ranks."""
+
+    speculative: list[Decoded]
+    """Each rank's share; rank r has the prompts r, r + ranks, ..."""
+    plain: list[Decoded] | None
+    """None when nothing was compared."""
+
+    @property
+    def generations(self) -> list[Generation]:
+        """Answers with drafts, in the order of the prompts."""
+        return _in_order(self.speculative)
+
+    def figures(self, block_size: int) -> dict[str, Any]:
+        found = acceptance(self.generations, block_size)
+        return {**found, **comparison(self.speculative, self.plain)}
 
 
 def evaluate_prompts(
@@ -21,35 +49,89 @@ def evaluate_prompts(
     *,
     dp_group: dist.ProcessGroup,
     show_progress: bool,
-) -> dict[str, dict[str, Any]]:
-    """Figures by file name, and over all files under `all`. Prompts are dealt out to data-parallel
-    ranks; a prompt's random numbers depend on its place in its file alone."""
-    block_size = decoder.draft.shape.block_size
-    everything: list[Pair] = []
+) -> dict[str, FileResult]:
+    """Results by file name, the same on every rank. Prompts are dealt out to data-parallel ranks; a
+    prompt's random numbers depend on its place in its file alone."""
     results = {}
     for name, prompts in files.items():
         mine = range(dp_group.rank(), len(prompts), dp_group.size())
-        pairs = [
-            _decode(decoder, prompts[i], config, config.seed + i)
-            for i in tqdm(mine, desc=name, unit="prompt", disable=not show_progress)
-        ]
-        pairs = _gather(pairs, dp_group)
-        everything += pairs
-        results[name] = acceptance(pairs, block_size)
-    if len(files) > 1:
-        results["all"] = acceptance(everything, block_size)
+        ids, seeds = [prompts[i].input_ids for i in mine], [config.seed + i for i in mine]
+        passes = 2 if config.compare_plain else 1
+        with tqdm(
+            total=passes * len(ids), desc=name, unit="prompt", disable=not show_progress
+        ) as bar:
+            shares = [decoder.speculative(ids, seeds, on_answer=bar.update)]
+            if config.compare_plain:
+                shares.append(decoder.plain(ids, seeds, on_answer=bar.update))
+        speculative, *plain = zip(*_gather(shares, dp_group), strict=True)
+        results[name] = FileResult(list(speculative), list(plain[0]) if plain else None)
     return results
 
 
-def claim_file(path: Path) -> None:
-    """Make the folder of a file to be written later; ConfigError if it will not be possible."""
+def all_figures(results: dict[str, FileResult], block_size: int) -> dict[str, dict[str, Any]]:
+    """Figures by file name, and over several files under `all`."""
+    figures = {name: result.figures(block_size) for name, result in results.items()}
+    if len(results) > 1:
+        parts = list(results.values())
+        plain = [share for part in parts for share in part.plain or []]
+        speculative = [share for part in parts for share in part.speculative]
+        everything = [g for part in parts for g in part.generations]
+        figures["all"] = acceptance(everything, block_size)
+        figures["all"] |= comparison(speculative, plain or None)
+    return figures
+
+
+def estimates(
+    decoder: Decoder,
+    files: dict[str, list[Prompt]],
+    results: dict[str, FileResult],
+    settings: EstimateSettings,
+    *,
+    dp_group: dist.ProcessGroup,
+) -> dict[str, dict[str, Any]]:
+    """By file name what the estimate without generation says of the same answers, to compare it
+    with what decoding them took. All ranks call it together."""
+    found = {}
+    for name, result in results.items():
+        answers = zip(files[name], result.generations, strict=True)
+        samples = [answer_sample(prompt.input_ids, answer.token_ids) for prompt, answer in answers]
+        found[name] = estimate_acceptance(
+            decoder.draft,
+            decoder.target,
+            decoder.target_head,
+            samples,
+            settings,
+            dp_group=dp_group,
+        )
+    return found
+
+
+def draft_records(
+    results: dict[str, FileResult], block_size: int, facts: dict[str, Any]
+) -> DraftRecords:
+    """All rounds of all files as records; logits are NaN without a confidence head."""
+    answers = [g for result in results.values() for g in result.generations]
+    rounds = [(place, r) for place, g in enumerate(answers) for r in g.rounds]
+    return DraftRecords(
+        confidence_logits=_padded([r.confidence_logits for _, r in rounds], block_size),
+        accept_rate=_padded([r.accept_rate for _, r in rounds], block_size),
+        proposed=torch.tensor([r.proposed for _, r in rounds], dtype=torch.int64),
+        accepted=torch.tensor([r.accepted for _, r in rounds], dtype=torch.int64),
+        prompt=torch.tensor([place for place, _ in rounds], dtype=torch.int64),
+        facts=facts,
+    )
+
+
+def claim_file(path: Path, key: str) -> None:
+    """Make the folder of a file to be written later; ConfigError if it will not be possible.
+    key: of the config, which names the file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         probe = path.with_name(f".partial_{path.name}.{os.getpid()}")
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ConfigError(f"evaluate.output {path} must be writable: {error.strerror}") from error
+        raise ConfigError(f"{key} {path} must be writable: {error.strerror}") from error
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:
@@ -59,16 +141,21 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
     os.replace(partial, path)
 
 
-def _decode(decoder: Decoder, prompt: Prompt, config: EvaluateConfig, seed: int) -> Pair:
-    speculative = decoder.speculative(prompt.input_ids, seed)
-    plain = decoder.plain(prompt.input_ids, seed) if config.compare_plain else None
-    return speculative, plain
-
-
-def _gather(pairs: list[Pair], dp_group: dist.ProcessGroup) -> list[Pair]:
-    """All ranks' pairs, rank by rank. One all-gather of Python objects."""
+def _gather(shares: list[Decoded], dp_group: dist.ProcessGroup) -> list[list[Decoded]]:
+    """All ranks' shares, rank by rank. One all-gather of Python objects."""
     if dp_group.size() == 1:
-        return pairs
-    shares: list[list[Pair]] = [[] for _ in range(dp_group.size())]
-    dist.all_gather_object(shares, pairs, group=dp_group)
-    return [pair for share in shares for pair in share]
+        return [shares]
+    everyones: list[list[Decoded]] = [[] for _ in range(dp_group.size())]
+    dist.all_gather_object(everyones, shares, group=dp_group)
+    return everyones
+
+
+def _in_order(shares: list[Decoded]) -> list[Generation]:
+    count = sum(len(share.generations) for share in shares)
+    return [shares[i % len(shares)].generations[i // len(shares)] for i in range(count)]
+
+
+def _padded(rows: list[list[float]], width: int) -> torch.Tensor:
+    """[n, width] fp32, NaN after the end of a row."""
+    padded = [row + [float("nan")] * (width - len(row)) for row in rows]
+    return torch.tensor(padded, dtype=torch.float32).reshape(-1, width)

@@ -1,10 +1,11 @@
-"""Drafting at inference: a block of tokens from an anchor and the context seen so far.
+"""Drafting at inference: a block of tokens for each sequence, from its anchor and its context.
 
-Shapes: one sequence; k slots, v vocabulary (unpadded), m*h target features.
+Shapes: b sequences, k slots, v vocabulary (unpadded), m*h target features.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -19,78 +20,100 @@ class Proposal:
     """What the draft puts before the target."""
 
     tokens: Tensor
-    """[k] int64"""
+    """[b, k] int64"""
     probs: Tensor
-    """[k, v] fp32 distributions the tokens were drawn from."""
+    """[b, k, v] fp32 distributions the tokens were drawn from."""
     confidence_logits: Tensor | None
-    """[k] fp32; None without a confidence head."""
+    """[b, k] fp32; None without a confidence head."""
 
 
 class Drafter:
-    """A draft model with the context keys and values of one sequence."""
+    """A draft model with the context keys and values of several sequences."""
 
     def __init__(self, model: DSparkDraftModel) -> None:
         self.model = model
-        self.length = 0
-        self._context_kv: ContextKV | None = None
+        self._contexts: list[ContextKV] = []
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of context of each sequence."""
+        return [len(context[0][0]) for context in self._contexts]
 
     @torch.no_grad()
-    def extend(self, taps: Tensor) -> None:
-        """Take in the target's states of the next q tokens, [q, m*h]."""
-        positions = torch.arange(self.length, self.length + len(taps), device=taps.device)
-        new = self.model.encode_context(taps, positions)
-        if self._context_kv is None:
-            self._context_kv = new
-        else:
-            self._context_kv = [
-                (torch.cat([old_key, key]), torch.cat([old_value, value]))
-                for (old_key, old_value), (key, value) in zip(self._context_kv, new, strict=True)
-            ]
-        self.length += len(taps)
+    def add(self, taps: Tensor) -> None:
+        """Take in a sequence behind those there are: the target's states [q, m*h] of its tokens."""
+        positions = torch.arange(len(taps), device=taps.device)
+        self._contexts.append(self.model.encode_context(taps, positions))
+
+    @torch.no_grad()
+    def extend(self, taps: list[Tensor]) -> None:
+        """Take in the target's states of the next tokens, [q, m*h] of each sequence."""
+        sizes = [len(part) for part in taps]
+        positions = torch.cat(
+            [torch.arange(n, n + q) for n, q in zip(self.lengths, sizes, strict=True)]
+        )
+        new = self.model.encode_context(torch.cat(taps), positions.to(taps[0].device))
+        parts = [zip(key.split(sizes), value.split(sizes), strict=True) for key, value in new]
+        self._contexts = [
+            [_joined(pair) for pair in zip(old, own, strict=True)]
+            for old, own in zip(self._contexts, zip(*parts, strict=True), strict=True)
+        ]
+
+    def keep(self, rows: list[int]) -> None:
+        """Drop all sequences but these, in this order."""
+        self._contexts = [self._contexts[row] for row in rows]
 
     @torch.no_grad()
     def propose(
-        self, anchor_token_id: Tensor, pick: Callable[[Tensor], tuple[Tensor, Tensor]]
+        self, anchor_token_ids: Tensor, pick: Callable[[Tensor], tuple[Tensor, Tensor]]
     ) -> Proposal:
-        """Draft a block whose anchor [1] follows the context. `pick` draws from logits [1, v]:
-        the token [1] and the distribution [1, v], the same on every tensor-parallel rank."""
-        k = self.model.shape.block_size
-        positions = torch.arange(self.length, self.length + k, device=anchor_token_id.device)
-        # One block and a context of any length: nothing that flex could do better.
-        attend = GroupedBlockAttention(
-            [(0, self.length)], k, self.length, group_size=1, device=positions.device
-        )
-        blocks = self.model.backbone(anchor_token_id, positions[None], self._context_kv, attend)
-        hidden = blocks[0]  # [k, h]
-        token, state = anchor_token_id, None
-        tokens, probs, confidence = [], [], []
+        """Draft a block for each sequence, whose anchors [b] follow its context. `pick` draws from
+        logits [b, v]: tokens [b] and distributions [b, v], the same on every tensor-parallel
+        rank. Collectives: those of the backbone, and those of `step` for each slot."""
+        k, device = self.model.shape.block_size, anchor_token_ids.device
+        lengths = self.lengths
+        ranges = list(pairwise(accumulate(lengths, initial=0)))
+        positions = torch.tensor(lengths, device=device)[:, None] + torch.arange(k, device=device)
+        # One block for each context: nothing that flex could do better.
+        attend = GroupedBlockAttention(ranges, k, sum(lengths), group_size=1, device=device)
+        layers = zip(*self._contexts, strict=True)
+        context_kv = [_joined(layer) for layer in layers]
+        hidden = self.model.backbone(anchor_token_ids, positions, context_kv, attend)  # [b, k, h]
+        tokens, state = anchor_token_ids, None
+        drawn, probs, confidence = [], [], []
         for slot in range(k):
-            logits, confidence_logit, state = self.step(token, hidden[slot : slot + 1], state)
-            token, distribution = pick(logits)
-            tokens.append(token)
-            probs.append(distribution)
-            confidence.append(confidence_logit)
+            logits, confidence_logits, state = self.step(tokens, hidden[:, slot], state)
+            tokens, distributions = pick(logits)
+            drawn.append(tokens)
+            probs.append(distributions)
+            confidence.append(confidence_logits)
         has_confidence = self.model.confidence_head is not None
         return Proposal(
-            torch.cat(tokens),
-            torch.cat(probs),
-            torch.cat(confidence) if has_confidence else None,
+            torch.stack(drawn, dim=1),
+            torch.stack(probs, dim=1),
+            torch.stack(confidence, dim=1) if has_confidence else None,
         )
 
     def step(
-        self, prev_token_id: Tensor, hidden: Tensor, state: Tensor | None
+        self, prev_token_ids: Tensor, hidden: Tensor, state: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """One slot: previous token [1], hidden [1, h], Markov state -> whole logits [1, v],
-        confidence logit [1] or None, and the next Markov state. One all-reduce (W1) and one
+        """One slot: previous tokens [b], hidden [b, h], Markov state -> whole logits [b, v],
+        confidence logits [b] or None, and the next Markov state. One all-reduce (W1) and one
         all-gather of the logits."""
         model, embedding = self.model, None
-        logits = hidden @ model.lm_head.t()  # [1, v/tp]
+        logits = hidden @ model.lm_head.t()  # [b, v/tp]
         if model.markov_head is not None:
-            embedding = model.markov_head.embed(prev_token_id)
+            embedding = model.markov_head.embed(prev_token_ids)
             latent, state = model.markov_head.step(embedding, hidden, state)
             logits.addmm_(latent, model.markov_head.markov_w2.weight.t())
-        confidence_logit = None
+        confidence_logits = None
         if model.confidence_head is not None:
-            confidence_logit = model.confidence_head(hidden, embedding)
+            confidence_logits = model.confidence_head(hidden, embedding)
         whole = gather_vocab(logits, model.shape.vocab_size, tp_group=model.tp_group)
-        return whole, confidence_logit, state
+        return whole, confidence_logits, state
+
+
+def _joined(parts: tuple[tuple[Tensor, Tensor], ...]) -> tuple[Tensor, Tensor]:
+    """Keys and values [t, g/tp, d] of several parts, one behind the other."""
+    keys, values = zip(*parts, strict=True)
+    return torch.cat(keys), torch.cat(values)

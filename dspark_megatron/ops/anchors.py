@@ -9,7 +9,7 @@ t context tokens that some block sees.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -87,6 +87,23 @@ class DraftBlocks:
             positions=positions,
             ranges=list(zip(starts.tolist(), ends.tolist(), strict=True)),
         )
+
+    def draft_inputs(self, taps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, list]:
+        """Arguments of the draft's forward pass, on the device of the taps [b, s, m*h]; there must
+        be a block."""
+        context, device = self.visible_context(taps.shape[1]), taps.device
+        return (
+            taps.flatten(0, 1)[context.index.to(device)],
+            context.positions.to(device),
+            self.prev_token_ids.to(device),
+            self.position_ids().to(device),
+            context.ranges,
+        )
+
+    def part(self, blocks: slice) -> "DraftBlocks":
+        """Some of the blocks; `candidates` stays that of the micro-batch."""
+        tensors = ("sample_index", "anchor_positions", "labels", "prev_token_ids", "eval_mask")
+        return replace(self, **{name: getattr(self, name)[blocks] for name in tensors})
 
     def teacher_index(self, seq_length: int) -> Tensor:
         """[n, k] indices into the flattened [b * s] sequence of the target state that predicts

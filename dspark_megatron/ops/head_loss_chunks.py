@@ -46,6 +46,13 @@ class HeadWeights:
         """[v/tp, h]"""
         return self.joint[:, : self.hidden_size]
 
+    @torch.no_grad()
+    def fill_joint(self) -> Tensor:
+        """`joint`, once the present `markov_w2` is in its room."""
+        if self.markov_w2 is not None:
+            self.joint[:, self.hidden_size :] = self.markov_w2
+        return self.joint
+
 
 class ChunkRun:
     """One call of the head loss: its inputs, and the results and gradients its chunks fill in."""
@@ -106,9 +113,7 @@ class ChunkRun:
 
     @torch.no_grad()
     def all_chunks(self) -> None:
-        head = self.head
-        if head.markov_w2 is not None:
-            head.joint[:, head.hidden_size :] = head.markov_w2
+        self.head.fill_joint()
         starts = range(0, len(self.features), self.chunk_rows)
         lanes = [starts[i :: self.lanes] for i in range(self.lanes)]
         _take_turns([self._lane(lane) for lane in lanes if lane])

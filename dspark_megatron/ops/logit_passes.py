@@ -33,10 +33,13 @@ def tiled_passes(tile_rows: int, like: Tensor) -> Passes:
     """The passes a few rows at a time, in room made once: bounds what they take, and keeps it in
     the cache. like [..., v/tp]: a tensor of the logits' device and type."""
     room = like.new_empty(3, tile_rows, like.shape[-1], dtype=logit_terms.precise(like.dtype))
-    return Passes(*(_in_tiles(function, room) for function in PASSES))
+    return Passes(*(in_tiles(function, room) for function in PASSES))
 
 
-def _in_tiles(function: Callable, room: Tensor) -> Callable:
+def in_tiles(function: Callable, room: Tensor) -> Callable:
+    """`function` on a few rows of its tensors at a time, its results [..., c] put together.
+    room [rooms, tile rows, v/tp]"""
+
     def run(*arguments: object) -> Tensor | None:
         parts, whole = [], len(arguments[0])
         for start in range(0, whole, room.shape[1]):

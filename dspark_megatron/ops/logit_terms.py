@@ -98,14 +98,15 @@ def _statistics(
         if logits is None:
             break
         maximum = logits.amax(dim=-1).to(found[0].dtype)
-        exponentials.append(_exp(logits, maximum, out))
+        exponentials.append(exp_shifted(logits, maximum, out))
         found += [maximum, exponentials[-1].sum(dim=-1)]
     if objective.labels_from_target:
         found.append(columns.to(found[0].dtype))  # exact: fp32 counts to 2^24
     return torch.stack(found), exponentials
 
 
-def _exp(logits: Tensor, shift: Tensor, out: Tensor | None) -> Tensor:
+def exp_shifted(logits: Tensor, shift: Tensor, out: Tensor | None) -> Tensor:
+    """exp(logits - shift) in the type of the shift; logits [c, v/tp], shift [c]."""
     return torch.sub(logits, shift[:, None], out=out).exp_()
 
 
@@ -143,7 +144,7 @@ def distances(
 ) -> Tensor:
     """Second pass, with a teacher: this shard's parts of L1, of sum p * sign(p - q) (0 without an
     L1 term) and, for KL, of sum q * (t - u), [2 or 3, c]."""
-    p, q = _exp(draft, draft_lse, room[0]), _exp(teacher, teacher_lse, room[1])
+    p, q = exp_shifted(draft, draft_lse, room[0]), exp_shifted(teacher, teacher_lse, room[1])
     return _distances(draft, teacher, p, q, objective, room)[0]
 
 
@@ -185,9 +186,9 @@ def gradient(
 ) -> None:
     """Third pass: `draft` becomes the gradient of its rows' unweighted losses. signed_sum [c]: sum
     p * sign(p - q) over all shards; columns [c]: of the labels, where `mine`."""
-    p, signed, difference = _exp(draft, draft_lse, room[0]), None, None
+    p, signed, difference = exp_shifted(draft, draft_lse, room[0]), None, None
     if objective.l1 > 0 or objective.kl > 0:
-        q = _exp(teacher, teacher_lse, room[1])
+        q = exp_shifted(teacher, teacher_lse, room[1])
         signed, difference = _slopes(p, q.neg_().add_(p), objective)
     _gradient(draft, p, signed, difference, signed_sum, columns, mine, objective)
 

@@ -28,10 +28,17 @@ class Target(Protocol):
         """States of right-padded sequences. input_ids [b, s]. No gradient."""
 
     def new_cache(self) -> Any:
-        """An empty key/value cache for one sequence."""
+        """A key/value cache of no sequence."""
+
+    def add_sequence(self, input_ids: Tensor, cache: Any) -> TargetStates:
+        """States of a sequence [1, s]; the cache takes it in behind those it has."""
 
     def extend(self, input_ids: Tensor, cache: Any) -> TargetStates:
-        """States of the next tokens [1, q] of the cached sequence; the cache takes them in."""
+        """States of the next tokens [b, q] of every cached sequence; the cache takes them in.
+        A row that has fewer is padded on the right, and the padding forgotten afterwards."""
 
-    def forget(self, cache: Any, tokens: int) -> None:
-        """Settle the cache after `extend`: drop the last `tokens` (>= 0) of its tokens."""
+    def forget(self, cache: Any, tokens: list[int]) -> None:
+        """Settle the cache after `extend`: drop the last `tokens` (>= 0) of each sequence."""
+
+    def keep(self, cache: Any, rows: list[int]) -> None:
+        """Drop all sequences but these, in this order."""

@@ -9,8 +9,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from dspark_megatron.config import ConfigError, TargetConfig
 from dspark_megatron.targets.base import TargetStates
+from dspark_megatron.targets.cached_sequences import CachedSequences
 from dspark_megatron.targets.loading import load_base_model
-from dspark_megatron.targets.passes import states_in_passes
+from dspark_megatron.targets.passes import joined, states_in_passes
 from dspark_megatron.targets.split import TargetSplit
 
 
@@ -54,17 +55,29 @@ class HuggingFaceTarget:
             input_ids.to(self.device), self._max_tokens, self._run_pieces, lockstep_group=group
         )
 
-    def new_cache(self) -> DynamicCache:
-        cache = DynamicCache(config=self.model.config)
-        # A sliding window drops states that a rejected draft would need back.
-        cache.activate_past_recording()
-        return cache
+    def new_cache(self) -> CachedSequences:
+        return CachedSequences(self.model.config)
 
-    def extend(self, input_ids: Tensor, cache: DynamicCache) -> TargetStates:
-        return self._run(input_ids, use_cache=True, past_key_values=cache)
+    def add_sequence(self, input_ids: Tensor, cache: CachedSequences) -> TargetStates:
+        pieces = input_ids.split(self._max_tokens or input_ids.shape[1], dim=1)
+        new = self.new_cache()
+        new.lengths = [0]
+        states = [self.extend(piece, new) for piece in pieces]
+        self.forget(new, [0])
+        cache.add(new)
+        return joined(states, dim=1)
 
-    def forget(self, cache: DynamicCache, tokens: int) -> None:
-        cache.crop(-tokens)
+    def extend(self, input_ids: Tensor, cache: CachedSequences) -> TargetStates:
+        tokens = input_ids.shape[1]
+        states = self._run(input_ids, **cache.arguments(tokens, self.device))
+        cache.extended(tokens)
+        return states
+
+    def forget(self, cache: CachedSequences, tokens: list[int]) -> None:
+        cache.forget(tokens)
+
+    def keep(self, cache: CachedSequences, rows: list[int]) -> None:
+        cache.keep(rows)
 
     def _run_pieces(self, pieces: tuple[Tensor, ...]) -> list[TargetStates]:
         if len(pieces) == 1:

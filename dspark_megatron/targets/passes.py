@@ -45,11 +45,11 @@ def states_in_passes(
     # Agreed before the first pass: in a pass the ranks already wait for each other.
     idle = _most(own.count, input_ids.device, lockstep_group) - own.count
     groups = [
-        _joined(run(group.split(own.length, dim=1)), dim=1) for group in input_ids.split(own.rows)
+        joined(run(group.split(own.length, dim=1)), dim=1) for group in input_ids.split(own.rows)
     ]
     for _ in range(idle):
         run((input_ids[:1, :1],))
-    return _joined(groups, dim=0)
+    return joined(groups, dim=0)
 
 
 def _most(passes: int, device: torch.device, group: dist.ProcessGroup | None) -> int:
@@ -60,7 +60,8 @@ def _most(passes: int, device: torch.device, group: dist.ProcessGroup | None) ->
     return int(most.item())
 
 
-def _joined(parts: list[TargetStates], dim: int) -> TargetStates:
+def joined(parts: list[TargetStates], dim: int) -> TargetStates:
+    """States of parts of a batch, put together along dimension 0 or 1."""
     last_hidden = [part.last_hidden for part in parts if part.last_hidden is not None]
     return TargetStates(
         torch.cat([part.taps for part in parts], dim),

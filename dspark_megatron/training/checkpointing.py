@@ -2,6 +2,7 @@
 
     checkpoints/iter_0000100/                      tensors (torch_dist) and dspark.json
     checkpoints/latest_checkpointed_iteration.txt  the newest complete one, written last
+    checkpoints/best_checkpointed_iteration.txt    that of the best held-out tau, if there is one
 
 A checkpoint is written under a temporary name and renamed when every rank is done, so a folder with
 an `iter_` name is always whole. It loads at any tensor- or data-parallel size.
@@ -23,6 +24,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from dspark_megatron.config import ConfigError, LossConfig
 from dspark_megatron.conversion.checkpoint_metadata import read_metadata
 from dspark_megatron.conversion.megatron_checkpoint import (
+    BEST_TRACKER,
     META,
     TRACKER,
     iteration_folder,
@@ -44,6 +46,16 @@ _DEFAULTS = {"loss": asdict(LossConfig())}
 
 
 @dataclass(frozen=True)
+class BestEstimate:
+    """The best held-out tau of a run so far; its checkpoint is kept."""
+
+    iteration: int
+    tau: float
+    conditions: dict[str, Any]
+    """What it was estimated on and how; only estimates of the same compare."""
+
+
+@dataclass(frozen=True)
 class RunState:
     """Where a run stands."""
 
@@ -51,6 +63,13 @@ class RunState:
     consumed_samples: int
     open_metrics: tuple[float, ...] = ()
     """Packed sums of the log interval that the checkpoint stands in, over all ranks."""
+    best: BestEstimate | None = None
+    """None until an estimate is made, or when its checkpoint is gone."""
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the best estimate so far was made here."""
+        return self.best is not None and self.best.iteration == self.iteration
 
 
 def save_checkpoint(
@@ -62,7 +81,7 @@ def save_checkpoint(
     *,
     keep_last: int,
 ) -> Path:
-    """Write a checkpoint of all ranks, then point the tracker at it and delete the oldest.
+    """Write a checkpoint of all ranks, then point the trackers and delete the oldest.
 
     Collective over the whole world. meta: what identifies the run, written to dspark.json.
     optimizer: None saves weights only (Megatron-Core cannot save one that has taken no step).
@@ -87,9 +106,19 @@ def save_checkpoint(
             final.rename(partial.with_name(f"{partial.name}_{os.urandom(4).hex()}"))
         partial.rename(final)
         replace_text(checkpoints / TRACKER, f"{state.iteration}\n")
-        _prune(checkpoints, final, keep_last)
+        track_best(checkpoints, state.best)
+        _prune(checkpoints, final, keep_last, state.best)
     dist.barrier()
     return final
+
+
+def track_best(checkpoints: Path, best: BestEstimate | None) -> None:
+    """Let the tracker say what a run's state says; a kill may have come between the two."""
+    tracker = checkpoints / BEST_TRACKER
+    if best is None:
+        tracker.unlink(missing_ok=True)
+    else:
+        replace_text(tracker, f"{best.iteration}\n")
 
 
 def load_checkpoint(folder: Path, model: DSparkDraftModel, optimizer: Any | None) -> RunState:
@@ -111,7 +140,8 @@ def load_checkpoint(folder: Path, model: DSparkDraftModel, optimizer: Any | None
         with torch.no_grad():  # the fp32 optimizer copies into views of leaf parameters
             optimizer.load_state_dict(loaded["optimizer"])
     meta = read_meta(folder)
-    return RunState(meta["iteration"], meta["consumed_samples"], tuple(meta["open_metrics"]))
+    best = BestEstimate(**meta["best"]) if meta.get("best") else None
+    return RunState(meta["iteration"], meta["consumed_samples"], tuple(meta["open_metrics"]), best)
 
 
 def check_same_run(folder: Path, meta: dict[str, Any]) -> None:
@@ -164,11 +194,13 @@ def _keep_settings(optimizer: Any, loaded: dict) -> None:
         group.update({name: ours[name] for name in _SETTINGS})
 
 
-def _prune(checkpoints: Path, newest: Path, keep_last: int) -> None:
-    """Delete all but the `keep_last` checkpoints up to `newest`; a folder loses its name first, so
-    that a kill on the way leaves no half checkpoint."""
+def _prune(checkpoints: Path, newest: Path, keep_last: int, best: BestEstimate | None) -> None:
+    """Delete all but the best and the `keep_last` checkpoints up to `newest`; a folder loses its
+    name first, so that a kill on the way leaves no half checkpoint."""
+    kept = best and iteration_folder(checkpoints, best.iteration)
     older = [f for f in sorted(checkpoints.glob("iter_*")) if f.name <= newest.name]
     for folder in older[:-keep_last]:
-        folder.rename(checkpoints / f".partial_{folder.name}")
+        if folder != kept:
+            folder.rename(checkpoints / f".partial_{folder.name}")
     for leftover in checkpoints.glob(".partial_iter_*"):
         shutil.rmtree(leftover)

@@ -27,7 +27,9 @@ from dspark_megatron.training.checkpointing import (
     check_same_run,
     load_checkpoint,
     save_checkpoint,
+    track_best,
 )
+from dspark_megatron.training.heldout import HeldOut
 from dspark_megatron.training.initial_weights import InitialWeights
 from dspark_megatron.training.metrics import MetricSums
 from dspark_megatron.training.optimizer import (
@@ -60,8 +62,9 @@ def train(plan: RunPlan, runtime: Runtime, stop: StopRequests) -> None:
     dist.barrier()
     resume_from = _checkpoint_to_resume(plan, output_dir / "checkpoints", runtime)
     initial = InitialWeights.open(plan) if resume_from is None else None
+    heldout = HeldOut.load(plan, runtime)
     dataset = _load_data(plan, runtime)
-    Trainer(plan, runtime, dataset, output_dir, resume_from, initial).run(stop)
+    Trainer(plan, runtime, dataset, output_dir, resume_from, initial, heldout).run(stop)
 
 
 class Trainer:
@@ -73,9 +76,11 @@ class Trainer:
         output_dir: Path,
         resume_from: Path | None,
         initial: InitialWeights | None,
+        heldout: HeldOut | None,
     ) -> None:
         config = plan.config
         self.plan, self.runtime, self.dataset = plan, runtime, dataset
+        self.heldout = heldout
         self.settings = config.train
         self.checkpoints = output_dir / "checkpoints"
         self.output_dir = output_dir
@@ -107,7 +112,7 @@ class Trainer:
         self.scheduler = build_scheduler(config.optimizer, self.optimizer, self.iterations)
         self.state = RunState(0, 0)
         if resume_from is not None:
-            self.state = load_checkpoint(resume_from, self.draft, self.optimizer)
+            self.state = self._resumed(resume_from)
             self.scheduler.step(self.state.iteration)
             self._say(f"continuing from {resume_from} of {self.iterations} iterations")
         self.step = GradientStep(
@@ -136,8 +141,13 @@ class Trainer:
                 seconds = time.perf_counter() - clock
                 self._log(reporter, metrics, grad_norm, seconds)
                 metrics, clock = self._new_metrics(), time.perf_counter()
+            if self.heldout is not None and (last or self.heldout.is_due(iteration)):
+                started = time.perf_counter()
+                self.state = self.heldout.estimate(self.state, self.draft, self.target, reporter)
+                clock += time.perf_counter() - started
             reason = self._agreed(stop.reason(limit))
-            if reason or last or iteration % self.settings.save_every == 0:
+            is_due = last or self.state.is_best or iteration % self.settings.save_every == 0
+            if reason or is_due:
                 self._save(metrics)
         if reporter is not None:
             reporter.close()
@@ -167,7 +177,7 @@ class Trainer:
         self.scheduler.step(1)
         _, grad_norm, _ = self.optimizer.step()
         consumed = self.state.consumed_samples + self.settings.global_batch_size
-        self.state = RunState(self.state.iteration + 1, consumed)
+        self.state = RunState(self.state.iteration + 1, consumed, best=self.state.best)
         return float(grad_norm)
 
     def _micro_batch(self, refs: list[SampleRef]) -> MicroBatch:
@@ -210,6 +220,16 @@ class Trainer:
             self.optimizer,
             keep_last=self.settings.keep_last,
         )
+
+    def _resumed(self, folder: Path) -> RunState:
+        """The state of a checkpoint, once draft and optimizer are filled from it. A best checkpoint
+        that somebody has deleted is let go."""
+        state = load_checkpoint(folder, self.draft, self.optimizer)
+        if state.best and not iteration_folder(self.checkpoints, state.best.iteration).is_dir():
+            state = replace(state, best=None)
+        if self.runtime.is_main:
+            track_best(self.checkpoints, state.best)
+        return state
 
     def _check_teacher(self) -> None:
         check_teacher_logits(

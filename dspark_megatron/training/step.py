@@ -10,9 +10,8 @@ from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
 
 from dspark_megatron.config import LossConfig
-from dspark_megatron.model.draft_model import DraftOutput
 from dspark_megatron.ops.anchors import DraftBlocks
-from dspark_megatron.targets.base import Target, TargetStates
+from dspark_megatron.targets.base import Target
 from dspark_megatron.training.draft_loss import DraftLoss
 from dspark_megatron.training.metrics import MetricSums
 
@@ -132,17 +131,6 @@ class GradientStep:
             return
         metrics.add(blocks=blocks.num_blocks, rows=float(blocks.eval_mask.sum()))
         states = self.target.states(micro_batch.input_ids)
-        output = self._draft(micro_batch, states)
+        output = self.model(*blocks.draft_inputs(states.taps))
         loss = self.draft_loss(blocks, states, output, metrics)
         (loss / divisor).backward()
-
-    def _draft(self, micro_batch: MicroBatch, states: TargetStates) -> DraftOutput:
-        blocks = micro_batch.blocks
-        context = blocks.visible_context(micro_batch.input_ids.shape[1])
-        return self.model(
-            states.taps.flatten(0, 1)[context.index.to(self.device)],
-            context.positions.to(self.device),
-            blocks.prev_token_ids.to(self.device),
-            blocks.position_ids().to(self.device),
-            context.ranges,
-        )

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "examples/quickstart/quickstart.yaml"
 RUN = Path("runs/quickstart")
 TARGET = RUN / "target"
-# Evaluation decodes one prompt at a time: two replicas use two cores better than one split model.
+# The model is small: two replicas use two cores better than one split model.
 EVALUATE = ["2", "-m", "dspark_megatron.evaluate", "--config", CONFIG, "parallel.tensor_parallel=1"]
 
 
@@ -43,6 +43,27 @@ def evaluate(name: str, *overrides: str) -> dict:
     return {**result, **result.pop("files")["examples/quickstart/heldout.jsonl"]}
 
 
+def calibrate_and_report() -> None:
+    """Temperatures of the confidence head, which the export takes along, and a page of it all."""
+    run(
+        "python",
+        "tools/calibrate_confidence.py",
+        "--records",
+        str(RUN / "drafts.safetensors"),
+        "--output",
+        str(RUN),
+    )
+    run(
+        "python",
+        "tools/evaluation_report.py",
+        str(RUN / "evaluation_trained.json"),
+        "--calibration",
+        str(RUN / "calibration.json"),
+        "--output",
+        str(RUN / "report.html"),
+    )
+
+
 def closing_table(results: dict[str, dict], seconds: dict[str, float]) -> str:
     """What came out, and where the time went."""
     lines = [f"{'draft':<12}{'tau':>8}{'accept@0':>10}{'verify rate':>13}"]
@@ -59,7 +80,7 @@ def closing_table(results: dict[str, dict], seconds: dict[str, float]) -> str:
             f"greedy output equal to the target's own: {trained['identical_to_plain']} of "
             f"{trained['prompts']} held-out prompts",
             f"time: {times}",
-            f"checkpoints, metrics, export and evaluation.json are in {RUN}",
+            f"checkpoints, metrics, export, evaluation.json and report.html are in {RUN}",
         ]
     )
 
@@ -76,7 +97,8 @@ def main() -> None:
     seconds["training"] = run(
         "torchrun", "--nproc-per-node", "3", "-m", "dspark_megatron.train", "--config", CONFIG
     )
-    results["trained"] = evaluate("trained")
+    results["trained"] = evaluate("trained", f"evaluate.records={RUN / 'drafts.safetensors'}")
+    calibrate_and_report()
     seconds["evaluation"] = time.monotonic() - start - seconds["training"]
     seconds["export"] = run(
         "python",

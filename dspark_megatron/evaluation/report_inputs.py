@@ -1,0 +1,111 @@
+"""The JSON files that a report is made from, read strictly."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dspark_megatron.config import ConfigError, require
+
+FIGURES = ("prompts", "tau", "accept_rate", "prefix_survival")
+"""Without these a file of `evaluation.json` cannot be shown."""
+BY_SLOT = ("accept_rate", "prefix_survival")
+CALIBRATION = ("labels", "fit", "held_out", "temperatures", "survival", "threshold_sweep")
+SIMULATED = {"policy", "requests", "tokens_per_second", "per_request", "tau", "verified", "speedup"}
+SAME = ("target", "iteration", "block_size")
+"""What an evaluation and a calibration of one draft share."""
+
+
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """One `evaluation.json`. ConfigError when it is none."""
+    found = _read(path)
+    values = list(found.values())
+    together = bool(values) and all(isinstance(value, dict) for value in values)
+    require(
+        "files" in found or not together,
+        f"{path} puts several evaluations together ({', '.join(found)}); give a file that one "
+        "evaluation wrote (evaluate.output)",
+    )
+    files, slots = found.get("files"), found.get("block_size")
+    good = isinstance(files, dict) and bool(files) and type(slots) is int
+    require(
+        good and all(isinstance(figures, dict) for figures in files.values()),
+        f"{path} must be an evaluation's JSON, with a block_size and figures by prompt file in "
+        f"`files`; it has {sorted(found)}",
+    )
+    for name, figures in files.items():
+        lacking = [key for key in FIGURES if key not in figures]
+        require(not lacking, f"{path} has no {', '.join(lacking)} for {name}; evaluate again")
+        _check_figures(figures, slots, f"of {name} in {path}")
+    return found
+
+
+def read_calibration(path: Path, evaluation: dict[str, Any]) -> dict[str, Any]:
+    """A `calibration.json` of the draft that was evaluated; ConfigError when it is none."""
+    found = _read(path)
+    lacking = [key for key in CALIBRATION if key not in found]
+    require(
+        not lacking,
+        f"{path} must be a calibration.json of tools/calibrate_confidence.py, lacks "
+        f"{', '.join(lacking)}",
+    )
+    for key in SAME:
+        mine, wanted = found.get(key), evaluation.get(key)
+        require(
+            mine == wanted,
+            f"{path} is of another draft than the evaluation: {key} is {mine!r} and {wanted!r}; "
+            "give the calibration of the evaluated one",
+        )
+    return found
+
+
+def read_simulation(path: Path) -> list[dict[str, Any]]:
+    """Figures of a serving simulation by requests and policy; ConfigError when it is none."""
+    figures = _read(path).get("figures")
+    good = isinstance(figures, list) and bool(figures)
+    require(
+        good and all(isinstance(row, dict) and row.keys() >= SIMULATED for row in figures),
+        f"{path} must be the JSON of tools/simulate_serving.py, with a list `figures` of "
+        f"{', '.join(sorted(SIMULATED))}",
+    )
+    for row in figures:
+        require(
+            _are_numbers([row[key] for key in SIMULATED - {"policy"}], len(SIMULATED) - 1),
+            f"the figures in {path} must be numbers, are {row}",
+        )
+    return figures
+
+
+def _check_figures(figures: dict[str, Any], slots: int, where: str) -> None:
+    require(_are_numbers([figures["tau"]], 1), f"tau {where} must be a number or null")
+    for key in BY_SLOT:
+        require(
+            _are_numbers(figures[key], slots),
+            f"{key} {where} must have a number or null for each of the {slots} slots, is "
+            f"{figures[key]}",
+        )
+    for key, ends in (figures.get("confidence_intervals") or {}).items():
+        pairs = ends if key in BY_SLOT else [ends]
+        count = slots if key in BY_SLOT else 1
+        require(
+            isinstance(pairs, list)
+            and len(pairs) == count
+            and all(pair is None or _are_numbers(pair, 2) for pair in pairs),
+            f"the confidence interval of {key} {where} must be [low, high], for figures by slot "
+            f"one for each of the {slots} slots; it is {ends}",
+        )
+
+
+def _are_numbers(values: Any, count: int) -> bool:
+    """Whether it is a list of so many numbers or nulls."""
+    kinds = (int, float, type(None))
+    right = isinstance(values, list) and len(values) == count
+    return right and all(type(value) in kinds for value in values)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} must be a readable JSON file: {error}") from error
+    require(isinstance(found, dict), f"{path} must hold an object, has {type(found).__name__}")
+    return found

@@ -1,0 +1,84 @@
+"""Estimates of tau on held-out answers while a run trains."""
+
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from dspark_megatron.data.dataset import ConversationDataset, load_samples
+from dspark_megatron.evaluation.estimate import EstimateSettings, estimate_acceptance
+from dspark_megatron.model.draft_model import DSparkDraftModel
+from dspark_megatron.targets.base import Target
+from dspark_megatron.training.checkpointing import BestEstimate, RunState
+from dspark_megatron.training.reporter import Reporter
+from dspark_megatron.training.runtime import Runtime
+from dspark_megatron.training.setup import RunPlan
+
+
+class HeldOut:
+    """The answers to estimate on, read and checked before any long work."""
+
+    def __init__(self, plan: RunPlan, runtime: Runtime, dataset: ConversationDataset) -> None:
+        settings = plan.config.evaluate
+        self.config, self.runtime = plan.config, runtime
+        count = min(len(dataset), settings.heldout_samples or len(dataset))
+        self.samples = [dataset[i] for i in range(count)]
+        self.conditions = {
+            "data_fingerprint": dataset.fingerprint,
+            "samples": count,
+            "temperature": settings.temperature,
+        }
+        """Estimates compare when these are equal."""
+
+    @classmethod
+    def load(cls, plan: RunPlan, runtime: Runtime) -> "HeldOut | None":
+        """None where the run makes no estimates."""
+        config = plan.config
+        if config.evaluate.every is None:
+            return None
+        dataset = load_samples(
+            config.evaluate.heldout_files,
+            plan.tokenizer,
+            vocab_size=plan.shape.vocab_size,
+            max_length=config.data.max_length,
+            min_loss_tokens=config.min_loss_tokens,
+            show_progress=runtime.is_main,
+        )
+        if runtime.is_main:
+            print(f"held-out {dataset.report.describe()}", flush=True)
+        return cls(plan, runtime, dataset)
+
+    def is_due(self, iteration: int) -> bool:
+        return iteration % self.config.evaluate.every == 0
+
+    def estimate(
+        self, state: RunState, draft: DSparkDraftModel, target: Target, reporter: Reporter | None
+    ) -> RunState:
+        """Estimate, report, and return the state with what is then the best. The draft is left in
+        training mode, and nothing that training reads is changed."""
+        draft.eval()
+        figures = estimate_acceptance(
+            draft,
+            target,
+            draft.lm_head,
+            self.samples,
+            EstimateSettings.of(self.config, draft),
+            dp_group=self.runtime.dp_group,
+        )
+        draft.train()
+        if self._is_best(figures["tau"], state.best):
+            state = replace(
+                state, best=BestEstimate(state.iteration, figures["tau"], self.conditions)
+            )
+        if reporter is not None:
+            row = {"iteration": state.iteration, "consumed_samples": state.consumed_samples}
+            reporter.log_heldout({**row, **figures}, is_best=state.is_best)
+        return state
+
+    def _is_best(self, tau: float, best: BestEstimate | None) -> bool:
+        """Whether a tau beats the best one, or there is none to compare with. The main rank decides
+        for all: one broadcast of one number."""
+        better = best is None or best.conditions != self.conditions or tau > best.tau
+        decision = torch.tensor(float(better), device=self.runtime.device)
+        dist.broadcast(decision, 0)
+        return bool(decision.item())

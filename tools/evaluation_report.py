@@ -1,0 +1,52 @@
+"""One self-contained HTML page of an evaluation, from the JSON files alone.
+
+    python tools/evaluation_report.py runs/x/evaluation.json \\
+        [--calibration runs/x/calibration.json] [--simulation simulation.json] --output report.html
+
+--calibration: of tools/calibrate_confidence.py, for the same draft. --simulation: of
+tools/simulate_serving.py.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from dspark_megatron.config import ConfigError
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Report an evaluation as an HTML page.")
+    parser.add_argument("evaluation", type=Path, help="evaluation.json of a run")
+    parser.add_argument("--calibration", type=Path, help="calibration.json of the same draft")
+    parser.add_argument("--simulation", type=Path, help="JSON of a serving simulation")
+    parser.add_argument("--output", required=True, type=Path, help="the HTML file")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    try:
+        _report(args)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+
+
+def _report(args: argparse.Namespace) -> None:
+    from dspark_megatron.evaluation.output_files import write_files
+    from dspark_megatron.evaluation.report_inputs import (
+        read_calibration,
+        read_evaluation,
+        read_simulation,
+    )
+    from dspark_megatron.evaluation.report_page import report_page
+
+    evaluation = read_evaluation(args.evaluation)
+    calibration = args.calibration and read_calibration(args.calibration, evaluation)
+    simulation = args.simulation and read_simulation(args.simulation)
+    text = report_page(evaluation, calibration, simulation)
+    write_files(args.output.parent, {args.output.name: text.encode()})
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    main()

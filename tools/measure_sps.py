@@ -1,0 +1,193 @@
+"""What a verification step of a target costs on this machine, as a table that SGLang reads.
+
+    torchrun --nproc-per-node N tools/measure_sps.py --config run.yaml [section.key=value ...] \\
+        --output sps.json [--batch-tokens 1 2 4 ...] [--requests 1 2 4 ...] [--context-length L]
+
+Times the target's forward pass over B new tokens behind a context of L tokens, and its LM head on
+all of them: medians of turns that go round. Without --requests the B tokens are of one request, and
+the table has the steps per second of each B. With it, steps of R requests with one token each are
+timed as well, and what they take beyond a single request's R tokens (the reading of R contexts) is
+the table's cost by request. Not timed: drafting, sampling, gathering logits over ranks.
+"""
+
+import argparse
+import os
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import benchmarking
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Sizes = tuple[int, int]
+"""Requests of a step, and new tokens of each of them."""
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure a target's steps per second.")
+    add = parser.add_argument
+    add("--config", required=True, help="YAML file of a run; its target is measured")
+    add("overrides", nargs="*", metavar="section.key=value")
+    add("--output", type=Path, required=True, help="JSON, in SGLang's form")
+    tokens = [1, 2, 4, 8, 16, 32, 64]
+    add("--batch-tokens", type=int, nargs="+", default=tokens, help="verified in a step")
+    add("--requests", type=int, nargs="+", default=[], help="measure the cost by request, too")
+    add("--context-length", type=int, default=512, help="tokens before those of the step")
+    add("--rounds", type=int, default=10, help="turns, of which the median counts")
+    return parser.parse_args(argv)
+
+
+class Verifier:
+    """A target that takes verification steps behind made-up contexts."""
+
+    def __init__(self, plan: Any, runtime: Any, context_length: int) -> None:
+        from dspark_megatron.training.setup import build_target
+
+        self.target, self.device = build_target(plan, runtime), runtime.device
+        self.head = _local_head(plan, runtime, self.target)
+        self.vocab_size, self.context_length = plan.shape.vocab_size, context_length
+        self.generator = torch.Generator().manual_seed(0)  # the same tokens on every rank
+
+    def contexts(self, requests: int) -> Any:
+        """A cache of so many sequences."""
+        cache = self.target.new_cache()
+        for _ in range(requests):
+            self.target.add_sequence(self.token_ids(1, self.context_length), cache)
+        return cache
+
+    def verify(self, cache: Any, input_ids: Tensor) -> Tensor:
+        """Take new tokens [b, q] of every sequence, and forget them. -> logits [b, q, v/tp]."""
+        hidden = self.target.extend(input_ids, cache).last_hidden  # [b, q, h]
+        logits = hidden.to(self.head.dtype) @ self.head.t()
+        self.target.forget(cache, [input_ids.shape[1]] * len(input_ids))
+        return logits
+
+    def token_ids(self, *size: int) -> Tensor:
+        return torch.randint(self.vocab_size, size, generator=self.generator).to(self.device)
+
+
+def _local_head(plan: Any, runtime: Any, target: Any) -> Tensor:
+    """This rank's [v/tp, h] rows of the LM head, in the target's dtype."""
+    from dspark_megatron.ops.vocab_parallel import VocabShard
+    from dspark_megatron.shape import padded_vocab_size
+    from dspark_megatron.target_folder import read_rows, shared_weights
+
+    folder, vocab_size = plan.config.target.path, plan.shape.vocab_size
+    padded = padded_vocab_size(vocab_size, runtime.tp_group.size())
+    shard = VocabShard.of_group(vocab_size, padded, runtime.tp_group)
+    _, name = shared_weights(folder)
+    rows = read_rows(folder, name, shard.vocab_start_index, shard.vocab_end_index)
+    return rows.to(device=target.device, dtype=target.model.dtype)
+
+
+def step_seconds(
+    verifier: Verifier, sizes: list[Sizes], rounds: int, tp_group: dist.ProcessGroup
+) -> dict[Sizes, float]:
+    """Median seconds of steps of these sizes, of the slowest rank. A barrier before each step, and
+    one all-reduce of the medians."""
+    caches = {requests: verifier.contexts(requests) for requests, _ in sizes}
+    calls: dict[Sizes, Callable] = {
+        size: partial(verifier.verify, caches[size[0]], verifier.token_ids(*size)) for size in sizes
+    }
+    seconds = benchmarking.interleaved_seconds(
+        calls,
+        verifier.device,
+        rounds=rounds,
+        warm_up=2,
+        barrier=partial(dist.barrier, tp_group),
+    )
+    slowest = torch.tensor([seconds[size] for size in sizes], device=verifier.device)
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=tp_group)
+    return dict(zip(sizes, slowest.tolist(), strict=True))
+
+
+def measure(plan: Any, runtime: Any, args: argparse.Namespace) -> Any:
+    """The table; all ranks call it together."""
+    from dspark_megatron.evaluation.sps_table import measured_table
+
+    tokens, requests = sorted(set(args.batch_tokens)), sorted(set(args.requests))
+    sizes = [(1, n) for n in tokens] + [(n, 1) for n in requests if n > 1]
+    verifier = Verifier(plan, runtime, args.context_length)
+    seconds = step_seconds(verifier, sizes, args.rounds, runtime.tp_group)
+    by_tokens = {n: seconds[1, n] for n in tokens}
+    return measured_table(by_tokens, {n: seconds[n, 1] for n in requests if n > 1})
+
+
+def check(args: argparse.Namespace, plan: Any) -> None:
+    from dspark_megatron.config import require
+
+    tokens, context = args.batch_tokens, args.context_length
+    require(
+        len(set(tokens)) > 1 and min(tokens) == 1,
+        f"--batch-tokens must hold 1 and larger numbers, is {tokens}",
+    )
+    require(
+        all(1 <= n <= max(tokens) for n in args.requests),
+        f"--requests must lie in the range of --batch-tokens, 1 to {max(tokens)}, is "
+        f"{args.requests}",
+    )
+    require(args.rounds >= 1, f"--rounds ({args.rounds}) must be >= 1")
+    longest = plan.shape.max_position_embeddings
+    require(
+        context >= 1 and context + max(tokens) <= longest,
+        f"--context-length ({context}) must be >= 1, and with {max(tokens)} tokens more at most "
+        f"the target's {longest} positions",
+    )
+    require(
+        plan.dp_size == 1,
+        f"one copy of the target is measured, and {plan.dp_size} were started; launch "
+        f"parallel.tensor_parallel ({plan.config.parallel.tensor_parallel}) processes",
+    )
+    folder = args.output.resolve().parent
+    require(
+        folder.is_dir() and os.access(folder, os.W_OK),
+        f"--output {args.output} must lie in a folder that exists and is writable",
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    from dspark_megatron.training.runtime import launch, start
+
+    with launch() as job:
+        from dspark_megatron.config_file import load_config
+        from dspark_megatron.evaluation.sps_table import write_sps_table
+        from dspark_megatron.targets.quantization import check_quantization
+        from dspark_megatron.training.setup import check_run
+
+        plan = check_run(load_config(args.config, args.overrides), job.world_size)
+        check_quantization(plan.target_config, plan.target_split)
+        check(args, plan)
+        runtime = start(job, plan.config.parallel.tensor_parallel)
+        table = measure(plan, runtime, args)
+        if runtime.is_main:
+            print(show(table, args.batch_tokens))
+            write_sps_table(args.output, table)
+            print(f"wrote {args.output}", flush=True)
+
+
+def show(table: Any, batch_tokens: list[int]) -> str:
+    """Time of each number of tokens, of one request; and where it cannot be right."""
+    tokens = torch.tensor(sorted(set(batch_tokens)))
+    rates = table.steps_per_second(tokens, 1).tolist()
+    rows = [
+        {"tokens": n, "ms": 1e3 / rate, "steps / s": rate, "tokens / s": n * rate}
+        for n, rate in zip(tokens.tolist(), rates, strict=True)
+    ]
+    formats = {"tokens": "d", "ms": ",.2f", "steps / s": ",.2f", "tokens / s": ",.1f"}
+    lines = [benchmarking.table(rows, formats)]
+    for few, many in pairwise(rows):
+        if few["ms"] > 1.1 * many["ms"]:
+            lines.append(
+                f"warning: {few['tokens']} tokens took longer than {many['tokens']}; take more "
+                "--rounds, on a machine that does nothing else"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
