@@ -115,9 +115,15 @@ def test_step_equals_the_plain_twin(pool, kind, world, tp, micro_batch_size):
     )
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("world, tp, micro_batch_size", [(2, 2, 1), (4, 4, 2), (4, 2, 1)])
-@pytest.mark.parametrize("kind", SHAPES)
+SPLIT_ROWS = [
+    (kind, *layout, (i + j) % 2 == 1)
+    for i, kind in enumerate(SHAPES)
+    for j, layout in enumerate([(2, 2, 1), (4, 4, 2), (4, 2, 1)])
+]
+"""Every kind at every layout; each of both with recompute and without."""
+
+
+@pytest.mark.parametrize("kind, world, tp, micro_batch_size, recompute", SPLIT_ROWS)
 def test_sequence_parallel_equals_the_plain_twin(
     pool, kind, world, tp, micro_batch_size, recompute
 ):

@@ -157,37 +157,26 @@ def latest(output):
     return int(tracker.read_text()) if tracker.exists() else 0
 
 
-def test_killed_at_tp_2_and_resumed_at_tp_1(tiny_run, unbroken, tmp_path):
+def test_killed_stopped_and_continued_at_other_layouts(tiny_run, unbroken, tmp_path):
+    """kill -9 at TP 2, then SIGTERM on one rank, which saves at once, then two data-parallel."""
     output = tmp_path / "run"
+    lines = output / "metrics.jsonl"
     config_file = write_config(
         tmp_path, tiny_run, train={"output_dir": str(output)}, parallel={"tensor_parallel": 2}
     )
     process = launch(config_file, 2)
     wait_for(lambda: latest(output) >= 5, process)
     kill_tree(process)
-    killed_at = latest(output)
-    assert killed_at < 20, "the run was over before it could be killed"
-    code, text = finish(launch(config_file, 1, "parallel.tensor_parallel=1"))
-    assert code == 0, text
-    assert f"iter_{killed_at:07d}" in text
-    assert_same_curve(curve(output), curve(unbroken))
-
-
-def test_sigterm_saves_and_the_run_continues_with_other_data_parallelism(
-    tiny_run, unbroken, tmp_path
-):
-    output = tmp_path / "run"
-    config_file = write_config(
-        tmp_path, tiny_run, train={"output_dir": str(output), "save_every": 1000}
-    )
-    process = launch(config_file, 1)
-    wait_for(lambda: (output / "metrics.jsonl").exists() and len(curve_lines(output)) >= 3, process)
+    killed_at, of_the_killed = latest(output), lines.stat().st_ino
+    assert killed_at < 15, "the run was nearly over before it could be killed"
+    process = launch(config_file, 1, "parallel.tensor_parallel=1", "train.save_every=1000")
+    wait_for(lambda: lines.stat().st_ino != of_the_killed, process)  # its last lines are dropped
+    wait_for(lambda: len(curve_lines(output)) > killed_at, process)
     os.kill(process.pid, signal.SIGTERM)
     code, text = finish(process)
-    assert "stopped by a signal" in text
-    stopped_at = latest(output)
-    assert 3 <= stopped_at < 20
-    code, text = finish(launch(config_file, 2))
+    assert f"iter_{killed_at:07d}" in text and "stopped by a signal" in text
+    assert killed_at < latest(output) < 20
+    code, text = finish(launch(config_file, 2, "parallel.tensor_parallel=1"))
     assert code == 0, text
     assert_same_curve(curve(output), curve(unbroken))
 
@@ -509,15 +498,18 @@ def test_checkpoints_are_not_overwritten_when_resuming_is_off(tiny_run, unbroken
         claim_output(unbroken, config)
 
 
+@pytest.mark.commands
 def test_bad_settings_end_all_ranks_with_one_message(tiny_run, tmp_path):
     settings = {name: dict(values) for name, values in tiny_run.items()}
-    settings["parallel"] = {"tensor_parallel": 3}
+    settings["parallel"] = {"tensor_parallel": 2}
+    settings["model"]["num_attention_heads"] = 9
+    settings["model"]["num_key_value_heads"] = 3
     path = tmp_path / "bad.yaml"
     path.write_text(yaml.safe_dump(settings))
-    code, text = finish(launch(path, 3))
+    code, text = finish(launch(path, 2))
     assert code != 0
-    assert text.count("must be divisible by parallel.tensor_parallel (3)") == 1
-    assert "query heads (8)" in text and "sizes that work here: [1, 2]" in text
+    assert text.count("must be divisible by parallel.tensor_parallel (2)") == 1
+    assert "query heads (9), key/value heads (3)" in text and "that work here: [1]" in text
 
 
 FAILING_JOB = """
@@ -534,6 +526,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.commands
 def test_a_failure_on_one_rank_ends_all_with_its_message(tmp_path):
     script = tmp_path / "job.py"
     script.write_text(FAILING_JOB)
@@ -605,6 +598,7 @@ def test_the_export_gives_the_same_logits(pool, tiny_run, unbroken, tmp_path):
     torch.testing.assert_close(confidence, own.confidence_logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.commands
 def test_the_evaluate_command(tiny_run, unbroken, tmp_path):
     """Two replicas of two ranks share out three prompts; the checkpoint was trained on one."""
     files = []

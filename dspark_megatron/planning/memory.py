@@ -44,8 +44,7 @@ def target_dtype(plan: RunPlan) -> torch.dtype:
     """The type that the target is loaded in; `auto` takes the one it was saved in."""
     if plan.config.target.dtype != "auto":
         return getattr(torch, plan.config.target.dtype)
-    # The plan's own config will not do: a model on the meta device leaves its type in it.
-    return load_target_config(plan.config.target.path).dtype or torch.float32
+    return plan.target_config.dtype or torch.float32
 
 
 def rank_memory(plan: RunPlan) -> RankMemory:

@@ -1,5 +1,6 @@
 """Memory of the frozen target on one rank, from its config alone."""
 
+import copy
 import math
 
 import torch
@@ -29,6 +30,7 @@ def target_bytes(
     if quantization_method(target_config) is not None and not dequantized:
         if quantization_method(target_config) != "fp8":
             return None  # the layers of other methods depend on packages and the machine
+        model = copy.deepcopy(model)
         quantizer_of(target_config).preprocess_model(model=model, dtype=dtype)
     total = 0
     for name, parameter in model.named_parameters():

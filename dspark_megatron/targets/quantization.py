@@ -3,6 +3,7 @@
 The quantization of a target's `config.json` goes to Transformers untouched.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -54,7 +55,7 @@ def _check_blocks(
     block = quantizer.quantization_config.weight_block_size
     if block is None:
         return
-    model = meta_target(target_config, torch.bfloat16)
+    model = copy.deepcopy(meta_target(target_config, torch.bfloat16))
     quantizer.preprocess_model(model=model)
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():

@@ -1,7 +1,9 @@
 """How the target's weights are split over ranks, and what its family lets be split."""
 
+import copy
 import fnmatch
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -53,9 +55,24 @@ class TargetSplit:
 
 
 def meta_target(target_config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The base model on the meta device: it takes no memory."""
+    """The base model on the meta device: it takes no memory, but a second to build where it has
+    many layers. To be looked at only: the same one is given to all."""
+    return _built(_Described(target_config.to_json_string(), target_config), dtype)
+
+
+@dataclass(frozen=True)
+class _Described:
+    """A config that is the same as another with the same text."""
+
+    text: str
+    config: PretrainedConfig = field(compare=False)
+
+
+@functools.lru_cache(maxsize=2)
+def _built(described: _Described, dtype: torch.dtype) -> PreTrainedModel:
+    own = copy.deepcopy(described.config)  # a model leaves its type in it
     with torch.device("meta"):
-        return AutoModel.from_config(target_config, dtype=dtype)
+        return AutoModel.from_config(own, dtype=dtype)
 
 
 def check_target_split(target_config: PretrainedConfig, split: TargetSplit) -> None:
