@@ -15,7 +15,9 @@ from dspark_megatron.ops.prefix_scheduler import (
     lengths_for_budget,
 )
 
-STEEP = SampledSps([1, 2, 3, 4, 5, 6, 8, 12], [1.0, 0.8, 0.62, 0.5, 0.42, 0.36, 0.28, 0.2], 128)
+STEEP = SampledSps(
+    [1, 2, 3, 4, 5, 6, 8, 12, 16], [1.0, 0.8, 0.62, 0.5, 0.42, 0.36, 0.28, 0.2, 0.15], 16
+)
 """Each token costs about as much as the last."""
 SCHEDULERS = ("early_stopping", "lagged_budget")
 
