@@ -29,7 +29,7 @@ from transformers import AutoTokenizer
 from dspark_megatron.config import ConfigError, LossConfig
 from dspark_megatron.config_file import load_config
 from dspark_megatron.data.conversation import Sample
-from dspark_megatron.data.dataset import load_samples
+from dspark_megatron.data.dataset import SampleRules, load_samples
 from dspark_megatron.ops.anchors import anchor_seed, sample_anchors
 from dspark_megatron.shape import DraftShape
 from dspark_megatron.training.runtime import Runtime, launch, start
@@ -79,9 +79,8 @@ def quickstart_samples(args: argparse.Namespace) -> list[Sample]:
     dataset = load_samples(
         config.data.train_files,
         tokenizer,
-        vocab_size=args.vocab,
-        max_length=config.data.max_length,
-        min_loss_tokens=config.min_loss_tokens,
+        args.vocab,
+        SampleRules(max_length=config.data.max_length, min_loss_tokens=config.min_loss_tokens),
     )
     return [dataset[i] for i in range(min(args.samples, len(dataset)))]
 

@@ -34,7 +34,7 @@ from transformers import (
 
 from dspark_megatron.config import ConfigError, require
 from dspark_megatron.data.chat_template import ChatTemplate
-from dspark_megatron.data.conversation import checked_messages
+from dspark_megatron.data.chats import checked_messages
 from dspark_megatron.data.jsonl import errors_at, read_jsonl
 from dspark_megatron.target_folder import stop_token_ids
 
