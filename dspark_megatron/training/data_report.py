@@ -1,0 +1,73 @@
+"""What a run would train on, in figures: lengths, supervised tokens, anchors, padding."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from dspark_megatron.config import Config
+from dspark_megatron.data.blend import Blend
+from dspark_megatron.data.dataset import ConversationDataset
+from dspark_megatron.data.sampler import sample_at
+from dspark_megatron.ops.anchors import BlockRules, anchor_candidates
+
+PERCENTILES = (0, 10, 50, 90, 99, 100)
+
+
+def describe_data(config: Config, dataset: ConversationDataset) -> str:
+    """Lines of figures. Ranks and micro-batches are those of the config; nothing is trained."""
+    rules = BlockRules.of(config.loss)
+    masks = [sample.loss_mask for sample in dataset]
+    lengths = _counted(masks, len)
+    candidates = _counted(masks, lambda mask: anchor_candidates(mask, rules).numel())
+    sampled = candidates.clamp(max=config.model.num_anchors)
+    rows = {
+        "tokens": lengths,
+        "supervised tokens": _counted(masks, lambda mask: int(mask.sum())),
+        "candidate anchors": candidates,
+    }
+    head = " ".join(f"{f'{p}%':>9}" for p in PERCENTILES)
+    return "\n".join(
+        [
+            dataset.report.describe(),
+            *_source_lines(config, dataset),
+            f"{'of a sample':<18} {head} {'mean':>9}",
+            *(_percentile_line(name, counts) for name, counts in rows.items()),
+            f"an epoch samples {int(sampled.sum()):,} of {int(candidates.sum()):,} candidate "
+            f"anchors (model.num_anchors {config.model.num_anchors})",
+            f"padding: {padding_share(config, dataset, lengths):.1%} of the rows of micro-batches "
+            f"of {config.train.micro_batch_size}",
+        ]
+    )
+
+
+def _counted(masks: list[Tensor], count: Callable[[Tensor], int]) -> Tensor:
+    """[n] int64, of each sample."""
+    return torch.tensor([count(mask) for mask in masks])
+
+
+def _percentile_line(name: str, counts: Tensor) -> str:
+    """The least count that so many of a hundred samples do not exceed, and the mean."""
+    ordered = counts.sort().values
+    places = [max(0, -(-p * len(ordered) // 100) - 1) for p in PERCENTILES]
+    figures = " ".join(f"{int(ordered[place]):>9,}" for place in places)
+    return f"{name:<18} {figures} {counts.double().mean():>9,.1f}"
+
+
+def _source_lines(config: Config, dataset: ConversationDataset) -> Iterator[str]:
+    if dataset.shares is None:
+        return
+    for entry, size, places in zip(config.data.train_files, *dataset.shares, strict=True):
+        yield f"{entry}: {size:,} samples, {places:,} in an epoch ({places / size:.2f} times each)"
+
+
+def padding_share(config: Config, dataset: ConversationDataset, lengths: Tensor) -> float:
+    """Padded tokens among all that the micro-batches of the first epoch have; lengths: [n]."""
+    count, size = len(dataset), config.train.micro_batch_size
+    blend = Blend(dataset.shares, config.train.seed) if dataset.shares else None
+    refs = [sample_at(position, count, config.train.seed) for position in range(count)]
+    used = [blend(ref) if blend else ref for ref in refs]
+    order = lengths[torch.tensor([ref.sample_index for ref in used])]
+    whole = [part for part in order.split(size) if len(part) == size or count < size]
+    padded = sum(len(part) * int(part.max()) for part in whole)
+    return 1 - sum(int(part.sum()) for part in whole) / padded
