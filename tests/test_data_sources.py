@@ -6,6 +6,9 @@ from collections import Counter
 import numpy
 import pytest
 import torch
+from test_data import FORGETTING_TEMPLATE
+from test_data_forms import talk
+from test_training import assert_same_curve, curve, run_training
 from tiny import tiny_tokenizer
 from tiny_target import tiny_config
 
@@ -161,6 +164,21 @@ def test_shares_are_rounded_so_that_no_place_is_left_over():
         share_out(["a", "b"], [3, 0], [1.0, 1.0])
 
 
+def test_the_report_counts_split_chats_and_hidden_reasoning(tmp_path):
+    tokenizer = tiny_tokenizer(VOCAB_SIZE)
+    tokenizer.chat_template = FORGETTING_TEMPLATE
+    chats = [talk("hi", "<think>hm</think>hello", "and", "bye"), talk("hi", "all")]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in chats))
+    rules = SampleRules(max_length=99, min_loss_tokens=1, reasoning_tags=("<think>", "</think>"))
+    report = load_samples([path], tokenizer, VOCAB_SIZE, rules).report
+    hidden = len(tokenizer("<think>hm</think>").input_ids)
+    assert (report.kept, report.split_chats, report.reasoning_tokens) == (3, 1, hidden)
+    assert report.describe().endswith(
+        f"; 1 chats were split by turns; {hidden} tokens of reasoning are not learnt"
+    )
+
+
 def test_every_layout_and_a_resumed_run_draw_the_same():
     shares, size = share_out(["a", "b"], [5, 6], [2.0, 1.0]), 8
     whole = [ref for epoch in drawn(Blend(shares, 3), 11, epochs=4) for ref in epoch]
@@ -182,6 +200,20 @@ def test_weights_are_part_of_the_data(tmp_path, load):
     assert plain.shares is None and even.shares.places == (3, 3)
     assert ids(plain) == ids(even) == ids(other)
     assert len({data.fingerprint for data in (plain, even, other)}) == 3
+
+
+def test_a_weighted_run_of_several_forms_is_the_same_in_every_layout(pool, tiny_run, tmp_path):
+    documents = [[[40 + i, *range(50, 60)]] for i in range(4)]
+    indexed = write_indexed(tmp_path / "docs", documents, numpy.int32)
+    data = {"train_files": [*tiny_run["data"]["train_files"], str(indexed)], "weights": [1.0, 3.0]}
+    curves = []
+    for world in (1, 2):
+        output = {"output_dir": str(tmp_path / str(world)), "iterations": 3}
+        pool.run(
+            run_training, world=world, tp=1, config=tiny_config(tiny_run, data=data, train=output)
+        )
+        curves.append(curve(tmp_path / str(world)))
+    assert_same_curve(*curves)
 
 
 @pytest.mark.parametrize("weights", [[1.0, 2.0], [0.0], [float("inf")]])

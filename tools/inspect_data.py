@@ -28,7 +28,9 @@ def inspect(args: argparse.Namespace) -> str:
     from dspark_megatron.training.setup import check_run
 
     config = load_config(args.config, args.overrides)
-    plan = check_run(config, config.parallel.tensor_parallel)
+    layout = config.parallel
+    ranks = layout.tensor_parallel * max(1, config.target.shard_across_data_parallel)
+    plan = check_run(config, max(ranks, layout.expert_parallel))  # the smallest job that it allows
     data = config.data
     entries = config.evaluate.heldout_files if args.held_out else data.train_files
     require(bool(entries), "evaluate.heldout_files is empty; name files, or leave out --held-out")

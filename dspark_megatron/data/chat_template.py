@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dspark_megatron.config import ConfigError
 from dspark_megatron.data.chats import Chat
-from dspark_megatron.data.reasoning import without_reasoning
+from dspark_megatron.data.reasoning import ReasoningMask
 from dspark_megatron.data.tokens import Span, check_offsets, tokenize, tokens_inside
 
 GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -36,14 +36,14 @@ class Rendered(NamedTuple):
 class ChatTemplate:
     """A tokenizer's chat template, inspected once.
 
-    `reasoning_tags`: reasoning between these is not counted as written; null: it is.
+    `reasoning`: takes reasoning out of what is to be learnt; null: it stays.
     Raises ConfigError for a tokenizer without a template or without character offsets.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        reasoning_tags: tuple[str, str] | None = None,
+        reasoning: ReasoningMask | None = None,
     ) -> None:
         check_offsets(tokenizer)
         try:
@@ -54,7 +54,7 @@ class ChatTemplate:
                 "target's folder; training lines may have input_ids and loss_mask instead"
             ) from error
         self._tokenizer = tokenizer
-        self._reasoning_tags = reasoning_tags
+        self._reasoning = reasoning
         marked = GENERATION_TAG.search(template) is not None
         self._marks_generation = marked and not _trims_spaces(tokenizer)
         added = tokenizer.added_tokens_decoder.items()
@@ -112,14 +112,13 @@ class ChatTemplate:
         except Exception as error:
             raise _template_error(error) from error
         mask = [bool(written) for written in encoded["assistant_masks"]]
-        if self._reasoning_tags is not None:
+        if self._reasoning is not None:
             text = self.render(chat.messages, chat.template_options)
             mask = self._without_reasoning(text, self.tokenize(text)[1], mask)
         return encoded["input_ids"], mask
 
     def _without_reasoning(self, text: str, offsets: list[Span], mask: list[bool]) -> list[bool]:
-        tags = self._reasoning_tags
-        return mask if tags is None else without_reasoning(text, offsets, mask, tags)
+        return mask if self._reasoning is None else self._reasoning.hide(text, offsets, mask)
 
     def _finished(
         self, token_ids: list[int], mask: list[bool], cut_short: bool

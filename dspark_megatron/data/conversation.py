@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from dspark_megatron.config import ConfigError, require
 from dspark_megatron.data.chat_template import WAY_OUT, ChatTemplate
 from dspark_megatron.data.chats import chat_of, is_cut_short, shown
-from dspark_megatron.data.reasoning import without_reasoning
+from dspark_megatron.data.reasoning import ReasoningMask
 from dspark_megatron.data.tokens import check_offsets, tokenize, tokens_inside
 
 FORMS = ("messages", "conversations", "completion", "input_ids")
@@ -44,7 +44,7 @@ class ConversationEncoder:
     ) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self._reasoning_tags = reasoning_tags
+        self.reasoning = ReasoningMask(*reasoning_tags) if reasoning_tags else None
 
     def encode(self, record: dict) -> list[Sample]:
         """The samples of a line in one of the forms of docs/training.md: one, or as many as a chat
@@ -78,7 +78,7 @@ class ConversationEncoder:
     @cached_property
     def _template(self) -> ChatTemplate:
         """Made at the first chat: a file of ids needs no template."""
-        return ChatTemplate(self._tokenizer, self._reasoning_tags)
+        return ChatTemplate(self._tokenizer, self.reasoning)
 
     def _encode_chat(self, record: dict) -> list[tuple[list[int], list[bool]]]:
         chat = chat_of(record)
@@ -91,7 +91,7 @@ class ConversationEncoder:
         encodings = self._template.encode(chat)
         marks = [sum(mask) for _, mask in encodings]
         require(
-            any(marks) or self._reasoning_tags is not None,
+            any(marks) or self.reasoning is not None,
             f"the chat has an assistant turn, but the chat template marks none of its "
             f"{len(encodings[0][0])} tokens as the assistant's; {WAY_OUT}",
         )
@@ -110,8 +110,8 @@ class ConversationEncoder:
         prompt, text = record["prompt"], record["prompt"] + record["completion"]
         token_ids, offsets = tokenize(self._tokenizer, text, add_special_tokens=True)
         mask = tokens_inside(offsets, [(len(prompt), len(text))], len(text))
-        if self._reasoning_tags is not None:
-            mask = without_reasoning(text, offsets, mask, self._reasoning_tags)
+        if self.reasoning is not None:
+            mask = self.reasoning.hide(text, offsets, mask)
         if token_ids[-1:] == [eos]:  # written out in the completion, or added by the tokenizer
             token_ids, mask = token_ids[:-1], mask[:-1]
         end = [] if cut_short else [eos]

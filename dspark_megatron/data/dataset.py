@@ -61,6 +61,8 @@ class DropReport:
     """Supervised tokens of the kept samples."""
     split_chats: int = 0
     """Chats that became several samples, since the chat template rewrites earlier turns."""
+    reasoning_tokens: int | None = None
+    """Tokens of reasoning that are not learnt, before truncation; null: it is learnt."""
 
     @property
     def read(self) -> int:
@@ -69,11 +71,14 @@ class DropReport:
     def describe(self) -> str:
         """All counts in one line."""
         split = f"; {self.split_chats:,} chats were split by turns" if self.split_chats else ""
+        hidden = ""
+        if self.reasoning_tokens is not None:
+            hidden = f"; {self.reasoning_tokens:,} tokens of reasoning are not learnt"
         return (
             f"data: kept {self.kept:,} of {self.read:,} samples with {self.total_tokens:,} tokens, "
             f"{self.loss_tokens:,} of them supervised; dropped {self.too_few_loss_tokens:,} with "
             f"too few supervised tokens and {self.no_anchor:,} without an anchor; "
-            f"cut {self.truncated:,} to the largest length{split}"
+            f"cut {self.truncated:,} to the largest length{split}{hidden}"
         )
 
 
@@ -144,6 +149,8 @@ def load_samples(
                 for sample in samples:
                     packed.add(sample, rules, report)
         sizes.append(report.kept - kept_before)
+    if encoder.reasoning is not None:
+        report.reasoning_tokens = encoder.reasoning.hidden_tokens
     if not report.kept:
         raise _nothing_kept(entries, report, rules)
     names = [str(entry) for entry in entries]

@@ -5,17 +5,25 @@ from itertools import groupby
 from dspark_megatron.data.tokens import Span, tokens_inside
 
 
-def without_reasoning(
-    text: str, offsets: list[Span], mask: list[bool], tags: tuple[str, str]
-) -> list[bool]:
-    """The mask without the tokens of reasoning, tags included. [s] -> [s].
+class ReasoningMask:
+    """Takes the reasoning between two tags, tags included, out of what is learnt.
 
     Reasoning may begin in the prompt (a template that opens it for the model) and may be left open
     by an answer that was cut short.
     """
-    spans = [part for run in _runs(offsets, mask) for part in _reasoning(text, run, tags)]
-    inside = tokens_inside(offsets, spans, len(text))
-    return [written and not hidden for written, hidden in zip(mask, inside, strict=True)]
+
+    def __init__(self, opening: str, closing: str) -> None:
+        self._tags = (opening, closing)
+        self.hidden_tokens = 0
+        """Of all texts so far."""
+
+    def hide(self, text: str, offsets: list[Span], mask: list[bool]) -> list[bool]:
+        """The mask of a text's tokens without those of reasoning. [s] -> [s]."""
+        spans = [part for run in _runs(offsets, mask) for part in _reasoning(text, run, self._tags)]
+        inside = tokens_inside(offsets, spans, len(text))
+        kept = [written and not hidden for written, hidden in zip(mask, inside, strict=True)]
+        self.hidden_tokens += sum(mask) - sum(kept)
+        return kept
 
 
 def _runs(offsets: list[Span], mask: list[bool]) -> list[Span]:

@@ -15,28 +15,27 @@ PERCENTILES = (0, 10, 50, 90, 99, 100)
 
 
 def describe_data(config: Config, dataset: ConversationDataset) -> str:
-    """Lines of figures. Ranks and micro-batches are those of the config; nothing is trained."""
-    rules = BlockRules.of(config.loss)
+    """Lines of figures. Anchors and micro-batches are those of the config; nothing is trained."""
+    rules, num_anchors = BlockRules.of(config.loss), config.model.num_anchors
     masks = [sample.loss_mask for sample in dataset]
     lengths = _counted(masks, len)
     candidates = _counted(masks, lambda mask: anchor_candidates(mask, rules).numel())
-    sampled = candidates.clamp(max=config.model.num_anchors)
     rows = {
         "tokens": lengths,
         "supervised tokens": _counted(masks, lambda mask: int(mask.sum())),
         "candidate anchors": candidates,
     }
-    head = " ".join(f"{f'{p}%':>9}" for p in PERCENTILES)
+    drawn, padding = candidates.clamp(max=num_anchors), padding_share(config, dataset, lengths)
     return "\n".join(
         [
             dataset.report.describe(),
             *_source_lines(config, dataset),
-            f"{'of a sample':<18} {head} {'mean':>9}",
+            " ".join([f"{'of a sample':<18}", *(f"{p:>8}%" for p in PERCENTILES), f"{'mean':>9}"]),
             *(_percentile_line(name, counts) for name, counts in rows.items()),
-            f"an epoch samples {int(sampled.sum()):,} of {int(candidates.sum()):,} candidate "
-            f"anchors (model.num_anchors {config.model.num_anchors})",
-            f"padding: {padding_share(config, dataset, lengths):.1%} of the rows of micro-batches "
-            f"of {config.train.micro_batch_size}",
+            f"anchors: {int(drawn.sum()):,} of {int(candidates.sum()):,} candidates are drawn when "
+            f"each sample is used once (model.num_anchors {num_anchors})",
+            f"padding: {padding:.1%} of the tokens in micro-batches of "
+            f"{config.train.micro_batch_size}",
         ]
     )
 
