@@ -26,10 +26,9 @@ import math
 import os
 import random
 import sys
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -43,14 +42,18 @@ from transformers import (
 )
 
 from dspark_megatron.config import ConfigError, require
-from dspark_megatron.data.chat_endpoint import ChatEndpoint, NoAnswer, ask_all
+from dspark_megatron.data.chat_endpoint import (
+    ChatEndpoint,
+    NoAnswer,
+    ask_all,
+    describe_failures,
+    request_body,
+)
+from dspark_megatron.data.chat_prompts import Prompt, read_prompts
 from dspark_megatron.data.chat_template import ChatTemplate
-from dspark_megatron.data.chats import checked_messages, template_options
-from dspark_megatron.data.jsonl import errors_at, read_jsonl
 from dspark_megatron.data.response_file import (
     Answer,
     append_answers,
-    json_line,
     open_partial,
     write_responses,
 )
@@ -60,43 +63,6 @@ from dspark_megatron.target_folder import stop_token_ids
 PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 SENT_IF_GIVEN = ("top_p", "top_k", "min_p", *PENALTIES)
 """Sampling parameters of a request, each under its own name."""
-
-
-class Prompt(NamedTuple):
-    record: dict
-    """The input line, its chat cut back to end with a user turn."""
-    input_ids: list[int]
-    """The chat in the target's format, up to where the answer begins."""
-
-
-def read_prompts(path: Path, template: ChatTemplate | None) -> list[Prompt]:
-    """The prompts of a JSONL file, without ids if a server applies the template; ConfigError,
-    naming `file:line`, for a line that is none."""
-    prompts = []
-    for number, record in read_jsonl(path):
-        with errors_at(path, number):
-            prompts.append(make_prompt(record, template))
-    require(bool(prompts), f"{path} must hold at least one prompt and has no lines")
-    return prompts
-
-
-def make_prompt(record: dict, template: ChatTemplate | None) -> Prompt:
-    messages = checked_messages(record.get("messages"))
-    if messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
-    require(
-        bool(messages) and messages[-1]["role"] in ("user", "tool"),
-        "the chat must end with a user turn or a tool's (an answer may follow it)",
-    )
-    record, options = {**record, "messages": messages}, template_options(record)
-    try:
-        json_line(record)  # better known now than when the output is written
-    except UnicodeEncodeError as error:
-        raise ConfigError(f"the line is not valid Unicode: {error}") from error
-    if template is None:
-        return Prompt(record, [])
-    text = template.render(messages, options, add_generation_prompt=True)
-    return Prompt(record, template.tokenize(text)[0])
 
 
 def plan_batches(prompts: list[Prompt], batch_size: int) -> list[list[int]]:
@@ -232,7 +198,11 @@ def ask_endpoint(args: argparse.Namespace) -> tuple[list[Answer], list[NoAnswer 
     endpoint.check()
     answers = open_partial(partial, run_settings(args, prompts))
     failures = dict.fromkeys(set(range(len(prompts))) - answers.keys())
-    bodies = ((i, request_body(args, i, prompts[i].record)) for i in sorted(failures))
+    sampling = request_settings(args)
+    bodies = (
+        (i, request_body(prompts[i].record, derived_seed("answer", args.seed, i), sampling))
+        for i in sorted(failures)
+    )
     with tqdm(total=len(prompts), initial=len(answers), unit="answer") as progress:
         for index, result in ask_all(endpoint, bodies, args.concurrency):
             if isinstance(result, NoAnswer):
@@ -256,33 +226,15 @@ def request_settings(args: argparse.Namespace) -> dict[str, Any]:
     return {"temperature": args.temperature, "max_tokens": args.max_new_tokens, **given}
 
 
-def request_body(args: argparse.Namespace, index: int, record: dict) -> dict[str, Any]:
-    """The request of a prompt, with a seed of its own in 31 bits, which every server takes."""
-    options = template_options(record)
-    tools = options.pop("tools", None)
-    template = {"tools": tools, "chat_template_kwargs": options}
-    return {
-        "messages": record["messages"],
-        "seed": derived_seed("answer", args.seed, index) >> 32,
-        **request_settings(args),
-        **{name: value for name, value in template.items() if value},
-    }
-
-
 def account(failures: list[NoAnswer | None], output: Path) -> str:
-    """How many prompts have no answer, by reason with an example of each, and what to do."""
-    reasons = Counter(failure.reason for failure in failures if failure is not None)
-    examples = {failure.reason: failure for failure in failures if failure is not None}
-    lines = [f"{len(failures)} prompts have no answer:"]
-    lines += [f"  {count} times {examples[reason]}" for reason, count in reasons.most_common()]
-    if None in failures:
-        lines.append(f"  {failures.count(None)} were not asked, since all seemed to fail")
-    written = f"{output} was written without them"
-    kept = (
+    """What became of the prompts without an answer, and what to do."""
+    if output.exists():
+        return f"{describe_failures(failures)}\n{output} was written without them"
+    return (
+        f"{describe_failures(failures)}\n"
         f"the answers are kept in {output}.partial: the same command asks for the others again, "
         "and with --leave-out-failed writes the output without them"
     )
-    return "\n".join([*lines, written if output.exists() else kept])
 
 
 def summary(answers: list[Answer]) -> str:

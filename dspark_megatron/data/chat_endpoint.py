@@ -6,6 +6,7 @@ import random
 import threading
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from http.client import HTTPException
 from typing import Any
 
 from dspark_megatron.config import ConfigError, require
+from dspark_megatron.data.chats import template_options
 from dspark_megatron.data.response_file import Answer
 
 WHOLE = ("stop", "length", "tool_calls")
@@ -168,3 +170,28 @@ def _result(future: Future) -> Answer | NoAnswer:
         return future.result()
     except NoAnswer as error:
         return error
+
+
+def request_body(record: dict, seed: int, sampling: dict[str, Any]) -> dict[str, Any]:
+    """The request for a line with `messages`; with 31 bits of the seed: any server takes them."""
+    options = template_options(record)
+    tools = options.pop("tools", None)
+    template = {"tools": tools, "chat_template_kwargs": options}
+    return {
+        "messages": record["messages"],
+        "seed": seed >> 32,
+        **sampling,
+        **{name: value for name, value in template.items() if value},
+    }
+
+
+def describe_failures(failures: list[NoAnswer | None]) -> str:
+    """How many prompts have no answer, by reason with an example of each; None: not asked."""
+    known = [failure for failure in failures if failure is not None]
+    reasons = Counter(failure.reason for failure in known)
+    examples = {failure.reason: failure for failure in known}
+    lines = [f"{len(failures)} prompts have no answer:"]
+    lines += [f"  {count} times {examples[reason]}" for reason, count in reasons.most_common()]
+    if len(known) < len(failures):
+        lines.append(f"  {len(failures) - len(known)} were not asked, since all seemed to fail")
+    return "\n".join(lines)

@@ -123,7 +123,7 @@ def template_options(record: dict) -> dict[str, Any]:
         except ValueError as error:
             raise ConfigError(f'"tools" must be a list or the JSON text of one: {error}') from error
     require(isinstance(tools, list), f'"tools" must be a list, not {shown(tools)}')
-    return {**options, "tools": tools} if tools else options
+    return {**options, **({"tools": tools} if tools else {})}
 
 
 def shown(value: object) -> str:
