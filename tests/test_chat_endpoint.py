@@ -96,6 +96,9 @@ class Handler(BaseHTTPRequestHandler):
             return
         if "think" in text:
             message |= {"reasoning": "hm", "content": None}
+        if "call" in text:
+            call = self.server.bodies[0]["messages"][1]["tool_calls"][0]
+            message, reason = {"content": None, "tool_calls": [call]}, "tool_calls"
         choice = {"message": message, "finish_reason": "length" if "long" in text else reason}
         self.reply(200, {"choices": [choice], "usage": {"completion_tokens": 7}})
 
@@ -164,6 +167,19 @@ def test_parameters_go_by_their_own_names(server, run):
         assert (body["tools"], body["chat_template_kwargs"]) == (tools, kwargs)
         assert "frequency_penalty" not in body
     assert len({body["seed"] for body in server.bodies}) == 2
+
+
+def test_a_tool_call_is_sent_and_kept_as_it_was_written(server, run):
+    call = {"type": "function", "function": {"name": "add", "arguments": '{"n":  3}'}}
+    asked = [
+        {"role": "user", "content": "add"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "call 3"},
+    ]
+    _, [row], _ = run({"messages": asked})
+    assert server.bodies[0]["messages"] == row["messages"][:-1] == asked
+    answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+    assert (row["messages"][-1], row["finish_reason"]) == (answer, "tool_calls")
 
 
 def test_what_passes_is_tried_again(run):

@@ -1,6 +1,7 @@
 """Samples: which tokens are supervised, what is dropped, in which order, and errors in files."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from dspark_megatron.data.sampler import (
     sample_at,
 )
 from dspark_megatron.data.show import describe_sample
+from dspark_megatron.ops.anchors import has_block
 
 VOCAB_SIZE = 320
 SMOLLM2 = Path(__file__).parents[1] / "runs" / "quickstart" / "target"
@@ -83,6 +85,16 @@ def supervised_text(tokenizer: PreTrainedTokenizerFast, sample: Sample) -> str:
     return tokenizer.decode(sample.input_ids[sample.loss_mask])
 
 
+def sample_rules(max_length: int, min_loss_tokens: int, **rules: object) -> SampleRules:
+    """With the default rule of anchors."""
+    return SampleRules(
+        max_length=max_length,
+        min_loss_tokens=min_loss_tokens,
+        has_block=partial(has_block, block_size=4),
+        **rules,
+    )
+
+
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
     return tiny_tokenizer(VOCAB_SIZE)
@@ -94,7 +106,7 @@ def load(tokenizer: PreTrainedTokenizerFast, tmp_path: Path):
 
     def load(records: list[dict], *, max_length=64, min_loss_tokens=2) -> ConversationDataset:
         path = write_jsonl(tmp_path / "train.jsonl", records)
-        rules = SampleRules(max_length=max_length, min_loss_tokens=min_loss_tokens)
+        rules = sample_rules(max_length, min_loss_tokens)
         return load_samples([path], tokenizer, VOCAB_SIZE, rules)
 
     return load
@@ -359,8 +371,7 @@ def test_fingerprint_tells_data_apart(load) -> None:
 
 def test_several_files_in_their_order(tokenizer, tmp_path: Path) -> None:
     files = [write_jsonl(tmp_path / f"{i}.jsonl", [tokens([i, i], [1, 1])] * 2) for i in (7, 3)]
-    rules = SampleRules(max_length=8, min_loss_tokens=1)
-    dataset = load_samples(files, tokenizer, VOCAB_SIZE, rules)
+    dataset = load_samples(files, tokenizer, VOCAB_SIZE, sample_rules(8, 1))
     assert [sample.input_ids[0].item() for sample in dataset] == [7, 7, 3, 3]
 
 

@@ -7,7 +7,6 @@ from tokenizers import processors
 
 from dspark_megatron.config import ConfigError
 from dspark_megatron.data.conversation import ConversationEncoder
-from dspark_megatron.data.dataset import SampleRules
 
 TAGS = ("<think>", "</think>")
 # As some reasoning models' do: the prompt opens the reasoning, and past turns lose theirs.
@@ -16,7 +15,9 @@ OPENING_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.role == 'assistant' and loop.last %}<think>\n"
     "{{ m.reasoning_content }}</think>{% endif %}"
-    "{{ m.content }}{% for call in m.tool_calls %}<call>{{ call.function.name }}</call>{% endfor %}"
+    "{{ m.content }}{% for call in m.tool_calls %}<call>{{ call.function.name }}"
+    "{% for k, v in call.function.arguments | items %} {{ k }}={{ v }}{% endfor %}</call>"
+    "{% endfor %}"
     "<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 )
@@ -42,6 +43,11 @@ def learnt(tokenizer):
 def talk(*texts):
     """User and assistant by turns."""
     return turns(*zip(["human", "gpt"] * len(texts), texts, strict=False))
+
+
+def calling(function):
+    call = {"type": "function", "function": function}
+    return {"messages": [{"role": "assistant", "content": None, "tool_calls": [call]}]}
 
 
 def turns(*pairs):
@@ -72,6 +78,12 @@ def test_sharegpt_is_the_chat_of_its_turns(learnt):
         ({**chat("hi", "x"), "tools": "[{"}, '"tools" must be a list or the JSON text'),
         ({**chat("hi", "x"), "chat_template_kwargs": []}, None),
         ({**chat("hi", "x"), "chat_template_kwargs": 1}, '"chat_template_kwargs" must be an obj'),
+        (
+            calling({"name": "add", "arguments": "[3"}),
+            "calls add with arguments that are no",
+        ),
+        (calling({"arguments": {}}), 'tool call without a "function" with a "name"'),
+        ({"messages": [{"role": "assistant", "tool_calls": 3}]}, '"tool_calls" that are a list'),
         ({"completion": "x"}, "two strings or two lists of messages, not None and 'x'"),
         ({"prompt": [], "completion": "x"}, r"two strings or .*, not \[\] and 'x'"),
         ({"prompt": "x", "completion": "x", "input_ids": [1]}, "a line must have one of"),
@@ -189,13 +201,13 @@ def test_other_tags(learnt):
 
 
 def test_tool_calls_and_the_options_of_the_template(learnt):
-    call = {"type": "function", "function": {"name": "add", "arguments": {}}}
+    call = {"type": "function", "function": {"name": "add", "arguments": '{"n": 3}'}}
     messages = [
         {"role": "user", "content": "hi"},
         {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "hm"},
     ]
     [(whole, text)] = learnt({"messages": messages, "tools": '[{"name": "add"}]'}, OPENING_TEMPLATE)
-    assert text == "hm</think><call>add</call><|im_end|>"
+    assert text == "hm</think><call>add n=3</call><|im_end|>"
     assert whole.startswith('<|im_start|>tools\n[{"name": "add"}]<|im_end|>')
     [(named, _)] = learnt(
         {**chat("hi", "all"), "chat_template_kwargs": {"name": "the"}},
@@ -221,4 +233,3 @@ def test_rules_of_samples_are_the_rules_of_training(tiny_run):
     assert kept() == kept(**token) == {"adjacent"}
     assert kept(**token, supervised_slots="all") == {"adjacent", "gap"}  # slots reach 3 ahead
     assert kept(**token, slot_mask="input") == {"adjacent", "gap", "far"}
-    assert SampleRules(max_length=1, min_loss_tokens=1).has_block(torch.tensor([True, True]))

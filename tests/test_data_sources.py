@@ -6,7 +6,7 @@ from collections import Counter
 import numpy
 import pytest
 import torch
-from test_data import FORGETTING_TEMPLATE
+from test_data import FORGETTING_TEMPLATE, sample_rules
 from test_data_forms import talk
 from test_training import assert_same_curve, curve, run_training
 from tiny import tiny_tokenizer
@@ -14,12 +14,12 @@ from tiny_target import tiny_config
 
 from dspark_megatron.config import ConfigError
 from dspark_megatron.data.blend import Blend, share_out
-from dspark_megatron.data.dataset import SampleRules, load_samples
+from dspark_megatron.data.dataset import load_samples
 from dspark_megatron.data.sampler import StepSampler, global_batch
 from dspark_megatron.data.sources import check_apart, find_files
 
 VOCAB_SIZE = 320
-RULES = SampleRules(max_length=8, min_loss_tokens=1)
+RULES = sample_rules(8, 1)
 
 
 def write_ids(path, first, count):
@@ -109,7 +109,7 @@ def test_a_file_is_not_held_out_and_trained_on_by_another_name(tmp_path):
 @pytest.mark.parametrize("dtype", [numpy.uint16, numpy.int32])
 def test_a_document_is_a_sample_and_all_of_it_is_learnt(tmp_path, load, dtype):
     prefix = write_indexed(tmp_path / "docs", [[[1, 2], [3]], [[4] * 9], []], dtype)
-    dataset = load(prefix, rules=SampleRules(max_length=5, min_loss_tokens=2))
+    dataset = load(prefix, rules=sample_rules(5, 2))
     assert ids(dataset) == [[1, 2, 3], [4] * 5]
     assert all(sample.loss_mask.all() for sample in dataset)
     report = dataset.report
@@ -170,7 +170,7 @@ def test_the_report_counts_split_chats_and_hidden_reasoning(tmp_path):
     chats = [talk("hi", "<think>hm</think>hello", "and", "bye"), talk("hi", "all")]
     path = tmp_path / "chats.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in chats))
-    rules = SampleRules(max_length=99, min_loss_tokens=1, reasoning_tags=("<think>", "</think>"))
+    rules = sample_rules(99, 1, reasoning_tags=("<think>", "</think>"))
     report = load_samples([path], tokenizer, VOCAB_SIZE, rules).report
     hidden = len(tokenizer("<think>hm</think>").input_ids)
     assert (report.kept, report.split_chats, report.reasoning_tokens) == (3, 1, hidden)

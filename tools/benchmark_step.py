@@ -29,7 +29,7 @@ from transformers import AutoTokenizer
 from dspark_megatron.config import ConfigError, LossConfig
 from dspark_megatron.config_file import load_config
 from dspark_megatron.data.conversation import Sample
-from dspark_megatron.data.dataset import SampleRules, load_samples
+from dspark_megatron.data.dataset import load_samples
 from dspark_megatron.ops.anchors import anchor_seed, sample_anchors
 from dspark_megatron.shape import DraftShape
 from dspark_megatron.training.runtime import Runtime, launch, start
@@ -74,13 +74,15 @@ def synthetic_samples(args: argparse.Namespace) -> list[Sample]:
 
 def quickstart_samples(args: argparse.Namespace) -> list[Sample]:
     """The first samples of a config's training files, tokenized and cut as training does."""
+    from dspark_megatron.training.run_data import sample_rules
+
     config = load_config(args.config)
     tokenizer = AutoTokenizer.from_pretrained(args.target or config.target.path)
     dataset = load_samples(
         config.data.train_files,
         tokenizer,
         args.vocab,
-        SampleRules(max_length=config.data.max_length, min_loss_tokens=config.min_loss_tokens),
+        sample_rules(config),
     )
     return [dataset[i] for i in range(min(args.samples, len(dataset)))]
 

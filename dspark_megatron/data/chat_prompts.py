@@ -36,7 +36,9 @@ def make_prompt(record: dict, template: ChatTemplate | None) -> Prompt:
         bool(messages) and messages[-1]["role"] in ("user", "tool"),
         "the chat must end with a user turn or a tool's (an answer may follow it)",
     )
-    record, options = {**record, "messages": messages}, template_options(record)
+    # As they were written: a server wants the arguments of tool calls as text.
+    record = {**record, "messages": record["messages"][: len(messages)]}
+    options = template_options(record)
     try:
         json_line(record)  # better known now than when the output is written
     except UnicodeEncodeError as error:

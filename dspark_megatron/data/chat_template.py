@@ -2,8 +2,8 @@
 
 Two ways to know the assistant's tokens. A template with `{% generation %}` says so itself (unless
 the tokenizer trims spaces). Any other is rendered turn by turn: what the assistant's turn adds to
-the text is the assistant's. A template that renders earlier turns differently when more follows
-(some drop old reasoning) makes several samples of a chat, each as the target saw it.
+the text is the assistant's. Where such a template renders earlier turns differently when more
+follows (some drop old reasoning), a chat becomes several samples, each as the target saw it.
 """
 
 import os
@@ -69,7 +69,7 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
     ) -> str:
         """The chat as text; `options` go to the template. ConfigError when it refuses the chat."""
-        options = {"add_generation_prompt": add_generation_prompt, **(options or {})}
+        options = {**(options or {}), "add_generation_prompt": add_generation_prompt}
         try:
             return self._tokenizer.apply_chat_template(messages, tokenize=False, **options)
         except Exception as error:  # a template is foreign code and may raise anything

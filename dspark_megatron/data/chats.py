@@ -51,7 +51,8 @@ def is_cut_short(record: dict) -> bool:
 def checked_messages(messages: object, name: str = "messages") -> list[dict]:
     """The messages, if they are a chat: a non-empty list of objects, each with a string `role`
     and a `content` that is a string or a list of parts; a turn of nothing but `tool_calls` gets an
-    empty one. ConfigError otherwise."""
+    empty one. Arguments of tool calls become objects, as serving engines hand them to templates.
+    ConfigError otherwise."""
     require(
         isinstance(messages, list) and bool(messages),
         f'"{name}" must be a list of at least one message, not {shown(messages)}',
@@ -64,14 +65,40 @@ def _checked_message(position: int, message: object) -> dict:
         isinstance(message, dict) and isinstance(message.get("role"), str),
         f'message {position} must be an object with a string "role", not {shown(message)}',
     )
-    if message.get("content") is None and message.get("tool_calls"):
-        return {**message, "content": ""}
+    if message.get("tool_calls"):
+        require(
+            isinstance(message["tool_calls"], list),
+            f'message {position} must have "tool_calls" that are a list, not '
+            f"{shown(message['tool_calls'])}",
+        )
+        calls = [_with_object_arguments(position, call) for call in message["tool_calls"]]
+        message = {**message, "content": message.get("content") or "", "tool_calls": calls}
     require(
         isinstance(message.get("content"), str | list),
         f'message {position} ({message["role"]}) must have a "content" that is a string '
         f"or a list of parts, not {shown(message.get('content'))}",
     )
     return message
+
+
+def _with_object_arguments(position: int, call: object) -> dict:
+    """A tool call whose `function.arguments` may be JSON text, as OpenAI's are."""
+    function = call.get("function") if isinstance(call, dict) else None
+    require(
+        isinstance(function, dict) and isinstance(function.get("name"), str),
+        f'message {position} has a tool call without a "function" with a "name": {shown(call)}',
+    )
+    arguments = function.get("arguments", {})
+    try:
+        parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
+    except ValueError:
+        parsed = None
+    require(
+        isinstance(parsed, dict),
+        f"message {position} calls {function['name']} with arguments that are no JSON object: "
+        f"{shown(arguments)}",
+    )
+    return {**call, "function": {**function, "arguments": parsed}}
 
 
 def sharegpt_messages(record: dict) -> list[dict]:

@@ -25,11 +25,6 @@ ReadIndexed = Callable[[Path], Iterable[Tensor]]
 """The documents of a Megatron indexed dataset by its prefix, each [s] int64."""
 
 
-def has_adjacent(loss_mask: Tensor) -> bool:
-    """Whether two neighbours are supervised, so that the rule `label` finds an anchor."""
-    return bool((loss_mask[:-1] & loss_mask[1:]).any())
-
-
 @dataclass(frozen=True, kw_only=True)
 class SampleRules:
     """What becomes of a sample after its tokens are known."""
@@ -38,10 +33,10 @@ class SampleRules:
     """Tokens kept of a sample."""
     min_loss_tokens: int
     """Supervised tokens that it needs then."""
+    has_block: Callable[[Tensor], bool]
+    """Whether a loss mask [s] has an anchor with something to learn."""
     reasoning_tags: tuple[str, str] | None = None
     """Reasoning of answers between these is not learnt; null: it is."""
-    has_block: Callable[[Tensor], bool] = has_adjacent
-    """Whether a loss mask [s] gives an anchor with something to learn."""
 
 
 @dataclass(kw_only=True)
@@ -52,7 +47,7 @@ class DropReport:
     too_few_loss_tokens: int = 0
     """Dropped: fewer supervised tokens than asked for, after truncation."""
     no_anchor: int = 0
-    """Dropped: enough of them, but none after a position that may be an anchor."""
+    """Dropped: enough of them, but no anchor has any to learn."""
     truncated: int = 0
     """Cut to the largest length; kept or dropped afterwards."""
     total_tokens: int = 0

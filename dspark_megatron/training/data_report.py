@@ -1,12 +1,13 @@
 """What a run would train on, in figures: lengths, supervised tokens, anchors, padding."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from dspark_megatron.config import Config
 from dspark_megatron.data.blend import Blend
+from dspark_megatron.data.conversation import Sample
 from dspark_megatron.data.dataset import ConversationDataset
 from dspark_megatron.data.sampler import sample_at
 from dspark_megatron.ops.anchors import BlockRules, anchor_candidates
@@ -17,12 +18,11 @@ PERCENTILES = (0, 10, 50, 90, 99, 100)
 def describe_data(config: Config, dataset: ConversationDataset) -> str:
     """Lines of figures. Anchors and micro-batches are those of the config; nothing is trained."""
     rules, num_anchors = BlockRules.of(config.loss), config.model.num_anchors
-    masks = [sample.loss_mask for sample in dataset]
-    lengths = _counted(masks, len)
-    candidates = _counted(masks, lambda mask: anchor_candidates(mask, rules).numel())
+    counts = torch.tensor([_counts(sample, rules) for sample in dataset])  # [n, 3]
+    lengths, loss_tokens, candidates = counts.unbind(1)
     rows = {
         "tokens": lengths,
-        "supervised tokens": _counted(masks, lambda mask: int(mask.sum())),
+        "supervised tokens": loss_tokens,
         "candidate anchors": candidates,
     }
     drawn, padding = candidates.clamp(max=num_anchors), padding_share(config, dataset, lengths)
@@ -40,9 +40,10 @@ def describe_data(config: Config, dataset: ConversationDataset) -> str:
     )
 
 
-def _counted(masks: list[Tensor], count: Callable[[Tensor], int]) -> Tensor:
-    """[n] int64, of each sample."""
-    return torch.tensor([count(mask) for mask in masks])
+def _counts(sample: Sample, rules: BlockRules) -> tuple[int, int, int]:
+    """Tokens, supervised ones, candidate anchors."""
+    mask = sample.loss_mask
+    return len(mask), int(mask.sum()), anchor_candidates(mask, rules).numel()
 
 
 def _percentile_line(name: str, counts: Tensor) -> str:
