@@ -15,7 +15,7 @@ from tiny_target import tiny_config
 from dspark_megatron.config import ConfigError
 from dspark_megatron.data.blend import Blend, share_out
 from dspark_megatron.data.dataset import load_samples
-from dspark_megatron.data.sampler import StepSampler, global_batch
+from dspark_megatron.data.sampler import SampleRef, StepSampler, global_batch
 from dspark_megatron.data.sources import check_apart, find_files
 
 VOCAB_SIZE = 320
@@ -150,6 +150,9 @@ def test_shares_are_kept_in_every_epoch_and_samples_come_in_turn():
     for epoch in drawn(blend, 40, epochs=3):
         assert sum(ref.sample_index < 10 for ref in epoch) == 30
         seen.update(epoch)
+    places = [blend(SampleRef(0, place)) for place in range(30)]
+    orders = {tuple(r.sample_index for r in places if r.epoch == passed) for passed in range(3)}
+    assert len(orders) == 3, "each pass has an order of its own"
     assert max(seen.values()) == 1, "one use of a sample never comes twice"
     uses = Counter(ref.sample_index for ref in seen)
     assert {uses[i] for i in range(10)} == {9} and {uses[i] for i in range(10, 40)} == {1}
