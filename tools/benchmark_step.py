@@ -74,14 +74,15 @@ def synthetic_samples(args: argparse.Namespace) -> list[Sample]:
 
 def quickstart_samples(args: argparse.Namespace) -> list[Sample]:
     """The first samples of a config's training files, tokenized and cut as training does."""
+    from dspark_megatron.training.run_data import sample_rules
+
     config = load_config(args.config)
     tokenizer = AutoTokenizer.from_pretrained(args.target or config.target.path)
     dataset = load_samples(
         config.data.train_files,
         tokenizer,
-        vocab_size=args.vocab,
-        max_length=config.data.max_length,
-        min_loss_tokens=config.min_loss_tokens,
+        args.vocab,
+        sample_rules(config),
     )
     return [dataset[i] for i in range(min(args.samples, len(dataset)))]
 

@@ -1,12 +1,20 @@
 """Let a target answer prompts, so that a draft is trained on the words it will have to predict.
 
     python tools/generate_responses.py --target DIR --input prompts.jsonl --output responses.jsonl
+    python tools/generate_responses.py --endpoint http://localhost:8000/v1 --model NAME \\
+        --input prompts.jsonl --output responses.jsonl [--concurrency 64]
 
-Each input line is {"messages": [...]} ending with a user turn; an assistant turn at the end is
-dropped and answered anew. Each output line is the same object with the answer appended, and
-"finish_reason": "stop", or "length" where --max-new-tokens cut the answer.
+With --target, Transformers answers on one device, from the model's plain softmax. With --endpoint,
+any OpenAI-compatible server does (vLLM, SGLang). What a request leaves out is up to the server:
+vLLM takes it from the model's generation_config.json.
 
-Finished batches are kept in OUTPUT.partial; the same command continues there after a kill.
+Each input line is {"messages": [...]} ending with a user turn (or a tool's); an assistant turn at
+the end is dropped and answered anew. Each output line is the same object with the answer appended,
+and "finish_reason": "stop", or "length" where --max-new-tokens cut the answer. "tools" and
+"chat_template_kwargs" of a line are used.
+
+Finished answers are kept in OUTPUT.partial; the same command continues there after a kill, and asks
+an endpoint again for what had no answer. The exit code is 1 while a prompt has none.
 
 Shapes: b = prompts of a batch, s = longest prompt of the batch, t = longest answer of the batch.
 """
@@ -18,8 +26,9 @@ import math
 import os
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -33,52 +42,27 @@ from transformers import (
 )
 
 from dspark_megatron.config import ConfigError, require
+from dspark_megatron.data.chat_endpoint import (
+    ChatEndpoint,
+    NoAnswer,
+    ask_all,
+    describe_failures,
+    request_body,
+)
+from dspark_megatron.data.chat_prompts import Prompt, read_prompts
 from dspark_megatron.data.chat_template import ChatTemplate
-from dspark_megatron.data.conversation import checked_messages
-from dspark_megatron.data.jsonl import errors_at, read_jsonl
+from dspark_megatron.data.response_file import (
+    Answer,
+    append_answers,
+    open_partial,
+    write_responses,
+)
+from dspark_megatron.seeds import derived_seed
 from dspark_megatron.target_folder import stop_token_ids
 
-
-class Prompt(NamedTuple):
-    record: dict
-    """The input line, its chat cut back to end with a user turn."""
-    input_ids: list[int]
-    """The chat in the target's format, up to where the answer begins."""
-
-
-class Answer(NamedTuple):
-    content: str
-    finish_reason: str
-    """"stop" or "length"."""
-    tokens: int
-    """Length in tokens, the end-of-turn token not counted."""
-
-
-def read_prompts(path: Path, template: ChatTemplate) -> list[Prompt]:
-    """The prompts of a JSONL file; ConfigError, naming `file:line`, for a line that is none."""
-    prompts = []
-    for number, record in read_jsonl(path):
-        with errors_at(path, number):
-            prompts.append(make_prompt(record, template))
-    require(bool(prompts), f"{path} must hold at least one prompt and has no lines")
-    return prompts
-
-
-def make_prompt(record: dict, template: ChatTemplate) -> Prompt:
-    messages = checked_messages(record.get("messages"))
-    if messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
-    require(
-        bool(messages) and messages[-1]["role"] == "user",
-        "the chat must end with a user turn (an answer may follow it)",
-    )
-    record = {**record, "messages": messages}
-    try:
-        json_line(record)  # better known now than when the output is written
-    except UnicodeEncodeError as error:
-        raise ConfigError(f"the line is not valid Unicode: {error}") from error
-    input_ids, _ = template.tokenize(template.render(messages, add_generation_prompt=True))
-    return Prompt(record, input_ids)
+PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
+SENT_IF_GIVEN = ("top_p", "top_k", "min_p", *PENALTIES)
+"""Sampling parameters of a request, each under its own name."""
 
 
 def plan_batches(prompts: list[Prompt], batch_size: int) -> list[list[int]]:
@@ -142,52 +126,6 @@ def batch_seed(seed: int, batch: int) -> int:
     return random.Random(f"{seed}/{batch}").getrandbits(63)
 
 
-def json_line(value: dict) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
-
-
-def append_line(path: Path, value: dict) -> None:
-    """Append one JSON line; when it returns, the line is on disk."""
-    with path.open("ab") as file:
-        file.write(json_line(value))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def open_partial(path: Path, settings: dict) -> dict[int, Answer]:
-    """Answers that an earlier run left, by index; a torn last line is cut off the file.
-
-    The first line holds the settings of that run: ConfigError if they differ from `settings`.
-    Without an earlier run, the file is begun.
-    """
-    path.touch()
-    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-    lines = [line for _, line in read_jsonl(path)]
-    if not lines:
-        append_line(path, settings)
-        return {}
-    found = {name: lines[0].get(name) for name in settings}
-    changes = [f"{n} {found[n]!r} -> {settings[n]!r}" for n in settings if found[n] != settings[n]]
-    require(
-        not changes,
-        f"{path} was begun with other settings ({', '.join(changes)}); repeat the command that "
-        "began it, or delete it to start anew",
-    )
-    return {int(index): Answer(**answer) for line in lines[1:] for index, answer in line.items()}
-
-
-def write_responses(output: Path, prompts: list[Prompt], answers: dict[int, Answer]) -> None:
-    """Write the answered prompts in input order; `output` appears at once and whole."""
-    temporary = output.with_name(f"{output.name}.tmp")
-    with temporary.open("wb") as file:
-        for index, (record, _) in enumerate(prompts):
-            answer = answers[index]
-            turn = {"role": "assistant", "content": answer.content}
-            chat = {"messages": [*record["messages"], turn], "finish_reason": answer.finish_reason}
-            file.write(json_line({**record, **chat}))
-    os.replace(temporary, output)
-
-
 def load_pretrained(kind: Any, target: Path, **options: Any) -> Any:
     """`kind.from_pretrained` of the target's folder, whose own code is never run."""
     require(target.is_dir(), f"the target's folder {target} must exist and does not")
@@ -200,13 +138,10 @@ def load_pretrained(kind: Any, target: Path, **options: Any) -> Any:
 
 
 def generate_responses(args: argparse.Namespace) -> list[Answer]:
-    """Answer the prompts of `args.input` and write `args.output`."""
-    output = args.output
-    require(not output.exists(), f"{output} exists already; delete it or choose another --output")
+    """Answer the prompts of `args.input` with the target and write `args.output`."""
     tokenizer = load_pretrained(AutoTokenizer, args.target)
     prompts = read_prompts(args.input, ChatTemplate(tokenizer))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f"{output.name}.partial")
+    partial = partial_file(args.output)
     answers = open_partial(partial, run_settings(args, prompts))
 
     model = load_pretrained(AutoModelForCausalLM, args.target, dtype=args.dtype)
@@ -220,59 +155,161 @@ def generate_responses(args: argparse.Namespace) -> list[Answer]:
             batch = [prompts[index].input_ids for index in indices]
             made = answerer.answer(batch, batch_seed(args.seed, number))
             answers |= zip(indices, made, strict=True)
-            append_line(partial, {index: answers[index]._asdict() for index in indices})
+            append_answers(partial, {index: answers[index] for index in indices})
             progress.update(len(indices))
-    write_responses(output, prompts, answers)
+    write_responses(args.output, [prompt.record for prompt in prompts], answers)
     partial.unlink()
     return list(answers.values())
+
+
+def partial_file(output: Path) -> Path:
+    require(not output.exists(), f"{output} exists already; delete it or choose another --output")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    return output.with_name(f"{output.name}.partial")
 
 
 def run_settings(args: argparse.Namespace, prompts: list[Prompt]) -> dict:
     """All that decides the answers; a run is resumed with the same settings only."""
     digest = hashlib.sha256(json.dumps([prompt.record for prompt in prompts]).encode()).hexdigest()
+    if args.endpoint:  # which may be at another address by then
+        settings = {"model": args.model, "prompts_sha256": digest, "seed": args.seed}
+        return {**settings, **request_settings(args)}
     names = ("dtype", "temperature", "max_new_tokens", "batch_size", "seed")
     chosen = {name: getattr(args, name) for name in names}
     return {"target": str(args.target), "prompts_sha256": digest, **chosen}
 
 
+def ask_endpoint(args: argparse.Namespace) -> tuple[list[Answer], list[NoAnswer | None]]:
+    """Answer the prompts of `args.input` through an endpoint. The answers, and what became of the
+    other prompts: the failure, or None where none was asked.
+
+    `args.output` is written once all are answered, or all were asked and `args.leave_out_failed`.
+    """
+    prompts = read_prompts(args.input, None)
+    partial = partial_file(args.output)
+    endpoint = ChatEndpoint(
+        args.endpoint,
+        args.model,
+        os.environ.get(args.api_key_variable, ""),
+        args.timeout,
+        args.retries,
+        args.retry_delay,
+    )
+    endpoint.check()
+    answers = open_partial(partial, run_settings(args, prompts))
+    failures = dict.fromkeys(set(range(len(prompts))) - answers.keys())
+    sampling = request_settings(args)
+    bodies = (
+        (i, request_body(prompts[i].record, derived_seed("answer", args.seed, i), sampling))
+        for i in sorted(failures)
+    )
+    with tqdm(total=len(prompts), initial=len(answers), unit="answer") as progress:
+        for index, result in ask_all(endpoint, bodies, args.concurrency):
+            if isinstance(result, NoAnswer):
+                failures[index] = result
+                continue
+            del failures[index]
+            answers[index] = result
+            append_answers(partial, {index: result})
+            progress.update()
+    asked_all = None not in failures.values()
+    if not failures or (args.leave_out_failed and asked_all and answers):
+        write_responses(args.output, [prompt.record for prompt in prompts], answers)
+        partial.unlink()
+    return list(answers.values()), list(failures.values())
+
+
+def request_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The sampling parameters of every request."""
+    given = {name: getattr(args, name) for name in SENT_IF_GIVEN}
+    given = {name: value for name, value in given.items() if value is not None}
+    return {"temperature": args.temperature, "max_tokens": args.max_new_tokens, **given}
+
+
+def account(failures: list[NoAnswer | None], output: Path) -> str:
+    """What became of the prompts without an answer, and what to do."""
+    if output.exists():
+        return f"{describe_failures(failures)}\n{output} was written without them"
+    return (
+        f"{describe_failures(failures)}\n"
+        f"the answers are kept in {output}.partial: the same command asks for the others again, "
+        "and with --leave-out-failed writes the output without them"
+    )
+
+
 def summary(answers: list[Answer]) -> str:
     """One line on how long the answers are and how many were cut."""
     count, cut = len(answers), sum(answer.finish_reason == "length" for answer in answers)
-    tokens = sum(answer.tokens for answer in answers) / count
-    return f"{count} answers, {tokens:.1f} tokens on average, {cut} cut ({cut / count:.1%})"
+    tokens = sum(answer.tokens for answer in answers) / max(count, 1)
+    share = cut / max(count, 1)
+    return f"{count} answers, {tokens:.1f} tokens on average, {cut} cut ({share:.1%})"
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Answer prompts with a target model.")
     add = parser.add_argument
-    add("--target", type=Path, required=True, help="Hugging Face model folder")
+    who = parser.add_mutually_exclusive_group(required=True)
+    who.add_argument("--target", type=Path, help="Hugging Face model folder, answering here")
+    who.add_argument("--endpoint", help="URL of a server, such as http://localhost:8000/v1")
     add("--input", type=Path, required=True, help="prompts, JSONL")
     add("--output", type=Path, required=True, help="prompts with answers, JSONL")
     add("--temperature", type=float, default=1.0, help="divides the logits; 0: greedy")
     add("--max-new-tokens", type=int, default=256, help="cut an answer there; counts end of turn")
-    add("--batch-size", type=int, default=16, help="prompts answered at once")
     add("--seed", type=int, default=0, help="of the random numbers; each batch has its own")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: as saved")
+    here = parser.add_argument_group("with --target").add_argument
+    here("--batch-size", type=int, default=16, help="prompts answered at once")
+    here("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: as saved")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", default=device, help="default: cuda if there is a GPU, else cpu")
+    here("--device", default=device, help="default: cuda if there is a GPU, else cpu")
+    add_endpoint_arguments(parser.add_argument_group("with --endpoint").add_argument)
     return parser.parse_args(argv)
 
 
-def check_ranges(args: argparse.Namespace) -> None:
-    for name, least in (("temperature", 0), ("max_new_tokens", 1), ("batch_size", 1)):
+def add_endpoint_arguments(add: Callable[..., Any]) -> None:
+    add("--model", default="", help="the name by which the server knows the target")
+    add("--concurrency", type=int, default=16, help="requests at one time")
+    add("--timeout", type=float, default=600, help="seconds that the server may be silent")
+    add("--retries", type=int, default=5, help="after a 429, 5xx, timeout or broken connection")
+    add("--retry-delay", type=float, default=1, help="seconds before the first; doubled each time")
+    add("--api-key-variable", default="OPENAI_API_KEY", help="environment variable with the key")
+    add("--leave-out-failed", action="store_true", help="write the output without failed prompts")
+    for name in SENT_IF_GIVEN:
+        kind = int if name == "top_k" else float
+        add(f"--{name.replace('_', '-')}", type=kind, help="sent if given")
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    least = {"temperature": 0, "max_new_tokens": 1, "batch_size": 1}
+    least |= {"concurrency": 1, "timeout": 0.001, "retries": 0, "retry_delay": 0}
+    for name, bound in least.items():
         value = getattr(args, name)
-        require(least <= value < math.inf, f"{name} must be finite and >= {least}, not {value}")
+        require(bound <= value < math.inf, f"{name} must be finite and >= {bound}, not {value}")
+    if args.endpoint is None:
+        sent = [name for name in SENT_IF_GIVEN if getattr(args, name) is not None]
+        require(not sent, f"{', '.join(sent)} need --endpoint; --target samples the plain softmax")
+        return
+    require(
+        args.endpoint.startswith(("http://", "https://")) and bool(args.model),
+        f"--endpoint ({args.endpoint}) must be a URL, such as http://localhost:8000/v1, and "
+        f"--model ({args.model!r}) the name of what it serves",
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
-        check_ranges(args)
-        print(summary(generate_responses(args)))
+        check_arguments(args)
+        if args.endpoint is None:
+            answers, failures = generate_responses(args), []
+        else:
+            answers, failures = ask_endpoint(args)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    print(summary(answers))
+    if failures:
+        print(account(failures, args.output), file=sys.stderr)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -2,16 +2,21 @@
 
 Two ways to know the assistant's tokens. A template with `{% generation %}` says so itself (unless
 the tokenizer trims spaces). Any other is rendered turn by turn: what the assistant's turn adds to
-the text is the assistant's.
+the text is the assistant's. Where such a template renders earlier turns differently when more
+follows (some drop old reasoning), a chat becomes several samples, each as the target saw it.
 """
 
 import os
 import re
 from itertools import groupby
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from dspark_megatron.config import ConfigError, require
+from dspark_megatron.config import ConfigError
+from dspark_megatron.data.chats import Chat
+from dspark_megatron.data.reasoning import ReasoningMask
+from dspark_megatron.data.tokens import Span, check_offsets, tokenize, tokens_inside
 
 GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 WAY_OUT = (
@@ -20,18 +25,27 @@ WAY_OUT = (
 )
 
 
+class Rendered(NamedTuple):
+    """A chat up to an assistant turn, as text."""
+
+    text: str
+    answers: list[Span]
+    """Where the assistant wrote it."""
+
+
 class ChatTemplate:
     """A tokenizer's chat template, inspected once.
 
+    `reasoning`: takes reasoning out of what is to be learnt; null: it stays.
     Raises ConfigError for a tokenizer without a template or without character offsets.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        require(
-            tokenizer.is_fast,
-            f"{type(tokenizer).__name__} gives no character offsets; use a fast tokenizer "
-            "(tokenizer.json); training lines may have input_ids and loss_mask instead",
-        )
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        reasoning: ReasoningMask | None = None,
+    ) -> None:
+        check_offsets(tokenizer)
         try:
             template = tokenizer.get_chat_template()
         except ValueError as error:
@@ -40,71 +54,97 @@ class ChatTemplate:
                 "target's folder; training lines may have input_ids and loss_mask instead"
             ) from error
         self._tokenizer = tokenizer
+        self._reasoning = reasoning
         marked = GENERATION_TAG.search(template) is not None
         self._marks_generation = marked and not _trims_spaces(tokenizer)
         added = tokenizer.added_tokens_decoder.items()
         self._special_ids = {i for i, token in added if token.special}
         self._special_ids.update(tokenizer.all_special_ids)
 
-    def render(self, messages: list[dict], *, add_generation_prompt: bool = False) -> str:
-        """The chat as text. ConfigError when the template refuses it."""
+    def render(
+        self,
+        messages: list[dict],
+        options: dict[str, Any] | None = None,
+        *,
+        add_generation_prompt: bool = False,
+    ) -> str:
+        """The chat as text; `options` go to the template. ConfigError when it refuses the chat."""
+        options = {**(options or {}), "add_generation_prompt": add_generation_prompt}
         try:
-            return self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
+            return self._tokenizer.apply_chat_template(messages, tokenize=False, **options)
         except Exception as error:  # a template is foreign code and may raise anything
             raise _template_error(error) from error
 
-    def tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    def tokenize(self, text: str) -> tuple[list[int], list[Span]]:
         """Ids and character ranges of a rendered chat: [s] and [s] pairs."""
-        try:
-            encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        except TypeError as error:  # the tokenizer's answer to a lone surrogate
-            raise ConfigError(f"the text is not valid Unicode: {error}") from error
-        return encoded["input_ids"], encoded["offset_mapping"]
+        return tokenize(self._tokenizer, text)
 
-    def encode(
-        self, messages: list[dict], *, cut_short: bool = False
-    ) -> tuple[list[int], list[bool]]:
-        """Ids of the rendered chat and whether the assistant wrote them: [s] and [s].
+    def encode(self, chat: Chat) -> list[tuple[list[int], list[bool]]]:
+        """Ids of the rendered chat and whether the assistant wrote them, to be learnt: [s] and [s];
+        several where the template rewrites earlier turns, each up to another assistant turn.
 
         The end-of-turn token counts as written, but not that of a last answer that was cut short;
-        white space that the template puts after it does not. Raises ConfigError for a template
-        that rewrites earlier turns.
+        white space that the template puts after it does not.
         """
-        if self._marks_generation:
-            token_ids, mask = self._encode_marked(messages)
-        else:
-            text = self.render(messages)
-            token_ids, offsets = self.tokenize(text)
-            mask = _tokens_inside(offsets, self._assistant_spans(messages, text), len(text))
+        if self._marks_generation and not chat.given:
+            return [self._finished(*self._encode_marked(chat), chat.cut_short)]
+        parts = self._assistant_parts(chat)
+        last = len(parts) - 1
+        return [
+            self._finished(*self._encode_part(part), chat.cut_short and i == last)
+            for i, part in enumerate(parts)
+        ]
+
+    def _encode_part(self, part: Rendered) -> tuple[list[int], list[bool]]:
+        token_ids, offsets = self.tokenize(part.text)
+        mask = tokens_inside(offsets, part.answers, len(part.text))
+        return token_ids, self._without_reasoning(part.text, offsets, mask)
+
+    def _encode_marked(self, chat: Chat) -> tuple[list[int], list[bool]]:
+        try:
+            encoded = self._tokenizer.apply_chat_template(
+                chat.messages,
+                tokenize=True,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+                **chat.template_options,
+            )
+        except Exception as error:
+            raise _template_error(error) from error
+        mask = [bool(written) for written in encoded["assistant_masks"]]
+        if self._reasoning is not None:
+            text = self.render(chat.messages, chat.template_options)
+            mask = self._without_reasoning(text, self.tokenize(text)[1], mask)
+        return encoded["input_ids"], mask
+
+    def _without_reasoning(self, text: str, offsets: list[Span], mask: list[bool]) -> list[bool]:
+        return mask if self._reasoning is None else self._reasoning.hide(text, offsets, mask)
+
+    def _finished(
+        self, token_ids: list[int], mask: list[bool], cut_short: bool
+    ) -> tuple[list[int], list[bool]]:
         mask = self._without_space_after_end_of_turn(token_ids, mask)
         if cut_short and any(mask):
             last = len(mask) - 1 - mask[::-1].index(True)
             mask[last] = token_ids[last] not in self._special_ids
         return token_ids, mask
 
-    def _encode_marked(self, messages: list[dict]) -> tuple[list[int], list[bool]]:
-        try:
-            encoded = self._tokenizer.apply_chat_template(
-                messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-            )
-        except Exception as error:
-            raise _template_error(error) from error
-        return encoded["input_ids"], [bool(written) for written in encoded["assistant_masks"]]
-
-    def _assistant_spans(self, messages: list[dict], text: str) -> list[tuple[int, int]]:
-        """Half-open character ranges of `text` (all of `messages`), one per assistant turn."""
-        spans = []
-        for turn, message in enumerate(messages):
-            if message["role"] == "assistant":
-                before = self.render(messages[:turn], add_generation_prompt=True)
-                last = turn + 1 == len(messages)
-                after = text if last else self.render(messages[: turn + 1])
-                _check_nested(before, after, turn)
-                _check_nested(after, text, turn)
-                spans.append((len(before), len(after)))
-        return spans
+    def _assistant_parts(self, chat: Chat) -> list[Rendered]:
+        """The chat up to its last assistant turn to be learnt, in one part while each turn adds
+        to the text of the one before. ConfigError where a turn does not add to its own prompt."""
+        messages, options = chat.messages, chat.template_options
+        parts: list[Rendered] = []
+        for turn in range(chat.given, len(messages)):
+            if messages[turn]["role"] != "assistant":
+                continue
+            before = self.render(messages[:turn], options, add_generation_prompt=True)
+            after = self.render(messages[: turn + 1], options)
+            _check_nested(before, after, turn)
+            earlier = []
+            if parts and before.startswith(parts[-1].text):
+                earlier = parts.pop().answers
+            parts.append(Rendered(after, [*earlier, (len(before), len(after))]))
+        return parts
 
     def _without_space_after_end_of_turn(
         self, token_ids: list[int], mask: list[bool]
@@ -130,31 +170,14 @@ def _trims_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
     return sum(end - start for start, end in encoded["offset_mapping"]) < 3
 
 
-def _tokens_inside(
-    offsets: list[tuple[int, int]], spans: list[tuple[int, int]], text_length: int
-) -> list[bool]:
-    """Whether each token starts inside a span of the text. [s] pairs -> [s]."""
-    inside = bytearray(text_length)
-    for first, last in spans:
-        inside[first:last] = b"\x01" * (last - first)
-    mask = []
-    for start, end in offsets:
-        # Byte-level tokenizers may trim spaces off their ranges: a token of nothing but spaces
-        # then has the empty range at its own end, and its last character is the one before.
-        position = start if end > start else start - 1
-        mask.append(position >= 0 and bool(inside[position]))
-    return mask
-
-
-def _check_nested(shorter: str, longer: str, turn: int) -> None:
-    if longer.startswith(shorter):
+def _check_nested(before: str, after: str, turn: int) -> None:
+    if after.startswith(before):
         return
-    same = len(os.path.commonprefix([shorter, longer]))
+    same = len(os.path.commonprefix([before, after]))
     raise ConfigError(
-        f"the chat template renders the turns up to message {turn} (assistant) differently when "
-        f"more follows: {shorter[same:][:40]!r} against {longer[same:][:40]!r} after "
-        f"{same} equal characters. It rewrites earlier turns (some drop old reasoning), so the "
-        f"assistant's tokens cannot be found by comparing; {WAY_OUT}"
+        f"the chat template renders message {turn} (assistant) otherwise than its own prompt for "
+        f"it: {before[same:][:40]!r} against {after[same:][:40]!r} after {same} equal characters, "
+        f"so the assistant's tokens cannot be found by comparing; {WAY_OUT}"
     )
 
 

@@ -1,4 +1,4 @@
-"""One record of a training file to token ids and the mask of the tokens to learn.
+"""One line of a training file to token ids and the mask of the tokens to learn.
 
 Shapes: s tokens of one sample.
 """
@@ -12,6 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from dspark_megatron.config import ConfigError, require
 from dspark_megatron.data.chat_template import WAY_OUT, ChatTemplate
+from dspark_megatron.data.chats import chat_of, is_cut_short, shown
+from dspark_megatron.data.reasoning import ReasoningMask
+from dspark_megatron.data.tokens import check_offsets, tokenize, tokens_inside
+
+FORMS = ("messages", "conversations", "completion", "input_ids")
+"""The key that tells a line's form; a line has exactly one of them."""
 
 
 class Sample(NamedTuple):
@@ -27,56 +33,95 @@ class ConversationEncoder:
     """Turns records into samples for one tokenizer and one target.
 
     `vocab_size`: rows of the target's embedding; every id must be below it.
+    `reasoning_tags`: reasoning of answers between these is not learnt; null: it is.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        vocab_size: int,
+        reasoning_tags: tuple[str, str] | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
+        self.reasoning = ReasoningMask(*reasoning_tags) if reasoning_tags else None
 
-    def encode(self, record: dict) -> Sample:
-        """`{"messages": [...]}` or `{"input_ids": [...], "loss_mask": [...]}` to a Sample.
+    def encode(self, record: dict) -> list[Sample]:
+        """The samples of a line in one of the forms of docs/training.md: one, or as many as a chat
+        template that rewrites earlier turns makes of a chat.
 
-        `"finish_reason": "length"` says that the last answer was cut short, so its end-of-turn
-        token is not to be learnt. Other keys are ignored. Raises ConfigError (without the line)
-        for a record of neither form or of both, malformed parts, ids outside the vocabulary, a
-        chat without an assistant turn, and a chat template that does not tell the assistant's
-        tokens.
+        `"finish_reason": "length"` says that the last answer was cut short, so its end is not to
+        be learnt. Other keys are ignored. Raises ConfigError (without the line) for a record of
+        none of the forms or of several, malformed parts, ids outside the vocabulary, a chat
+        without an assistant turn, and a chat template that does not tell the assistant's tokens.
         """
+        forms = [key for key in FORMS if key in record]
         require(
-            ("messages" in record) != ("input_ids" in record),
-            'a line must have either "messages" or "input_ids" with "loss_mask"; '
-            f"it has the keys {sorted(record)}",
+            len(forms) == 1,
+            'a line must have one of "messages", "conversations", "completion" with "prompt", and '
+            f'"input_ids" with "loss_mask"; it has the keys {sorted(record)}',
         )
-        if "messages" in record:
-            cut_short = record.get("finish_reason") == "length"
-            token_ids, mask = self._encode_chat(record["messages"], cut_short)
+        if forms == ["input_ids"]:
+            encodings = [_checked_tokens(record)]
+        elif forms == ["completion"] and _is_text(record):
+            encodings = [self._encode_text(record)]
         else:
-            token_ids, mask = _checked_tokens(record)
-        self._check_vocabulary(token_ids)
-        return Sample(
-            torch.tensor(token_ids, dtype=torch.int64), torch.tensor(mask, dtype=torch.bool)
-        )
+            encodings = self._encode_chat(record)
+        return [self._sample(token_ids, mask) for token_ids, mask in encodings]
+
+    def encode_document(self, token_ids: Tensor) -> Sample:
+        """A document of an indexed dataset, [s] int64; every token may be learnt."""
+        outside = (token_ids < 0) | (token_ids >= self._vocab_size)
+        self._check_vocabulary(token_ids[outside].tolist())
+        return Sample(token_ids, torch.ones(len(token_ids), dtype=torch.bool))
 
     @cached_property
     def _template(self) -> ChatTemplate:
         """Made at the first chat: a file of ids needs no template."""
-        return ChatTemplate(self._tokenizer)
+        return ChatTemplate(self._tokenizer, self.reasoning)
 
-    def _encode_chat(self, messages: object, cut_short: bool) -> tuple[list[int], list[bool]]:
-        messages = checked_messages(messages)
-        roles = [message["role"] for message in messages]
+    def _encode_chat(self, record: dict) -> list[tuple[list[int], list[bool]]]:
+        chat = chat_of(record)
+        roles = [message["role"] for message in chat.messages[chat.given :]]
         require(
             "assistant" in roles,
             f'no message has the role "assistant" (roles: {", ".join(roles)}), so there is '
             "nothing to learn; answer the prompts first, or remove the line",
         )
-        token_ids, mask = self._template.encode(messages, cut_short=cut_short)
+        encodings = self._template.encode(chat)
+        marks = [sum(mask) for _, mask in encodings]
         require(
-            any(mask),
+            any(marks) or self.reasoning is not None,
             f"the chat has an assistant turn, but the chat template marks none of its "
-            f"{len(token_ids)} tokens as the assistant's; {WAY_OUT}",
+            f"{len(encodings[0][0])} tokens as the assistant's; {WAY_OUT}",
         )
-        return token_ids, mask
+        return encodings
+
+    def _encode_text(self, record: dict) -> tuple[list[int], list[bool]]:
+        """Prompt and completion as they are, as TRL does: no template, but the special tokens that
+        the tokenizer adds to a text, and its eos token at the end of the completion."""
+        check_offsets(self._tokenizer)
+        eos, cut_short = self._tokenizer.eos_token_id, is_cut_short(record)
+        require(
+            eos is not None or cut_short,
+            "a completion ends with the tokenizer's eos token, and it has none; set eos_token in "
+            "tokenizer_config.json, or give lines with input_ids and loss_mask",
+        )
+        prompt, text = record["prompt"], record["prompt"] + record["completion"]
+        token_ids, offsets = tokenize(self._tokenizer, text, add_special_tokens=True)
+        mask = tokens_inside(offsets, [(len(prompt), len(text))], len(text))
+        if self.reasoning is not None:
+            mask = self.reasoning.hide(text, offsets, mask)
+        if token_ids[-1:] == [eos]:  # written out in the completion, or added by the tokenizer
+            token_ids, mask = token_ids[:-1], mask[:-1]
+        end = [] if cut_short else [eos]
+        return token_ids + end, mask + [True] * len(end)
+
+    def _sample(self, token_ids: list[int], mask: list[bool]) -> Sample:
+        self._check_vocabulary(token_ids)
+        return Sample(
+            torch.tensor(token_ids, dtype=torch.int64), torch.tensor(mask, dtype=torch.bool)
+        )
 
     def _check_vocabulary(self, token_ids: list[int]) -> None:
         outside = [i for i in token_ids if not 0 <= i < self._vocab_size]
@@ -87,42 +132,29 @@ class ConversationEncoder:
         )
 
 
-def checked_messages(messages: object) -> list[dict]:
-    """`messages` itself, if it is a chat: a non-empty list of objects, each with a string `role`
-    and a `content` that is a string or a list of parts. ConfigError otherwise."""
+def _is_text(record: dict) -> bool:
+    """Whether prompt and completion are strings, not lists of messages. ConfigError for a mixture
+    or anything else."""
+    kinds = {type(record.get(name)) for name in ("prompt", "completion")}
     require(
-        isinstance(messages, list) and bool(messages),
-        f'"messages" must be a list of at least one message, not {_shown(messages)}',
+        kinds in ({str}, {list}),
+        '"prompt" and "completion" must be two strings or two lists of messages, not '
+        f"{shown(record.get('prompt'))} and {shown(record['completion'])}",
     )
-    for position, message in enumerate(messages):
-        require(
-            isinstance(message, dict) and isinstance(message.get("role"), str),
-            f'message {position} must be an object with a string "role", not {_shown(message)}',
-        )
-        require(
-            isinstance(message.get("content"), str | list),
-            f'message {position} ({message["role"]}) must have a "content" that is a string '
-            f"or a list of parts, not {_shown(message.get('content'))}",
-        )
-    return messages
+    return kinds == {str}
 
 
 def _checked_tokens(record: dict) -> tuple[list[int], list[bool]]:
     token_ids, mask = record["input_ids"], record.get("loss_mask")
     for name, values in (("input_ids", token_ids), ("loss_mask", mask)):
-        require(isinstance(values, list), f'"{name}" must be a list, not {_shown(values)}')
+        require(isinstance(values, list), f'"{name}" must be a list, not {shown(values)}')
     require(
         len(token_ids) == len(mask),
         f'"input_ids" ({len(token_ids)}) and "loss_mask" ({len(mask)}) must be equally long',
     )
     for position, (token_id, learn) in enumerate(zip(token_ids, mask, strict=True)):
         if type(token_id) is not int:
-            raise ConfigError(f"input_ids[{position}] must be an integer, not {_shown(token_id)}")
+            raise ConfigError(f"input_ids[{position}] must be an integer, not {shown(token_id)}")
         if learn not in (0, 1):
-            raise ConfigError(f"loss_mask[{position}] must be 0 or 1, not {_shown(learn)}")
+            raise ConfigError(f"loss_mask[{position}] must be 0 or 1, not {shown(learn)}")
     return token_ids, mask
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."

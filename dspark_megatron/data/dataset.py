@@ -5,6 +5,7 @@ Shapes: n kept samples, t tokens of all of them, s tokens of one.
 
 import hashlib
 from array import array
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,8 +16,27 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dspark_megatron.config import ConfigError
+from dspark_megatron.data.blend import Shares, share_out
 from dspark_megatron.data.conversation import ConversationEncoder, Sample
 from dspark_megatron.data.jsonl import errors_at, read_jsonl
+from dspark_megatron.data.sources import DataFile, find_files
+
+ReadIndexed = Callable[[Path], Iterable[Tensor]]
+"""The documents of a Megatron indexed dataset by its prefix, each [s] int64."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRules:
+    """What becomes of a sample after its tokens are known."""
+
+    max_length: int
+    """Tokens kept of a sample."""
+    min_loss_tokens: int
+    """Supervised tokens that it needs then."""
+    has_block: Callable[[Tensor], bool]
+    """Whether a loss mask [s] has an anchor with something to learn."""
+    reasoning_tags: tuple[str, str] | None = None
+    """Reasoning of answers between these is not learnt; null: it is."""
 
 
 @dataclass(kw_only=True)
@@ -27,13 +47,17 @@ class DropReport:
     too_few_loss_tokens: int = 0
     """Dropped: fewer supervised tokens than asked for, after truncation."""
     no_anchor: int = 0
-    """Dropped: enough of them, but no two are adjacent."""
+    """Dropped: enough of them, but no anchor has any to learn."""
     truncated: int = 0
     """Cut to the largest length; kept or dropped afterwards."""
     total_tokens: int = 0
     """Of the kept samples."""
     loss_tokens: int = 0
     """Supervised tokens of the kept samples."""
+    split_chats: int = 0
+    """Chats that became several samples, since the chat template rewrites earlier turns."""
+    reasoning_tokens: int | None = None
+    """Tokens of reasoning that are not learnt, before truncation; null: it is learnt."""
 
     @property
     def read(self) -> int:
@@ -41,11 +65,15 @@ class DropReport:
 
     def describe(self) -> str:
         """All counts in one line."""
+        split = f"; {self.split_chats:,} chats were split by turns" if self.split_chats else ""
+        hidden = ""
+        if self.reasoning_tokens is not None:
+            hidden = f"; {self.reasoning_tokens:,} tokens of reasoning are not learnt"
         return (
             f"data: kept {self.kept:,} of {self.read:,} samples with {self.total_tokens:,} tokens, "
             f"{self.loss_tokens:,} of them supervised; dropped {self.too_few_loss_tokens:,} with "
             f"too few supervised tokens and {self.no_anchor:,} without an anchor; "
-            f"cut {self.truncated:,} to the largest length"
+            f"cut {self.truncated:,} to the largest length{split}{hidden}"
         )
 
 
@@ -53,12 +81,18 @@ class ConversationDataset:
     """Samples by index, in the order of the files."""
 
     def __init__(
-        self, token_ids: Tensor, loss_mask: Tensor, offsets: Tensor, report: DropReport
+        self,
+        token_ids: Tensor,
+        loss_mask: Tensor,
+        offsets: Tensor,
+        report: DropReport,
+        shares: Shares | None = None,
     ) -> None:
         """token_ids: [t] int32. loss_mask: [t] bool. offsets: [n + 1] int64; sample i is the
-        half-open range from offsets[i] to offsets[i + 1]."""
+        half-open range from offsets[i] to offsets[i + 1]. shares: of the sources, if not each
+        sample comes once an epoch."""
         self._token_ids, self._loss_mask, self._offsets = token_ids, loss_mask, offsets
-        self.report = report
+        self.report, self.shares = report, shares
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -72,73 +106,85 @@ class ConversationDataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hexadecimal) of all samples and their order; equal means the same data."""
+        """SHA-256 (hexadecimal) of all samples, their order and the shares of their sources; equal
+        means the same data."""
         digest = hashlib.sha256()
         for tensor in (self._offsets, self._token_ids, self._loss_mask):
             digest.update(tensor.numpy())
+        if self.shares is not None:
+            digest.update(repr(tuple(map(tuple, self.shares))).encode())
         return digest.hexdigest()
 
 
 def load_samples(
-    files: list[str] | list[Path],
+    entries: list[str] | list[Path],
     tokenizer: PreTrainedTokenizerBase,
     vocab_size: int,
-    max_length: int,
-    min_loss_tokens: int,
+    rules: SampleRules,
+    *,
+    weights: list[float] | None = None,
+    read_indexed: ReadIndexed | None = None,
     show_progress: bool = False,
 ) -> ConversationDataset:
-    """Tokenize all files, cut each sample to `max_length` tokens and drop what cannot be trained
-    on: fewer than `min_loss_tokens` supervised tokens are left, or no two adjacent ones.
+    """Tokenize all files of all entries, cut each sample to the largest length and drop what cannot
+    be trained on: it has too few supervised tokens left, or no anchor.
 
+    `weights`: shares of an epoch that the entries fill; null: every sample comes once an epoch.
+    `read_indexed`: how to read indexed datasets; null: there must be none.
     Raises ConfigError for a malformed line (naming `file:line`) and when no sample is kept.
     """
-    encoder = ConversationEncoder(tokenizer, vocab_size)
-    packed = _PackedSamples()
-    report = DropReport()
-    for path in files:
-        lines = tqdm(
-            read_jsonl(path), desc=Path(path).name, unit=" samples", disable=not show_progress
-        )
-        for number, record in lines:
-            with errors_at(path, number):
-                sample = encoder.encode(record)
-            report.truncated += len(sample.input_ids) > max_length
-            sample = Sample(sample.input_ids[:max_length], sample.loss_mask[:max_length])
-            if _count(sample, min_loss_tokens, report):
-                packed.append(sample)
+    files = [find_files(entry) for entry in entries]  # a missing one is known before the work
+    encoder = ConversationEncoder(tokenizer, vocab_size, rules.reasoning_tags)
+    packed, report, sizes = _PackedSamples(), DropReport(), []
+    for group in files:
+        kept_before = report.kept
+        for file in group:
+            for samples in _read(file, encoder, read_indexed, show_progress):
+                report.split_chats += len(samples) > 1
+                for sample in samples:
+                    packed.add(sample, rules, report)
+        sizes.append(report.kept - kept_before)
+    if encoder.reasoning is not None:
+        report.reasoning_tokens = encoder.reasoning.hidden_tokens
     if not report.kept:
-        raise _nothing_kept(files, report, max_length, min_loss_tokens)
-    return packed.dataset(report)
+        raise _nothing_kept(entries, report, rules)
+    names = [str(entry) for entry in entries]
+    return packed.dataset(report, share_out(names, sizes, weights) if weights else None)
 
 
-def _count(sample: Sample, min_loss_tokens: int, report: DropReport) -> bool:
-    """Whether the sample is kept; adds it to the report."""
-    mask = sample.loss_mask
-    loss_tokens = int(mask.sum())
-    if loss_tokens < min_loss_tokens:
-        report.too_few_loss_tokens += 1
-        return False
-    if not (mask[:-1] & mask[1:]).any():
-        report.no_anchor += 1
-        return False
-    report.kept += 1
-    report.total_tokens += len(mask)
-    report.loss_tokens += loss_tokens
-    return True
+def _read(
+    file: DataFile,
+    encoder: ConversationEncoder,
+    read_indexed: ReadIndexed | None,
+    show_progress: bool,
+) -> Iterator[list[Sample]]:
+    """The samples of each line or document of a file."""
+    shown = {"desc": file.path.name, "unit": " samples", "disable": not show_progress}
+    if file.indexed:
+        assert read_indexed is not None, f"no reader for the indexed dataset {file.path}"
+        for number, token_ids in enumerate(tqdm(read_indexed(file.path), **shown)):
+            with errors_at(file.path, number):  # documents have no lines: their number, from 0
+                samples = [encoder.encode_document(token_ids)]
+            yield samples
+        return
+    for number, record in tqdm(read_jsonl(file.path), **shown):
+        with errors_at(file.path, number):
+            samples = encoder.encode(record)
+        yield samples
 
 
 def _nothing_kept(
-    files: list[str] | list[Path], report: DropReport, max_length: int, min_loss_tokens: int
+    entries: list[str] | list[Path], report: DropReport, rules: SampleRules
 ) -> ConfigError:
-    names = ", ".join(str(path) for path in files)
+    names = ", ".join(map(str, entries))
     if not report.read:
         return ConfigError(f"no samples in {names}: the files have no lines")
     return ConfigError(
         f"all {report.read:,} samples of {names} were dropped: {report.too_few_loss_tokens:,} "
-        f"have fewer than data.min_loss_tokens ({min_loss_tokens}) supervised tokens within "
-        f"data.max_length ({max_length}), {report.no_anchor:,} have no two adjacent ones; "
-        f"{report.truncated:,} were longer than data.max_length. Raise data.max_length, lower "
-        "data.min_loss_tokens, or give longer answers"
+        f"have fewer than data.min_loss_tokens ({rules.min_loss_tokens}) supervised tokens within "
+        f"data.max_length ({rules.max_length}), {report.no_anchor:,} have no anchor (two adjacent "
+        f"ones, by default); {report.truncated:,} were longer than data.max_length. Raise "
+        "data.max_length, lower data.min_loss_tokens, or give longer answers"
     )
 
 
@@ -150,15 +196,31 @@ class _PackedSamples:
         self._loss_mask = bytearray()
         self._offsets = array("q", [0])
 
-    def append(self, sample: Sample) -> None:
+    def add(self, sample: Sample, rules: SampleRules, report: DropReport) -> None:
+        """Cut the sample, and keep or drop it; the report says which."""
+        report.truncated += len(sample.input_ids) > rules.max_length
+        sample = Sample(*(part[: rules.max_length] for part in sample))
+        loss_tokens = int(sample.loss_mask.sum())
+        if loss_tokens < rules.min_loss_tokens:
+            report.too_few_loss_tokens += 1
+        elif not rules.has_block(sample.loss_mask):
+            report.no_anchor += 1
+        else:
+            report.kept += 1
+            report.total_tokens += len(sample.loss_mask)
+            report.loss_tokens += loss_tokens
+            self._append(sample)
+
+    def _append(self, sample: Sample) -> None:
         self._token_ids.frombytes(sample.input_ids.int().numpy().tobytes())
         self._loss_mask += sample.loss_mask.numpy().tobytes()
         self._offsets.append(len(self._loss_mask))
 
-    def dataset(self, report: DropReport) -> ConversationDataset:
+    def dataset(self, report: DropReport, shares: Shares | None) -> ConversationDataset:
         return ConversationDataset(
             torch.frombuffer(self._token_ids, dtype=torch.int32),
             torch.frombuffer(self._loss_mask, dtype=torch.bool),
             torch.frombuffer(self._offsets, dtype=torch.int64),
             report,
+            shares,
         )

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dspark_megatron.config import ConfigError, require
 from dspark_megatron.data.chat_template import ChatTemplate
-from dspark_megatron.data.conversation import checked_messages
+from dspark_megatron.data.chats import checked_messages, template_options
 from dspark_megatron.data.jsonl import errors_at, read_jsonl
 
 
@@ -37,7 +37,8 @@ def load_prompts(
     prompts = []
     for number, record in islice(read_jsonl(path), max_prompts):
         with errors_at(path, number):
-            text = template.render(_prompt_messages(record), add_generation_prompt=True)
+            messages, options = _prompt_messages(record), template_options(record)
+            text = template.render(messages, options, add_generation_prompt=True)
             input_ids, _ = template.tokenize(text)
             require(
                 len(input_ids) <= max_prompt_length,

@@ -4,6 +4,7 @@ Position p of a run is sample p % num_samples of epoch p // num_samples, in that
 layout only decides which rank takes which position, as Megatron does.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -25,8 +26,13 @@ class SampleRef(NamedTuple):
 @lru_cache(maxsize=2)  # a step may cross from one epoch into the next
 def epoch_order(num_samples: int, seed: int, epoch: int) -> Tensor:
     """The permutation of an epoch: [num_samples] int64. Shared: do not change it."""
-    generator = torch.Generator().manual_seed(derived_seed("order", seed, epoch))
-    return torch.randperm(num_samples, generator=generator)
+    return permutation(num_samples, "order", seed, epoch)
+
+
+def permutation(size: int, *seed_parts: object) -> Tensor:
+    """[size] int64, a function of the parts of its seed alone."""
+    generator = torch.Generator().manual_seed(derived_seed(*seed_parts))
+    return torch.randperm(size, generator=generator)
 
 
 def sample_at(position: int, num_samples: int, seed: int) -> SampleRef:
@@ -68,10 +74,13 @@ class StepSampler:
         micro_batch_size: int,
         dp_rank: int,
         dp_size: int,
+        blend: Callable[[SampleRef], SampleRef] | None = None,
     ) -> None:
+        """blend: the sample that a place of an epoch stands for; null: that of its number."""
         self._num_samples, self._seed = num_samples, seed
         self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
         self._dp_rank, self._dp_size = dp_rank, dp_size
+        self._blend = blend
 
     def micro_batches(self, consumed_samples: int) -> list[list[SampleRef]]:
         """The step that starts after `consumed_samples` (of all ranks together):
@@ -79,4 +88,6 @@ class StepSampler:
         batch = global_batch(
             consumed_samples, self._global_batch_size, self._num_samples, self._seed
         )
+        if self._blend is not None:
+            batch = [self._blend(place) for place in batch]
         return micro_batches(batch, self._micro_batch_size, self._dp_rank, self._dp_size)

@@ -119,6 +119,15 @@ def anchor_candidates(loss_mask: Tensor, rules: BlockRules = DEFAULT_RULES) -> T
     return allowed.nonzero().flatten()
 
 
+def has_block(loss_mask: Tensor, block_size: int, rules: BlockRules = DEFAULT_RULES) -> bool:
+    """Whether some candidate of a sample starts a block with a supervised slot. [s] bool."""
+    anchors = anchor_candidates(loss_mask, rules)
+    if rules.anchor_rule == "label" or not len(anchors):
+        return len(anchors) > 0  # slot 0 is supervised wherever both its tokens are in the mask
+    ids = torch.zeros_like(loss_mask, dtype=torch.int64)
+    return len(_sample_blocks(ids, loss_mask, anchors, block_size, rules)[0]) > 0
+
+
 def anchor_seed(seed: int, epoch: int, sample_index: int) -> int:
     """The seed of one use of a sample."""
     return derived_seed("anchors", seed, epoch, sample_index)

@@ -5,12 +5,14 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from dspark_megatron.data.dataset import ConversationDataset, load_samples
+from dspark_megatron.data.dataset import ConversationDataset
+from dspark_megatron.data.sources import check_apart
 from dspark_megatron.evaluation.estimate import EstimateSettings, estimate_acceptance
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.targets.base import Target
 from dspark_megatron.training.checkpointing import BestEstimate, RunState
 from dspark_megatron.training.reporter import Reporter
+from dspark_megatron.training.run_data import load_run_data
 from dspark_megatron.training.runtime import Runtime
 from dspark_megatron.training.setup import RunPlan
 
@@ -36,14 +38,9 @@ class HeldOut:
         config = plan.config
         if config.evaluate.every is None:
             return None
-        dataset = load_samples(
-            config.evaluate.heldout_files,
-            plan.tokenizer,
-            vocab_size=plan.shape.vocab_size,
-            max_length=config.data.max_length,
-            min_loss_tokens=config.min_loss_tokens,
-            show_progress=runtime.is_main,
-        )
+        files = config.evaluate.heldout_files
+        check_apart(config.data.train_files, files)
+        dataset = load_run_data(plan, files, show_progress=runtime.is_main)
         if runtime.is_main:
             print(f"held-out {dataset.report.describe()}", flush=True)
         return cls(plan, runtime, dataset)

@@ -16,8 +16,9 @@ from dspark_megatron.conversion.megatron_checkpoint import (
     latest_iteration,
     read_meta,
 )
+from dspark_megatron.data.blend import Blend
 from dspark_megatron.data.collate import collate
-from dspark_megatron.data.dataset import ConversationDataset, load_samples
+from dspark_megatron.data.dataset import ConversationDataset
 from dspark_megatron.data.sampler import SampleRef, StepSampler
 from dspark_megatron.data.show import describe_sample
 from dspark_megatron.ops.anchors import BlockRules, anchor_seed, draft_blocks, sample_anchors
@@ -39,6 +40,7 @@ from dspark_megatron.training.optimizer import (
 )
 from dspark_megatron.training.output import claim_output, write_config, write_status
 from dspark_megatron.training.reporter import Reporter
+from dspark_megatron.training.run_data import load_run_data
 from dspark_megatron.training.runtime import Runtime, main_ranks_folder
 from dspark_megatron.training.setup import (
     RunPlan,
@@ -99,6 +101,7 @@ class Trainer:
             self.settings.micro_batch_size,
             runtime.dp_group.rank(),
             runtime.dp_group.size(),
+            Blend(dataset.shares, self.settings.seed) if dataset.shares else None,
         )
         self.draft = build_draft(plan, runtime)
         if initial is not None:
@@ -298,13 +301,8 @@ def _checkpoint_to_resume(plan: RunPlan, checkpoints: Path, runtime: Runtime) ->
 
 def _load_data(plan: RunPlan, runtime: Runtime) -> ConversationDataset:
     data = plan.config.data
-    dataset = load_samples(
-        data.train_files,
-        plan.tokenizer,
-        vocab_size=plan.shape.vocab_size,
-        max_length=data.max_length,
-        min_loss_tokens=plan.config.min_loss_tokens,
-        show_progress=runtime.is_main,
+    dataset = load_run_data(
+        plan, data.train_files, weights=data.weights, show_progress=runtime.is_main
     )
     if runtime.is_main:
         print(dataset.report.describe(), flush=True)

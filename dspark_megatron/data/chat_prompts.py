@@ -1,0 +1,49 @@
+"""Chats that end where an answer is wanted."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from dspark_megatron.config import ConfigError, require
+from dspark_megatron.data.chat_template import ChatTemplate
+from dspark_megatron.data.chats import checked_messages, template_options
+from dspark_megatron.data.jsonl import errors_at, read_jsonl
+from dspark_megatron.data.response_file import json_line
+
+
+class Prompt(NamedTuple):
+    record: dict
+    """The input line, its chat cut back to the turn that is to be answered."""
+    input_ids: list[int]
+    """The chat in the target's format, up to where the answer begins."""
+
+
+def read_prompts(path: Path, template: ChatTemplate | None) -> list[Prompt]:
+    """The prompts of a JSONL file, without ids if a server applies the template; ConfigError,
+    naming `file:line`, for a line that is none."""
+    prompts = []
+    for number, record in read_jsonl(path):
+        with errors_at(path, number):
+            prompts.append(make_prompt(record, template))
+    require(bool(prompts), f"{path} must hold at least one prompt and has no lines")
+    return prompts
+
+
+def make_prompt(record: dict, template: ChatTemplate | None) -> Prompt:
+    messages = checked_messages(record.get("messages"))
+    if messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    require(
+        bool(messages) and messages[-1]["role"] in ("user", "tool"),
+        "the chat must end with a user turn or a tool's (an answer may follow it)",
+    )
+    # As they were written: a server wants the arguments of tool calls as text.
+    record = {**record, "messages": record["messages"][: len(messages)]}
+    options = template_options(record)
+    try:
+        json_line(record)  # better known now than when the output is written
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"the line is not valid Unicode: {error}") from error
+    if template is None:
+        return Prompt(record, [])
+    text = template.render(messages, options, add_generation_prompt=True)
+    return Prompt(record, template.tokenize(text)[0])

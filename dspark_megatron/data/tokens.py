@@ -1,0 +1,48 @@
+"""Text to tokens with their character ranges, and the tokens of a part of the text.
+
+Shapes: s tokens of the text.
+"""
+
+from transformers import PreTrainedTokenizerBase
+
+from dspark_megatron.config import ConfigError, require
+
+Span = tuple[int, int]
+"""A half-open range of characters."""
+
+
+def check_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
+    """ConfigError for a tokenizer that does not tell which characters a token stands for."""
+    require(
+        tokenizer.is_fast,
+        f"{type(tokenizer).__name__} gives no character offsets; use a fast tokenizer "
+        "(tokenizer.json); training lines may have input_ids and loss_mask instead",
+    )
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool = False
+) -> tuple[list[int], list[Span]]:
+    """Ids and character ranges of a text: [s] and [s] pairs; (0, 0) for a token that the tokenizer
+    adds."""
+    try:
+        encoded = tokenizer(
+            text, add_special_tokens=add_special_tokens, return_offsets_mapping=True
+        )
+    except TypeError as error:  # the tokenizer's answer to a lone surrogate
+        raise ConfigError(f"the text is not valid Unicode: {error}") from error
+    return encoded["input_ids"], encoded["offset_mapping"]
+
+
+def tokens_inside(offsets: list[Span], spans: list[Span], text_length: int) -> list[bool]:
+    """Whether each token starts inside a span of the text. [s] pairs -> [s]."""
+    inside = bytearray(text_length)
+    for first, last in spans:
+        inside[first:last] = b"\x01" * (last - first)
+    mask = []
+    for start, end in offsets:
+        # Byte-level tokenizers may trim spaces off their ranges: a token of nothing but spaces
+        # then has the empty range at its own end, and its last character is the one before.
+        position = start if end > start else start - 1
+        mask.append(position >= 0 and bool(inside[position]))
+    return mask
