@@ -571,7 +571,7 @@ def test_find_checkpoint(tmp_path, run):
     assert find_checkpoint(run, 100).name == "iter_0000100"
     with pytest.raises(ConfigError, match="there: iter_0000100, iter_0000200"):
         find_checkpoint(run, 300)
-    with pytest.raises(ConfigError, match="is iteration 200, not 100"):
+    with pytest.raises(ConfigError, match="is iteration 200, and 100 is asked for"):
         find_checkpoint(newest, 100)
     with pytest.raises(ConfigError, match="is not a folder"):
         find_checkpoint(tmp_path / "nothing")
