@@ -355,7 +355,9 @@ def test_greedy_rounds_are_foreseen_exactly(pool, tiny_run, estimated, tp):
 
 CE_ALONE = {"l1_loss_alpha": 0.0, "confidence_head_alpha": 0.0}
 REFUSED = [
-    ({"evaluate": {"every": 5}}, "evaluate.every .5. needs answers"),
+    ({"evaluate": {"every": 5}}, "evaluate.every .5. and evaluate.heldout_files"),
+    ({"evaluate": {"heldout_files": ["b.jsonl"]}}, "evaluate.every .None. and"),
+    ({"evaluate": {"checkpoint": "run", "untrained": True}}, "name two drafts"),
     ({"evaluate": {"heldout_files": ["b.jsonl"], "every": 5}, "loss": CE_ALONE}, "cross entropy"),
     ({"evaluate": {"best": True, "untrained": True}}, "name two drafts"),
 ]
