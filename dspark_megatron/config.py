@@ -28,7 +28,11 @@ class TargetConfig:
     path: str = ""
     """Folder with the target's `config.json`, safetensors and tokenizer."""
     provider: str = "huggingface"
-    """Who loads and splits the target. `huggingface`: Transformers' native tensor parallelism."""
+    """Where its states come from. `huggingface`: the target, split by Transformers' native tensor
+    parallelism. `cache`: the folder `cache`, and no target is loaded."""
+    cache: str = ""
+    """Folder of states that `tools/prepare_target_cache.py` has written, or of DeepSpec's cache
+    (version 2)."""
     dtype: str = "auto"
     """`auto` (as saved), `float32`, `bfloat16` or `float16`."""
     attention: str = "sdpa"
@@ -47,7 +51,12 @@ class TargetConfig:
 
     def validate(self) -> None:
         require(bool(self.path), "target.path is missing; set it to the target's folder")
-        _one_of("target.provider", self.provider, ("huggingface",))
+        _one_of("target.provider", self.provider, ("huggingface", "cache"))
+        require(
+            bool(self.cache) or not self.is_cached,
+            "target.provider 'cache' needs target.cache: name the folder that "
+            "tools/prepare_target_cache.py has written, or set target.provider=huggingface",
+        )
         _one_of("target.dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         require(
             self.shard_across_data_parallel >= 0,
@@ -56,6 +65,11 @@ class TargetConfig:
         )
         if self.max_tokens_per_forward is not None:
             _positive("target.max_tokens_per_forward", self.max_tokens_per_forward)
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether states are read, and the target itself is not loaded."""
+        return self.provider == "cache"
 
 
 @dataclass(kw_only=True)
@@ -485,6 +499,11 @@ class Config:
             "evaluate.every compares with the target's distribution, which an objective of cross "
             "entropy alone does not load; set evaluate.every=null, or give a term that compares "
             "(loss.l1_loss_alpha, loss.kl_loss_alpha, ...) a weight",
+        )
+        require(
+            self.evaluate.every is None or not self.target.is_cached,
+            f"evaluate.every ({self.evaluate.every}) needs the target for answers that are not in "
+            "a cache; set evaluate.every=null or target.provider=huggingface",
         )
 
     def to_dict(self) -> dict[str, Any]:

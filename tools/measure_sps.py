@@ -45,10 +45,10 @@ class Verifier:
     """A target that takes verification steps behind made-up contexts."""
 
     def __init__(self, plan: Any, runtime: Any, context_length: int) -> None:
-        from dspark_megatron.training.setup import build_target
+        from dspark_megatron.training.setup import build_target, read_target_head
 
         self.target, self.device = build_target(plan, runtime), runtime.device
-        self.head = _local_head(plan, runtime, self.target)
+        self.head, _ = read_target_head(plan, self.target, tp_group=runtime.tp_group)
         self.vocab_size, self.context_length = plan.shape.vocab_size, context_length
         self.generator = torch.Generator().manual_seed(0)  # the same tokens on every rank
 
@@ -68,20 +68,6 @@ class Verifier:
 
     def token_ids(self, *size: int) -> Tensor:
         return torch.randint(self.vocab_size, size, generator=self.generator).to(self.device)
-
-
-def _local_head(plan: Any, runtime: Any, target: Any) -> Tensor:
-    """This rank's [v/tp, h] rows of the LM head, in the target's dtype."""
-    from dspark_megatron.ops.vocab_parallel import VocabShard
-    from dspark_megatron.shape import padded_vocab_size
-    from dspark_megatron.target_folder import read_rows, shared_weights
-
-    folder, vocab_size = plan.config.target.path, plan.shape.vocab_size
-    padded = padded_vocab_size(vocab_size, runtime.tp_group.size())
-    shard = VocabShard.of_group(vocab_size, padded, runtime.tp_group)
-    _, name = shared_weights(folder)
-    rows = read_rows(folder, name, shard.vocab_start_index, shard.vocab_end_index)
-    return rows.to(device=target.device, dtype=target.model.dtype)
 
 
 def step_seconds(
