@@ -42,6 +42,10 @@ class TargetConfig:
     """Tokens that one forward pass of the target takes at most in training: a larger micro-batch
     goes through it in several passes, a longer sample in pieces with a key/value cache. Null: all
     at once."""
+    packing: bool = False
+    """Put the samples of a micro-batch behind one another in rows of a forward pass in training,
+    without padding: the same states, where the target's family keeps the samples of a row apart,
+    which is tried at start."""
     check_teacher_logits: bool = True
     """Compare `lm_head(last_hidden)` with the target's own logits on the first batch at start."""
 
@@ -217,6 +221,9 @@ class DataConfig:
     """Tokens kept of a sample; the rest is cut off."""
     min_loss_tokens: int | None = None
     """Supervised tokens that a sample needs after truncation; null means 2 * block_size."""
+    group_by_length: bool = False
+    """Deal the samples of a step out to micro-batches by length, so that less is padded. The step
+    learns from the same samples."""
     show_sample: bool = True
     """Print one decoded sample with its loss mask at start."""
 
@@ -470,7 +477,22 @@ class Config:
             f"evaluate.scheduler ({self.evaluate.scheduler!r}) goes by the confidence head, and "
             "model.enable_confidence_head is false; set evaluate.scheduler=none",
         )
+        self._check_padding()
         self._check_heldout()
+
+    def _check_padding(self) -> None:
+        require(
+            not self.data.group_by_length or self.loss.normalization == "global_step",
+            "data.group_by_length changes which samples share a micro-batch, and with "
+            f"loss.normalization {self.loss.normalization!r} that changes the gradient; set "
+            "loss.normalization=global_step or data.group_by_length=false",
+        )
+        require(
+            not self.target.packing or self.train.micro_batch_size > 1,
+            "target.packing puts the samples of a micro-batch behind one another, and "
+            f"train.micro_batch_size ({self.train.micro_batch_size}) has one, without padding; set "
+            "train.micro_batch_size > 1 or target.packing=false",
+        )
 
     def _check_heldout(self) -> None:
         trained = {os.path.realpath(path) for path in self.data.train_files}

@@ -176,7 +176,7 @@ class PreparedTarget:
     prepared: TargetStates
     lockstep = False
 
-    def states(self, input_ids: Tensor) -> TargetStates:
+    def states(self, input_ids: Tensor, lengths: list[int] | None = None) -> TargetStates:
         return self.prepared
 
 

@@ -15,6 +15,9 @@ class TargetStates:
     last_hidden: Tensor | None
     """[b, s, h] after the target's final norm; None from a target that was loaded for its taps
     alone."""
+    positions: int | None = None
+    """Positions that the target computed for them, padding included; None of a target that
+    computes nothing."""
 
 
 class Target(Protocol):
@@ -24,8 +27,9 @@ class Target(Protocol):
     """Whether data-parallel ranks must call `states` equally often, too: the weights, or tokens on
     their way to experts, travel between them."""
 
-    def states(self, input_ids: Tensor) -> TargetStates:
-        """States of right-padded sequences. input_ids [b, s]. No gradient."""
+    def states(self, input_ids: Tensor, lengths: list[int] | None = None) -> TargetStates:
+        """States of right-padded sequences. input_ids [b, s]. No gradient. With their lengths, of
+        which the longest is s, a target may leave the padding out, whose states are then 0."""
 
     def new_cache(self) -> Any:
         """A key/value cache of no sequence."""

@@ -1,6 +1,7 @@
 """Cut a batch into forward passes of a bounded number of tokens, and put their states together."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -8,28 +9,45 @@ from torch import Tensor
 
 from dspark_megatron.targets.base import TargetStates
 
-RunPieces = Callable[[tuple[Tensor, ...]], list[TargetStates]]
-"""Runs consecutive pieces [r, t] of the same r sequences, each after those before it."""
+
+class Rows(NamedTuple):
+    """Rows that go through the target side by side."""
+
+    pieces: tuple[Tensor, ...]
+    """Consecutive pieces [r, t] of the same r rows, a pass each, after those before it."""
+    position_ids: Tensor | None = None
+    """[r, t] of rows of several samples, which are one piece."""
+
+
+RunRows = Callable[[Rows], list[TargetStates]]
+"""States of each piece."""
 
 
 def states_in_passes(
-    input_ids: Tensor, max_tokens: int, run: RunPieces, *, lockstep_group: dist.ProcessGroup | None
+    input_ids: Tensor, max_tokens: int, run: RunRows, *, lockstep_group: dist.ProcessGroup | None
 ) -> TargetStates:
     """States of input_ids [b, s] from passes of at most `max_tokens` tokens: as many whole
-    sequences as that holds, or a part of one.
+    sequences as that holds, or a part of one. lockstep_group: see `run_in_step`."""
+    at_once = max(1, max_tokens // input_ids.shape[1])
+    groups = [Rows(group.split(max_tokens, dim=1)) for group in input_ids.split(at_once)]
+    return joined(run_in_step(groups, run, lockstep_group=lockstep_group), dim=0)
+
+
+def run_in_step(
+    groups: list[Rows], run: RunRows, *, lockstep_group: dist.ProcessGroup | None
+) -> list[TargetStates]:
+    """States of each group of rows.
 
     lockstep_group: ranks that must make equally many passes; those with fewer than others repeat
     one token for nothing. One all-reduce of a number, none without a group.
     """
-    b, s = input_ids.shape
-    rows = max(1, max_tokens // s)
-    own = -(-b // rows) * -(-s // max_tokens)
+    own, some = sum(len(group.pieces) for group in groups), groups[0].pieces[0]
     # Agreed before the first pass: in a pass the ranks already wait for each other.
-    idle = _most(own, input_ids.device, lockstep_group) - own
-    groups = [joined(run(group.split(max_tokens, dim=1)), dim=1) for group in input_ids.split(rows)]
+    idle = _most(own, some.device, lockstep_group) - own
+    states = [joined(run(group), dim=1) for group in groups]
     for _ in range(idle):
-        run((input_ids[:1, :1],))
-    return joined(groups, dim=0)
+        run(Rows((some[:1, :1],)))
+    return states
 
 
 def _most(passes: int, device: torch.device, group: dist.ProcessGroup | None) -> int:

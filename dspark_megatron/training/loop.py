@@ -21,6 +21,8 @@ from dspark_megatron.data.dataset import ConversationDataset, load_samples
 from dspark_megatron.data.sampler import SampleRef, StepSampler
 from dspark_megatron.data.show import describe_sample
 from dspark_megatron.ops.anchors import BlockRules, anchor_seed, draft_blocks, sample_anchors
+from dspark_megatron.targets.packing import RowPlanner
+from dspark_megatron.targets.packing_check import check_packing
 from dspark_megatron.targets.teacher_check import check_teacher_logits
 from dspark_megatron.training.checkpointing import (
     RunState,
@@ -38,6 +40,7 @@ from dspark_megatron.training.optimizer import (
     wrap_data_parallel,
 )
 from dspark_megatron.training.output import claim_output, write_config, write_status
+from dspark_megatron.training.padding import describe_padding
 from dspark_megatron.training.reporter import Reporter
 from dspark_megatron.training.runtime import Runtime
 from dspark_megatron.training.setup import (
@@ -99,7 +102,11 @@ class Trainer:
             self.settings.micro_batch_size,
             runtime.dp_group.rank(),
             runtime.dp_group.size(),
+            dataset.lengths if config.data.group_by_length else None,
         )
+        planner = RowPlanner.of(config.target, plan.shape.hidden_size)
+        if padding := describe_padding(config, dataset.lengths, self.iterations, planner):
+            self._say(padding)
         self.draft = build_draft(plan, runtime)
         if initial is not None:
             initial.load(self.draft, tp_group=runtime.tp_group)
@@ -107,6 +114,9 @@ class Trainer:
         self.target = build_target(plan, runtime, with_last_hidden=config.needs_teacher)
         if config.target.check_teacher_logits and config.needs_teacher:
             self._check_teacher()
+        if config.target.packing:
+            samples = (dataset[i % len(dataset)] for i in range(3))
+            check_packing(self.target, [sample.input_ids for sample in samples])
         self.model = wrap_data_parallel(self.draft, config.optimizer)
         self.optimizer = build_optimizer(config.optimizer, self.model, plan.dtype)
         self.scheduler = build_scheduler(config.optimizer, self.optimizer, self.iterations)
