@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from synthetic_records import synthetic_records
 
 from dspark_megatron.conversion.sidecar import check_sidecar
@@ -51,7 +52,13 @@ def test_everything_is_written(tmp_path, capsys):
 
 
 def test_a_slot_without_figures_leaves_the_lists_of_sglang_empty(tmp_path):
-    folder = run(tmp_path, edit=lambda r: r.accepted.clamp_(max=2))
+    def stopped(records):
+        """Every prompt has one round, which a stop token in slot 1 ended."""
+        records.accepted.fill_(2)
+        records.proposed.fill_(2)
+        records.prompt.copy_(torch.arange(len(records)))
+
+    folder = run(tmp_path, edit=stopped)
     sidecar = json.loads((folder / "dspark_sts.json").read_text())
     assert sidecar["ece_before"] == sidecar["ece_after"] == []
     assert sidecar["temperatures"][2] == 1.0

@@ -9,11 +9,7 @@ from dspark_megatron.config import ConfigError
 from dspark_megatron.evaluation.scheduled_cut import ScheduledCut
 from dspark_megatron.evaluation.sps_table import SampledSps
 from dspark_megatron.evaluation.verify_policies import LAG
-from dspark_megatron.ops.prefix_scheduler import (
-    early_stopping_lengths,
-    global_budget,
-    lengths_for_budget,
-)
+from dspark_megatron.ops.prefix_scheduler import early_stopping_lengths, global_budget
 
 STEEP = SampledSps(
     [1, 2, 3, 4, 5, 6, 8, 12, 16], [1.0, 0.8, 0.62, 0.5, 0.42, 0.36, 0.28, 0.2, 0.15], 16
@@ -24,20 +20,8 @@ SCHEDULERS = ("early_stopping", "lagged_budget")
 
 def scheduled_decode(runtime, config, prompts, scheduler, seeds=(0,), steep=False):
     """steep: the confidence goes by the token before the slot."""
-    if scheduler == "biased":
-        cut = BestForThisStep("early_stopping", STEEP, config.model.block_size, None)
-    else:
-        cut = ScheduledCut(scheduler, STEEP, config.model.block_size, temperatures=None)
+    cut = ScheduledCut(scheduler, STEEP, config.model.block_size, temperatures=None)
     return decode(runtime, config, prompts, seeds, cut=cut, confidence_scale=100 * steep)
-
-
-class BestForThisStep(ScheduledCut):
-    """The budget that suits this step's own confidences: biased (Appendix A)."""
-
-    def __call__(self, logits):
-        confidence = logits.sigmoid()
-        budget = global_budget(confidence, self._sps_of(len(confidence)))
-        return lengths_for_budget(confidence, budget)
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -55,11 +39,12 @@ def test_greedy_output_is_the_targets_own(pool, tiny_run, tp, scheduler):
     assert len(proposed) > 1, "drafts should have been cut at several lengths"
 
 
-@pytest.mark.parametrize("scheduler", [*SCHEDULERS, "biased"])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_sampled_answers(pool, tiny_run, scheduler):
-    """Second and third tokens of 1,500 answers, scheduled together in batches of 4 at temperature
-    1 by a confidence that depends much on the token before, against as many of plain decoding
-    (chi-square). A scheduler that is not lossless is found out."""
+    """Second and third tokens of 600 answers, scheduled together in batches of 4 at temperature 1
+    by a confidence that depends much on the token before, against as many of plain decoding
+    (chi-square). It finds gross faults; the exact proof, which a biased budget fails, is in
+    test_prefix_scheduler.py."""
     evaluate = {"temperature": 1.0, "max_new_tokens": 3, "batch_size": 4}
     config = tiny_config(tiny_run, evaluate=evaluate)
     answers = pool.run(
@@ -69,16 +54,13 @@ def test_sampled_answers(pool, tiny_run, scheduler):
         config=config,
         prompts=PROMPTS[:1],
         scheduler=scheduler,
-        seeds=range(1500),
+        seeds=range(600),
         steep=True,
     )[0]
-    excess = []
     for place in (1, 2):
         samples = [[a[way][place] for a in answers if len(a[way]) > place] for way in (1, 2)]
         chi_square, freedom = two_sample_chi_square(samples)
-        excess.append((chi_square - freedom) / (2 * freedom) ** 0.5)
-    print(scheduler, excess)
-    assert (max(excess) > 5) == (scheduler == "biased"), excess
+        assert freedom >= 2 and chi_square < freedom + 5 * (2 * freedom) ** 0.5
 
 
 def test_the_lengths_are_the_schedulers():
