@@ -1,0 +1,96 @@
+"""Every knob of a run, once: its default, meaning, unit and the checks that need nothing else.
+
+A section of the YAML file is a module here, and `Config` is all of them with the rules between
+sections. `config_file.py` reads them. Rules that need the target's own shape are in `shape.py`.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from dspark_megatron.config.data import DataConfig
+from dspark_megatron.config.evaluate import EvaluateConfig
+from dspark_megatron.config.loss import LossConfig
+from dspark_megatron.config.model import ModelConfig
+from dspark_megatron.config.optimizer import OptimizerConfig
+from dspark_megatron.config.parallel import ParallelConfig
+from dspark_megatron.config.rules import ConfigError, require
+from dspark_megatron.config.target import TargetConfig
+from dspark_megatron.config.train import TrainConfig
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "EvaluateConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "TargetConfig",
+    "TrainConfig",
+    "require",
+]
+
+
+@dataclass(kw_only=True)
+class Config:
+    """A whole run, by section."""
+
+    target: TargetConfig = field(default_factory=TargetConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def validate(self) -> None:
+        for section in dataclasses.fields(self):
+            getattr(self, section.name).validate()
+        loss = self.loss
+        terms = ["ce_loss_alpha", "l1_loss_alpha", "tvd_loss_alpha", "kl_loss_alpha"]
+        if self.model.enable_confidence_head:
+            terms.append("confidence_head_alpha")
+        require(
+            any(getattr(loss, name) > 0 for name in terms),
+            f"there is nothing to learn: one of loss.{', loss.'.join(terms)} must be > 0",
+        )
+        require(
+            not self.optimizer.overlap_grad_reduce
+            or not self.model.enable_confidence_head
+            or loss.confidence_head_alpha > 0,
+            "optimizer.overlap_grad_reduce waits for the gradient of every weight, and the "
+            "confidence head gets none: loss.confidence_head_alpha is 0; set "
+            "model.enable_confidence_head=false or optimizer.overlap_grad_reduce=false",
+        )
+        require(
+            self.evaluate.scheduler == "none" or self.model.enable_confidence_head,
+            f"evaluate.scheduler ({self.evaluate.scheduler!r}) goes by the confidence head, and "
+            "model.enable_confidence_head is false; set evaluate.scheduler=none",
+        )
+        require(
+            self.evaluate.every is None or self.needs_teacher,
+            "evaluate.every compares with the target's distribution, which an objective of cross "
+            "entropy alone does not load; set evaluate.every=null, or give a term that compares "
+            "(loss.l1_loss_alpha, loss.kl_loss_alpha, ...) a weight",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the loss compares with the target's distribution."""
+        return self.loss.needs_teacher(with_confidence_head=self.model.enable_confidence_head)
+
+    @property
+    def min_loss_tokens(self) -> int:
+        """`data.min_loss_tokens`, or twice the block size (DeepSpec's default)."""
+        return self.data.min_loss_tokens or 2 * self.model.block_size

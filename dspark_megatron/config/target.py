@@ -1,0 +1,42 @@
+"""The section `target`."""
+
+from dataclasses import dataclass
+
+from dspark_megatron.config.rules import one_of, positive, require
+
+
+@dataclass(kw_only=True)
+class TargetConfig:
+    """The frozen model that the drafter is trained for."""
+
+    path: str = ""
+    """Folder with the target's `config.json`, safetensors and tokenizer."""
+    provider: str = "huggingface"
+    """Who loads and splits the target. `huggingface`: Transformers' native tensor parallelism."""
+    dtype: str = "auto"
+    """`auto` (as saved), `float32`, `bfloat16` or `float16`."""
+    attention: str = "sdpa"
+    """Transformers' attention implementation for the target: `sdpa`, `eager`,
+    `flash_attention_2`, ..."""
+    shard_across_data_parallel: int = 1
+    """Data-parallel ranks that share one copy of the target's weights: each holds a part of its
+    tensor-parallel slice, and a layer is whole only while it runs. 1: none do; a divisor of the
+    data-parallel size; 0: all of them."""
+    max_tokens_per_forward: int | None = None
+    """Tokens that one forward pass of the target takes at most in training: a larger micro-batch
+    goes through it in several passes, a longer sample in pieces with a key/value cache. Null: all
+    at once."""
+    check_teacher_logits: bool = True
+    """Compare `lm_head(last_hidden)` with the target's own logits on the first batch at start."""
+
+    def validate(self) -> None:
+        require(bool(self.path), "target.path is missing; set it to the target's folder")
+        one_of("target.provider", self.provider, ("huggingface",))
+        one_of("target.dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        require(
+            self.shard_across_data_parallel >= 0,
+            f"target.shard_across_data_parallel ({self.shard_across_data_parallel}) must be >= 0 "
+            "(1: no sharding, 0: over all data-parallel ranks)",
+        )
+        if self.max_tokens_per_forward is not None:
+            positive("target.max_tokens_per_forward", self.max_tokens_per_forward)
