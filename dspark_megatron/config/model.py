@@ -38,6 +38,10 @@ class ModelConfig:
     """Width of one attention head of the draft."""
     initializer_range: float = 0.02
     """Standard deviation of the initial weights; biases start at zero, norms at one."""
+    initialize_from_target_layers: list[int] = field(default_factory=list)
+    """For each draft layer the target's layer (0-based) whose attention, MLP and norms it starts
+    from, where the shapes agree; empty: all weights are random. Not looked at when the run
+    continues."""
     backend: str = "local"
     """Classes of the draft's layers: `local` (Megatron-Core's own and PyTorch's RMSNorm, any
     device), `transformer_engine` (needs the package and a GPU) or `auto` (the latter where it can

@@ -50,6 +50,7 @@ from dspark_megatron.training.setup import (
 )
 from dspark_megatron.training.step import GradientStep, MicroBatch
 from dspark_megatron.training.stop_requests import StopReason, StopRequests
+from dspark_megatron.training.warm_start import WarmStart
 
 _NO_MATHEMATICS = ("preset", "chunk_rows", "memory_budget_mb", "compile")
 """Keys of the loss section that a run may change on its way. What a preset stands for is written
@@ -63,7 +64,9 @@ def train(plan: RunPlan, runtime: Runtime, stop: StopRequests) -> None:
         claim_output(output_dir, plan.config)
     dist.barrier()
     resume_from = _checkpoint_to_resume(plan, output_dir / "checkpoints", runtime)
-    initial = InitialWeights.open(plan) if resume_from is None else None
+    initial = None
+    if resume_from is None:
+        initial = InitialWeights.open(plan) or WarmStart.open(plan)
     heldout = HeldOut.load(plan, runtime)
     dataset = _load_data(plan, runtime)
     Trainer(plan, runtime, dataset, output_dir, resume_from, initial, heldout).run(stop)
@@ -77,7 +80,7 @@ class Trainer:
         dataset: ConversationDataset,
         output_dir: Path,
         resume_from: Path | None,
-        initial: InitialWeights | None,
+        initial: InitialWeights | WarmStart | None,
         heldout: HeldOut | None,
     ) -> None:
         config = plan.config
@@ -106,7 +109,7 @@ class Trainer:
         self.draft = build_draft(plan, runtime)
         if initial is not None:
             initial.load(self.draft, tp_group=runtime.tp_group)
-            self._say(f"starting from the weights of {initial.path}")
+            self._say(initial.describe())
         self.target = build_target(plan, runtime, with_last_hidden=config.needs_teacher)
         if config.target.check_teacher_logits and config.needs_teacher:
             self._check_teacher()
