@@ -209,7 +209,7 @@ def test_killed_and_continued_by_other_ranks(pool, run, tmp_path):
     process = subprocess.Popen(
         torchrun(2, "tools/prepare_target_cache.py", *options),
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -315,6 +315,14 @@ def test_deepspec_layout_holds_every_state(pool, run, caches, tmp_path):
         pool.run(run_without_target, **place, config=config)
     both = (curve(run.folder / f"from_{name}") for name in ("rows", "deepspec"))
     assert_same_curve(*both, rel=0)
+
+
+def test_a_dry_run_counts_no_target(run):
+    from dspark_megatron.planning.dry_run import describe_run
+
+    online, read = (describe_run(config, 2) for config in (run("x"), cached(run, "x", "nowhere")))
+    assert "frozen target " in online and "the target's forward pass" in online
+    assert "frozen target " not in read and "the target's forward pass" not in read
 
 
 def test_what_needs_the_target_says_so(run, tiny_run, tmp_path):
