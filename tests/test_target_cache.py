@@ -317,6 +317,14 @@ def test_deepspec_layout_holds_every_state(pool, run, caches, tmp_path):
     assert_same_curve(*both, rel=0)
 
 
+def test_the_benchmark_runs(tmp_path):
+    tool = ["tools/benchmark_cache.py", "--folder", str(tmp_path), "--gib", "0.02", "--rounds", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    text = subprocess.check_output([sys.executable, *tool], cwd=ROOT, env=environment, text=True)
+    assert "plain reads" in text and "states" in text
+    assert not list(tmp_path.iterdir()), "the files are removed"
+
+
 def test_a_dry_run_counts_no_target(run):
     from dspark_megatron.planning.dry_run import describe_run
 
