@@ -199,6 +199,25 @@ def test_a_stopped_job_goes_on_to_the_same_bytes(pool, run, caches, tmp_path, st
     assert contents(output) == contents(caches["bfloat16"])
 
 
+def test_the_first_and_last_moments_of_a_job(pool, run, caches, tmp_path):
+    """Killed before the manifest had its first name, and before it had its last; and a shard that
+    was lost afterwards."""
+    whole, output = contents(caches["bfloat16"]), tmp_path / "cache"
+    place = dict(world=1, tp=1, config=run("x"), output=output, dtype="bfloat16")
+    output.mkdir()
+    (output / ".partial_unfinished_manifest.json").write_text("{")
+    pool.run(prepare_options, **place)
+    assert contents(output) == whole
+    (output / "manifest.json").rename(output / "unfinished_manifest.json")
+    pool.run(prepare_options, **place)
+    assert contents(output) == whole
+    (output / "shard_00001.safetensors").unlink()
+    with pytest.raises(AssertionError, match="lacks 1 of 3 shards, the first is shard_00001"):
+        pool.run(run_training, world=1, tp=1, config=cached(run, "never", output))
+    pool.run(prepare_options, **place)
+    assert contents(output) == whole
+
+
 def test_killed_and_continued_by_other_ranks(pool, run, tmp_path):
     """kill -9 of a job of two ranks in the middle, finished by one; as if never killed."""
     config = run("x", data={"train_files": [str(make_chats(tmp_path / "chats.jsonl", 300))]})

@@ -57,6 +57,7 @@ def write_cache(folder: Path, samples: list[Sample]) -> None:
     layout = RowLayout(HIDDEN, TAPS, "bfloat16", 7, DEFAULT_RULES)
     writer = CacheWriter(layout, samples, folder, {}, shard_bytes=512 * 2**20)
     writer.write(writer.claim(), RandomTarget(), runtime, micro_batch_size=1)
+    writer.finish()
 
 
 def make_samples(gib: float) -> list[Sample]:

@@ -89,7 +89,9 @@ def prepare(plan: Any, runtime: Any, output: Path, args: argparse.Namespace) -> 
         target = checked_target(plan, runtime, data)
         size = plan.config.train.micro_batch_size
         writer.write(missing[0], target, runtime, micro_batch_size=size)
+    dist.barrier()
     if runtime.is_main:
+        writer.finish()
         print(f"{output} is complete; train with target.provider=cache target.cache={output}")
 
 

@@ -16,6 +16,7 @@ from dspark_megatron.targets.state_rows import StateRows
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished_manifest.json"
 """Its name while shards are missing."""
+_PARTIAL = ".partial_"
 
 
 class CacheLayout(Protocol):
@@ -61,7 +62,7 @@ class CacheReader(Protocol):
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a finished cache; ConfigError for anything else."""
     require(
-        not (folder / UNFINISHED).is_file() or (folder / MANIFEST).is_file(),
+        not (folder / UNFINISHED).is_file(),
         f"the cache {folder} is not finished; the command that began it continues it",
     )
     return read_json(folder / MANIFEST)
@@ -84,10 +85,15 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def is_partial(name: str) -> bool:
+    """Whether a file was left by a job that was killed while it wrote it."""
+    return name.startswith(_PARTIAL)
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A name to write a file under; it then gets its own, on the disk in full."""
-    partial = path.with_name(f".partial_{path.name}")
+    partial = path.with_name(f"{_PARTIAL}{path.name}")
     try:
         yield partial
         partial.chmod(0o666 & ~_umask())  # safetensors makes files for their owner alone

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dspark_megatron.config import require
+from dspark_megatron.config import ConfigError, require
 from dspark_megatron.ops.anchors import BlockRules
 from dspark_megatron.safetensors_folder import open_safetensors
 from dspark_megatron.targets.cache_files import whole_file
@@ -37,6 +37,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": FLOAT8
 _INDEX = "index.safetensors"
 _MAPPED_SHARDS = 1024
 """Mapped at one time; the system allows a process about 65,000."""
+
+
+def shard_name(shard: int) -> str:
+    return f"shard_{shard:05d}.safetensors"
 
 
 class RowEntry(NamedTuple):
@@ -70,7 +74,7 @@ class RowLayout:
         return RowEntry(key, context, teachers, context * taps + teachers * teacher)
 
     def shard_name(self, shard: int) -> str:
-        return f"shard_{shard:05d}.safetensors"
+        return shard_name(shard)
 
     def sample_tensors(
         self, sample: Any, taps: Tensor, last_hidden: Tensor | None
@@ -124,6 +128,13 @@ class RowCache:
         self.path, self.facts = folder, manifest
         index = _tensors(folder / _INDEX)
         self._keys, self._starts = index["keys"], index["shard_starts"]
+        shards = range(len(self._starts) - 1)
+        absent = [i for i in shards if not (folder / shard_name(i)).is_file()]
+        if absent:
+            raise ConfigError(
+                f"the cache {folder} lacks {len(absent)} of {len(shards)} shards, the first is "
+                f"{shard_name(absent[0])}; the command that wrote it writes what is missing"
+            )
         # Rows before each sample, counted through all shards.
         self._context = _before(index["context"])
         self._teachers = _before(index["teachers"])
@@ -149,7 +160,7 @@ class RowCache:
         return StateRows(taps, tensors["last_hidden"][teachers], positions)
 
     def _open(self, shard: int) -> dict[str, Tensor]:
-        path = self.path / f"shard_{shard:05d}.safetensors"
+        path = self.path / shard_name(shard)
         tensors = _tensors(path)
         first, end = self._starts[shard : shard + 2].tolist()
         for name, before in (("taps", self._context), ("last_hidden", self._teachers)):

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from dspark_megatron.config import ConfigError, require
@@ -20,6 +19,7 @@ from dspark_megatron.targets.cache_files import (
     UNFINISHED,
     CacheLayout,
     differences,
+    is_partial,
     read_json,
     write_json,
 )
@@ -70,18 +70,19 @@ class CacheWriter:
             f"the cache needs {_gib(size)} more and {self.output} has {_gib(free)}; make room, "
             "name another folder, or write less (--dtype float8, data.max_length)",
         )
-        if (self.output / MANIFEST).is_file():
+        if not missing and (self.output / MANIFEST).is_file():
             return []
         self.output.mkdir(parents=True, exist_ok=True)
         write_json(self.output / UNFINISHED, self.manifest)
+        (self.output / MANIFEST).unlink(missing_ok=True)  # of a cache that has lost a shard
         self.layout.write_index(self.output, self.entries, self.starts)
         return missing
 
     def write(
         self, missing: list[int], target: Target, runtime: Runtime, *, micro_batch_size: int
     ) -> None:
-        """Write the missing shards, a share of them on each data-parallel rank, then the manifest;
-        every rank calls it."""
+        """Write the missing shards, a share of them on each data-parallel rank; every rank calls
+        it."""
         shares = [missing[i :: runtime.dp_group.size()] for i in range(runtime.dp_group.size())]
         passes = [sum(self._num_passes(i, micro_batch_size) for i in share) for share in shares]
         mine = runtime.dp_group.rank()
@@ -98,9 +99,18 @@ class CacheWriter:
             for _ in range(max(passes) - passes[mine]):
                 target.states(self.data[0].input_ids[None, :1])
         progress.close()
-        dist.barrier()
-        if runtime.is_main:
-            self._finish()
+
+    def finish(self) -> None:
+        """Give the manifest its name, on one rank, when all have written their shards."""
+        if not (self.output / UNFINISHED).is_file():
+            return
+        absent = [i for i in range(len(self.starts) - 1) if not self._shard_path(i).is_file()]
+        require(
+            not absent,
+            f"shards {absent[:5]} of {self.output} are missing on the main rank; it must be on a "
+            "file system that all nodes share",
+        )
+        (self.output / UNFINISHED).replace(self.output / MANIFEST)
 
     def _states(self, batch: Sequence[int], target: Target) -> dict[int, dict[str, torch.Tensor]]:
         """What is kept of some samples."""
@@ -128,7 +138,8 @@ class CacheWriter:
 
     def _check_folder(self) -> None:
         """ConfigError unless the folder is empty, or holds a part or all of this very cache."""
-        if not self.output.exists() or not any(self.output.iterdir()):
+        names = [path.name for path in self.output.iterdir()] if self.output.exists() else []
+        if all(is_partial(name) for name in names):  # of a job that was killed in its first moment
             return
         found = [self.output / name for name in (MANIFEST, UNFINISHED)]
         known = [path for path in found if path.is_file()]
@@ -144,16 +155,6 @@ class CacheWriter:
                 f"{self.output} holds another cache: {'; '.join(wrong)}. Name another folder, "
                 "delete it, or take the settings that it was begun with"
             )
-
-    def _finish(self) -> None:
-        """All shards are there: the manifest gets its name."""
-        absent = [i for i in range(len(self.starts) - 1) if not self._shard_path(i).is_file()]
-        require(
-            not absent,
-            f"shards {absent[:5]} of {self.output} are missing on the main rank; it must be on a "
-            "file system that all nodes share",
-        )
-        (self.output / UNFINISHED).replace(self.output / MANIFEST)
 
     def _bytes_of(self, shards: Sequence[int]) -> int:
         ranges = (slice(*self.starts[i : i + 2]) for i in shards)
