@@ -39,7 +39,7 @@ class TargetWork:
     """Routed tokens to the ranks of their experts and back, and whole again in the split group."""
 
 
-NO_WORK = TargetWork(0, 0, 0, 0, 0)
+NO_WORK = TargetWork(0, 0, 0, 0, 0, 0, 0)
 """Of a target that is not run."""
 
 
