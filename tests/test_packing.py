@@ -1,5 +1,7 @@
 """Samples packed into rows of the target's forward pass: the same states, and none leaks."""
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -188,7 +190,8 @@ def test_ranks_that_share_the_target_stay_in_step(
 def trained(pool, tiny_run, output, world, tp, micro_batch_size=2, **sections):
     train = {"output_dir": str(output), "micro_batch_size": micro_batch_size, "iterations": 6}
     sections = {"parallel": {"tensor_parallel": tp}, **sections}
-    config = tiny_config(tiny_run, train=train, **sections)
+    sections["train"] = {**train, **sections.get("train", {})}
+    config = tiny_config(tiny_run, **sections)
     pool.run(run_training, world=world, tp=tp, config=config)
     return curve(output)
 
@@ -281,3 +284,28 @@ def test_padding_is_said_before_the_run(tiny_run):
     assert "as the samples come 0.0%" not in text
     config.train.micro_batch_size = 1
     assert describe_padding(config, torch.tensor([10, 10, 6, 6]), 7, planner()) is None
+
+
+# Long samples
+
+
+def test_a_sample_of_32k_tokens_trains(pool, tiny_run, tmp_path):
+    """Through the target in pieces of 1,024, beside a short one that is packed with nothing."""
+    data = tmp_path / "long.jsonl"
+    with data.open("w", encoding="utf-8") as file:
+        for length in (32768, 50):
+            ids = [40 + i % 200 for i in range(length)]
+            file.write(json.dumps({"input_ids": ids, "loss_mask": [1] * length}) + "\n")
+    path = mistral(tmp_path / "target")
+    rows = trained(
+        pool,
+        tiny_run,
+        tmp_path / "run",
+        1,
+        1,
+        target={"path": str(path), "packing": True, "max_tokens_per_forward": 1024},
+        data={"train_files": [str(data)], "max_length": 32768},
+        train={"global_batch_size": 2, "iterations": 1},
+    )
+    assert rows[0]["loss"] > 0 and rows[0]["sampler/anchors_per_sample"] == 6
+    assert rows[0]["sampler/padding_share"] == 0
