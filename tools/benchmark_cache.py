@@ -115,6 +115,7 @@ def measure(
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     samples = make_samples(args.gib)
+    args.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         folder = Path(scratch)
         write_cache(folder, samples)

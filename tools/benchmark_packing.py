@@ -13,14 +13,11 @@ from functools import partial
 from typing import Any
 
 import benchmarking
-from torch import Tensor
 
 from dspark_megatron.config import Config, ConfigError
 from dspark_megatron.config_file import load_config
-from dspark_megatron.data.collate import collate
-from dspark_megatron.data.dataset import ConversationDataset, load_samples
-from dspark_megatron.data.sampler import SampleRef, StepSampler
-from dspark_megatron.ops.anchors import BlockRules, anchor_seed, draft_blocks, sample_anchors
+from dspark_megatron.data.dataset import ConversationDataset
+from dspark_megatron.data.sampler import StepSampler
 from dspark_megatron.targets.packing import RowPlanner
 from dspark_megatron.training.runtime import Runtime, launch, start
 
@@ -37,6 +34,8 @@ FORMATS |= {"useful tokens/s": ",.1f", "tokens/s, ratio": ".2f", "target alone, 
 
 def micro_batches(config: Config, dataset: ConversationDataset, steps: int, grouped: bool) -> list:
     """Of the first steps, as one rank would take them."""
+    from dspark_megatron.training.micro_batch import MicroBatch
+
     train = config.train
     sampler = StepSampler(
         len(dataset),
@@ -49,26 +48,10 @@ def micro_batches(config: Config, dataset: ConversationDataset, steps: int, grou
     )
     starts = range(0, steps * train.global_batch_size, train.global_batch_size)
     return [
-        micro_batch(config, dataset, refs)
+        MicroBatch.of(refs, dataset, config)
         for start in starts
         for refs in sampler.micro_batches(start)
     ]
-
-
-def micro_batch(config: Config, dataset: ConversationDataset, refs: list[SampleRef]) -> Any:
-    from dspark_megatron.training.step import MicroBatch
-
-    rules, model = BlockRules.of(config.loss), config.model
-    samples = [dataset[ref.sample_index] for ref in refs]
-    ids, masks = zip(*samples, strict=True)
-
-    def anchors(mask: Tensor, ref: SampleRef) -> Tensor:
-        seed = anchor_seed(config.train.seed, *ref)
-        return sample_anchors(mask, model.num_anchors, seed, rules)
-
-    chosen = list(map(anchors, masks, refs))
-    blocks = draft_blocks(ids, masks, chosen, model.block_size, rules)
-    return MicroBatch(collate(samples)[0], [len(row) for row in ids], blocks)
 
 
 class Variants:
@@ -76,18 +59,13 @@ class Variants:
 
     def __init__(self, config: Config, runtime: Runtime, steps: int) -> None:
         from dspark_megatron.training.optimizer import wrap_data_parallel
+        from dspark_megatron.training.run_data import load_run_data
         from dspark_megatron.training.setup import build_draft, build_target, check_run
         from dspark_megatron.training.step import GradientStep
 
         plan = check_run(config, runtime.world_size)
         self.block_size, self.device = plan.shape.block_size, runtime.device
-        dataset = load_samples(
-            config.data.train_files,
-            plan.tokenizer,
-            vocab_size=plan.shape.vocab_size,
-            max_length=config.data.max_length,
-            min_loss_tokens=config.min_loss_tokens,
-        )
+        dataset = load_run_data(plan, config.data.train_files, weights=config.data.weights)
         self.batches = {
             grouped: micro_batches(config, dataset, steps, grouped) for grouped in (False, True)
         }

@@ -17,11 +17,9 @@ from dspark_megatron.conversion.megatron_checkpoint import (
     read_meta,
 )
 from dspark_megatron.data.blend import Blend
-from dspark_megatron.data.collate import collate
 from dspark_megatron.data.dataset import ConversationDataset
-from dspark_megatron.data.sampler import SampleRef, StepSampler
+from dspark_megatron.data.sampler import StepSampler
 from dspark_megatron.data.show import describe_sample
-from dspark_megatron.ops.anchors import BlockRules, anchor_seed, draft_blocks, sample_anchors
 from dspark_megatron.targets.base import StatesSource
 from dspark_megatron.targets.packing import RowPlanner
 from dspark_megatron.targets.packing_check import check_packing
@@ -36,6 +34,7 @@ from dspark_megatron.training.checkpointing import (
 from dspark_megatron.training.heldout import HeldOut
 from dspark_megatron.training.initial_weights import InitialWeights
 from dspark_megatron.training.metrics import MetricSums
+from dspark_megatron.training.micro_batch import MicroBatch
 from dspark_megatron.training.optimizer import (
     build_optimizer,
     build_scheduler,
@@ -52,7 +51,7 @@ from dspark_megatron.training.setup import (
     build_target,
     draft_identity,
 )
-from dspark_megatron.training.step import GradientStep, MicroBatch
+from dspark_megatron.training.step import GradientStep
 from dspark_megatron.training.stop_requests import StopReason, StopRequests
 from dspark_megatron.training.target_cache import cached_target, open_cache
 
@@ -182,7 +181,7 @@ class Trainer:
     def _train_step(self, metrics: MetricSums) -> float:
         """One optimizer step; returns the gradient norm before clipping."""
         micro_batches = [
-            self._micro_batch(refs)
+            MicroBatch.of(refs, self.dataset, self.plan.config)
             for refs in self.sampler.micro_batches(self.state.consumed_samples)
         ]
         self.optimizer.zero_grad()
@@ -192,21 +191,6 @@ class Trainer:
         consumed = self.state.consumed_samples + self.settings.global_batch_size
         self.state = RunState(self.state.iteration + 1, consumed, best=self.state.best)
         return float(grad_norm)
-
-    def _micro_batch(self, refs: list[SampleRef]) -> MicroBatch:
-        samples = [self.dataset[ref.sample_index] for ref in refs]
-        ids = [sample.input_ids for sample in samples]
-        masks = [sample.loss_mask for sample in samples]
-        model, rules = self.plan.config.model, BlockRules.of(self.plan.config.loss)
-        seeds = (anchor_seed(self.settings.seed, r.epoch, r.sample_index) for r in refs)
-        anchors = [
-            sample_anchors(mask, model.num_anchors, seed, rules)
-            for mask, seed in zip(masks, seeds, strict=True)
-        ]
-        blocks = draft_blocks(ids, masks, anchors, model.block_size, rules)
-        input_ids, _ = collate(samples)
-        indices = tuple(ref.sample_index for ref in refs)
-        return MicroBatch(input_ids, [len(row) for row in ids], blocks, indices)
 
     def _log(
         self, reporter: Reporter | None, metrics: MetricSums, grad_norm: float, seconds: float

@@ -1,35 +1,17 @@
 """One optimizer step: target states, draft, loss and gradients of every micro-batch."""
 
 import contextlib
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
-from torch import Tensor
 
 from dspark_megatron.config import LossConfig
-from dspark_megatron.ops.anchors import DraftBlocks
 from dspark_megatron.targets.base import StatesSource, TargetStates
 from dspark_megatron.training.draft_loss import DraftLoss
 from dspark_megatron.training.metrics import MetricSums
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Right-padded samples and their blocks, on the CPU."""
-
-    input_ids: Tensor
-    """[b, s]"""
-    lengths: list[int]
-    blocks: DraftBlocks
-    samples: tuple[int, ...] = ()
-    """Their indices in the data; what a cache of states goes by."""
-
-    def weight(self, slots: Tensor) -> float:
-        """Sum of the loss weights of all supervised slots. slots [k]."""
-        return float((self.blocks.eval_mask.double() * slots).sum())
+from dspark_megatron.training.micro_batch import MicroBatch
 
 
 class GradientStep:
