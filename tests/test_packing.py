@@ -95,7 +95,7 @@ def states_of(runtime, config, ids, lengths, one_row=False):
         groups = [PackedRows([list(range(len(lengths)))], sum(lengths))]
         packed = target.packed_states(ids, lengths, groups)
     else:
-        packed = target.states(ids, lengths)
+        packed = target.states(ids, lengths=lengths)
     passes = list(shapes)
     alone = [target.states(ids[i : i + 1, :n]) for i, n in enumerate(lengths)]
     return packed, passes, alone
@@ -149,7 +149,7 @@ def states_of_own(runtime, config, every):
     target = build_target(check_run(config, runtime.world_size), runtime)
     own = every[runtime.dp_group.rank() % len(every)]
     lengths = [LENGTHS[i] for i in own]
-    return target.states(samples()[own, : max(lengths)], lengths), own
+    return target.states(samples()[own, : max(lengths)], lengths=lengths), own
 
 
 def states_alone(model, sample):

@@ -87,7 +87,7 @@ class Variants:
     def run_target(self, grouped: bool, packed: bool) -> None:
         self.target.row_planner = self.planner if packed else None
         for batch in self.batches[grouped]:
-            self.target.states(batch.input_ids, batch.lengths)
+            self.target.states(batch.input_ids, lengths=batch.lengths)
 
     def run_step(self, grouped: bool, packed: bool) -> dict[str, Any]:
         """The metrics."""

@@ -178,7 +178,11 @@ class PreparedTarget:
     lockstep = False
 
     def states(
-        self, input_ids: Tensor, lengths: list[int] | None = None, samples: Sequence[int] = ()
+        self,
+        input_ids: Tensor,
+        *,
+        lengths: list[int] | None = None,
+        samples: Sequence[int] = (),
     ) -> TargetStates:
         return self.prepared
 

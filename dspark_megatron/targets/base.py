@@ -30,7 +30,11 @@ class StatesSource(Protocol):
     their way to experts, travel between them."""
 
     def states(
-        self, input_ids: Tensor, lengths: list[int] | None = None, samples: Sequence[int] = ()
+        self,
+        input_ids: Tensor,
+        *,
+        lengths: list[int] | None = None,
+        samples: Sequence[int] = (),
     ) -> TargetStates:
         """States of right-padded sequences. input_ids [b, s]. No gradient. With their lengths, of
         which the longest is s, a target may leave the padding out, whose states are then 0.

@@ -53,7 +53,11 @@ class HuggingFaceTarget:
             self.layers[layer_id].register_forward_hook(self._keeper(layer_id))
 
     def states(
-        self, input_ids: Tensor, lengths: list[int] | None = None, samples: Sequence[int] = ()
+        self,
+        input_ids: Tensor,
+        *,
+        lengths: list[int] | None = None,
+        samples: Sequence[int] = (),
     ) -> TargetStates:
         if self.row_planner is not None and lengths is not None and len(lengths) > 1:
             return self.packed_states(input_ids, lengths, self.row_planner.groups(lengths))

@@ -121,7 +121,9 @@ class GradientStep:
 
     def _target_states(self, micro_batch: MicroBatch, metrics: MetricSums) -> TargetStates:
         lengths = micro_batch.lengths
-        states = self.target.states(micro_batch.input_ids, lengths, micro_batch.samples)
+        states = self.target.states(
+            micro_batch.input_ids, lengths=lengths, samples=micro_batch.samples
+        )
         if states.positions is not None:
             metrics.add(positions=states.positions, padding=states.positions - sum(lengths))
         return states
