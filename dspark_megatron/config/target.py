@@ -12,7 +12,11 @@ class TargetConfig:
     path: str = ""
     """Folder with the target's `config.json`, safetensors and tokenizer."""
     provider: str = "huggingface"
-    """Who loads and splits the target. `huggingface`: Transformers' native tensor parallelism."""
+    """Where its states come from. `huggingface`: the target, split by Transformers' native tensor
+    parallelism. `cache`: the folder `cache`, and no target is loaded."""
+    cache: str = ""
+    """Folder of states that `tools/prepare_target_cache.py` has written, or of DeepSpec's cache
+    (version 2)."""
     dtype: str = "auto"
     """`auto` (as saved), `float32`, `bfloat16` or `float16`."""
     attention: str = "sdpa"
@@ -26,17 +30,36 @@ class TargetConfig:
     """Tokens that one forward pass of the target takes at most in training: a larger micro-batch
     goes through it in several passes, a longer sample in pieces with a key/value cache. Null: all
     at once."""
+    packing: bool = False
+    """Put the samples of a micro-batch behind one another in rows of a forward pass in training,
+    without padding: the same states, where the target's family keeps the samples of a row apart,
+    which is tried at start."""
     check_teacher_logits: bool = True
     """Compare `lm_head(last_hidden)` with the target's own logits on the first batch at start."""
 
     def validate(self) -> None:
         require(bool(self.path), "target.path is missing; set it to the target's folder")
-        one_of("target.provider", self.provider, ("huggingface",))
+        one_of("target.provider", self.provider, ("huggingface", "cache"))
+        require(
+            bool(self.cache) or not self.is_cached,
+            "target.provider 'cache' needs target.cache: name the folder that "
+            "tools/prepare_target_cache.py has written, or set target.provider=huggingface",
+        )
         one_of("target.dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         require(
             self.shard_across_data_parallel >= 0,
             f"target.shard_across_data_parallel ({self.shard_across_data_parallel}) must be >= 0 "
             "(1: no sharding, 0: over all data-parallel ranks)",
         )
+        require(
+            not self.packing or not self.is_cached,
+            "target.packing is of a target's forward pass, and target.provider 'cache' makes none; "
+            "set target.packing=false",
+        )
         if self.max_tokens_per_forward is not None:
             positive("target.max_tokens_per_forward", self.max_tokens_per_forward)
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether states are read, and the target itself is not loaded."""
+        return self.provider == "cache"
