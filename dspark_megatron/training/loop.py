@@ -20,6 +20,7 @@ from dspark_megatron.data.blend import Blend
 from dspark_megatron.data.dataset import ConversationDataset
 from dspark_megatron.data.sampler import StepSampler
 from dspark_megatron.data.show import describe_sample
+from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.targets.base import StatesSource
 from dspark_megatron.targets.packing import RowPlanner
 from dspark_megatron.targets.packing_check import check_packing
@@ -68,14 +69,12 @@ def train(plan: RunPlan, runtime: Runtime, stop: StopRequests) -> None:
         claim_output(output_dir, plan.config)
     dist.barrier()
     resume_from = _checkpoint_to_resume(plan, output_dir / "checkpoints", runtime)
-    initial = None
-    if resume_from is None:
-        initial = InitialWeights.open(plan) or WarmStart.open(plan)
+    draft = _build_draft(plan, runtime, is_new=resume_from is None)
     if plan.config.target.is_cached:
         open_cache(plan)  # refused before the data are read
     heldout = HeldOut.load(plan, runtime)
     dataset = load_data(plan, runtime)
-    Trainer(plan, runtime, dataset, output_dir, resume_from, initial, heldout).run(stop)
+    Trainer(plan, runtime, dataset, output_dir, resume_from, draft, heldout).run(stop)
 
 
 class Trainer:
@@ -86,12 +85,12 @@ class Trainer:
         dataset: ConversationDataset,
         output_dir: Path,
         resume_from: Path | None,
-        initial: InitialWeights | WarmStart | None,
+        draft: DSparkDraftModel,
         heldout: HeldOut | None,
     ) -> None:
         config = plan.config
         self.plan, self.runtime, self.dataset = plan, runtime, dataset
-        self.heldout = heldout
+        self.draft, self.heldout = draft, heldout
         self.settings = config.train
         self.checkpoints = output_dir / "checkpoints"
         self.output_dir = output_dir
@@ -117,10 +116,6 @@ class Trainer:
         planner = RowPlanner.of(config.target, plan.shape.hidden_size)
         if padding := describe_padding(config, dataset.lengths, blend, self.iterations, planner):
             self._say(padding)
-        self.draft = build_draft(plan, runtime)
-        if initial is not None:
-            initial.load(self.draft, tp_group=runtime.tp_group)
-            self._say(initial.describe())
         self.target = self._states_source()
         self.model = wrap_data_parallel(self.draft, config.optimizer)
         self.optimizer = build_optimizer(config.optimizer, self.model, plan.dtype)
@@ -300,6 +295,20 @@ def _checkpoint_to_resume(plan: RunPlan, checkpoints: Path, runtime: Runtime) ->
     )
     check_same_run(folder, _identity(plan))
     return folder
+
+
+def _build_draft(plan: RunPlan, runtime: Runtime, *, is_new: bool) -> DSparkDraftModel:
+    """The draft, before anything slow: its layers may be the user's own. A new run's has the
+    weights that it is to start from."""
+    initial = None
+    if is_new:
+        initial = InitialWeights.open(plan) or WarmStart.open(plan)
+    draft = build_draft(plan, runtime)
+    if initial is not None:
+        initial.load(draft, tp_group=runtime.tp_group)
+        if runtime.is_main:
+            print(initial.describe(), flush=True)
+    return draft
 
 
 def load_data(plan: RunPlan, runtime: Runtime) -> ConversationDataset:
