@@ -209,5 +209,5 @@ def test_two_starts(tiny_run, target):
 
 def test_a_folder_without_weights(tiny_run, target, tmp_path):
     shutil.copytree(target, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
-    with pytest.raises(ConfigError, match="holds neither model.safetensors"):
+    with pytest.raises(ConfigError, match="safetensors of target.path, and .*bare has none"):
         report_of(tiny_run, tmp_path / "bare")

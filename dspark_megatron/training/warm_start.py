@@ -1,6 +1,7 @@
 """A draft that starts as layers of its target: `model.initialize_from_target_layers`."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -40,7 +41,7 @@ class WarmStart:
         require(
             any(row.split is not None for row in copies.rows),
             f"model.initialize_from_target_layers {ids}: no matrix of these layers fits the draft; "
-            "set it to [], or model.ffn_hidden_size and the draft's heads to the target's:\n"
+            "set it to [], or set model.ffn_hidden_size and the draft's heads to the target's:\n"
             + "\n".join(copies.report),
         )
         return cls(tuple(ids), source, copies)
@@ -55,8 +56,15 @@ class WarmStart:
 
 
 def layer_source(plan: RunPlan) -> LayerSource:
-    """Where the weights of the target's layers are: the one place that knows."""
-    return FolderLayers(plan.config.target.path)
+    """Where the weights of the target's layers are: the one place that knows. ConfigError where
+    they are nowhere."""
+    path = Path(plan.config.target.path)
+    require(
+        any(path.glob("*.safetensors*")),
+        "model.initialize_from_target_layers copies from the safetensors of target.path, and "
+        f"{path} has none; put the target's weights there, or set it to []",
+    )
+    return FolderLayers(path)
 
 
 def check_warm_start(plan: RunPlan) -> None:
