@@ -69,9 +69,9 @@ def train(plan: RunPlan, runtime: Runtime, stop: StopRequests) -> None:
         claim_output(output_dir, plan.config)
     dist.barrier()
     resume_from = _checkpoint_to_resume(plan, output_dir / "checkpoints", runtime)
-    draft = _build_draft(plan, runtime, is_new=resume_from is None)
     if plan.config.target.is_cached:
         open_cache(plan)  # refused before the data are read
+    draft = _build_draft(plan, runtime, is_new=resume_from is None)
     heldout = HeldOut.load(plan, runtime)
     dataset = load_data(plan, runtime)
     Trainer(plan, runtime, dataset, output_dir, resume_from, draft, heldout).run(stop)
