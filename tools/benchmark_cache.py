@@ -13,6 +13,7 @@ import argparse
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
@@ -35,7 +36,12 @@ class RandomTarget:
 
     lockstep = False
 
-    def states(self, input_ids: torch.Tensor, samples: tuple[int, ...] = ()) -> TargetStates:
+    def states(
+        self,
+        input_ids: torch.Tensor,
+        lengths: list[int] | None = None,
+        samples: Sequence[int] = (),
+    ) -> TargetStates:
         taps = torch.rand(*input_ids.shape, TAPS * HIDDEN, dtype=torch.bfloat16)
         return TargetStates(taps, taps[..., :HIDDEN])
 

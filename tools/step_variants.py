@@ -176,7 +176,9 @@ class PreparedTarget:
     prepared: TargetStates
     lockstep = False
 
-    def states(self, input_ids: Tensor, samples: Sequence[int] = ()) -> TargetStates:
+    def states(
+        self, input_ids: Tensor, lengths: list[int] | None = None, samples: Sequence[int] = ()
+    ) -> TargetStates:
         return self.prepared
 
 

@@ -83,6 +83,21 @@ class Config:
             f"evaluate.every ({self.evaluate.every}) needs the target for answers that are not in "
             "a cache; set evaluate.every=null or target.provider=huggingface",
         )
+        self._check_padding()
+
+    def _check_padding(self) -> None:
+        require(
+            not self.data.group_by_length or self.loss.normalization == "global_step",
+            "data.group_by_length changes which samples share a micro-batch, and with "
+            f"loss.normalization {self.loss.normalization!r} that changes the gradient; set "
+            "loss.normalization=global_step or data.group_by_length=false",
+        )
+        require(
+            not self.target.packing or self.train.micro_batch_size > 1,
+            "target.packing puts the samples of a micro-batch behind one another, and "
+            f"train.micro_batch_size ({self.train.micro_batch_size}) has one, without padding; set "
+            "train.micro_batch_size > 1 or target.packing=false",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

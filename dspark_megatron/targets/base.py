@@ -16,6 +16,9 @@ class TargetStates:
     last_hidden: Tensor | None
     """[b, s, h] after the target's final norm; None from a target that was loaded for its taps
     alone."""
+    positions: int | None = None
+    """Positions that the target computed for them, padding included; None of a target that
+    computes nothing."""
 
 
 class StatesSource(Protocol):
@@ -26,9 +29,12 @@ class StatesSource(Protocol):
     """Whether data-parallel ranks must call `states` equally often, too: the weights, or tokens on
     their way to experts, travel between them."""
 
-    def states(self, input_ids: Tensor, samples: Sequence[int] = ()) -> TargetStates:
-        """States of right-padded sequences. input_ids [b, s]. samples [b]: their indices in the
-        training data, by which a cache finds them. No gradient."""
+    def states(
+        self, input_ids: Tensor, lengths: list[int] | None = None, samples: Sequence[int] = ()
+    ) -> TargetStates:
+        """States of right-padded sequences. input_ids [b, s]. No gradient. With their lengths, of
+        which the longest is s, a target may leave the padding out, whose states are then 0.
+        samples [b]: their indices in the training data, by which a cache finds them."""
 
 
 class Target(StatesSource, Protocol):

@@ -23,6 +23,8 @@ from dspark_megatron.data.sampler import SampleRef, StepSampler
 from dspark_megatron.data.show import describe_sample
 from dspark_megatron.ops.anchors import BlockRules, anchor_seed, draft_blocks, sample_anchors
 from dspark_megatron.targets.base import StatesSource
+from dspark_megatron.targets.packing import RowPlanner
+from dspark_megatron.targets.packing_check import check_packing
 from dspark_megatron.targets.teacher_check import check_teacher_logits
 from dspark_megatron.training.checkpointing import (
     RunState,
@@ -40,6 +42,7 @@ from dspark_megatron.training.optimizer import (
     wrap_data_parallel,
 )
 from dspark_megatron.training.output import claim_output, write_config, write_status
+from dspark_megatron.training.padding import describe_padding
 from dspark_megatron.training.reporter import Reporter
 from dspark_megatron.training.run_data import load_run_data
 from dspark_megatron.training.runtime import Runtime, main_ranks_folder
@@ -98,6 +101,7 @@ class Trainer:
         if runtime.is_main:
             write_config(output_dir, config)
             write_status(output_dir, "running")
+        blend = Blend(dataset.shares, self.settings.seed) if dataset.shares else None
         self.sampler = StepSampler(
             len(dataset),
             self.settings.seed,
@@ -105,8 +109,12 @@ class Trainer:
             self.settings.micro_batch_size,
             runtime.dp_group.rank(),
             runtime.dp_group.size(),
-            Blend(dataset.shares, self.settings.seed) if dataset.shares else None,
+            blend,
+            dataset.lengths if config.data.group_by_length else None,
         )
+        planner = RowPlanner.of(config.target, plan.shape.hidden_size)
+        if padding := describe_padding(config, dataset.lengths, blend, self.iterations, planner):
+            self._say(padding)
         self.draft = build_draft(plan, runtime)
         if initial is not None:
             initial.load(self.draft, tp_group=runtime.tp_group)
@@ -246,6 +254,9 @@ class Trainer:
             first = self.dataset[0].input_ids[None]
             place = self.draft.lm_head, self.draft.vocab_shard
             check_teacher_logits(target, config.target.path, *place, first)
+        if config.target.packing:
+            few = (self.dataset[i % len(self.dataset)] for i in range(3))
+            check_packing(target, [sample.input_ids for sample in few])
         return target
 
     def _agreed(self, reason: StopReason) -> StopReason:

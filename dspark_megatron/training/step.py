@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dspark_megatron.config import LossConfig
 from dspark_megatron.ops.anchors import DraftBlocks
-from dspark_megatron.targets.base import StatesSource
+from dspark_megatron.targets.base import StatesSource, TargetStates
 from dspark_megatron.training.draft_loss import DraftLoss
 from dspark_megatron.training.metrics import MetricSums
 
@@ -129,10 +129,17 @@ class GradientStep:
         # A small loss_decay_gamma may round the weight of late slots, and of all there are, to 0.
         if blocks.num_blocks == 0 or divisor == 0:  # the same on every tensor-parallel rank
             if self.target.lockstep:
-                self.target.states(micro_batch.input_ids, micro_batch.samples)
+                self._target_states(micro_batch, metrics)
             return
         metrics.add(blocks=blocks.num_blocks, rows=float(blocks.eval_mask.sum()))
-        states = self.target.states(micro_batch.input_ids, micro_batch.samples)
+        states = self._target_states(micro_batch, metrics)
         output = self.model(*blocks.draft_inputs(states.taps))
         loss = self.draft_loss(blocks, states, output, metrics)
         (loss / divisor).backward()
+
+    def _target_states(self, micro_batch: MicroBatch, metrics: MetricSums) -> TargetStates:
+        lengths = micro_batch.lengths
+        states = self.target.states(micro_batch.input_ids, lengths, micro_batch.samples)
+        if states.positions is not None:
+            metrics.add(positions=states.positions, padding=states.positions - sum(lengths))
+        return states
