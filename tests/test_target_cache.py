@@ -271,6 +271,42 @@ def test_a_cache_of_another_run_is_refused(pool, run, caches, sections, message)
         pool.run(run_training, world=1, tp=1, config=config)
 
 
+def states_read_ahead(runtime, config):
+    """What is expected and asked for, but for one; asked for alone; and how often it was read."""
+    from dspark_megatron.training.run_data import load_run_data
+    from dspark_megatron.training.setup import check_run
+    from dspark_megatron.training.target_cache import cached_target
+
+    plan = check_run(config, runtime.world_size)
+    data = load_run_data(plan, config.data.train_files)
+    target, read = cached_target(plan, runtime, data), []
+    rows = target._cache.rows
+    target._cache.rows = lambda place: read.append(place) or rows(place)
+    samples = [(0, 1), (2, 3), (0, 1), (4, 5), (6, 7)]
+    ids = [torch.zeros(2, max(len(data[i].input_ids) for i in pair)) for pair in samples]
+    alone = [target.states(*one[:1], samples=one[1]) for one in zip(ids, samples, strict=True)]
+    read.clear()
+    target.expect(ids, samples=samples)
+    ahead = {i: target.states(ids[i], samples=samples[i]) for i in (0, 2, 3, 4)}
+    target.expect(ids[:3], samples=samples[:3])  # left over by a step that was cut short
+    target.expect(ids[:1], samples=samples[:1])
+    again = target.states(ids[0], samples=samples[0])
+    kept = [
+        (alone[i].taps, alone[i].last_hidden, one.taps, one.last_hidden) for i, one in ahead.items()
+    ]
+    return [*kept, (alone[0].taps, alone[0].last_hidden, again.taps, again.last_hidden)], read
+
+
+def test_states_are_read_ahead(pool, run, caches):
+    [(kept, read)] = pool.run(
+        states_read_ahead, world=1, tp=1, config=cached(run, "x", caches["float32"])
+    )
+    for taps, last_hidden, taps_ahead, last_hidden_ahead in kept:
+        torch.testing.assert_close(taps_ahead, taps, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(last_hidden_ahead, last_hidden, rtol=0, atol=0, equal_nan=True)
+    assert len(read[:10]) == len(set(read[:10])) + 2, "each once, and the two that come twice"
+
+
 def test_a_smaller_block_is_served(pool, run, caches):
     for name, target in (("a", {}), ("b", {"provider": "cache", "cache": str(caches["float32"])})):
         config = run(f"small_{name}", model={"block_size": 2}, target=target)
