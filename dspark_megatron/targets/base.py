@@ -29,6 +29,10 @@ class StatesSource(Protocol):
     """Whether data-parallel ranks must call `states` equally often, too: the weights, or tokens on
     their way to experts, travel between them."""
 
+    def expect(self, batches: Sequence[Tensor], *, samples: Sequence[Sequence[int]] = ()) -> None:
+        """Called before the `states` of several micro-batches, with what they will be given, in
+        their order: a cache reads ahead."""
+
     def states(
         self,
         input_ids: Tensor,
