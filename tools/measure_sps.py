@@ -52,7 +52,7 @@ class Verifier:
         padded = padded_vocab_size(plan.shape.vocab_size, runtime.tp_group.size())
         shard = VocabShard.of_group(plan.shape.vocab_size, padded, runtime.tp_group)
         _, head = frozen_rows(plan, shard)
-        self.head = head.to(device=self.device, dtype=self.target.model.dtype)  # [v/tp, h]
+        self.head = head.to(device=self.device, dtype=self.target.dtype)  # [v/tp, h]
         self.vocab_size, self.context_length = plan.shape.vocab_size, context_length
         self.generator = torch.Generator().manual_seed(0)  # the same tokens on every rank
 

@@ -12,7 +12,12 @@ class TargetConfig:
     path: str = ""
     """Folder with the target's `config.json`, safetensors and tokenizer."""
     provider: str = "huggingface"
-    """Who loads and splits the target. `huggingface`: Transformers' native tensor parallelism."""
+    """Who loads and splits the target. `huggingface`: Transformers' native tensor parallelism.
+    `megatron`: a Megatron-Core GPTModel, for Llama, Qwen2, Qwen3 and Qwen3-MoE."""
+    checkpoint: str = ""
+    """For provider `megatron`: a Megatron-LM checkpoint (a folder with
+    `latest_checkpointed_iteration.txt`, or an `iter_*` or `release` folder in it) that the target's
+    weights come from, whatever layout wrote it; `path` then needs no safetensors."""
     dtype: str = "auto"
     """`auto` (as saved), `float32`, `bfloat16` or `float16`."""
     attention: str = "sdpa"
@@ -31,12 +36,33 @@ class TargetConfig:
 
     def validate(self) -> None:
         require(bool(self.path), "target.path is missing; set it to the target's folder")
-        one_of("target.provider", self.provider, ("huggingface",))
+        one_of("target.provider", self.provider, ("huggingface", "megatron"))
         one_of("target.dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         require(
             self.shard_across_data_parallel >= 0,
             f"target.shard_across_data_parallel ({self.shard_across_data_parallel}) must be >= 0 "
             "(1: no sharding, 0: over all data-parallel ranks)",
         )
+        if self.provider == "megatron":
+            self._validate_megatron()
+        else:
+            require(
+                not self.checkpoint,
+                f"target.checkpoint ({self.checkpoint}) is read by target.provider=megatron only "
+                f"(here: {self.provider}); set that, or leave it empty",
+            )
         if self.max_tokens_per_forward is not None:
             positive("target.max_tokens_per_forward", self.max_tokens_per_forward)
+
+    def _validate_megatron(self) -> None:
+        require(
+            self.attention == "sdpa",
+            f"target.attention ({self.attention!r}) is for target.provider=huggingface; leave it "
+            "at 'sdpa', since a GPTModel has its own attention",
+        )
+        require(
+            self.shard_across_data_parallel == 1,
+            f"target.shard_across_data_parallel ({self.shard_across_data_parallel}) must be 1 for "
+            "target.provider=megatron, whose weights are split by tensor and expert parallelism; "
+            "raise parallel.tensor_parallel, or set target.provider=huggingface",
+        )

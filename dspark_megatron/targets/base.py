@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -23,6 +24,10 @@ class Target(Protocol):
     lockstep: bool
     """Whether data-parallel ranks must call `states` equally often, too: the weights, or tokens on
     their way to experts, travel between them."""
+    device: torch.device
+    """Where its states are."""
+    dtype: torch.dtype
+    """That of its weights, and so of its states."""
 
     def states(self, input_ids: Tensor) -> TargetStates:
         """States of right-padded sequences. input_ids [b, s]. No gradient."""

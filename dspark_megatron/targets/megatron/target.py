@@ -25,19 +25,23 @@ class MegatronTarget:
         *,
         max_tokens_per_forward: int | None = None,
         with_last_hidden: bool = True,
+        with_output_layer: bool = True,
     ) -> None:
         """model: as the user built and loaded it, with the process groups in its `pg_collection`;
         from here on it gives hidden states instead of logits. with_last_hidden: false keeps no
-        decoder layer above the last tap."""
+        decoder layer above the last tap. with_output_layer: false frees what only `own_logits`
+        needs."""
         self.model = model.eval().requires_grad_(False)
         self.model.post_process = False  # the forward pass then ends with the final norm
-        self.device = next(model.parameters()).device
+        weight = next(model.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
         self._max_tokens = max_tokens_per_forward
         self._with_last_hidden = with_last_hidden
         self._shape_group = _shape_group(model)
         self.lockstep = self._shape_group is not None
         if not with_last_hidden:
             del self.layers[max(target_layer_ids) + 1 :]
+        if not (with_last_hidden and with_output_layer):
             model.output_layer = None
         self._taps = Taps(model, target_layer_ids)
 
@@ -86,15 +90,33 @@ class MegatronTarget:
         cache.keep(rows)
 
     @torch.no_grad()
+    def own_logits(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [b, s, >= v] of the model's own output layer, and the last hidden states. Once:
+        the layer is freed then. input_ids [b, s]."""
+        model, (b, s) = self.model, input_ids.shape
+        hidden = self._forward(input_ids)
+        self._taps.take()
+        tied = model.share_embeddings_and_output_weights
+        weight = model.shared_embedding_or_output_weight() if tied else None
+        logits, _ = model.output_layer(hidden, weight=weight, runtime_gather_output=True)
+        model.output_layer = None
+        return logits.transpose(0, 1)[:b, :s], whole_rows(model, hidden)[:b, :s]
+
+    @torch.no_grad()
     def _run(self, input_ids: Tensor) -> TargetStates:
         b, s = input_ids.shape
-        padded = self._padded(input_ids.to(self.device))
-        positions = torch.arange(padded.shape[1], device=self.device).expand_as(padded)
-        last_hidden = self.model(input_ids=padded, position_ids=positions, attention_mask=None)
+        last_hidden = self._forward(input_ids)
         taps = whole_rows(self.model, torch.cat(self._taps.take(), dim=-1))[:b, :s]
         if not self._with_last_hidden:
             return TargetStates(taps, None)
-        return TargetStates(taps, whole_rows(self.model, last_hidden.detach())[:b, :s])
+        return TargetStates(taps, whole_rows(self.model, last_hidden)[:b, :s])
+
+    def _forward(self, input_ids: Tensor) -> Tensor:
+        """[s, b, h], or [s/tp, b, h] with sequence parallelism, of the padded input."""
+        padded = self._padded(input_ids.to(self.device))
+        positions = torch.arange(padded.shape[1], device=self.device).expand_as(padded)
+        hidden = self.model(input_ids=padded, position_ids=positions, attention_mask=None)
+        return hidden.detach()
 
     def _padded(self, input_ids: Tensor) -> Tensor:
         """Rows and columns that ranks need to fit together; what comes after a token does not
