@@ -1,0 +1,54 @@
+"""A target from a Megatron-LM checkpoint: any layout that wrote it gives the same states."""
+
+import shutil
+
+import pytest
+from megatron_checkpoint import write_checkpoint
+from test_megatron_target import TARGETS, assert_states, config_of, megatron_states
+from test_megatron_target import target as target  # noqa: F401
+
+WRITERS = {
+    "qwen3": dict(world=4, tp=2, pp=2),
+    "qwen2": dict(world=2, tp=2, pp=1),
+    "llama": dict(world=1, tp=1, pp=1, name="release"),
+    "experts": dict(world=4, tp=2, pp=2, ep=2),
+    "mixed": dict(world=2, tp=2, pp=1, ep=1),
+}
+
+
+def without_weights(path, folder):
+    """The Hugging Face folder as it needs to be beside a checkpoint."""
+    return shutil.copytree(path, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(pool, tiny_run, target, tmp_path_factory):  # noqa: F811
+    """Writes the checkpoint of a target once; returns it and the folder without weights."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            writer = dict(WRITERS[name])
+            world, tp, ep = writer.pop("world"), writer.pop("tp"), writer.pop("ep", 1)
+            folder = tmp_path_factory.mktemp(f"{name}_checkpoint")
+            config = config_of(tiny_run, target(name), tp, ep)
+            pool.run(
+                write_checkpoint,
+                world=world,
+                tp=tp,
+                config=config,
+                output=str(folder / "run"),
+                **writer,
+            )
+            made[name] = folder / "run", without_weights(target(name), folder / "target")
+        return made[name]
+
+    return make
+
+
+@pytest.mark.parametrize("world, tp, ep", [(1, 1, 1), (4, 4, 1)])
+@pytest.mark.parametrize("name", TARGETS)
+def test_states_at_another_layout(pool, tiny_run, target, checkpoint, name, world, tp, ep):  # noqa: F811
+    run, path = checkpoint(name)
+    config = config_of(tiny_run, path, tp, ep, target={"checkpoint": str(run)})
+    assert_states(pool.run(megatron_states, world=world, tp=tp, config=config), target(name))
