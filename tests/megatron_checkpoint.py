@@ -4,6 +4,11 @@ from argparse import Namespace
 from pathlib import Path
 
 
+class Foreign:
+    def __reduce__(self):
+        return print, ("foreign code ran",)
+
+
 def arguments_of(shape, **other):
     """What Megatron-LM's command line calls the parts of a GPTShape."""
     from megatron.core.transformer.enums import AttnBackend
@@ -40,10 +45,11 @@ def arguments_of(shape, **other):
 
 
 def write_checkpoint(
-    runtime, config, output, pp=1, name="iter_0000100", rename=None, arguments=None, common=None
+    runtime, config, output, pp=1, name="iter_0000100", rename=None, arguments=(), foreign=False
 ):
     """Write the target of a config with Hugging Face weights. rename: text in the names of tensors
-    and what it becomes. arguments: others for the command line. common: beside it."""
+    and what it becomes. arguments: others for the command line; None: save none. foreign: save an
+    object that runs code when it is unpickled."""
     from megatron.core import dist_checkpointing
 
     from dspark_megatron.targets.megatron.groups import TargetGroups
@@ -66,10 +72,13 @@ def write_checkpoint(
             tensor.key = tensor.key.replace(old, new)
     folder = Path(output) / name
     folder.mkdir(parents=True, exist_ok=True)
-    args = arguments_of(source.shape, **(arguments or {}))
-    content = {"model": state, "args": args, "iteration": 100, "checkpoint_version": 3.0}
+    content = {"model": state, "iteration": 100, "checkpoint_version": 3.0}
+    if arguments is not None:
+        content["args"] = arguments_of(source.shape, **dict(arguments))
+    if foreign:
+        content["rng"] = Foreign()
     _collect_results_here()
-    dist_checkpointing.save({**content, **(common or {})}, str(folder))
+    dist_checkpointing.save(content, str(folder))
     iteration = name.removeprefix("iter_").lstrip("0")
     (Path(output) / "latest_checkpointed_iteration.txt").write_text(iteration)
     return source.shape
