@@ -112,8 +112,10 @@ def test_states_are_those_of_transformers(pool, tiny_run, target, name, tp):
     assert_states(ranks, path)
 
 
-@pytest.mark.parametrize("world, tp, ep", [(2, 1, 2), (2, 2, 2), (4, 2, 2), (4, 2, 4), (4, 4, 2)])
-@pytest.mark.parametrize("name", ["experts", "mixed"])
+SPREAD = [("experts", *layout) for layout in [(2, 1, 2), (2, 2, 2), (4, 2, 2), (4, 4, 2)]]
+
+
+@pytest.mark.parametrize("name, world, tp, ep", [*SPREAD, ("mixed", 4, 2, 4)])
 def test_experts_spread_over_ranks(pool, tiny_run, target, name, world, tp, ep):
     path = target(name)
     ranks = pool.run(megatron_states, world=world, tp=tp, config=config_of(tiny_run, path, tp, ep))
