@@ -171,8 +171,8 @@ def test_a_sample_that_no_pass_holds(pool, tiny_run, target):
         pool.run(megatron_states, world=1, tp=1, config=config)
 
 
-def built_by_hand(runtime, path):
-    """The example of docs/megatron.md."""
+def built_by_hand(runtime, path, modelopt=False):
+    """The examples of docs/megatron.md."""
     from transformers import AutoConfig
 
     from dspark_megatron.safetensors_folder import SafetensorsFolder
@@ -185,7 +185,12 @@ def built_by_hand(runtime, path):
     groups = TargetGroups.make(tp_group=runtime.tp_group)
     shape = gpt_shape_of(AutoConfig.from_pretrained(path))
     model = build_gpt_model(shape, groups, params_dtype=torch.float32, device=runtime.device)
-    load_hf_weights(model, shape, SafetensorsFolder(path))
+    if modelopt:
+        from modelopt.torch.export import import_mcore_gpt_from_hf
+
+        import_mcore_gpt_from_hf(model, path, dtype=torch.float32)
+    else:
+        load_hf_weights(model, shape, SafetensorsFolder(path))
     states = MegatronTarget(model, (0, 2)).states(IDS)
     part = MegatronTarget(model, (0, 1), with_last_hidden=False)
     return states.taps, states.last_hidden, part.states(IDS), len(part.layers)
@@ -199,6 +204,14 @@ def test_a_model_that_the_user_built(pool, target):
     torch.testing.assert_close(last_hidden, own, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(part.taps[..., :32], expected[..., :32], rtol=1e-4, atol=1e-5)
     assert part.last_hidden is None and layers == 2
+
+
+def test_weights_by_modelopt(pool, tmp_path):
+    """An extra, which the tests run only where it is installed."""
+    pytest.importorskip("modelopt")
+    path = make_family(tmp_path / "target", "qwen3", vocab_size=302)
+    taps, *_ = pool.run(built_by_hand, world=2, tp=2, path=str(path), modelopt=True)[0]
+    torch.testing.assert_close(taps, whole(path)[0], rtol=1e-4, atol=1e-5)
 
 
 def held_bytes(runtime, config):
