@@ -70,6 +70,11 @@ def _checked_plan(config: Any, world_size: int) -> Any:
     from dspark_megatron.training.setup import check_run
 
     require(bool(config.evaluate.prompt_files), "evaluate.prompt_files is empty; name a JSONL file")
+    require(
+        not config.target.is_cached,
+        "evaluation decodes with the target, and a cache has no states of new tokens; set "
+        "target.provider=huggingface",
+    )
     plan = check_run(config, world_size)
     check_quantization(plan.target_config, plan.target_split)
     require(
@@ -147,11 +152,14 @@ def _build_decoder(
         build_target,
         load_target_head,
     )
+    from dspark_megatron.training.warm_start import WarmStart
 
     draft = build_draft(plan, runtime).eval()
     iteration = 0
     if checkpoint is not None:
         iteration = load_checkpoint(checkpoint, draft, optimizer=None).iteration
+    elif warm_start := WarmStart.open(plan):
+        warm_start.load(draft, tp_group=runtime.tp_group)
     target = build_target(plan, runtime)
     target_head = load_target_head(plan, draft, target)
     if plan.config.target.check_teacher_logits:

@@ -11,7 +11,7 @@ from megatron_checkpoint import write_checkpoint
 from safetensors.torch import load_file, save_file
 from test_megatron_target import TARGETS, assert_states, config_of, megatron_states, whole
 from test_megatron_target import target as target  # noqa: F401
-from test_training import ROOT, finish, launch, write_config
+from test_training import ROOT, assert_same_curve, curve, finish, launch, write_config
 
 from dspark_megatron.config import ConfigError
 from dspark_megatron.target_weights import shared_matrices, weights_fingerprint
@@ -190,6 +190,14 @@ def test_train_evaluate_and_export_from_a_checkpoint(tiny_run, target, checkpoin
         code, text = finish(launch(config, 2, module=module))
         assert code == 0, text
     assert json.loads((tmp_path / "draft" / "evaluation.json").read_text())["iteration"] == 3
+    command = [sys.executable, ROOT / "tools" / "prepare_target_cache.py", "--config", config]
+    command += ["--output", tmp_path / "cache", "parallel.tensor_parallel=1"]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0 and "is complete" in done.stdout, done.stdout + done.stderr
+    cached = ["target.provider=cache", f"target.cache={tmp_path / 'cache'}"]
+    code, text = finish(launch(config, 2, *cached, f"train.output_dir={tmp_path / 'again'}"))
+    assert code == 0, text
+    assert_same_curve(curve(tmp_path / "again"), curve(tmp_path / "draft"), rel=0.02)
     out = tmp_path / "out"
     command = [sys.executable, ROOT / "tools" / "convert_checkpoint.py", "export"]
     command += ["--checkpoint", tmp_path / "draft", "--target", path, "--output", out]

@@ -278,7 +278,7 @@ def test_settings_of_the_other_provider(tiny_run, target):
     for settings, words in (
         ({"attention": "eager"}, "target.attention"),
         ({"shard_across_data_parallel": 2}, "shard_across_data_parallel"),
-        ({"provider": "huggingface", "checkpoint": "there"}, "target.provider=megatron only"),
+        ({"provider": "huggingface", "checkpoint": "there"}, "read by target.provider=megatron"),
     ):
         with pytest.raises(ConfigError, match=words):
             config_of(tiny_run, target("qwen3"), target=settings)

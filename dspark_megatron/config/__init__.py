@@ -68,6 +68,11 @@ class Config:
             "model.enable_confidence_head=false or optimizer.overlap_grad_reduce=false",
         )
         require(
+            not (self.model.initialize_from_target_layers and self.train.initial_checkpoint),
+            f"model.initialize_from_target_layers ({self.model.initialize_from_target_layers}) and "
+            f"train.initial_checkpoint ({self.train.initial_checkpoint}) name two starts; give one",
+        )
+        require(
             self.evaluate.scheduler == "none" or self.model.enable_confidence_head,
             f"evaluate.scheduler ({self.evaluate.scheduler!r}) goes by the confidence head, and "
             "model.enable_confidence_head is false; set evaluate.scheduler=none",
@@ -77,6 +82,26 @@ class Config:
             "evaluate.every compares with the target's distribution, which an objective of cross "
             "entropy alone does not load; set evaluate.every=null, or give a term that compares "
             "(loss.l1_loss_alpha, loss.kl_loss_alpha, ...) a weight",
+        )
+        require(
+            self.evaluate.every is None or not self.target.is_cached,
+            f"evaluate.every ({self.evaluate.every}) needs the target for answers that are not in "
+            "a cache; set evaluate.every=null or target.provider=huggingface",
+        )
+        self._check_padding()
+
+    def _check_padding(self) -> None:
+        require(
+            not self.data.group_by_length or self.loss.normalization == "global_step",
+            "data.group_by_length changes which samples share a micro-batch, and with "
+            f"loss.normalization {self.loss.normalization!r} that changes the gradient; set "
+            "loss.normalization=global_step or data.group_by_length=false",
+        )
+        require(
+            not self.target.packing or self.train.micro_batch_size > 1,
+            "target.packing puts the samples of a micro-batch behind one another, and "
+            f"train.micro_batch_size ({self.train.micro_batch_size}) has one, without padding; set "
+            "train.micro_batch_size > 1 or target.packing=false",
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -12,12 +12,17 @@ class TargetConfig:
     path: str = ""
     """Folder with the target's `config.json`, safetensors and tokenizer."""
     provider: str = "huggingface"
-    """Who loads and splits the target. `huggingface`: Transformers' native tensor parallelism.
-    `megatron`: a Megatron-Core GPTModel, for Llama, Qwen2, Qwen3 and Qwen3-MoE."""
+    """Where its states come from. `huggingface`: the target, split by Transformers' native tensor
+    parallelism. `megatron`: a Megatron-Core GPTModel, of Llama, Qwen2, Qwen3 and Qwen3-MoE.
+    `cache`: the folder `cache`, and no target is loaded."""
     checkpoint: str = ""
     """For provider `megatron`: a Megatron-LM checkpoint (a folder with
     `latest_checkpointed_iteration.txt`, or an `iter_*` or `release` folder in it) that the target's
-    weights come from, whatever layout wrote it; `path` then needs no safetensors."""
+    weights come from, whatever layout wrote it; `path` then needs no safetensors. For `cache`: the
+    same, where the cache was written with it."""
+    cache: str = ""
+    """Folder of states that `tools/prepare_target_cache.py` has written, or of DeepSpec's cache
+    (version 2)."""
     dtype: str = "auto"
     """`auto` (as saved), `float32`, `bfloat16` or `float16`."""
     attention: str = "sdpa"
@@ -31,26 +36,39 @@ class TargetConfig:
     """Tokens that one forward pass of the target takes at most in training: a larger micro-batch
     goes through it in several passes, a longer sample in pieces with a key/value cache. Null: all
     at once."""
+    packing: bool = False
+    """Put the samples of a micro-batch behind one another in rows of a forward pass in training,
+    without padding: the same states, where the target's family keeps the samples of a row apart,
+    which is tried at start."""
     check_teacher_logits: bool = True
     """Compare `lm_head(last_hidden)` with the target's own logits on the first batch at start."""
 
     def validate(self) -> None:
         require(bool(self.path), "target.path is missing; set it to the target's folder")
-        one_of("target.provider", self.provider, ("huggingface", "megatron"))
+        one_of("target.provider", self.provider, ("huggingface", "megatron", "cache"))
+        require(
+            bool(self.cache) or not self.is_cached,
+            "target.provider 'cache' needs target.cache: name the folder that "
+            "tools/prepare_target_cache.py has written, or set target.provider=huggingface",
+        )
         one_of("target.dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         require(
             self.shard_across_data_parallel >= 0,
             f"target.shard_across_data_parallel ({self.shard_across_data_parallel}) must be >= 0 "
             "(1: no sharding, 0: over all data-parallel ranks)",
         )
+        require(
+            not self.checkpoint or self.provider != "huggingface",
+            f"target.checkpoint ({self.checkpoint}) is read by target.provider=megatron, and for a "
+            f"cache of its states (here: {self.provider}); set that, or leave it empty",
+        )
         if self.provider == "megatron":
             self._validate_megatron()
-        else:
-            require(
-                not self.checkpoint,
-                f"target.checkpoint ({self.checkpoint}) is read by target.provider=megatron only "
-                f"(here: {self.provider}); set that, or leave it empty",
-            )
+        require(
+            not self.packing or not self.is_cached,
+            "target.packing is of a target's forward pass, and target.provider 'cache' makes none; "
+            "set target.packing=false",
+        )
         if self.max_tokens_per_forward is not None:
             positive("target.max_tokens_per_forward", self.max_tokens_per_forward)
 
@@ -66,3 +84,12 @@ class TargetConfig:
             "target.provider=megatron, whose weights are split by tensor and expert parallelism; "
             "raise parallel.tensor_parallel, or set target.provider=huggingface",
         )
+        require(
+            not self.packing,
+            "target.packing is for target.provider=huggingface; set target.packing=false",
+        )
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether states are read, and the target itself is not loaded."""
+        return self.provider == "cache"

@@ -1,5 +1,6 @@
 """What a frozen target gives to the rest: states, never logits."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,10 +17,14 @@ class TargetStates:
     last_hidden: Tensor | None
     """[b, s, h] after the target's final norm; None from a target that was loaded for its taps
     alone."""
+    positions: int | None = None
+    """Positions that the target computed for them, padding included; None of a target that
+    computes nothing."""
 
 
-class Target(Protocol):
-    """A frozen model, split over tensor-parallel ranks; all of them call together."""
+class StatesSource(Protocol):
+    """What training takes states from: a target that makes them, or a cache of them. All
+    tensor-parallel ranks call together."""
 
     lockstep: bool
     """Whether data-parallel ranks must call `states` equally often, too: the weights, or tokens on
@@ -29,8 +34,24 @@ class Target(Protocol):
     dtype: torch.dtype
     """That of its weights, and so of its states."""
 
-    def states(self, input_ids: Tensor) -> TargetStates:
-        """States of right-padded sequences. input_ids [b, s]. No gradient."""
+    def expect(self, batches: Sequence[Tensor], *, samples: Sequence[Sequence[int]] = ()) -> None:
+        """Called before the `states` of several micro-batches, with what they will be given, in
+        their order: a cache reads ahead."""
+
+    def states(
+        self,
+        input_ids: Tensor,
+        *,
+        lengths: list[int] | None = None,
+        samples: Sequence[int] = (),
+    ) -> TargetStates:
+        """States of right-padded sequences. input_ids [b, s]. No gradient. With their lengths, of
+        which the longest is s, a target may leave the padding out, whose states are then 0.
+        samples [b]: their indices in the training data, by which a cache finds them."""
+
+
+class Target(StatesSource, Protocol):
+    """A frozen model, split over tensor-parallel ranks."""
 
     def new_cache(self) -> Any:
         """A key/value cache of no sequence."""

@@ -16,13 +16,10 @@ from dspark_megatron.conversion.megatron_checkpoint import (
     latest_iteration,
     read_meta,
 )
-from dspark_megatron.data.blend import Blend
-from dspark_megatron.data.collate import collate
 from dspark_megatron.data.dataset import ConversationDataset
-from dspark_megatron.data.sampler import SampleRef, StepSampler
 from dspark_megatron.data.show import describe_sample
-from dspark_megatron.ops.anchors import BlockRules, anchor_seed, draft_blocks, sample_anchors
-from dspark_megatron.targets.teacher_check import check_teacher_logits
+from dspark_megatron.model.draft_model import DSparkDraftModel
+from dspark_megatron.targets.packing import RowPlanner
 from dspark_megatron.training.checkpointing import (
     RunState,
     check_same_run,
@@ -33,23 +30,27 @@ from dspark_megatron.training.checkpointing import (
 from dspark_megatron.training.heldout import HeldOut
 from dspark_megatron.training.initial_weights import InitialWeights
 from dspark_megatron.training.metrics import MetricSums
+from dspark_megatron.training.micro_batches import MicroBatches
 from dspark_megatron.training.optimizer import (
     build_optimizer,
     build_scheduler,
     wrap_data_parallel,
 )
 from dspark_megatron.training.output import claim_output, write_config, write_status
+from dspark_megatron.training.padding import describe_padding
 from dspark_megatron.training.reporter import Reporter
 from dspark_megatron.training.run_data import load_run_data
 from dspark_megatron.training.runtime import Runtime, main_ranks_folder
 from dspark_megatron.training.setup import (
     RunPlan,
     build_draft,
-    build_target,
     draft_identity,
 )
-from dspark_megatron.training.step import GradientStep, MicroBatch
+from dspark_megatron.training.states_source import states_source
+from dspark_megatron.training.step import GradientStep
 from dspark_megatron.training.stop_requests import StopReason, StopRequests
+from dspark_megatron.training.target_cache import open_cache
+from dspark_megatron.training.warm_start import WarmStart
 
 _NO_MATHEMATICS = ("preset", "chunk_rows", "memory_budget_mb", "compile")
 """Keys of the loss section that a run may change on its way. What a preset stands for is written
@@ -63,10 +64,12 @@ def train(plan: RunPlan, runtime: Runtime, stop: StopRequests) -> None:
         claim_output(output_dir, plan.config)
     dist.barrier()
     resume_from = _checkpoint_to_resume(plan, output_dir / "checkpoints", runtime)
-    initial = InitialWeights.open(plan) if resume_from is None else None
+    if plan.config.target.is_cached:
+        open_cache(plan)  # refused before the data are read
+    draft = _build_draft(plan, runtime, is_new=resume_from is None)
     heldout = HeldOut.load(plan, runtime)
-    dataset = _load_data(plan, runtime)
-    Trainer(plan, runtime, dataset, output_dir, resume_from, initial, heldout).run(stop)
+    dataset = load_data(plan, runtime)
+    Trainer(plan, runtime, dataset, output_dir, resume_from, draft, heldout).run(stop)
 
 
 class Trainer:
@@ -77,12 +80,12 @@ class Trainer:
         dataset: ConversationDataset,
         output_dir: Path,
         resume_from: Path | None,
-        initial: InitialWeights | None,
+        draft: DSparkDraftModel,
         heldout: HeldOut | None,
     ) -> None:
         config = plan.config
         self.plan, self.runtime, self.dataset = plan, runtime, dataset
-        self.heldout = heldout
+        self.draft, self.heldout = draft, heldout
         self.settings = config.train
         self.checkpoints = output_dir / "checkpoints"
         self.output_dir = output_dir
@@ -94,22 +97,12 @@ class Trainer:
         if runtime.is_main:
             write_config(output_dir, config)
             write_status(output_dir, "running")
-        self.sampler = StepSampler(
-            len(dataset),
-            self.settings.seed,
-            self.settings.global_batch_size,
-            self.settings.micro_batch_size,
-            runtime.dp_group.rank(),
-            runtime.dp_group.size(),
-            Blend(dataset.shares, self.settings.seed) if dataset.shares else None,
-        )
-        self.draft = build_draft(plan, runtime)
-        if initial is not None:
-            initial.load(self.draft, tp_group=runtime.tp_group)
-            self._say(f"starting from the weights of {initial.path}")
-        self.target = build_target(plan, runtime, with_last_hidden=config.needs_teacher)
-        if config.target.check_teacher_logits and config.needs_teacher:
-            self._check_teacher()
+        self.batches = MicroBatches(config, dataset, dp_group=runtime.dp_group)
+        planner = RowPlanner.of(config.target, plan.shape.hidden_size)
+        samples = dataset.lengths, self.batches.blend
+        if padding := describe_padding(config, *samples, self.iterations, planner):
+            self._say(padding)
+        self.target = states_source(plan, runtime, dataset, self.draft)
         self.model = wrap_data_parallel(self.draft, config.optimizer)
         self.optimizer = build_optimizer(config.optimizer, self.model, plan.dtype)
         self.scheduler = build_scheduler(config.optimizer, self.optimizer, self.iterations)
@@ -171,10 +164,7 @@ class Trainer:
 
     def _train_step(self, metrics: MetricSums) -> float:
         """One optimizer step; returns the gradient norm before clipping."""
-        micro_batches = [
-            self._micro_batch(refs)
-            for refs in self.sampler.micro_batches(self.state.consumed_samples)
-        ]
+        micro_batches = self.batches.of_step(self.state.consumed_samples)
         self.optimizer.zero_grad()
         self.step.run(micro_batches, metrics)
         self.scheduler.step(1)
@@ -182,20 +172,6 @@ class Trainer:
         consumed = self.state.consumed_samples + self.settings.global_batch_size
         self.state = RunState(self.state.iteration + 1, consumed, best=self.state.best)
         return float(grad_norm)
-
-    def _micro_batch(self, refs: list[SampleRef]) -> MicroBatch:
-        samples = [self.dataset[ref.sample_index] for ref in refs]
-        ids = [sample.input_ids for sample in samples]
-        masks = [sample.loss_mask for sample in samples]
-        model, rules = self.plan.config.model, BlockRules.of(self.plan.config.loss)
-        seeds = (anchor_seed(self.settings.seed, r.epoch, r.sample_index) for r in refs)
-        anchors = [
-            sample_anchors(mask, model.num_anchors, seed, rules)
-            for mask, seed in zip(masks, seeds, strict=True)
-        ]
-        blocks = draft_blocks(ids, masks, anchors, model.block_size, rules)
-        input_ids, _ = collate(samples)
-        return MicroBatch(input_ids, [len(row) for row in ids], blocks)
 
     def _log(
         self, reporter: Reporter | None, metrics: MetricSums, grad_norm: float, seconds: float
@@ -233,15 +209,6 @@ class Trainer:
         if self.runtime.is_main:
             track_best(self.checkpoints, state.best)
         return state
-
-    def _check_teacher(self) -> None:
-        check_teacher_logits(
-            self.target,
-            self.plan.config.target.path,
-            self.draft.lm_head,
-            self.draft.vocab_shard,
-            self.dataset[0].input_ids[None],
-        )
 
     def _agreed(self, reason: StopReason) -> StopReason:
         """The largest of all ranks' reasons: a signal may reach one node only, and clocks differ.
@@ -299,7 +266,22 @@ def _checkpoint_to_resume(plan: RunPlan, checkpoints: Path, runtime: Runtime) ->
     return folder
 
 
-def _load_data(plan: RunPlan, runtime: Runtime) -> ConversationDataset:
+def _build_draft(plan: RunPlan, runtime: Runtime, *, is_new: bool) -> DSparkDraftModel:
+    """The draft, before anything slow: its layers may be the user's own. A new run's has the
+    weights that it is to start from."""
+    initial = None
+    if is_new:
+        initial = InitialWeights.open(plan) or WarmStart.open(plan)
+    draft = build_draft(plan, runtime)
+    if initial is not None:
+        initial.load(draft, tp_group=runtime.tp_group)
+        if runtime.is_main:
+            print(initial.describe(), flush=True)
+    return draft
+
+
+def load_data(plan: RunPlan, runtime: Runtime) -> ConversationDataset:
+    """The training samples; the main rank says what became of the files' lines."""
     data = plan.config.data
     dataset = load_run_data(
         plan, data.train_files, weights=data.weights, show_progress=runtime.is_main

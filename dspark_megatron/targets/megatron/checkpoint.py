@@ -1,7 +1,9 @@
 """A GPTModel from a Megatron-LM checkpoint: its shape, and its weights in this run's layout."""
 
 import argparse
+import inspect
 import re
+from importlib.metadata import version
 from typing import Any
 
 from megatron.core import dist_checkpointing
@@ -132,6 +134,13 @@ def load_checkpoint_weights(model: GPTModel, checkpoint: GPTCheckpoint) -> None:
     }
     _check_tensors(state, checkpoint, is_whole=model.pg_collection.pp.size() == 1)
     _ = checkpoint.args  # seen to be harmless: Megatron-Core unpickles them again
+    has_old_form = (checkpoint.path / "common.pt").is_file()
+    needs_old_form = "common_strategy" in inspect.signature(dist_checkpointing.load).parameters
+    require(
+        has_old_form or not needs_old_form,
+        f"target.checkpoint {checkpoint.path} has no common.pt: it is of a newer Megatron-Core than "
+        f"{version('megatron-core')}, which cannot read it; install that version",
+    )
     try:
         with known_classes():
             loaded = dist_checkpointing.load({"model": state}, str(checkpoint.path))["model"]

@@ -36,7 +36,7 @@ def load_hf_weights(model: GPTModel, shape: GPTShape, folder: SafetensorsFolder)
     _check_tensors(shape, folder)
     table = _Table(model, shape)
     for name, parameter in model.named_parameters():
-        parts = [folder.part(part.name, part.rows, part.columns) for part in table.parts(name)]
+        parts = [folder.block(*part) for part in table.parts(name)]
         whole = torch.cat(parts)
         missing = len(parameter) - len(whole)  # padding of the vocabulary
         if missing:

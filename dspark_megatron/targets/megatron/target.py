@@ -1,6 +1,8 @@
 """Provider `megatron`: the states of a frozen Megatron-Core GPTModel."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -9,13 +11,13 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor, nn
 
 from dspark_megatron.config import require
-from dspark_megatron.targets.base import TargetStates
+from dspark_megatron.targets.base import Target, TargetStates
 from dspark_megatron.targets.megatron.taps import Taps, whole_rows
 from dspark_megatron.targets.megatron.token_cache import TokenCache
 from dspark_megatron.targets.passes import states_in_passes
 
 
-class MegatronTarget:
+class MegatronTarget(Target):
     """A GPTModel of one pipeline stage whose decoder layers are tapped by forward hooks."""
 
     def __init__(
@@ -49,21 +51,28 @@ class MegatronTarget:
     def layers(self) -> nn.ModuleList:
         return self.model.decoder.layers
 
-    def states(self, input_ids: Tensor) -> TargetStates:
+    def states(
+        self,
+        input_ids: Tensor,
+        *,
+        lengths: list[int] | None = None,
+        samples: Sequence[int] = (),
+    ) -> TargetStates:
         if self._max_tokens is None:
-            return self._run(input_ids)
+            return replace(self._run(input_ids), positions=input_ids.numel())
         require(
             input_ids.shape[1] <= self._max_tokens,
             f"target.max_tokens_per_forward ({self._max_tokens}) must hold a whole sample for "
             f"target.provider megatron, and one has {input_ids.shape[1]} tokens; raise it, or "
             "lower data.max_length",
         )
-        return states_in_passes(
+        states = states_in_passes(
             input_ids,
             self._max_tokens,
-            lambda pieces: [self._run(piece) for piece in pieces],
+            lambda rows: [self._run(piece) for piece in rows.pieces],
             lockstep_group=self._shape_group,
         )
+        return replace(states, positions=input_ids.numel())
 
     def new_cache(self) -> TokenCache:
         return TokenCache()
