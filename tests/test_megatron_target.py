@@ -246,6 +246,7 @@ BAD_FAMILIES = {
     ),
     "biases": ("llama", dict(attention_bias=True), "attention_bias (True) must be False"),
     "another activation": ("qwen3", dict(hidden_act="gelu"), "hidden_act (gelu) must be silu"),
+    "quantized": ("qwen3", dict(quantization_config={"quant_method": "fp8"}), "must be None"),
     "a window": ("qwen2", dict(use_sliding_window=True), "use_sliding_window (True)"),
 }
 

@@ -138,8 +138,8 @@ def load_checkpoint_weights(model: GPTModel, checkpoint: GPTCheckpoint) -> None:
     needs_old_form = "common_strategy" in inspect.signature(dist_checkpointing.load).parameters
     require(
         has_old_form or not needs_old_form,
-        f"target.checkpoint {checkpoint.path} has no common.pt: it is of a newer Megatron-Core than "
-        f"{version('megatron-core')}, which cannot read it; install that version",
+        f"target.checkpoint {checkpoint.path} has no common.pt: a newer Megatron-Core wrote it, "
+        f"and {version('megatron-core')} cannot read it; install that version",
     )
     try:
         with known_classes():

@@ -25,7 +25,7 @@ def gpt_shape_of(config: PretrainedConfig) -> GPTShape:
         f"target is {family!r}; set target.provider=huggingface, or build its GPTModel yourself "
         "and give it to MegatronTarget",
     )
-    _require_settings(config, {"hidden_act": "silu"})
+    _require_settings(config, {"hidden_act": "silu", "quantization_config": None})
     kv_heads = config.num_key_value_heads or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None)
     return GPTShape(
