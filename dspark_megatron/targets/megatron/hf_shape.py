@@ -87,7 +87,7 @@ def _rope_scaling_factor(config: PretrainedConfig) -> float | None:
     require(
         kind in ("default", "llama3"),
         f"the target's rope_type ({kind!r}) must be default or llama3 for target.provider "
-        "megatron: Megatron-Core has no other; set target.provider=huggingface",
+        "megatron, which maps no other to Megatron-Core's; set target.provider=huggingface",
     )
     require(
         rope.get("partial_rotary_factor", 1.0) == 1.0,
