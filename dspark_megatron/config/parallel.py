@@ -17,7 +17,8 @@ class ParallelConfig:
     expert_parallel: int = 1
     """Ranks over which the experts of a mixture-of-experts target are spread, whole ones on each;
     1: every expert is split over the tensor-parallel ranks. A multiple of tensor_parallel that
-    divides tensor_parallel x target.shard_across_data_parallel and the number of experts."""
+    divides tensor_parallel x target.shard_across_data_parallel and the number of experts; with
+    target.provider=megatron any divisor of the world size and of the number of experts."""
     context_parallel: int = 1
     """Always 1: a sample stays whole on its ranks."""
 

@@ -13,7 +13,13 @@ class TargetConfig:
     """Folder with the target's `config.json`, safetensors and tokenizer."""
     provider: str = "huggingface"
     """Where its states come from. `huggingface`: the target, split by Transformers' native tensor
-    parallelism. `cache`: the folder `cache`, and no target is loaded."""
+    parallelism. `megatron`: a Megatron-Core GPTModel, of Llama, Qwen2, Qwen3 and Qwen3-MoE.
+    `cache`: the folder `cache`, and no target is loaded."""
+    checkpoint: str = ""
+    """For provider `megatron`: a Megatron-LM checkpoint (a folder with
+    `latest_checkpointed_iteration.txt`, or an `iter_*` or `release` folder in it) that the target's
+    weights come from, whatever layout wrote it; `path` then needs no safetensors. For `cache`: the
+    same, where the cache was written with it."""
     cache: str = ""
     """Folder of states that `tools/prepare_target_cache.py` has written, or of DeepSpec's cache
     (version 2)."""
@@ -39,7 +45,7 @@ class TargetConfig:
 
     def validate(self) -> None:
         require(bool(self.path), "target.path is missing; set it to the target's folder")
-        one_of("target.provider", self.provider, ("huggingface", "cache"))
+        one_of("target.provider", self.provider, ("huggingface", "megatron", "cache"))
         require(
             bool(self.cache) or not self.is_cached,
             "target.provider 'cache' needs target.cache: name the folder that "
@@ -52,12 +58,36 @@ class TargetConfig:
             "(1: no sharding, 0: over all data-parallel ranks)",
         )
         require(
+            not self.checkpoint or self.provider != "huggingface",
+            f"target.checkpoint ({self.checkpoint}) is read by target.provider=megatron, and for a "
+            f"cache of its states (here: {self.provider}); set that, or leave it empty",
+        )
+        if self.provider == "megatron":
+            self._validate_megatron()
+        require(
             not self.packing or not self.is_cached,
             "target.packing is of a target's forward pass, and target.provider 'cache' makes none; "
             "set target.packing=false",
         )
         if self.max_tokens_per_forward is not None:
             positive("target.max_tokens_per_forward", self.max_tokens_per_forward)
+
+    def _validate_megatron(self) -> None:
+        require(
+            self.attention == "sdpa",
+            f"target.attention ({self.attention!r}) is for target.provider=huggingface; leave it "
+            "at 'sdpa', since a GPTModel has its own attention",
+        )
+        require(
+            self.shard_across_data_parallel == 1,
+            f"target.shard_across_data_parallel ({self.shard_across_data_parallel}) must be 1 for "
+            "target.provider=megatron, whose weights are split by tensor and expert parallelism; "
+            "raise parallel.tensor_parallel, or set target.provider=huggingface",
+        )
+        require(
+            not self.packing,
+            "target.packing is for target.provider=huggingface; set target.packing=false",
+        )
 
     @property
     def is_cached(self) -> bool:

@@ -58,7 +58,12 @@ class WarmStart:
 def layer_source(plan: RunPlan) -> LayerSource:
     """Where the weights of the target's layers are: the one place that knows. ConfigError where
     they are nowhere."""
-    path = Path(plan.config.target.path)
+    path, checkpoint = Path(plan.config.target.path), plan.config.target.checkpoint
+    require(
+        not checkpoint,
+        "model.initialize_from_target_layers copies from the safetensors of target.path, and the "
+        f"target's weights are those of target.checkpoint {checkpoint}; set it to []",
+    )
     require(
         any(path.glob("*.safetensors*")),
         "model.initialize_from_target_layers copies from the safetensors of target.path, and "
