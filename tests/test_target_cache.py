@@ -125,9 +125,10 @@ def test_a_cache_gives_the_online_curve(pool, run, online, tmp_path, written, re
 
 
 def run_without_target(runtime, config):
-    from dspark_megatron.training import loop
+    from dspark_megatron.training import states_source
 
-    with mock.patch.object(loop, "build_target", side_effect=AssertionError("a target is loaded")):
+    unwanted = AssertionError("a target is loaded")
+    with mock.patch.object(states_source, "build_target", side_effect=unwanted):
         run_training(runtime, config)
 
 

@@ -1,0 +1,195 @@
+"""What `pretrain()` asks for of a draft: its model, its data, its forward step and its loss.
+
+Megatron wraps and saves the draft alone; the frozen target is beside it.
+"""
+
+import json
+import math
+from argparse import Namespace
+from collections.abc import Iterator
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dspark_megatron.config import Config, require
+from dspark_megatron.conversion.megatron_checkpoint import FORMAT, META
+from dspark_megatron.megatron_lm.arguments import config_from_args
+from dspark_megatron.model.draft_model import DSparkDraftModel
+from dspark_megatron.shape import check_batch_size
+from dspark_megatron.targets.quantization import check_quantization
+from dspark_megatron.training.checkpointing import check_same_run
+from dspark_megatron.training.forward_step import ForwardStep
+from dspark_megatron.training.loop import load_data
+from dspark_megatron.training.metrics import MetricSums
+from dspark_megatron.training.micro_batches import MicroBatch, MicroBatches
+from dspark_megatron.training.output import replace_text
+from dspark_megatron.training.run_identity import export_settings, run_identity
+from dspark_megatron.training.runtime import Runtime
+from dspark_megatron.training.setup import build_draft, check_run, check_training_device
+from dspark_megatron.training.states_source import states_source
+
+_MOST_TOKENS = 2**31 - 1
+"""Megatron counts the tokens of a step in 32 bits."""
+
+
+class DraftPretraining:
+    """A draft in a loop of Megatron's, whose process groups are there."""
+
+    def __init__(self, config: Config, runtime: Runtime) -> None:
+        """Reads the data. Raises ConfigError for settings that cannot work."""
+        self.plan = check_run(config, runtime.world_size)
+        check_batch_size(config.train, self.plan.dp_size)
+        check_training_device(config)
+        if not config.target.is_cached:
+            check_quantization(self.plan.target_config, self.plan.target_split)
+        self.runtime = runtime
+        self.dataset = load_data(self.plan, runtime)
+        self.micro_batches = MicroBatches(config, self.dataset, dp_group=runtime.dp_group)
+
+    def build_model(self) -> DSparkDraftModel:
+        """The draft, with its first weights; the target is loaded and kept."""
+        draft = build_draft(self.plan, self.runtime)
+        target = states_source(self.plan, self.runtime, self.dataset, draft)
+        place = dict(tp_group=self.runtime.tp_group, device=self.runtime.device)
+        self._step = ForwardStep(self.plan.config.loss, draft, target, **place)
+        return draft
+
+    def forward_step(self, micro_batch: MicroBatch, model: Any) -> tuple[Tensor, partial]:
+        """The weighted sum of the loss [], and the function that makes Megatron's three of it."""
+        metrics = MetricSums.zeros(self.plan.shape.block_size, self.runtime.device)
+        loss = self._step(micro_batch, model, metrics)
+        if loss is None:
+            loss = torch.zeros((), device=self.runtime.device)
+        return loss, partial(
+            loss_func,
+            weight=self._step.weight(micro_batch),
+            tokens_per_weight=self._tokens_per_weight(),
+            ratios=metrics.ratios(self._step.draft_loss.weights),
+        )
+
+    def _tokens_per_weight(self) -> float:
+        """The largest power of two with which the weight of no step overflows Megatron's count."""
+        config, slots = self.plan.config, self._step.draft_loss.slots
+        most = config.train.global_batch_size * config.model.num_anchors * float(slots.sum())
+        return 2.0 ** math.floor(math.log2(_MOST_TOKENS / most))
+
+
+def loss_func(
+    loss_sum: Tensor,
+    *,
+    weight: float,
+    tokens_per_weight: float,
+    ratios: dict[str, tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Loss sum [], number of tokens [] and {name: [numerator, denominator]} of a micro-batch, as
+    Megatron has them with `--calculate-per-token-loss`.
+
+    Megatron divides the gradient of a step's loss sums by its number of tokens, an integer, and
+    what ours is divided by is a weight, a fraction. So a token is a fixed part of a weight of 1, a
+    power of two, and the loss sum is in the same unit: what is rounded is the divisor alone, at a
+    place far behind those that a 32-bit float has.
+    """
+    num_tokens = torch.tensor(
+        round(weight * tokens_per_weight), dtype=torch.int, device=loss_sum.device
+    )
+    reported = {}
+    for name, (numerator, denominator) in ratios.items():
+        pair = torch.stack([numerator, denominator])
+        slots = [""] if pair.dim() == 1 else [f"/{slot}" for slot in range(pair.shape[1])]
+        reported |= {
+            f"{name}{slot}": column
+            for slot, column in zip(slots, pair.view(2, -1).unbind(1), strict=True)
+        }
+    return loss_sum * tokens_per_weight, num_tokens, reported
+
+
+def model_provider(
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    config: Any = None,
+    pg_collection: Any = None,
+) -> DSparkDraftModel:
+    """The draft, which keeps `pg_collection`; the rest is of pipelines and of other models."""
+    pretraining, args = _this_run()
+    draft = pretraining.build_model()
+    draft.pg_collection = pg_collection
+    _keep_meta(pretraining, args)
+    return draft
+
+
+def datasets_provider(num_samples: Any, vp_stage: int | None = None) -> tuple[Any, None, None]:
+    """The training micro-batches from the first sample that is not yet consumed, without end; none
+    to validate or test on."""
+    pretraining, args = _this_run()
+    return pretraining.micro_batches.from_sample(args.consumed_train_samples), None, None
+
+
+datasets_provider.is_distributed = True  # every tensor-parallel rank reads the data
+
+
+def forward_step(
+    data_iterator: Iterator[MicroBatch], model: Any, return_schedule_plan: bool = False
+) -> tuple[Tensor, partial]:
+    """The loss of the next micro-batch, and what Megatron divides it by."""
+    from megatron.training import get_timers
+
+    require(not return_schedule_plan, "a draft has no schedule plan; leave its overlap options out")
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    micro_batch = next(data_iterator)
+    timers("batch-generator").stop()
+    return _this_run()[0].forward_step(micro_batch, model)
+
+
+@cache
+def _this_run() -> tuple[DraftPretraining, Namespace]:
+    """Of this process; made at the first call, when Megatron has its arguments and groups."""
+    from megatron.training import get_args
+
+    args = get_args()
+    config = config_from_args(args)
+    has_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
+    pretraining = DraftPretraining(config, Runtime.joined(device))
+    _check_architecture(args, pretraining)
+    return pretraining, args
+
+
+def _check_architecture(args: Namespace, pretraining: DraftPretraining) -> None:
+    """What Megatron asks for of a model is that of the target: it counts operations by it."""
+    text = pretraining.plan.target_config.get_text_config()
+    theirs = {
+        "num_layers": text.num_hidden_layers,
+        "hidden_size": text.hidden_size,
+        "num_attention_heads": text.num_attention_heads,
+    }
+    for name, value in theirs.items():
+        require(
+            getattr(args, name) == value,
+            f"--{name.replace('_', '-')} is {getattr(args, name)} and must be the target's "
+            f"({value}); the draft's is an argument of --dspark-*",
+        )
+
+
+def _keep_meta(pretraining: DraftPretraining, args: Namespace) -> None:
+    """Write `dspark.json`, by which exports and later runs know the checkpoints, beside them; once
+    what --load says of itself is seen to be of this run."""
+    plan = pretraining.plan
+    identity = {**run_identity(plan), "data_fingerprint": pretraining.dataset.fingerprint}
+    if args.load and not args.finetune and (Path(args.load) / META).is_file():
+        check_same_run(Path(args.load), identity)
+    if not args.save or not pretraining.runtime.is_main:
+        return
+    meta = {
+        "format": FORMAT,
+        **identity,
+        **export_settings(plan),
+        "global_batch_size": plan.config.train.global_batch_size,
+        "open_metrics": [],
+    }
+    Path(args.save).mkdir(parents=True, exist_ok=True)
+    replace_text(Path(args.save) / META, json.dumps(meta, indent=2) + "\n")
