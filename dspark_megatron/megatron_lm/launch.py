@@ -7,8 +7,12 @@ the parts of 0.19 that it is made of.
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from megatron.core import datasets
+
+from dspark_megatron.config import require
 from dspark_megatron.megatron_lm.arguments import ARGS_DEFAULTS
 from dspark_megatron.training import loadable_adam
 
@@ -24,6 +28,7 @@ def launch_pretrain(
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
 
+    _check_makefile()
     loadable_adam.install()
     providers = dict(
         train_valid_test_dataset_provider=datasets_provider,
@@ -53,3 +58,13 @@ def _parsed_config(**parsing: Any) -> Any:
     from megatron.training.arguments import parse_and_validate_args
 
     return pretrain_cfg_container_from_args(parse_and_validate_args(**parsing))
+
+
+def _check_makefile() -> None:
+    folder = Path(datasets.__file__).parent
+    require(
+        (folder / "Makefile").is_file(),
+        f"{folder} must have a Makefile: pretrain() runs it at its start, and wheels of "
+        "megatron-core lack it; put a checkout of Megatron-LM on PYTHONPATH, or write the file "
+        "with the one line 'all:', since wheels have what it makes",
+    )

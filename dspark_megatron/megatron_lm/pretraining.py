@@ -54,7 +54,10 @@ class DraftPretraining:
         draft = build_draft(self.plan, self.runtime)
         target = states_source(self.plan, self.runtime, self.dataset, draft)
         place = dict(tp_group=self.runtime.tp_group, device=self.runtime.device)
-        self._step = ForwardStep(self.plan.config.loss, draft, target, **place)
+        config = self.plan.config
+        self._step = ForwardStep(config.loss, draft, target, **place)
+        anchors = config.train.global_batch_size * config.model.num_anchors
+        self._unit = tokens_per_weight(anchors * float(self._step.draft_loss.slots.sum()))
         return draft
 
     def forward_step(self, micro_batch: MicroBatch, model: Any) -> tuple[Tensor, partial]:
@@ -66,44 +69,37 @@ class DraftPretraining:
         return loss, partial(
             loss_func,
             weight=self._step.weight(micro_batch),
-            tokens_per_weight=self._tokens_per_weight(),
+            unit=self._unit,
             ratios=metrics.ratios(self._step.draft_loss.weights),
         )
 
-    def _tokens_per_weight(self) -> float:
-        """The largest power of two with which the weight of no step overflows Megatron's count."""
-        config, slots = self.plan.config, self._step.draft_loss.slots
-        most = config.train.global_batch_size * config.model.num_anchors * float(slots.sum())
-        return 2.0 ** math.floor(math.log2(_MOST_TOKENS / most))
+
+def tokens_per_weight(most: float) -> float:
+    """Megatron's tokens in a weight of 1: the largest power of two with which no step, which weighs
+    `most` at most, overflows its count."""
+    return 2.0 ** math.floor(math.log2(_MOST_TOKENS / most))
 
 
 def loss_func(
-    loss_sum: Tensor,
-    *,
-    weight: float,
-    tokens_per_weight: float,
-    ratios: dict[str, tuple[Tensor, Tensor]],
+    loss_sum: Tensor, *, weight: float, unit: float, ratios: dict[str, tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Loss sum [], number of tokens [] and {name: [numerator, denominator]} of a micro-batch, as
     Megatron has them with `--calculate-per-token-loss`.
 
     Megatron divides the gradient of a step's loss sums by its number of tokens, an integer, and
-    what ours is divided by is a weight, a fraction. So a token is a fixed part of a weight of 1, a
-    power of two, and the loss sum is in the same unit: what is rounded is the divisor alone, at a
-    place far behind those that a 32-bit float has.
+    what ours is divided by is a weight, a fraction. So a weight of 1 is `unit` tokens, a power of
+    two, and the loss sum is in the same unit: what is rounded is the divisor alone, by less than a
+    32-bit float would round it where micro-batches are full.
     """
-    num_tokens = torch.tensor(
-        round(weight * tokens_per_weight), dtype=torch.int, device=loss_sum.device
-    )
+    num_tokens = torch.tensor(round(weight * unit), dtype=torch.int, device=loss_sum.device)
     reported = {}
     for name, (numerator, denominator) in ratios.items():
         pair = torch.stack([numerator, denominator])
-        slots = [""] if pair.dim() == 1 else [f"/{slot}" for slot in range(pair.shape[1])]
-        reported |= {
-            f"{name}{slot}": column
-            for slot, column in zip(slots, pair.view(2, -1).unbind(1), strict=True)
-        }
-    return loss_sum * tokens_per_weight, num_tokens, reported
+        if pair.dim() == 1:
+            reported[name] = pair
+        else:
+            reported |= {f"{name}/{slot}": of_slot for slot, of_slot in enumerate(pair.unbind(1))}
+    return loss_sum * unit, num_tokens, reported
 
 
 def model_provider(
