@@ -50,7 +50,7 @@ def megatron_steps(runtime, config):
     from dspark_megatron.training import optimizer as o
 
     pretraining = DraftPretraining(config, runtime)
-    draft = pretraining.build_model()
+    draft = pretraining.draft
     draft.model_type = ModelType.encoder_or_decoder
     is_bf16 = draft.config.bf16
     model = o.wrap_data_parallel(
@@ -282,6 +282,7 @@ REFUSED = [
     ({"fp8": "hybrid"}, [], "--fp8 is hybrid"),
     ({"dataloader_type": "cyclic"}, [], "--dataloader-type is cyclic"),
     ({"eval_iters": 100}, [], "--eval-iters is 100"),
+    ({"ckpt_format": "torch"}, [], "--ckpt-format is torch"),
     ({"overlap_param_gather": True}, [], "--overlap-param-gather is True"),
     ({}, ["--dspark-loss-normalization", "local"], "loss-normalization is 'local'"),
     (

@@ -5,7 +5,10 @@ import contextlib
 import importlib.util
 import inspect
 import os
+import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -21,6 +24,9 @@ from test_megatron_lm import (
 )
 
 from dspark_megatron.config import ConfigError
+from dspark_megatron.config_file import load_config
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "megatron_lm"
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("megatron.training") is None, reason="needs Megatron-Core 0.19's wheel"
@@ -98,8 +104,10 @@ def pretraining_steps(runtime, line, steps):
             num_microbatches_calculator.destroy_num_microbatches_calculator,
         ):
             ending.callback(forget)
+        forget_reruns = rerun_state_machine.destroy_rerun_state_machine
+        forget_reruns()  # of a loop that did not initialize it
         initialize_megatron(allow_no_cuda=True)
-        ending.callback(rerun_state_machine.destroy_rerun_state_machine)
+        ending.callback(forget_reruns)
         model, optimizer, scheduler = training.setup_model_and_optimizer(
             ModelType.encoder_or_decoder,
             model_provider_func=megatron_lm.model_provider,
@@ -173,6 +181,36 @@ def test_another_architecture_than_the_targets_is_refused(pool, tiny_run, tmp_pa
     line = command_line(tiny_run, tmp_path, "--num-layers", "6")
     with pytest.raises(AssertionError, match="--num-layers is 6 and must be the target's .4."):
         pool.run(pretraining_steps, world=1, tp=1, line=line, steps=1)
+
+
+def test_the_launch_script_parses(tmp_path):
+    """With a stand-in for torchrun; its target is not here, so the config alone is made."""
+    from megatron.training.arguments import parse_args, validate_args
+
+    from dspark_megatron.megatron_lm.arguments import (
+        ARGS_DEFAULTS,
+        add_dspark_args,
+        config_from_args,
+    )
+
+    stand_in = tmp_path / "torchrun"
+    stand_in.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    stand_in.chmod(0o755)
+    place = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "MEGATRON_LM": "Megatron-LM"}
+    script = EXAMPLE / "train_qwen3_32b.sh"
+    line = subprocess.run([script], env=place, capture_output=True, text=True, check=True)
+    options, program, *line = line.stdout.splitlines()[1:]
+    assert options == "8" and Path(program) == EXAMPLE / "pretrain_dspark.py"
+    runtime = mock.Mock(rank=0, world_size=8)
+    with as_launched(runtime, line):
+        args = parse_args(add_dspark_args)
+        validate_args(args, ARGS_DEFAULTS)
+    config = config_from_args(args)
+    recipe = load_config(EXAMPLE.parent / "qwen3-32b.yaml")
+    for section in ("target", "model", "loss", "data", "parallel"):
+        assert getattr(config, section) == getattr(recipe, section)
+    changes = {"overlap_grad_reduce": True}
+    assert config.optimizer == replace(recipe.optimizer, **changes)
 
 
 def test_the_signature_of_this_version():

@@ -33,9 +33,11 @@ _MUST_BE = {
     "use_megatron_fsdp": (False, "parameters are not sharded; give --use-distributed-optimizer"),
     "fp8": (None, "a draft trains in bf16 or fp32"),
     "fp4": (None, "a draft trains in bf16 or fp32"),
+    "gtp_weight_remat_size": (1, "tensor-parallel slices of the draft are whole on a rank"),
+    "init_model_with_meta_device": (False, "the draft is made with its weights"),
+    "ckpt_format": ("torch_dist", "a checkpoint holds the draft alone, for any layout"),
 }
-"""What Megatron's arguments must be, and why; those that a version does not have are passed over.
-"""
+"""What Megatron's arguments must be, and why; a version may not have all of them."""
 
 
 def add_dspark_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

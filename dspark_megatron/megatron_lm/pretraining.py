@@ -19,6 +19,7 @@ from dspark_megatron.conversion.megatron_checkpoint import FORMAT, META
 from dspark_megatron.megatron_lm.arguments import config_from_args
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.shape import check_batch_size
+from dspark_megatron.target_folder import load_target_config
 from dspark_megatron.targets.quantization import check_quantization
 from dspark_megatron.training.checkpointing import check_same_run
 from dspark_megatron.training.forward_step import ForwardStep
@@ -39,26 +40,22 @@ class DraftPretraining:
     """A draft in a loop of Megatron's, whose process groups are there."""
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
-        """Reads the data. Raises ConfigError for settings that cannot work."""
-        self.plan = check_run(config, runtime.world_size)
-        check_batch_size(config.train, self.plan.dp_size)
+        """Reads the data, makes the draft with its first weights and loads the target. Raises
+        ConfigError for settings that cannot work."""
+        self.plan = plan = check_run(config, runtime.world_size)
+        check_batch_size(config.train, plan.dp_size)
         check_training_device(config)
         if not config.target.is_cached:
-            check_quantization(self.plan.target_config, self.plan.target_split)
+            check_quantization(plan.target_config, plan.target_split)
         self.runtime = runtime
-        self.dataset = load_data(self.plan, runtime)
+        self.dataset = load_data(plan, runtime)
         self.micro_batches = MicroBatches(config, self.dataset, dp_group=runtime.dp_group)
-
-    def build_model(self) -> DSparkDraftModel:
-        """The draft, with its first weights; the target is loaded and kept."""
-        draft = build_draft(self.plan, self.runtime)
-        target = states_source(self.plan, self.runtime, self.dataset, draft)
-        place = dict(tp_group=self.runtime.tp_group, device=self.runtime.device)
-        config = self.plan.config
-        self._step = ForwardStep(config.loss, draft, target, **place)
+        self.draft = build_draft(plan, runtime)
+        target = states_source(plan, runtime, self.dataset, self.draft)
+        place = dict(tp_group=runtime.tp_group, device=runtime.device)
+        self._step = ForwardStep(config.loss, self.draft, target, **place)
         anchors = config.train.global_batch_size * config.model.num_anchors
         self._unit = tokens_per_weight(anchors * float(self._step.draft_loss.slots.sum()))
-        return draft
 
     def forward_step(self, micro_batch: MicroBatch, model: Any) -> tuple[Tensor, partial]:
         """The weighted sum of the loss [], and the function that makes Megatron's three of it."""
@@ -111,10 +108,9 @@ def model_provider(
 ) -> DSparkDraftModel:
     """The draft, which keeps `pg_collection`; the rest is of pipelines and of other models."""
     pretraining, args = _this_run()
-    draft = pretraining.build_model()
-    draft.pg_collection = pg_collection
     _keep_meta(pretraining, args)
-    return draft
+    pretraining.draft.pg_collection = pg_collection
+    return pretraining.draft
 
 
 def datasets_provider(num_samples: Any, vp_stage: int | None = None) -> tuple[Any, None, None]:
@@ -127,13 +123,10 @@ def datasets_provider(num_samples: Any, vp_stage: int | None = None) -> tuple[An
 datasets_provider.is_distributed = True  # every tensor-parallel rank reads the data
 
 
-def forward_step(
-    data_iterator: Iterator[MicroBatch], model: Any, return_schedule_plan: bool = False
-) -> tuple[Tensor, partial]:
+def forward_step(data_iterator: Iterator[MicroBatch], model: Any) -> tuple[Tensor, partial]:
     """The loss of the next micro-batch, and what Megatron divides it by."""
     from megatron.training import get_timers
 
-    require(not return_schedule_plan, "a draft has no schedule plan; leave its overlap options out")
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     micro_batch = next(data_iterator)
@@ -148,26 +141,26 @@ def _this_run() -> tuple[DraftPretraining, Namespace]:
 
     args = get_args()
     config = config_from_args(args)
+    _check_architecture(args, config)
     has_gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
-    pretraining = DraftPretraining(config, Runtime.joined(device))
-    _check_architecture(args, pretraining)
-    return pretraining, args
+    return DraftPretraining(config, Runtime.joined(device)), args
 
 
-def _check_architecture(args: Namespace, pretraining: DraftPretraining) -> None:
-    """What Megatron asks for of a model is that of the target: it counts operations by it."""
-    text = pretraining.plan.target_config.get_text_config()
+def _check_architecture(args: Namespace, config: Config) -> None:
+    """What Megatron asks for of a model is the target's: it counts operations by it."""
+    text = load_target_config(config.target.path).get_text_config()
     theirs = {
         "num_layers": text.num_hidden_layers,
         "hidden_size": text.hidden_size,
         "num_attention_heads": text.num_attention_heads,
     }
     for name, value in theirs.items():
+        found = getattr(args, name)
         require(
-            getattr(args, name) == value,
-            f"--{name.replace('_', '-')} is {getattr(args, name)} and must be the target's "
-            f"({value}); the draft's is an argument of --dspark-*",
+            found == value,
+            f"--{name.replace('_', '-')} is {found} and must be the target's ({value}); what is "
+            "the draft's has arguments that begin with --dspark",
         )
 
 
