@@ -209,8 +209,8 @@ def test_the_launch_script_parses(tmp_path):
     recipe = load_config(EXAMPLE.parent / "qwen3-32b.yaml")
     for section in ("target", "model", "loss", "data", "parallel"):
         assert getattr(config, section) == getattr(recipe, section)
-    changes = {"overlap_grad_reduce": True}
-    assert config.optimizer == replace(recipe.optimizer, **changes)
+    assert config.optimizer == replace(recipe.optimizer, overlap_grad_reduce=True)
+    assert config.train.recompute_activations
 
 
 def test_the_signature_of_this_version():

@@ -85,8 +85,8 @@ def loss_func(
 
     Megatron divides the gradient of a step's loss sums by its number of tokens, an integer, and
     what ours is divided by is a weight, a fraction. So a weight of 1 is `unit` tokens, a power of
-    two, and the loss sum is in the same unit: what is rounded is the divisor alone, by less than a
-    32-bit float would round it where micro-batches are full.
+    two, and the loss sum is in the same unit: what is rounded is the divisor alone, by half a token
+    at most.
     """
     num_tokens = torch.tensor(round(weight * unit), dtype=torch.int, device=loss_sum.device)
     reported = {}
@@ -166,11 +166,12 @@ def _check_architecture(args: Namespace, config: Config) -> None:
 
 def _keep_meta(pretraining: DraftPretraining, args: Namespace) -> None:
     """Write `dspark.json`, by which exports and later runs know the checkpoints, beside them; once
-    what --load says of itself is seen to be of this run."""
+    what --load and --save hold is seen to be of this run."""
     plan = pretraining.plan
     identity = {**run_identity(plan), "data_fingerprint": pretraining.dataset.fingerprint}
-    if args.load and not args.finetune and (Path(args.load) / META).is_file():
-        check_same_run(Path(args.load), identity)
+    for folder in (None if args.finetune else args.load, args.save):
+        if folder and (Path(folder) / META).is_file():
+            check_same_run(Path(folder), identity)
     if not args.save or not pretraining.runtime.is_main:
         return
     meta = {

@@ -48,6 +48,9 @@ parallel=(
   --use-distributed-optimizer
   --overlap-grad-reduce
   --bf16
+  --recompute-granularity full
+  --recompute-method uniform
+  --recompute-num-layers 1
   --transformer-impl local
   --no-gradient-accumulation-fusion
 )
