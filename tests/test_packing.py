@@ -95,7 +95,7 @@ def states_of(runtime, config, ids, lengths, one_row=False):
         groups = [PackedRows([list(range(len(lengths)))], sum(lengths))]
         packed = target.packed_states(ids, lengths, groups)
     else:
-        packed = target.states(ids, lengths)
+        packed = target.states(ids, lengths=lengths)
     passes = list(shapes)
     alone = [target.states(ids[i : i + 1, :n]) for i, n in enumerate(lengths)]
     return packed, passes, alone
@@ -149,7 +149,7 @@ def states_of_own(runtime, config, every):
     target = build_target(check_run(config, runtime.world_size), runtime)
     own = every[runtime.dp_group.rank() % len(every)]
     lengths = [LENGTHS[i] for i in own]
-    return target.states(samples()[own, : max(lengths)], lengths), own
+    return target.states(samples()[own, : max(lengths)], lengths=lengths), own
 
 
 def states_alone(model, sample):
@@ -267,7 +267,7 @@ def test_a_grouped_step_has_the_same_samples(dp_size, micro_batch_size):
     for consumed in (0, 8, 16):
         step = {}
         for rank in range(dp_size):
-            sampler = StepSampler(11, 3, 8, micro_batch_size, rank, dp_size, lengths)
+            sampler = StepSampler(11, 3, 8, micro_batch_size, rank, dp_size, lengths=lengths)
             for j, batch in enumerate(sampler.micro_batches(consumed)):
                 step[j, rank] = batch
         dealt = [ref for place in sorted(step) for ref in step[place]]
@@ -278,12 +278,12 @@ def test_a_grouped_step_has_the_same_samples(dp_size, micro_batch_size):
 
 def test_padding_is_said_before_the_run(tiny_run):
     config = tiny_config(tiny_run, train={"micro_batch_size": 2, "global_batch_size": 4}, **GROUPED)
-    text = describe_padding(config, torch.tensor([10, 10, 6, 6]), 7, planner())
+    text = describe_padding(config, torch.tensor([10, 10, 6, 6]), None, 7, planner())
     assert text.startswith("padding: 0.0% of the positions")
     assert "first 7 steps" in text and "with both 0.0%" in text
     assert "as the samples come 0.0%" not in text
     config.train.micro_batch_size = 1
-    assert describe_padding(config, torch.tensor([10, 10, 6, 6]), 7, planner()) is None
+    assert describe_padding(config, torch.tensor([10, 10, 6, 6]), None, 7, planner()) is None
 
 
 # Long samples

@@ -6,7 +6,7 @@ import torch
 
 from dspark_megatron.config import LossConfig, OptimizerConfig
 from dspark_megatron.shape import DraftShape
-from dspark_megatron.targets.base import TargetStates
+from dspark_megatron.targets.base import StatesSource, TargetStates
 
 SHAPE = DraftShape(
     hidden_size=32,
@@ -73,7 +73,7 @@ def make_samples(shape, lengths=(20, 13, 17, 9), seed=3, loss=None):
     )
 
 
-class CachedStates:
+class CachedStates(StatesSource):
     """A target whose states were computed before: finds a sample's by its tokens."""
 
     lockstep = False
@@ -154,7 +154,7 @@ def rank_micro_batches(runtime, samples, block_size, micro_batch_size, loss=None
     from dspark_megatron.data.collate import collate
     from dspark_megatron.data.conversation import Sample
     from dspark_megatron.ops.anchors import BlockRules, draft_blocks
-    from dspark_megatron.training.step import MicroBatch
+    from dspark_megatron.training.micro_batches import MicroBatch
 
     rules = BlockRules.of(loss or LossConfig())
     stride = micro_batch_size * runtime.dp_group.size()

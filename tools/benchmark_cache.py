@@ -39,6 +39,7 @@ class RandomTarget:
     def states(
         self,
         input_ids: torch.Tensor,
+        *,
         lengths: list[int] | None = None,
         samples: Sequence[int] = (),
     ) -> TargetStates:
@@ -91,7 +92,7 @@ def read_states(folder: Path, samples: list[Sample]) -> None:
     cache = RowCache(folder, read_manifest(folder))
     target = CachedTarget(cache, samples, device=torch.device("cpu"))
     for i in torch.randperm(len(samples)).tolist():
-        target.states(samples[i].input_ids[None], (i,))
+        target.states(samples[i].input_ids[None], samples=(i,))
 
 
 def measure(
@@ -115,6 +116,7 @@ def measure(
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     samples = make_samples(args.gib)
+    args.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         folder = Path(scratch)
         write_cache(folder, samples)

@@ -9,18 +9,15 @@ anything is timed the losses of all variants must agree.
 """
 
 import argparse
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import benchmarking
-from torch import Tensor
 
 from dspark_megatron.config import Config, ConfigError
 from dspark_megatron.config_file import load_config
-from dspark_megatron.data.collate import collate
-from dspark_megatron.data.dataset import ConversationDataset, load_samples
-from dspark_megatron.data.sampler import SampleRef, StepSampler
-from dspark_megatron.ops.anchors import BlockRules, anchor_seed, draft_blocks, sample_anchors
+from dspark_megatron.data.dataset import ConversationDataset
 from dspark_megatron.targets.packing import RowPlanner
 from dspark_megatron.training.runtime import Runtime, launch, start
 
@@ -35,40 +32,16 @@ FORMATS = {"variant": "", "padding": ".1%", "target, ms": ",.0f", "step, ms": ",
 FORMATS |= {"useful tokens/s": ",.1f", "tokens/s, ratio": ".2f", "target alone, ratio": ".2f"}
 
 
-def micro_batches(config: Config, dataset: ConversationDataset, steps: int, grouped: bool) -> list:
-    """Of the first steps, as one rank would take them."""
-    train = config.train
-    sampler = StepSampler(
-        len(dataset),
-        train.seed,
-        train.global_batch_size,
-        train.micro_batch_size,
-        dp_rank=0,
-        dp_size=1,
-        lengths=dataset.lengths if grouped else None,
-    )
-    starts = range(0, steps * train.global_batch_size, train.global_batch_size)
-    return [
-        micro_batch(config, dataset, refs)
-        for start in starts
-        for refs in sampler.micro_batches(start)
-    ]
+def micro_batches(
+    config: Config, dataset: ConversationDataset, steps: int, grouped: bool, runtime: Runtime
+) -> list:
+    """Of the first steps."""
+    from dspark_megatron.training.micro_batches import MicroBatches
 
-
-def micro_batch(config: Config, dataset: ConversationDataset, refs: list[SampleRef]) -> Any:
-    from dspark_megatron.training.step import MicroBatch
-
-    rules, model = BlockRules.of(config.loss), config.model
-    samples = [dataset[ref.sample_index] for ref in refs]
-    ids, masks = zip(*samples, strict=True)
-
-    def anchors(mask: Tensor, ref: SampleRef) -> Tensor:
-        seed = anchor_seed(config.train.seed, *ref)
-        return sample_anchors(mask, model.num_anchors, seed, rules)
-
-    chosen = list(map(anchors, masks, refs))
-    blocks = draft_blocks(ids, masks, chosen, model.block_size, rules)
-    return MicroBatch(collate(samples)[0], [len(row) for row in ids], blocks)
+    data = replace(config.data, group_by_length=grouped)
+    batches = MicroBatches(replace(config, data=data), dataset, dp_group=runtime.dp_group)
+    size = config.train.global_batch_size
+    return [batch for step in range(steps) for batch in batches.of_step(step * size)]
 
 
 class Variants:
@@ -76,20 +49,16 @@ class Variants:
 
     def __init__(self, config: Config, runtime: Runtime, steps: int) -> None:
         from dspark_megatron.training.optimizer import wrap_data_parallel
+        from dspark_megatron.training.run_data import load_run_data
         from dspark_megatron.training.setup import build_draft, build_target, check_run
         from dspark_megatron.training.step import GradientStep
 
         plan = check_run(config, runtime.world_size)
         self.block_size, self.device = plan.shape.block_size, runtime.device
-        dataset = load_samples(
-            config.data.train_files,
-            plan.tokenizer,
-            vocab_size=plan.shape.vocab_size,
-            max_length=config.data.max_length,
-            min_loss_tokens=config.min_loss_tokens,
-        )
+        dataset = load_run_data(plan, config.data.train_files, weights=config.data.weights)
         self.batches = {
-            grouped: micro_batches(config, dataset, steps, grouped) for grouped in (False, True)
+            grouped: micro_batches(config, dataset, steps, grouped, runtime)
+            for grouped in (False, True)
         }
         self.planner = RowPlanner.of(config.target, plan.shape.hidden_size)
         self.target = build_target(plan, runtime, with_last_hidden=config.needs_teacher)
@@ -109,7 +78,7 @@ class Variants:
     def run_target(self, grouped: bool, packed: bool) -> None:
         self.target.row_planner = self.planner if packed else None
         for batch in self.batches[grouped]:
-            self.target.states(batch.input_ids, batch.lengths)
+            self.target.states(batch.input_ids, lengths=batch.lengths)
 
     def run_step(self, grouped: bool, packed: bool) -> dict[str, Any]:
         """The metrics."""

@@ -29,8 +29,16 @@ class StatesSource(Protocol):
     """Whether data-parallel ranks must call `states` equally often, too: the weights, or tokens on
     their way to experts, travel between them."""
 
+    def expect(self, batches: Sequence[Tensor], *, samples: Sequence[Sequence[int]] = ()) -> None:
+        """Called before the `states` of several micro-batches, with what they will be given, in
+        their order: a cache reads ahead."""
+
     def states(
-        self, input_ids: Tensor, lengths: list[int] | None = None, samples: Sequence[int] = ()
+        self,
+        input_ids: Tensor,
+        *,
+        lengths: list[int] | None = None,
+        samples: Sequence[int] = (),
     ) -> TargetStates:
         """States of right-padded sequences. input_ids [b, s]. No gradient. With their lengths, of
         which the longest is s, a target may leave the padding out, whose states are then 0.

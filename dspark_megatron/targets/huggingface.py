@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from dspark_megatron.config import ConfigError, TargetConfig
-from dspark_megatron.targets.base import TargetStates
+from dspark_megatron.targets.base import Target, TargetStates
 from dspark_megatron.targets.cached_sequences import CachedSequences
 from dspark_megatron.targets.loading import load_base_model
 from dspark_megatron.targets.packing import PackedRows, RowPlanner, unpacked
@@ -18,7 +18,7 @@ from dspark_megatron.targets.passes import Rows, joined, run_in_step, states_in_
 from dspark_megatron.targets.split import TargetSplit
 
 
-class HuggingFaceTarget:
+class HuggingFaceTarget(Target):
     """A base model (no LM head) whose decoder layers are tapped by forward hooks."""
 
     def __init__(
@@ -53,7 +53,11 @@ class HuggingFaceTarget:
             self.layers[layer_id].register_forward_hook(self._keeper(layer_id))
 
     def states(
-        self, input_ids: Tensor, lengths: list[int] | None = None, samples: Sequence[int] = ()
+        self,
+        input_ids: Tensor,
+        *,
+        lengths: list[int] | None = None,
+        samples: Sequence[int] = (),
     ) -> TargetStates:
         if self.row_planner is not None and lengths is not None and len(lengths) > 1:
             return self.packed_states(input_ids, lengths, self.row_planner.groups(lengths))

@@ -33,6 +33,11 @@ class ForwardStep:
         """What the loss of a micro-batch weighs; 0 where nothing is learnt from it."""
         return micro_batch.weight(self.draft_loss.slots)
 
+    def expect(self, micro_batches: list[MicroBatch]) -> None:
+        """Tell the target what comes, in its order; of use where a loop knows it."""
+        ids = [micro_batch.input_ids for micro_batch in micro_batches]
+        self.target.expect(ids, samples=[micro_batch.samples for micro_batch in micro_batches])
+
     def __call__(self, micro_batch: MicroBatch, model: Any, metrics: MetricSums) -> Tensor | None:
         """[] sum of weighted terms, with gradients; None where nothing is learnt. Adds to
         `metrics`. model: the draft, or what a loop has wrapped it in."""
@@ -54,7 +59,9 @@ class ForwardStep:
 
     def _target_states(self, micro_batch: MicroBatch, metrics: MetricSums) -> TargetStates:
         lengths = micro_batch.lengths
-        states = self.target.states(micro_batch.input_ids, lengths, micro_batch.samples)
+        states = self.target.states(
+            micro_batch.input_ids, lengths=lengths, samples=micro_batch.samples
+        )
         if states.positions is not None:
             metrics.add(positions=states.positions, padding=states.positions - sum(lengths))
         return states
