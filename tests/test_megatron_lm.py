@@ -62,7 +62,7 @@ def megatron_steps(runtime, config):
     draft.config.grad_scale_func = optimizer.scale_loss
     if config.optimizer.overlap_grad_reduce:
         draft.config.no_sync_func = model.no_sync
-    iterator = pretraining.micro_batches.from_sample(0)
+    iterator = pretraining.micro_batches(0)
     train, steps = config.train, []
     for _ in range(STEPS):
         model.zero_grad_buffer()

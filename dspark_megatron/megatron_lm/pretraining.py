@@ -49,13 +49,22 @@ class DraftPretraining:
             check_quantization(plan.target_config, plan.target_split)
         self.runtime = runtime
         self.dataset = load_data(plan, runtime)
-        self.micro_batches = MicroBatches(config, self.dataset, dp_group=runtime.dp_group)
+        self._batches = MicroBatches(config, self.dataset, dp_group=runtime.dp_group)
         self.draft = build_draft(plan, runtime)
         target = states_source(plan, runtime, self.dataset, self.draft)
         place = dict(tp_group=runtime.tp_group, device=runtime.device)
         self._step = ForwardStep(config.loss, self.draft, target, **place)
         anchors = config.train.global_batch_size * config.model.num_anchors
         self._unit = tokens_per_weight(anchors * float(self._step.draft_loss.slots.sum()))
+
+    def micro_batches(self, consumed_samples: int) -> Iterator[MicroBatch]:
+        """Those after so many samples, without end. The target is told of each step's before their
+        first."""
+        while True:
+            step = self._batches.of_step(consumed_samples)
+            self._step.expect(step)
+            yield from step
+            consumed_samples += self.plan.config.train.global_batch_size
 
     def forward_step(self, micro_batch: MicroBatch, model: Any) -> tuple[Tensor, partial]:
         """The weighted sum of the loss [], and the function that makes Megatron's three of it."""
@@ -117,7 +126,7 @@ def datasets_provider(num_samples: Any, vp_stage: int | None = None) -> tuple[An
     """The training micro-batches from the first sample that is not yet consumed, without end; none
     to validate or test on."""
     pretraining, args = _this_run()
-    return pretraining.micro_batches.from_sample(args.consumed_train_samples), None, None
+    return pretraining.micro_batches(args.consumed_train_samples), None, None
 
 
 datasets_provider.is_distributed = True  # every tensor-parallel rank reads the data
