@@ -118,6 +118,7 @@ ARGUMENTS = (
         "transformer_engine",
         "of the draft; also `auto`, no `inference_optimized`",
     ),
+    Argument("--spec", "model.layer_spec", difference="of the draft's layer"),
     Argument("--init-method-std", "model.initializer_range", 0.02, "of the draft"),
     Argument(
         "--data-path",

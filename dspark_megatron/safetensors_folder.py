@@ -81,6 +81,22 @@ class SafetensorsFolder:
             found = matrix[min(start, total) : min(end, total)]
         return torch.cat([found, found.new_zeros(end - start - len(found), width)])
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor; no other file is opened."""
+        with open_safetensors(self._file_of(name)) as file:
+            return tuple(file.get_slice(name).get_shape())
+
+    def part(self, name: str, dim: int | None, index: int, count: int) -> Tensor:
+        """The index-th of `count` equal parts of a tensor along dim (0 or 1), and nothing else of
+        it; dim None: all of it."""
+        if dim is None:
+            return self.tensor(name)
+        with open_safetensors(self._file_of(name)) as file:
+            entry = file.get_slice(name)
+            size = entry.get_shape()[dim] // count
+            mine = slice(index * size, (index + 1) * size)
+            return entry[mine] if dim == 0 else entry[:, mine]
+
     @cached_property
     def _headers(self) -> dict[str, tuple[tuple[int, ...], str]]:
         headers = {}

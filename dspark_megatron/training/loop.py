@@ -17,6 +17,7 @@ from dspark_megatron.conversion.megatron_checkpoint import (
 )
 from dspark_megatron.data.dataset import ConversationDataset
 from dspark_megatron.data.show import describe_sample
+from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.targets.packing import RowPlanner
 from dspark_megatron.training.checkpointing import (
     RunState,
@@ -48,6 +49,7 @@ from dspark_megatron.training.states_source import states_source
 from dspark_megatron.training.step import GradientStep
 from dspark_megatron.training.stop_requests import StopReason, StopRequests
 from dspark_megatron.training.target_cache import open_cache
+from dspark_megatron.training.warm_start import WarmStart
 
 
 def train(plan: RunPlan, runtime: Runtime, stop: StopRequests) -> None:
@@ -57,12 +59,12 @@ def train(plan: RunPlan, runtime: Runtime, stop: StopRequests) -> None:
         claim_output(output_dir, plan.config)
     dist.barrier()
     resume_from = _checkpoint_to_resume(plan, output_dir / "checkpoints", runtime)
-    initial = InitialWeights.open(plan) if resume_from is None else None
     if plan.config.target.is_cached:
         open_cache(plan)  # refused before the data are read
+    draft = _build_draft(plan, runtime, is_new=resume_from is None)
     heldout = HeldOut.load(plan, runtime)
     dataset = load_data(plan, runtime)
-    Trainer(plan, runtime, dataset, output_dir, resume_from, initial, heldout).run(stop)
+    Trainer(plan, runtime, dataset, output_dir, resume_from, draft, heldout).run(stop)
 
 
 class Trainer:
@@ -73,12 +75,12 @@ class Trainer:
         dataset: ConversationDataset,
         output_dir: Path,
         resume_from: Path | None,
-        initial: InitialWeights | None,
+        draft: DSparkDraftModel,
         heldout: HeldOut | None,
     ) -> None:
         config = plan.config
         self.plan, self.runtime, self.dataset = plan, runtime, dataset
-        self.heldout = heldout
+        self.draft, self.heldout = draft, heldout
         self.settings = config.train
         self.checkpoints = output_dir / "checkpoints"
         self.output_dir = output_dir
@@ -95,10 +97,6 @@ class Trainer:
         samples = dataset.lengths, self.batches.blend
         if padding := describe_padding(config, *samples, self.iterations, planner):
             self._say(padding)
-        self.draft = build_draft(plan, runtime)
-        if initial is not None:
-            initial.load(self.draft, tp_group=runtime.tp_group)
-            self._say(f"starting from the weights of {initial.path}")
         self.target = states_source(plan, runtime, dataset, self.draft)
         self.model = wrap_data_parallel(self.draft, config.optimizer)
         self.optimizer = build_optimizer(config.optimizer, self.model, plan.dtype)
@@ -261,6 +259,20 @@ def _checkpoint_to_resume(plan: RunPlan, checkpoints: Path, runtime: Runtime) ->
     )
     check_same_run(folder, run_identity(plan))
     return folder
+
+
+def _build_draft(plan: RunPlan, runtime: Runtime, *, is_new: bool) -> DSparkDraftModel:
+    """The draft, before anything slow: its layers may be the user's own. A new run's has the
+    weights that it is to start from."""
+    initial = None
+    if is_new:
+        initial = InitialWeights.open(plan) or WarmStart.open(plan)
+    draft = build_draft(plan, runtime)
+    if initial is not None:
+        initial.load(draft, tp_group=runtime.tp_group)
+        if runtime.is_main:
+            print(initial.describe(), flush=True)
+    return draft
 
 
 def load_data(plan: RunPlan, runtime: Runtime) -> ConversationDataset:
