@@ -21,7 +21,7 @@ def our_steps(runtime, config):
     from pathlib import Path
 
     from dspark_megatron.shape import check_batch_size
-    from dspark_megatron.training.loop import Trainer, load_data
+    from dspark_megatron.training.loop import Trainer, build_run_draft, load_data
     from dspark_megatron.training.setup import check_run
 
     plan = check_run(config, runtime.world_size)
@@ -29,7 +29,8 @@ def our_steps(runtime, config):
     data = load_data(plan, runtime)
     output = Path(config.train.output_dir)
     output.mkdir(exist_ok=True)
-    trainer = Trainer(plan, runtime, data, output, None, None, None)
+    draft = build_run_draft(plan, runtime, is_new=True)
+    trainer = Trainer(plan, runtime, data, output, None, draft, None)
     steps = []
     for _ in range(STEPS):
         metrics = trainer._new_metrics()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dspark_megatron.config import Config, require
-from dspark_megatron.conversion.megatron_checkpoint import FORMAT, META
+from dspark_megatron.conversion.megatron_checkpoint import FORMAT, META, TRACKER
 from dspark_megatron.megatron_lm.arguments import config_from_args
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.shape import check_batch_size
@@ -23,13 +23,13 @@ from dspark_megatron.target_folder import load_target_config
 from dspark_megatron.targets.quantization import check_quantization
 from dspark_megatron.training.checkpointing import check_same_run
 from dspark_megatron.training.forward_step import ForwardStep
-from dspark_megatron.training.loop import load_data
+from dspark_megatron.training.loop import build_run_draft, load_data
 from dspark_megatron.training.metrics import MetricSums
 from dspark_megatron.training.micro_batches import MicroBatch, MicroBatches
 from dspark_megatron.training.output import replace_text
 from dspark_megatron.training.run_identity import export_settings, run_identity
 from dspark_megatron.training.runtime import Runtime
-from dspark_megatron.training.setup import build_draft, check_run, check_training_device
+from dspark_megatron.training.setup import check_run, check_training_device
 from dspark_megatron.training.states_source import states_source
 
 _MOST_TOKENS = 2**31 - 1
@@ -39,18 +39,19 @@ _MOST_TOKENS = 2**31 - 1
 class DraftPretraining:
     """A draft in a loop of Megatron's, whose process groups are there."""
 
-    def __init__(self, config: Config, runtime: Runtime) -> None:
-        """Reads the data, makes the draft with its first weights and loads the target. Raises
-        ConfigError for settings that cannot work."""
+    def __init__(self, config: Config, runtime: Runtime, *, is_new: bool = True) -> None:
+        """Makes the draft, reads the data and loads the target. Raises ConfigError for settings
+        that cannot work. is_new: no checkpoint is to be loaded, so the draft has the weights that
+        it starts from."""
         self.plan = plan = check_run(config, runtime.world_size)
         check_batch_size(config.train, plan.dp_size)
         check_training_device(config)
         if not config.target.is_cached:
             check_quantization(plan.target_config, plan.target_split)
         self.runtime = runtime
+        self.draft = build_run_draft(plan, runtime, is_new=is_new)
         self.dataset = load_data(plan, runtime)
         self._batches = MicroBatches(config, self.dataset, dp_group=runtime.dp_group)
-        self.draft = build_draft(plan, runtime)
         target = states_source(plan, runtime, self.dataset, self.draft)
         place = dict(tp_group=runtime.tp_group, device=runtime.device)
         self._step = ForwardStep(config.loss, self.draft, target, **place)
@@ -153,7 +154,8 @@ def _this_run() -> tuple[DraftPretraining, Namespace]:
     _check_architecture(args, config)
     has_gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
-    return DraftPretraining(config, Runtime.joined(device)), args
+    continues = args.load and not args.finetune and (Path(args.load) / TRACKER).is_file()
+    return DraftPretraining(config, Runtime.joined(device), is_new=not continues), args
 
 
 def _check_architecture(args: Namespace, config: Config) -> None:

@@ -61,7 +61,7 @@ def train(plan: RunPlan, runtime: Runtime, stop: StopRequests) -> None:
     resume_from = _checkpoint_to_resume(plan, output_dir / "checkpoints", runtime)
     if plan.config.target.is_cached:
         open_cache(plan)  # refused before the data are read
-    draft = _build_draft(plan, runtime, is_new=resume_from is None)
+    draft = build_run_draft(plan, runtime, is_new=resume_from is None)
     heldout = HeldOut.load(plan, runtime)
     dataset = load_data(plan, runtime)
     Trainer(plan, runtime, dataset, output_dir, resume_from, draft, heldout).run(stop)
@@ -261,7 +261,7 @@ def _checkpoint_to_resume(plan: RunPlan, checkpoints: Path, runtime: Runtime) ->
     return folder
 
 
-def _build_draft(plan: RunPlan, runtime: Runtime, *, is_new: bool) -> DSparkDraftModel:
+def build_run_draft(plan: RunPlan, runtime: Runtime, *, is_new: bool) -> DSparkDraftModel:
     """The draft, before anything slow: its layers may be the user's own. A new run's has the
     weights that it is to start from."""
     initial = None
