@@ -151,6 +151,13 @@ def test_steps_of_megatrons_train_step(pool, tiny_run, tmp_path):
         assert_same_steps(mine, theirs, rel=2e-6, abs=2e-6)
 
 
+def first_weights(runtime, config):
+    from dspark_megatron.training.loop import build_run_draft
+    from dspark_megatron.training.setup import check_run
+
+    return trained(build_run_draft(check_run(config, runtime.world_size), runtime, is_new=True))
+
+
 def test_a_checkpoint_of_megatrons_continues_and_is_known_to_our_tools(pool, tiny_run, tmp_path):
     """It holds the draft alone. With bf16, since Megatron cannot load its distributed optimizer for
     fp32 weights."""
@@ -172,6 +179,10 @@ def test_a_checkpoint_of_megatrons_continues_and_is_known_to_our_tools(pool, tin
     assert set(reader.names()) == set(weights)
     name = "confidence_head.proj.weight"
     assert torch.equal(reader.tensor(name), weights[name])
+    start = {"initial_checkpoint": str(save), "dtype": "bfloat16"}
+    config = config_of(tiny_run, tmp_path / "next", 2, 2, train=start)
+    for weights, rank in zip(pool.run(first_weights, **run, config=config), whole, strict=True):
+        torch.testing.assert_close(weights, rank[-1][1], rtol=0, atol=0)
     other = ["--dspark-num-anchors", "5"]
     with pytest.raises(AssertionError, match="num_anchors: 6 there, 5 here"):
         pool.run(pretraining_steps, **run, line=line + other, steps=1)
