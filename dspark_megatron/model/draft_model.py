@@ -22,7 +22,6 @@ from dspark_megatron.model.confidence_head import ConfidenceHead
 from dspark_megatron.model.layer_specs import local_layer_spec
 from dspark_megatron.model.markov_head import MARKOV_HEADS, MarkovHead
 from dspark_megatron.model.parameter_init import init_parameters
-from dspark_megatron.model.rms_norm import RMSNorm
 from dspark_megatron.model.split_rows import SplitRows, with_whole_rows
 from dspark_megatron.model.transformer_config import transformer_config
 from dspark_megatron.model.vocab_parallel_weight import VocabParallelWeight
@@ -30,6 +29,7 @@ from dspark_megatron.ops.block_attention import BlockAttention, block_attention
 from dspark_megatron.ops.head_loss import HeadWeights
 from dspark_megatron.ops.rope import RotaryTable
 from dspark_megatron.ops.vocab_parallel import VocabShard
+from dspark_megatron.rms_norm import RMSNorm
 from dspark_megatron.shape import DraftShape, padded_vocab_size
 
 BACKEND_DETAILS = ("_extra_state", "linear_fc1.layer_norm_weight")

@@ -13,7 +13,7 @@ from dspark_megatron.model.attention import (
     ContextInjectionAttentionSubmodules,
 )
 from dspark_megatron.model.draft_layer import DraftLayer, DraftLayerSubmodules
-from dspark_megatron.model.rms_norm import RMSNorm
+from dspark_megatron.rms_norm import RMSNorm
 
 
 def layer_spec(backend: str) -> ModuleSpec:

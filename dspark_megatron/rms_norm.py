@@ -1,7 +1,8 @@
 """PyTorch's RMSNorm in the shape that Megatron-Core's layer specs ask for."""
 
+from typing import Any
+
 import torch
-from megatron.core.transformer import TransformerConfig
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -9,6 +10,7 @@ class RMSNorm(torch.nn.RMSNorm):
     takes is a mark: each rank has the weight's gradient of its rows alone, and Megatron sums the
     gradients of marked parameters over the tensor-parallel ranks."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5) -> None:
+        """config: a TransformerConfig."""
         super().__init__(hidden_size, eps=eps)
         self.weight.sequence_parallel = config.sequence_parallel

@@ -1,0 +1,1 @@
+"""Provider `megatron`: a frozen Megatron-Core GPTModel."""

@@ -1,0 +1,141 @@
+"""Build a GPTModel without weights: Megatron-Core's own layers, or Transformer Engine's."""
+
+import importlib.util
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.utils import get_pg_rank
+
+from dspark_megatron.rms_norm import RMSNorm
+from dspark_megatron.shape import padded_vocab_size
+from dspark_megatron.targets.megatron.attention import CausalAttention
+from dspark_megatron.targets.megatron.gpt_shape import GPTShape
+from dspark_megatron.targets.megatron.groups import TargetGroups
+
+
+def build_gpt_model(
+    shape: GPTShape,
+    groups: TargetGroups,
+    *,
+    params_dtype: torch.dtype,
+    device: torch.device,
+    sequence_parallel: bool = False,
+    pre_process: bool = True,
+    post_process: bool = True,
+) -> GPTModel:
+    """This rank's part of the model, frozen, its weights not set. pre_process, post_process:
+    whether the stage has the embedding, and the final norm with the output layer. The vocabulary
+    is padded to a multiple of the tensor-parallel size, as the draft's."""
+    collection = groups.collection
+    config = transformer_config(
+        shape, groups, params_dtype=params_dtype, sequence_parallel=sequence_parallel
+    )
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=_block_spec(config, get_pg_rank(collection.pp)),
+        vocab_size=padded_vocab_size(shape.vocab_size, collection.tp.size()),
+        max_sequence_length=0,  # RoPE needs none
+        pre_process=pre_process,
+        post_process=post_process,
+        share_embeddings_and_output_weights=shape.share_embeddings_and_output_weights,
+        position_embedding_type="rope",
+        rotary_base=shape.rotary_base,
+        rope_scaling=shape.rope_scaling_factor is not None,
+        rope_scaling_factor=shape.rope_scaling_factor or 1.0,
+        pg_collection=collection,
+    )
+    return model.to(device=device, dtype=params_dtype).eval().requires_grad_(False)
+
+
+def transformer_config(
+    shape: GPTShape,
+    groups: TargetGroups,
+    *,
+    params_dtype: torch.dtype,
+    sequence_parallel: bool = False,
+) -> TransformerConfig:
+    collection = groups.collection
+    experts: dict[str, Any] = {}
+    if shape.num_experts is not None:
+        experts = dict(
+            num_moe_experts=shape.num_experts,
+            moe_ffn_hidden_size=shape.moe_ffn_hidden_size,
+            moe_router_topk=shape.moe_router_topk,
+            moe_router_pre_softmax=shape.moe_router_pre_softmax,
+            moe_router_load_balancing_type="none",
+            moe_token_dispatcher_type="allgather",
+            moe_grouped_gemm=transformer_engine_is_usable(),
+            moe_layer_freq=list(shape.moe_layer_freq) if shape.moe_layer_freq else 1,
+            expert_model_parallel_size=collection.ep.size(),
+            expert_tensor_parallel_size=collection.expt_tp.size(),
+        )
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.kv_channels,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.layernorm_epsilon,
+        qk_layernorm=shape.qk_layernorm,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=shape.add_qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=collection.tp.size(),
+        pipeline_model_parallel_size=collection.pp.size(),
+        sequence_parallel=sequence_parallel and collection.tp.size() > 1,
+        params_dtype=params_dtype,
+        pipeline_dtype=params_dtype,
+        bf16=params_dtype == torch.bfloat16,
+        fp16=params_dtype == torch.float16,
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+        **experts,
+    )
+
+
+def transformer_engine_is_usable() -> bool:
+    if not torch.cuda.is_available():
+        return False
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+def _block_spec(config: TransformerConfig, pp_rank: int) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage and the final norm."""
+    with_engine = transformer_engine_is_usable()
+    spec = get_gpt_decoder_block_spec(
+        config=config,
+        use_transformer_engine=with_engine,
+        normalization="RMSNorm",
+        pp_rank=pp_rank,
+    )
+    if not with_engine:
+        if not hasattr(moe_utils, "te_general_gemm"):  # 0.16 asks whether it is None
+            moe_utils.te_general_gemm = None
+        for layer in spec.layer_specs:
+            _use_pytorch(layer, qk_layernorm=config.qk_layernorm)
+        spec.layer_norm = RMSNorm
+    return spec
+
+
+def _use_pytorch(layer: ModuleSpec, *, qk_layernorm: bool) -> None:
+    """Norms that know sequence parallelism, and attention that keeps no scores."""
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    attention = parts.self_attention.submodules
+    attention.core_attention = CausalAttention
+    if qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm

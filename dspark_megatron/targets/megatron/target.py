@@ -1,0 +1,121 @@
+"""Provider `megatron`: the states of a frozen Megatron-Core GPTModel."""
+
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_model import GPTModel
+from torch import Tensor, nn
+
+from dspark_megatron.config import require
+from dspark_megatron.targets.base import TargetStates
+from dspark_megatron.targets.megatron.taps import Taps, whole_rows
+from dspark_megatron.targets.megatron.token_cache import TokenCache
+from dspark_megatron.targets.passes import states_in_passes
+
+
+class MegatronTarget:
+    """A GPTModel of one pipeline stage whose decoder layers are tapped by forward hooks."""
+
+    def __init__(
+        self,
+        model: GPTModel,
+        target_layer_ids: tuple[int, ...],
+        *,
+        max_tokens_per_forward: int | None = None,
+        with_last_hidden: bool = True,
+    ) -> None:
+        """model: as the user built and loaded it, with the process groups in its `pg_collection`;
+        from here on it gives hidden states instead of logits. with_last_hidden: false keeps no
+        decoder layer above the last tap."""
+        self.model = model.eval().requires_grad_(False)
+        self.model.post_process = False  # the forward pass then ends with the final norm
+        self.device = next(model.parameters()).device
+        self._max_tokens = max_tokens_per_forward
+        self._with_last_hidden = with_last_hidden
+        self._shape_group = _shape_group(model)
+        self.lockstep = self._shape_group is not None
+        if not with_last_hidden:
+            del self.layers[max(target_layer_ids) + 1 :]
+            model.output_layer = None
+        self._taps = Taps(model, target_layer_ids)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.model.decoder.layers
+
+    def states(self, input_ids: Tensor) -> TargetStates:
+        if self._max_tokens is None:
+            return self._run(input_ids)
+        require(
+            input_ids.shape[1] <= self._max_tokens,
+            f"target.max_tokens_per_forward ({self._max_tokens}) must hold a whole sample for "
+            f"target.provider megatron, and one has {input_ids.shape[1]} tokens; raise it, or "
+            "lower data.max_length",
+        )
+        return states_in_passes(
+            input_ids,
+            self._max_tokens,
+            lambda pieces: [self._run(piece) for piece in pieces],
+            lockstep_group=self._shape_group,
+        )
+
+    def new_cache(self) -> TokenCache:
+        return TokenCache()
+
+    def add_sequence(self, input_ids: Tensor, cache: TokenCache) -> TargetStates:
+        cache.sequences.append(input_ids[0])
+        return self._run(input_ids)
+
+    def extend(self, input_ids: Tensor, cache: TokenCache) -> TargetStates:
+        starts = [len(sequence) for sequence in cache.sequences]
+        cache.extend(input_ids)
+        states, width = self._run(cache.padded()), input_ids.shape[1]
+
+        def new(hidden: Tensor) -> Tensor:  # [b, longest, x] -> [b, q, x]
+            rows = zip(hidden, starts, strict=True)
+            return torch.stack([row[start : start + width] for row, start in rows])
+
+        return TargetStates(new(states.taps), new(states.last_hidden))
+
+    def forget(self, cache: TokenCache, tokens: list[int]) -> None:
+        cache.forget(tokens)
+
+    def keep(self, cache: TokenCache, rows: list[int]) -> None:
+        cache.keep(rows)
+
+    @torch.no_grad()
+    def _run(self, input_ids: Tensor) -> TargetStates:
+        b, s = input_ids.shape
+        padded = self._padded(input_ids.to(self.device))
+        positions = torch.arange(padded.shape[1], device=self.device).expand_as(padded)
+        last_hidden = self.model(input_ids=padded, position_ids=positions, attention_mask=None)
+        taps = whole_rows(self.model, torch.cat(self._taps.take(), dim=-1))[:b, :s]
+        if not self._with_last_hidden:
+            return TargetStates(taps, None)
+        return TargetStates(taps, whole_rows(self.model, last_hidden.detach())[:b, :s])
+
+    def _padded(self, input_ids: Tensor) -> Tensor:
+        """Rows and columns that ranks need to fit together; what comes after a token does not
+        change its states. One all-reduce of two numbers where data-parallel ranks meet in the
+        experts, else none."""
+        b, s = input_ids.shape
+        if self._shape_group is not None:
+            size = torch.tensor([b, s], device=self.device)
+            dist.all_reduce(size, dist.ReduceOp.MAX, group=self._shape_group)
+            b, s = size.tolist()
+        if self.model.config.sequence_parallel:
+            tp = self.model.pg_collection.tp.size()
+            s = math.ceil(s / tp) * tp
+        return F.pad(input_ids, (0, s - input_ids.shape[1], 0, b - input_ids.shape[0]))
+
+
+def _shape_group(model: GPTModel) -> dist.ProcessGroup | None:
+    """The ranks whose tokens meet in the experts, which must be equally many on each; None where
+    these are the tensor-parallel ranks, with the same tokens anyway."""
+    if model.config.num_moe_experts is None:
+        return None
+    own, tp = model.pg_collection.tp_ep, model.pg_collection.tp
+    ranks = dist.get_process_group_ranks
+    return None if set(ranks(own)) <= set(ranks(tp)) else own
