@@ -99,12 +99,21 @@ def transformer_config(
         sequence_parallel=sequence_parallel and collection.tp.size() > 1,
         params_dtype=params_dtype,
         pipeline_dtype=params_dtype,
+        num_layers_in_last_pipeline_stage=last_stage_layers(shape.num_layers, collection.pp.size()),
         bf16=params_dtype == torch.bfloat16,
         fp16=params_dtype == torch.float16,
         perform_initialization=False,
         gradient_accumulation_fusion=False,
         **experts,
     )
+
+
+def last_stage_layers(num_layers: int, pp_size: int) -> int | None:
+    """What is left for the last stage when the others have ceil(layers / stages) each; None where
+    all have equally many."""
+    if num_layers % pp_size == 0:
+        return None
+    return num_layers - -(-num_layers // pp_size) * (pp_size - 1)
 
 
 def transformer_engine_is_usable() -> bool:

@@ -34,7 +34,7 @@ class MegatronTarget:
         self.device = next(model.parameters()).device
         self._max_tokens = max_tokens_per_forward
         self._with_last_hidden = with_last_hidden
-        self._shape_group = _shape_group(model)
+        self._shape_group = shape_group(model)
         self.lockstep = self._shape_group is not None
         if not with_last_hidden:
             del self.layers[max(target_layer_ids) + 1 :]
@@ -111,7 +111,7 @@ class MegatronTarget:
         return F.pad(input_ids, (0, s - input_ids.shape[1], 0, b - input_ids.shape[0]))
 
 
-def _shape_group(model: GPTModel) -> dist.ProcessGroup | None:
+def shape_group(model: GPTModel) -> dist.ProcessGroup | None:
     """The ranks whose tokens meet in the experts, which must be equally many on each; None where
     these are the tensor-parallel ranks, with the same tokens anyway."""
     if model.config.num_moe_experts is None:

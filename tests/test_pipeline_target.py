@@ -1,0 +1,118 @@
+"""A target in pipeline stages gives every rank the states that the whole target gives it."""
+
+import zlib
+
+import pytest
+import torch
+
+IDS = (0, 2, 5)
+SHAPE = dict(
+    num_layers=7,  # no multiple of the stages
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_attention_heads=8,
+    num_query_groups=4,
+    kv_channels=8,
+    vocab_size=61,
+    qk_layernorm=True,
+    add_qkv_bias=False,
+    share_embeddings_and_output_weights=False,
+    layernorm_epsilon=1e-6,
+    rotary_base=10000.0,
+    rope_scaling_factor=None,
+)
+EXPERTS = dict(num_experts=4, moe_ffn_hidden_size=16, moe_router_topk=2)
+LENGTHS = (9, 7, 12, 5, 8, 8, 3, 10)
+"""Of micro-batches in the order of the run; those of two ranks and of four."""
+
+
+def batches():
+    generator = torch.Generator().manual_seed(1)
+    return [
+        torch.randint(0, 61, (1 + place % 2, length), generator=generator)
+        for place, length in enumerate(LENGTHS)
+    ]
+
+
+def build_stage(runtime, shape, pp_size, ep_size=1, sequence_parallel=False):
+    """This rank's part of a model whose weights depend on their names and shards alone."""
+    from megatron.core.utils import get_pg_rank
+
+    from dspark_megatron.targets.megatron.gpt_model import build_gpt_model
+    from dspark_megatron.targets.megatron.gpt_shape import GPTShape
+    from dspark_megatron.targets.megatron.groups import TargetGroups
+
+    groups = TargetGroups.make(tp_group=runtime.tp_group, pp_size=pp_size, ep_size=ep_size)
+    stage = get_pg_rank(groups.collection.pp)
+    model = build_gpt_model(
+        GPTShape(**shape),
+        groups,
+        params_dtype=torch.float32,
+        device=runtime.device,
+        sequence_parallel=sequence_parallel,
+        pre_process=stage == 0,
+        post_process=stage == pp_size - 1,
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            before, layers, after = name.partition("decoder.layers.")
+            if layers:
+                local, _, rest = after.partition(".")
+                after = f"{model.decoder.layers[int(local)].layer_number}.{rest}"
+            is_whole = "norm" in name or "router" in name
+            shard = 0 if is_whole else 1 + runtime.tp_group.rank() + groups.collection.ep.rank()
+            noise = torch.Generator().manual_seed(zlib.crc32(f"{shard} {before}{after}".encode()))
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=noise))
+            if parameter.dim() == 1:
+                parameter += 1
+    return model
+
+
+def whole_states(runtime, shape, ids=IDS, with_last_hidden=True, **options):
+    from dspark_megatron.targets.megatron.target import MegatronTarget
+
+    model = build_stage(runtime, shape, 1, **options)
+    target = MegatronTarget(model, ids, with_last_hidden=with_last_hidden)
+    states = [target.states(batch) for batch in batches()]
+    return [(one.taps, one.last_hidden) for one in states]
+
+
+def stage_states(runtime, shape, pp_size, per_run=None, ids=IDS, with_last_hidden=True, **options):
+    """States of this rank's micro-batches, announced, and of one more that was not; elements of
+    this stage."""
+    from dspark_megatron.targets.megatron.pipeline import PipelineTarget
+
+    model = build_stage(runtime, shape, pp_size, **options)
+    target = PipelineTarget(
+        model, ids, micro_batches_per_run=per_run, with_last_hidden=with_last_hidden
+    )
+    # Pipelines of a stage, which data-parallel ranks are beside, run the same micro-batches here.
+    own = batches()[target.pp_group.rank() :: pp_size]
+    target.expect(own)
+    states = [target.states(batch) for batch in [*own, own[0]]]
+    assert not any(tensor is not None and tensor.requires_grad for tensor in vars(states[0]).values())
+    size = sum(parameter.numel() for parameter in target.model.parameters())
+    return target.pp_group.rank(), [(one.taps, one.last_hidden) for one in states], size
+
+
+LAYOUTS = [(2, 1, 2), (4, 2, 2), (4, 1, 4), (4, 1, 2)]
+"""World size, tensor-parallel size, pipeline stages."""
+
+
+def assert_states(found, expected, pp_size):
+    for stage, states, _ in found:
+        own = expected[stage::pp_size]
+        for mine, theirs in zip(states, [*own, own[0]], strict=True):
+            for got, wanted in zip(mine, theirs, strict=True):
+                assert (got is None) == (wanted is None)
+                if got is not None:
+                    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("per_run", [None, 1, 3])
+@pytest.mark.parametrize("world, tp, pp", LAYOUTS)
+def test_states_are_those_of_the_whole_target(pool, world, tp, pp, per_run):
+    """Of samples of any length, however many of them go through together."""
+    expected = pool.run(whole_states, world=tp, tp=tp, shape=SHAPE)[0]
+    found = pool.run(stage_states, world=world, tp=tp, shape=SHAPE, pp_size=pp, per_run=per_run)
+    assert_states(found, expected, pp)
