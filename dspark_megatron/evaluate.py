@@ -70,6 +70,11 @@ def _checked_plan(config: Any, world_size: int) -> Any:
     from dspark_megatron.training.setup import check_run
 
     require(bool(config.evaluate.prompt_files), "evaluate.prompt_files is empty; name a JSONL file")
+    require(
+        not config.target.is_cached,
+        "evaluation decodes with the target, and a cache has no states of new tokens; set "
+        "target.provider=huggingface",
+    )
     plan = check_run(config, world_size)
     check_quantization(plan.target_config, plan.target_split)
     require(

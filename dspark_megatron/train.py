@@ -49,9 +49,11 @@ def run(arguments: argparse.Namespace, stop: "StopRequests") -> None:
         plan = check_run(config, job.world_size)
         check_batch_size(config.train, plan.dp_size)
         check_training_device(config)
-        check_quantization(plan.target_config, plan.target_split)
-        tensor_parallel = config.parallel.tensor_parallel
-        runtime = start(job, tensor_parallel, shards_target=plan.target_split.lockstep)
+        shards_target = False
+        if not config.target.is_cached:
+            check_quantization(plan.target_config, plan.target_split)
+            shards_target = plan.target_split.lockstep
+        runtime = start(job, config.parallel.tensor_parallel, shards_target=shards_target)
         from dspark_megatron.training.loop import train
 
         train(plan, runtime, stop)

@@ -170,7 +170,7 @@ def test_a_cache_of_the_paper_s_size():
     """DeepSpec's own figure for Qwen3-4B is 38 TB."""
     text = recommend(wish("qwen3-8b", "model.target_layer_ids=[1]", samples=1000), NODE)
     gib = 1000 * (4096 * (2 * 4096 * 2 + 6) + 56) / 2**30
-    assert f"{gib:,.3f} GiB for 1,000 samples of 4096 tokens; this trainer has no cache" in text
+    assert f"{gib:,.3f} GiB for 1,000 samples of 4096 tokens; tools/prepare_target_cache" in text
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ class CachedStates:
     def __init__(self, samples):
         self.samples = samples
 
-    def states(self, input_ids):
+    def states(self, input_ids, samples=()):
         rows = []
         for row in input_ids:
             index = next(

@@ -44,15 +44,10 @@ class Verifier:
     """A target that takes verification steps behind made-up contexts."""
 
     def __init__(self, plan: Any, runtime: Any, context_length: int) -> None:
-        from dspark_megatron.ops.vocab_parallel import VocabShard
-        from dspark_megatron.shape import padded_vocab_size
-        from dspark_megatron.training.setup import build_target, frozen_rows
+        from dspark_megatron.training.setup import build_target, read_target_head
 
         self.target, self.device = build_target(plan, runtime), runtime.device
-        padded = padded_vocab_size(plan.shape.vocab_size, runtime.tp_group.size())
-        shard = VocabShard.of_group(plan.shape.vocab_size, padded, runtime.tp_group)
-        _, head = frozen_rows(plan, shard)
-        self.head = head.to(device=self.device, dtype=self.target.model.dtype)  # [v/tp, h]
+        self.head, _ = read_target_head(plan, self.target, tp_group=runtime.tp_group)
         self.vocab_size, self.context_length = plan.shape.vocab_size, context_length
         self.generator = torch.Generator().manual_seed(0)  # the same tokens on every rank
 

@@ -5,7 +5,7 @@ k slots, h hidden, m target layers.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -176,7 +176,7 @@ class PreparedTarget:
     prepared: TargetStates
     lockstep = False
 
-    def states(self, input_ids: Tensor) -> TargetStates:
+    def states(self, input_ids: Tensor, samples: Sequence[int] = ()) -> TargetStates:
         return self.prepared
 
 

@@ -78,6 +78,11 @@ class Config:
             "entropy alone does not load; set evaluate.every=null, or give a term that compares "
             "(loss.l1_loss_alpha, loss.kl_loss_alpha, ...) a weight",
         )
+        require(
+            self.evaluate.every is None or not self.target.is_cached,
+            f"evaluate.every ({self.evaluate.every}) needs the target for answers that are not in "
+            "a cache; set evaluate.every=null or target.provider=huggingface",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -12,7 +12,11 @@ class TargetConfig:
     path: str = ""
     """Folder with the target's `config.json`, safetensors and tokenizer."""
     provider: str = "huggingface"
-    """Who loads and splits the target. `huggingface`: Transformers' native tensor parallelism."""
+    """Where its states come from. `huggingface`: the target, split by Transformers' native tensor
+    parallelism. `cache`: the folder `cache`, and no target is loaded."""
+    cache: str = ""
+    """Folder of states that `tools/prepare_target_cache.py` has written, or of DeepSpec's cache
+    (version 2)."""
     dtype: str = "auto"
     """`auto` (as saved), `float32`, `bfloat16` or `float16`."""
     attention: str = "sdpa"
@@ -31,7 +35,12 @@ class TargetConfig:
 
     def validate(self) -> None:
         require(bool(self.path), "target.path is missing; set it to the target's folder")
-        one_of("target.provider", self.provider, ("huggingface",))
+        one_of("target.provider", self.provider, ("huggingface", "cache"))
+        require(
+            bool(self.cache) or not self.is_cached,
+            "target.provider 'cache' needs target.cache: name the folder that "
+            "tools/prepare_target_cache.py has written, or set target.provider=huggingface",
+        )
         one_of("target.dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         require(
             self.shard_across_data_parallel >= 0,
@@ -40,3 +49,8 @@ class TargetConfig:
         )
         if self.max_tokens_per_forward is not None:
             positive("target.max_tokens_per_forward", self.max_tokens_per_forward)
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether states are read, and the target itself is not loaded."""
+        return self.provider == "cache"

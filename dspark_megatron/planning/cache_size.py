@@ -22,6 +22,6 @@ def cache_lines(plan: RunPlan, samples: int | None) -> list[str]:
     many = f"{samples:,} samples" if samples else "1 sample"
     return [
         f"states kept on disk instead (DeepSpec's cache, bf16): {size / 2**30:,.3f} GiB for {many} "
-        f"of {plan.config.data.max_length} tokens; this trainer has no cache provider yet, it "
-        "computes them in every step",
+        f"of {plan.config.data.max_length} tokens; tools/prepare_target_cache.py says what its own "
+        "layout takes of your data, and the run above computes them in every step",
     ]

@@ -9,7 +9,7 @@ import torch
 from dspark_megatron.planning.activations import DraftPass, gradient_bytes, kept_bytes, layer_bytes
 from dspark_megatron.planning.loss_memory import HeadLossSize, head_loss_parts
 from dspark_megatron.planning.meta_draft import draft_elements
-from dspark_megatron.planning.target_work import TargetWork, target_work
+from dspark_megatron.planning.target_work import NO_WORK, TargetWork, target_work
 from dspark_megatron.shape import padded_vocab_size
 from dspark_megatron.target_folder import load_target_config
 from dspark_megatron.targets.footprint import target_bytes
@@ -50,7 +50,7 @@ def target_dtype(plan: RunPlan) -> torch.dtype:
 def rank_memory(plan: RunPlan) -> RankMemory:
     """Of the rank that holds most. Sizes are upper bounds where data decides: samples of
     `data.max_length` tokens, `model.num_anchors` anchors in each and every slot supervised. Without
-    the target where its quantized size is not known."""
+    the target where its quantized size is not known, or its states are read from a cache."""
     states = _target_states(plan)
     weights, work = _target_figures(plan)
     held = {} if weights is None else {"frozen target": weights}
@@ -58,12 +58,14 @@ def rank_memory(plan: RunPlan) -> RankMemory:
     one = draft_pass(plan)
     kept = {"activations kept for the backward pass": kept_bytes(plan.shape, one)}
     loss = _loss_parts(plan, one)
+    forward = {} if plan.config.target.is_cached else _forward_parts(plan, work)
+    target = {"the target's forward pass": forward} if forward else {}
     again = {"layer computed again": layer_bytes(plan.shape, one)} if one.recompute else {}
     backward = {"gradients in a layer": gradient_bytes(plan.shape, one)}
     return RankMemory(
         held,
         {
-            "the target's forward pass": _forward_parts(plan, work),
+            **target,
             "the draft's loss": {**kept, **loss},
             "the draft's backward pass": {**kept, **again, **backward},
         },
@@ -130,7 +132,7 @@ def target_passes(plan: RunPlan) -> int:
 def quantization_note(plan: RunPlan, *, counted: bool) -> list[str]:
     """What to know of a quantized target's size."""
     method = quantization_method(plan.target_config)
-    if method is None:
+    if method is None or plan.config.target.is_cached:
         return []
     how = "counted as it is saved" if counted else "not counted"
     arguments = load_target_config(plan.config.target.path), target_dtype(plan), plan.target_split
@@ -143,6 +145,8 @@ def quantization_note(plan: RunPlan, *, counted: bool) -> list[str]:
 
 def _target_figures(plan: RunPlan) -> tuple[int | None, TargetWork]:
     """Bytes of the frozen weights, None where they are not known, and what a forward pass takes."""
+    if plan.config.target.is_cached:
+        return None, NO_WORK
     target, dtype = plan.config.target, target_dtype(plan)
     wanted = (dtype, plan.target_split, _batch(plan), target.max_tokens_per_forward)
     text = load_target_config(target.path).to_json_string()

@@ -39,6 +39,10 @@ class TargetWork:
     """Routed tokens to the ranks of their experts and back, and whole again in the split group."""
 
 
+NO_WORK = TargetWork(0, 0, 0, 0, 0, 0, 0)
+"""Of a target that is not run."""
+
+
 def target_work(
     target_config: PretrainedConfig,
     dtype: torch.dtype,

@@ -1,5 +1,6 @@
 """What a frozen target gives to the rest: states, never logits."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,15 +18,21 @@ class TargetStates:
     alone."""
 
 
-class Target(Protocol):
-    """A frozen model, split over tensor-parallel ranks; all of them call together."""
+class StatesSource(Protocol):
+    """What training takes states from: a target that makes them, or a cache of them. All
+    tensor-parallel ranks call together."""
 
     lockstep: bool
     """Whether data-parallel ranks must call `states` equally often, too: the weights, or tokens on
     their way to experts, travel between them."""
 
-    def states(self, input_ids: Tensor) -> TargetStates:
-        """States of right-padded sequences. input_ids [b, s]. No gradient."""
+    def states(self, input_ids: Tensor, samples: Sequence[int] = ()) -> TargetStates:
+        """States of right-padded sequences. input_ids [b, s]. samples [b]: their indices in the
+        training data, by which a cache finds them. No gradient."""
+
+
+class Target(StatesSource, Protocol):
+    """A frozen model, split over tensor-parallel ranks."""
 
     def new_cache(self) -> Any:
         """A key/value cache of no sequence."""

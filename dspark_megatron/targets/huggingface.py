@@ -1,5 +1,6 @@
 """Provider `huggingface`: any causal LM, split by Transformers' native tensor parallelism."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class HuggingFaceTarget:
         for layer_id in target_layer_ids:
             self.layers[layer_id].register_forward_hook(self._keeper(layer_id))
 
-    def states(self, input_ids: Tensor) -> TargetStates:
+    def states(self, input_ids: Tensor, samples: Sequence[int] = ()) -> TargetStates:
         if self._max_tokens is None:
             return self._run(input_ids, use_cache=False)
         group = self._dp_group if self.lockstep else None

@@ -22,6 +22,7 @@ from dspark_megatron.data.dataset import ConversationDataset
 from dspark_megatron.data.sampler import SampleRef, StepSampler
 from dspark_megatron.data.show import describe_sample
 from dspark_megatron.ops.anchors import BlockRules, anchor_seed, draft_blocks, sample_anchors
+from dspark_megatron.targets.base import StatesSource
 from dspark_megatron.targets.teacher_check import check_teacher_logits
 from dspark_megatron.training.checkpointing import (
     RunState,
@@ -50,6 +51,7 @@ from dspark_megatron.training.setup import (
 )
 from dspark_megatron.training.step import GradientStep, MicroBatch
 from dspark_megatron.training.stop_requests import StopReason, StopRequests
+from dspark_megatron.training.target_cache import cached_target, open_cache
 
 _NO_MATHEMATICS = ("preset", "chunk_rows", "memory_budget_mb", "compile")
 """Keys of the loss section that a run may change on its way. What a preset stands for is written
@@ -64,8 +66,10 @@ def train(plan: RunPlan, runtime: Runtime, stop: StopRequests) -> None:
     dist.barrier()
     resume_from = _checkpoint_to_resume(plan, output_dir / "checkpoints", runtime)
     initial = InitialWeights.open(plan) if resume_from is None else None
+    if plan.config.target.is_cached:
+        open_cache(plan)  # refused before the data are read
     heldout = HeldOut.load(plan, runtime)
-    dataset = _load_data(plan, runtime)
+    dataset = load_data(plan, runtime)
     Trainer(plan, runtime, dataset, output_dir, resume_from, initial, heldout).run(stop)
 
 
@@ -107,9 +111,7 @@ class Trainer:
         if initial is not None:
             initial.load(self.draft, tp_group=runtime.tp_group)
             self._say(f"starting from the weights of {initial.path}")
-        self.target = build_target(plan, runtime, with_last_hidden=config.needs_teacher)
-        if config.target.check_teacher_logits and config.needs_teacher:
-            self._check_teacher()
+        self.target = self._states_source()
         self.model = wrap_data_parallel(self.draft, config.optimizer)
         self.optimizer = build_optimizer(config.optimizer, self.model, plan.dtype)
         self.scheduler = build_scheduler(config.optimizer, self.optimizer, self.iterations)
@@ -195,7 +197,8 @@ class Trainer:
         ]
         blocks = draft_blocks(ids, masks, anchors, model.block_size, rules)
         input_ids, _ = collate(samples)
-        return MicroBatch(input_ids, [len(row) for row in ids], blocks)
+        indices = tuple(ref.sample_index for ref in refs)
+        return MicroBatch(input_ids, [len(row) for row in ids], blocks, indices)
 
     def _log(
         self, reporter: Reporter | None, metrics: MetricSums, grad_norm: float, seconds: float
@@ -234,14 +237,16 @@ class Trainer:
             track_best(self.checkpoints, state.best)
         return state
 
-    def _check_teacher(self) -> None:
-        check_teacher_logits(
-            self.target,
-            self.plan.config.target.path,
-            self.draft.lm_head,
-            self.draft.vocab_shard,
-            self.dataset[0].input_ids[None],
-        )
+    def _states_source(self) -> StatesSource:
+        config = self.plan.config
+        if config.target.is_cached:
+            return cached_target(self.plan, self.runtime, self.dataset)
+        target = build_target(self.plan, self.runtime, with_last_hidden=config.needs_teacher)
+        if config.target.check_teacher_logits and config.needs_teacher:
+            first = self.dataset[0].input_ids[None]
+            place = self.draft.lm_head, self.draft.vocab_shard
+            check_teacher_logits(target, config.target.path, *place, first)
+        return target
 
     def _agreed(self, reason: StopReason) -> StopReason:
         """The largest of all ranks' reasons: a signal may reach one node only, and clocks differ.
@@ -299,7 +304,8 @@ def _checkpoint_to_resume(plan: RunPlan, checkpoints: Path, runtime: Runtime) ->
     return folder
 
 
-def _load_data(plan: RunPlan, runtime: Runtime) -> ConversationDataset:
+def load_data(plan: RunPlan, runtime: Runtime) -> ConversationDataset:
+    """The training samples; the main rank says what became of the files' lines."""
     data = plan.config.data
     dataset = load_run_data(
         plan, data.train_files, weights=data.weights, show_progress=runtime.is_main

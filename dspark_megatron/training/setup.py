@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import transformers
 from torch import Tensor
 from transformers import (
@@ -76,7 +77,8 @@ def check_run(config: Config, world_size: int, *, needs_tokenizer: bool = True) 
     target_config = load_target_config(config.target.path)
     shape = draft_shape(config.model, target_config)
     dp_size = check_layout(config, shape, target_config, world_size)
-    check_target_split(target_config, TargetSplit.of(config, dp_size))
+    if not config.target.is_cached:
+        check_target_split(target_config, TargetSplit.of(config, dp_size))
     _check_memory_budget(config, shape)
     if not needs_tokenizer and not list(Path(config.target.path).glob("tokenizer*")):
         return RunPlan(config, target_config, shape, None, dp_size)
@@ -156,13 +158,29 @@ def load_target_head(plan: RunPlan, draft: DSparkDraftModel, target: HuggingFace
     replica when that is the same."""
     if draft.lm_head.dtype == target.model.dtype:
         return draft.lm_head
-    _, head = frozen_rows(plan, draft.vocab_shard)
+    return _head_rows(plan, draft.vocab_shard, target)
+
+
+def read_target_head(
+    plan: RunPlan, target: HuggingFaceTarget, *, tp_group: dist.ProcessGroup
+) -> tuple[Tensor, VocabShard]:
+    """This rank's [v/tp, h] rows of the target's LM head in the target's own dtype, and which they
+    are; for uses without a draft."""
+    vocab_size = plan.shape.vocab_size
+    padded = padded_vocab_size(vocab_size, tp_group.size())
+    shard = VocabShard.of_group(vocab_size, padded, tp_group)
+    return _head_rows(plan, shard, target), shard
+
+
+def _head_rows(plan: RunPlan, shard: VocabShard, target: HuggingFaceTarget) -> Tensor:
+    _, head = frozen_rows(plan, shard)
     return head.to(device=target.device, dtype=target.model.dtype)
 
 
 def frozen_rows(plan: RunPlan, shard: VocabShard) -> list[Tensor]:
     """This rank's rows of the target's embedding and LM head, as they are in its folder."""
-    folder, found = plan.config.target.path, []
+    folder = plan.config.target.path
+    found = []
     for name in shared_weights(folder):
         rows = read_rows(folder, name, shard.vocab_start_index, shard.vocab_end_index)
         require(
@@ -179,6 +197,10 @@ def build_target(
 ) -> HuggingFaceTarget:
     """The frozen target, this rank's tensor-parallel slice of it; without its last hidden states,
     only as much of it as the taps need."""
+    require(
+        not plan.config.target.is_cached,
+        "this needs the target itself, not states of some samples; set target.provider=huggingface",
+    )
     if not runtime.is_main:
         transformers.utils.logging.disable_progress_bar()
     return HuggingFaceTarget(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dspark_megatron.config import LossConfig
 from dspark_megatron.ops.anchors import DraftBlocks
-from dspark_megatron.targets.base import Target
+from dspark_megatron.targets.base import StatesSource
 from dspark_megatron.training.draft_loss import DraftLoss
 from dspark_megatron.training.metrics import MetricSums
 
@@ -24,6 +24,8 @@ class MicroBatch:
     """[b, s]"""
     lengths: list[int]
     blocks: DraftBlocks
+    samples: tuple[int, ...] = ()
+    """Their indices in the data; what a cache of states goes by."""
 
     def weight(self, slots: Tensor) -> float:
         """Sum of the loss weights of all supervised slots. slots [k]."""
@@ -48,7 +50,7 @@ class GradientStep:
         self,
         loss: LossConfig,
         model: Any,
-        target: Target,
+        target: StatesSource,
         *,
         tp_group: dist.ProcessGroup,
         dp_group: dist.ProcessGroup,
@@ -127,10 +129,10 @@ class GradientStep:
         # A small loss_decay_gamma may round the weight of late slots, and of all there are, to 0.
         if blocks.num_blocks == 0 or divisor == 0:  # the same on every tensor-parallel rank
             if self.target.lockstep:
-                self.target.states(micro_batch.input_ids)
+                self.target.states(micro_batch.input_ids, micro_batch.samples)
             return
         metrics.add(blocks=blocks.num_blocks, rows=float(blocks.eval_mask.sum()))
-        states = self.target.states(micro_batch.input_ids)
+        states = self.target.states(micro_batch.input_ids, micro_batch.samples)
         output = self.model(*blocks.draft_inputs(states.taps))
         loss = self.draft_loss(blocks, states, output, metrics)
         (loss / divisor).backward()
