@@ -6,7 +6,7 @@ import torch
 
 from dspark_megatron.config import LossConfig, OptimizerConfig
 from dspark_megatron.shape import DraftShape
-from dspark_megatron.targets.base import TargetStates
+from dspark_megatron.targets.base import StatesSource, TargetStates
 
 SHAPE = DraftShape(
     hidden_size=32,
@@ -73,7 +73,7 @@ def make_samples(shape, lengths=(20, 13, 17, 9), seed=3, loss=None):
     )
 
 
-class CachedStates:
+class CachedStates(StatesSource):
     """A target whose states were computed before: finds a sample's by its tokens."""
 
     lockstep = False

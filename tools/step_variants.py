@@ -31,7 +31,7 @@ from dspark_megatron.data.conversation import Sample
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.ops.anchors import draft_blocks
 from dspark_megatron.shape import DraftShape
-from dspark_megatron.targets.base import TargetStates
+from dspark_megatron.targets.base import StatesSource, TargetStates
 from dspark_megatron.training.metrics import MetricSums
 from dspark_megatron.training.optimizer import wrap_data_parallel
 from dspark_megatron.training.runtime import Runtime
@@ -170,7 +170,7 @@ class OurStep:
         return metrics.means(self.step.draft_loss.weights)["loss"]
 
 
-class PreparedTarget:
+class PreparedTarget(StatesSource):
     """Stands for the target: its states were made before."""
 
     prepared: TargetStates

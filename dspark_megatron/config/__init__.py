@@ -83,6 +83,20 @@ class Config:
             f"evaluate.every ({self.evaluate.every}) needs the target for answers that are not in "
             "a cache; set evaluate.every=null or target.provider=huggingface",
         )
+        stages = self.parallel.pipeline_parallel
+        require(
+            stages == 1 or self.target.provider == "megatron",
+            f"parallel.pipeline_parallel ({stages}) needs target.provider=megatron, and it is "
+            f"{self.target.provider!r}; set that, or split the target with "
+            "parallel.tensor_parallel and target.shard_across_data_parallel",
+        )
+        require(
+            stages == 1 or self.target.max_tokens_per_forward is None,
+            f"target.max_tokens_per_forward ({self.target.max_tokens_per_forward}) must be null "
+            f"with parallel.pipeline_parallel ({stages}): a micro-batch goes through the stages "
+            "whole; set train.micro_batch_size=1 and parallel.pipeline_micro_batches=1 for less "
+            "memory",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

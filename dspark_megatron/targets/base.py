@@ -26,6 +26,10 @@ class StatesSource(Protocol):
     """Whether data-parallel ranks must call `states` equally often, too: the weights, or tokens on
     their way to experts, travel between them."""
 
+    def expect(self, batches: Sequence[Tensor]) -> None:
+        """Called before the `states` of several micro-batches, with the ids of all in their order:
+        pipeline stages run them together. Nothing to others."""
+
     def states(self, input_ids: Tensor, samples: Sequence[int] = ()) -> TargetStates:
         """States of right-padded sequences. input_ids [b, s]. samples [b]: their indices in the
         training data, by which a cache finds them. No gradient."""

@@ -8,12 +8,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from dspark_megatron.config import ConfigError
-from dspark_megatron.targets.base import TargetStates
+from dspark_megatron.targets.base import StatesSource, TargetStates
 from dspark_megatron.targets.cache_files import CacheReader
 from dspark_megatron.targets.state_rows import StateRows
 
 
-class CachedTarget:
+class CachedTarget(StatesSource):
     """States of the samples of a data set. What was not kept of them is NaN: nothing may read it,
     and a mistake would show."""
 

@@ -9,14 +9,14 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from dspark_megatron.config import ConfigError, TargetConfig
-from dspark_megatron.targets.base import TargetStates
+from dspark_megatron.targets.base import Target, TargetStates
 from dspark_megatron.targets.cached_sequences import CachedSequences
 from dspark_megatron.targets.loading import load_base_model
 from dspark_megatron.targets.passes import joined, states_in_passes
 from dspark_megatron.targets.split import TargetSplit
 
 
-class HuggingFaceTarget:
+class HuggingFaceTarget(Target):
     """A base model (no LM head) whose decoder layers are tapped by forward hooks."""
 
     def __init__(

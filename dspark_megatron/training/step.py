@@ -70,6 +70,7 @@ class GradientStep:
         if overlap:
             passes.sort(key=lambda one: self._learns(one[0]))
             overlap = self._on_every_rank(self._learns(passes[-1][0]))
+        self.target.expect([micro_batch.input_ids for micro_batch, _ in passes])
         with self.model.no_sync():
             for one in passes[:-1]:
                 self._forward_backward(*one, metrics)

@@ -50,7 +50,7 @@ class Outbox:
         *,
         pp_group: dist.ProcessGroup,
     ) -> None:
-        """shapes: (s, b) of every micro-batch of the run, in its order. widths: w of every stage."""
+        """shapes: (s, b) by place in the run. widths: w of every stage."""
         self.pp_group, self._widths = pp_group, list(widths)
         size, rank = pp_group.size(), pp_group.rank()
         self._own = list(shapes[rank::size])

@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from dspark_megatron.targets.base import TargetStates
+from dspark_megatron.targets.base import StatesSource, TargetStates
 from dspark_megatron.targets.megatron.exchange import Outbox, gather_batches
 from dspark_megatron.targets.megatron.schedule import run_forward
-from dspark_megatron.targets.megatron.target import shape_group
 from dspark_megatron.targets.megatron.taps import Taps, whole_rows
+from dspark_megatron.targets.megatron.target import shape_group
 
 
-class PipelineTarget:
+class PipelineTarget(StatesSource):
     """This rank's stage. Its taps, and the last stage's output, are kept for their owners."""
 
     lockstep = True

@@ -9,13 +9,13 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor, nn
 
 from dspark_megatron.config import require
-from dspark_megatron.targets.base import TargetStates
+from dspark_megatron.targets.base import Target, TargetStates
 from dspark_megatron.targets.megatron.taps import Taps, whole_rows
 from dspark_megatron.targets.megatron.token_cache import TokenCache
 from dspark_megatron.targets.passes import states_in_passes
 
 
-class MegatronTarget:
+class MegatronTarget(Target):
     """A GPTModel of one pipeline stage whose decoder layers are tapped by forward hooks."""
 
     def __init__(
