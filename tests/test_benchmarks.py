@@ -17,6 +17,7 @@ sys.path.append(str(ROOT / "tools"))  # a folder of scripts, not a package
 import benchmark_activations  # noqa: E402
 import benchmark_communication  # noqa: E402
 import benchmark_loss  # noqa: E402
+import benchmark_packing  # noqa: E402
 import benchmark_step  # noqa: E402
 import benchmarking  # noqa: E402
 
@@ -166,3 +167,37 @@ def test_sequence_parallel_keeps_less_for_backward(pool):
         for plain, split in zip(rows[::2], rows[1::2], strict=True):
             assert split["MiB"] < 0.75 * plain["MiB"]
         assert all(row["MiB"] < whole[0]["MiB"] for row in rows)
+
+
+def test_kept_for_backward_is_a_straight_line_in_the_length(pool):
+    """With recomputed layers nothing but the context grows, whatever the number of anchors."""
+    slopes = [
+        [row["KiB a token more"] for row in pool.run(lengths, world=1, tp=1, anchors=n)[0]]
+        for n in (16, 64)
+    ]
+    assert slopes[0] == pytest.approx([slopes[0][0]] * 2, rel=1e-6)
+    assert slopes[1] == pytest.approx(slopes[0], rel=1e-6)
+
+
+def lengths(runtime, anchors):
+    sizes = f"--seq-length 512 2048 8192 --hidden 64 --ffn 96 --num-anchors {anchors}"
+    args = benchmark_activations.parse_arguments(sizes.split())
+    rows = benchmark_activations.table_rows(runtime, args)
+    benchmark_activations.compare(rows)
+    return [row for row in rows if row["recompute"] == "on" and row["tokens"] > 512]
+
+
+def test_packing_is_compared_on_the_same_samples(pool, tiny_run):
+    train = {"micro_batch_size": 2, "global_batch_size": 8}
+    config = tiny_config(tiny_run, train=train)
+    rows = pool.run(packing_rows, world=1, tp=1, config=config)[0]
+    padding = {row["variant"]: row["padding"] for row in rows}
+    assert list(padding) == list(benchmark_packing.VARIANTS)
+    assert padding["packed"] < padding["as they come"] > padding["grouped by length"]
+    assert rows[0]["tokens/s, ratio"] == 1
+    with pytest.raises(ValueError, match="the loss 'packed' is 2.0"):
+        benchmark_packing.check_losses({"as they come": 1.0, "packed": 2.0})
+
+
+def packing_rows(runtime, config):
+    return benchmark_packing.measure(benchmark_packing.Variants(config, runtime, steps=2), rounds=1)

@@ -79,7 +79,7 @@ def test_the_curve_is_the_same(pool, tiny_run, unbroken, tmp_path, world, tp, sh
 class CountedStates(CachedStates):
     lockstep, calls = True, 0
 
-    def states(self, input_ids, samples=()):
+    def states(self, input_ids, lengths=None, samples=()):
         self.calls += 1
         return super().states(input_ids)
 

@@ -81,7 +81,7 @@ class CachedStates(StatesSource):
     def __init__(self, samples):
         self.samples = samples
 
-    def states(self, input_ids, samples=()):
+    def states(self, input_ids, lengths=None, samples=()):
         rows = []
         for row in input_ids:
             index = next(
@@ -154,7 +154,7 @@ def rank_micro_batches(runtime, samples, block_size, micro_batch_size, loss=None
     from dspark_megatron.data.collate import collate
     from dspark_megatron.data.conversation import Sample
     from dspark_megatron.ops.anchors import BlockRules, draft_blocks
-    from dspark_megatron.training.step import MicroBatch
+    from dspark_megatron.training.micro_batch import MicroBatch
 
     rules = BlockRules.of(loss or LossConfig())
     stride = micro_batch_size * runtime.dp_group.size()

@@ -1,6 +1,7 @@
 """Bytes that a rank keeps for the backward pass of the draft, counted.
 
     torchrun --nproc-per-node 4 tools/benchmark_activations.py [--hidden 1024] [--json FILE]
+    python tools/benchmark_activations.py --seq-length 2048 8192 32768
 
 Counted is every tensor that autograd saves in a forward pass of the backbone and its heads, weights
 aside, each piece of memory once. The count does not depend on the machine.
@@ -18,8 +19,8 @@ from dspark_megatron.ops.anchors import draft_blocks
 from dspark_megatron.shape import DraftShape
 from dspark_megatron.training.runtime import Runtime, launch
 
-FORMATS = {"tp": "d", "sequence parallel": "", "recompute": "", "MiB": ".1f"}
-FORMATS |= {"of TP 1": ".3f", "of the same without": ".3f"}
+FORMATS = {"tokens": ",d", "tp": "d", "sequence parallel": "", "recompute": "", "MiB": ".1f"}
+FORMATS |= {"of TP 1": ".3f", "of the same without": ".3f", "KiB a token more": ".2f"}
 
 
 def saved_bytes(draft: torch.nn.Module, tokens: int, num_anchors: int) -> int:
@@ -62,11 +63,10 @@ def table_rows(runtime: Runtime, args: argparse.Namespace) -> list[dict[str, Any
     for recompute, split in product((False, True), (False, True) if tp_size > 1 else (False,)):
         options = dict(sequence_parallel=split, recompute_activations=recompute)
         draft = build_draft(draft_shape(args), runtime, dtype, **options)
-        size = saved_bytes(draft, args.seq_length, args.num_anchors)
         row = {"tp": tp_size, "sequence parallel": _on(split), "recompute": _on(recompute)}
-        rows.append({**row, "MiB": size / benchmarking.MIB})
-        if split:
-            rows[-1]["of the same without"] = rows[-1]["MiB"] / rows[-2]["MiB"]
+        for tokens in args.seq_length:
+            size = saved_bytes(draft, tokens, args.num_anchors) / benchmarking.MIB
+            rows.append({"tokens": tokens, **row, "MiB": size})
     return rows
 
 
@@ -74,11 +74,21 @@ def _on(flag: bool) -> str:
     return "on" if flag else "off"
 
 
-def compare_with_one_rank(rows: list[dict[str, Any]]) -> None:
-    whole = {row["recompute"]: row["MiB"] for row in rows if row["tp"] == 1}
+def compare(rows: list[dict[str, Any]]) -> None:
+    """With one rank, with no sequence parallelism, and with the length before."""
+    names = "tokens", "tp", "sequence parallel", "recompute"
+    sizes = {tuple(row[name] for name in names): row["MiB"] for row in rows}
+    lengths = sorted({row["tokens"] for row in rows})
     for row in rows:
-        if row["recompute"] in whole:
-            row["of TP 1"] = row["MiB"] / whole[row["recompute"]]
+        tokens, tp, split, recompute = (row[name] for name in names)
+        if (tokens, 1, "off", recompute) in sizes:
+            row["of TP 1"] = row["MiB"] / sizes[tokens, 1, "off", recompute]
+        if split == "on":
+            row["of the same without"] = row["MiB"] / sizes[tokens, tp, "off", recompute]
+        if tokens > lengths[0]:
+            before = lengths[lengths.index(tokens) - 1]
+            more = row["MiB"] - sizes[before, tp, split, recompute]
+            row["KiB a token more"] = more * 1024 / (tokens - before)
 
 
 def draft_shape(args: argparse.Namespace) -> DraftShape:
@@ -92,7 +102,7 @@ def draft_shape(args: argparse.Namespace) -> DraftShape:
         vocab_size=1024,
         rms_norm_eps=1e-6,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        max_position_embeddings=args.seq_length,
+        max_position_embeddings=max(args.seq_length),
         num_target_layers=8,
         target_layer_ids=(0, 1, 2, 3, 4),
         mask_token_id=1,
@@ -112,7 +122,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--seq-length", type=int, default=512)
+    parser.add_argument("--seq-length", type=int, nargs="+", default=[512])
     parser.add_argument("--num-anchors", type=int, default=64)
     parser.add_argument("--dtype", choices=benchmarking.DTYPES, default="bfloat16")
     benchmarking.add_report_options(parser)
@@ -125,8 +135,8 @@ def main(argv: list[str] | None = None) -> None:
         rows = []
         for runtime in benchmarking.runtime_of_each_size(job, args.tp):
             rows += table_rows(runtime, args)
-        compare_with_one_rank(rows)
-        sizes = f"{args.layers} layers, {args.num_anchors} blocks, {args.seq_length} tokens"
+        compare(rows)
+        sizes = f"{args.layers} layers, {args.num_anchors} blocks"
         if runtime.is_main:
             tables = {f"kept for backward, {sizes}, a rank": (rows, FORMATS)}
             print(benchmarking.report(tables, runtime.device, args.json))

@@ -13,6 +13,7 @@ import argparse
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
@@ -35,7 +36,13 @@ class RandomTarget:
 
     lockstep = False
 
-    def states(self, input_ids: torch.Tensor, samples: tuple[int, ...] = ()) -> TargetStates:
+    def states(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        lengths: list[int] | None = None,
+        samples: Sequence[int] = (),
+    ) -> TargetStates:
         taps = torch.rand(*input_ids.shape, TAPS * HIDDEN, dtype=torch.bfloat16)
         return TargetStates(taps, taps[..., :HIDDEN])
 
@@ -85,7 +92,7 @@ def read_states(folder: Path, samples: list[Sample]) -> None:
     cache = RowCache(folder, read_manifest(folder))
     target = CachedTarget(cache, samples, device=torch.device("cpu"))
     for i in torch.randperm(len(samples)).tolist():
-        target.states(samples[i].input_ids[None], (i,))
+        target.states(samples[i].input_ids[None], samples=(i,))
 
 
 def measure(
@@ -109,6 +116,7 @@ def measure(
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     samples = make_samples(args.gib)
+    args.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         folder = Path(scratch)
         write_cache(folder, samples)

@@ -33,9 +33,10 @@ from dspark_megatron.ops.anchors import draft_blocks
 from dspark_megatron.shape import DraftShape
 from dspark_megatron.targets.base import StatesSource, TargetStates
 from dspark_megatron.training.metrics import MetricSums
+from dspark_megatron.training.micro_batch import MicroBatch
 from dspark_megatron.training.optimizer import wrap_data_parallel
 from dspark_megatron.training.runtime import Runtime
-from dspark_megatron.training.step import GradientStep, MicroBatch
+from dspark_megatron.training.step import GradientStep
 
 
 class Item(NamedTuple):
@@ -176,7 +177,13 @@ class PreparedTarget(StatesSource):
     prepared: TargetStates
     lockstep = False
 
-    def states(self, input_ids: Tensor, samples: Sequence[int] = ()) -> TargetStates:
+    def states(
+        self,
+        input_ids: Tensor,
+        *,
+        lengths: list[int] | None = None,
+        samples: Sequence[int] = (),
+    ) -> TargetStates:
         return self.prepared
 
 

@@ -25,6 +25,9 @@ class DataConfig:
     """Tokens kept of a sample; the rest is cut off."""
     min_loss_tokens: int | None = None
     """Supervised tokens that a sample needs after truncation; null means 2 * block_size."""
+    group_by_length: bool = False
+    """Deal the samples of a step out to micro-batches by length, so that less is padded. The step
+    learns from the same samples."""
     show_sample: bool = True
     """Print one decoded sample with its loss mask at start."""
 

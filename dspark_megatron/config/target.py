@@ -30,6 +30,10 @@ class TargetConfig:
     """Tokens that one forward pass of the target takes at most in training: a larger micro-batch
     goes through it in several passes, a longer sample in pieces with a key/value cache. Null: all
     at once."""
+    packing: bool = False
+    """Put the samples of a micro-batch behind one another in rows of a forward pass in training,
+    without padding: the same states, where the target's family keeps the samples of a row apart,
+    which is tried at start."""
     check_teacher_logits: bool = True
     """Compare `lm_head(last_hidden)` with the target's own logits on the first batch at start."""
 
@@ -46,6 +50,11 @@ class TargetConfig:
             self.shard_across_data_parallel >= 0,
             f"target.shard_across_data_parallel ({self.shard_across_data_parallel}) must be >= 0 "
             "(1: no sharding, 0: over all data-parallel ranks)",
+        )
+        require(
+            not self.packing or not self.is_cached,
+            "target.packing is of a target's forward pass, and target.provider 'cache' makes none; "
+            "set target.packing=false",
         )
         if self.max_tokens_per_forward is not None:
             positive("target.max_tokens_per_forward", self.max_tokens_per_forward)

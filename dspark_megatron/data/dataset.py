@@ -104,6 +104,11 @@ class ConversationDataset:
         start, end = self._offsets[index : index + 2].tolist()
         return Sample(self._token_ids[start:end].long(), self._loss_mask[start:end].clone())
 
+    @property
+    def lengths(self) -> Tensor:
+        """[n] int64 tokens of each sample."""
+        return self._offsets.diff()
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hexadecimal) of all samples, their order and the shares of their sources; equal

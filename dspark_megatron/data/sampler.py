@@ -49,6 +49,13 @@ def global_batch(
     return [sample_at(position, num_samples, seed) for position in positions]
 
 
+def by_length(batch: list[SampleRef], lengths: Tensor) -> list[SampleRef]:
+    """A global batch with its longest samples first, equal ones in their order. Dealt out so,
+    samples of about one length share a micro-batch, and ranks that wait for each other have
+    micro-batches of about one length; the largest comes first."""
+    return sorted(batch, key=lambda ref: -int(lengths[ref.sample_index]))
+
+
 def micro_batches(
     batch: list[SampleRef], micro_batch_size: int, dp_rank: int, dp_size: int
 ) -> list[list[SampleRef]]:
@@ -75,12 +82,14 @@ class StepSampler:
         dp_rank: int,
         dp_size: int,
         blend: Callable[[SampleRef], SampleRef] | None = None,
+        lengths: Tensor | None = None,
     ) -> None:
-        """blend: the sample that a place of an epoch stands for; null: that of its number."""
+        """blend: the sample that a place of an epoch stands for; None: that of its number.
+        lengths: [num_samples], to group by; None deals samples out in their order."""
         self._num_samples, self._seed = num_samples, seed
         self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
         self._dp_rank, self._dp_size = dp_rank, dp_size
-        self._blend = blend
+        self._blend, self._lengths = blend, lengths
 
     def micro_batches(self, consumed_samples: int) -> list[list[SampleRef]]:
         """The step that starts after `consumed_samples` (of all ranks together):
@@ -90,4 +99,6 @@ class StepSampler:
         )
         if self._blend is not None:
             batch = [self._blend(place) for place in batch]
+        if self._lengths is not None:
+            batch = by_length(batch, self._lengths)
         return micro_batches(batch, self._micro_batch_size, self._dp_rank, self._dp_size)

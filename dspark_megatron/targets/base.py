@@ -16,6 +16,9 @@ class TargetStates:
     last_hidden: Tensor | None
     """[b, s, h] after the target's final norm; None from a target that was loaded for its taps
     alone."""
+    positions: int | None = None
+    """Positions that the target computed for them, padding included; None of a target that
+    computes nothing."""
 
 
 class StatesSource(Protocol):
@@ -30,9 +33,16 @@ class StatesSource(Protocol):
         """Called before the `states` of several micro-batches, with the ids of all in their order:
         pipeline stages run them together. Nothing to others."""
 
-    def states(self, input_ids: Tensor, samples: Sequence[int] = ()) -> TargetStates:
-        """States of right-padded sequences. input_ids [b, s]. samples [b]: their indices in the
-        training data, by which a cache finds them. No gradient."""
+    def states(
+        self,
+        input_ids: Tensor,
+        *,
+        lengths: list[int] | None = None,
+        samples: Sequence[int] = (),
+    ) -> TargetStates:
+        """States of right-padded sequences. input_ids [b, s]. No gradient. With their lengths, of
+        which the longest is s, a target may leave the padding out, whose states are then 0.
+        samples [b]: their indices in the training data, by which a cache finds them."""
 
 
 class Target(StatesSource, Protocol):

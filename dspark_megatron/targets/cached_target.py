@@ -43,7 +43,13 @@ class CachedTarget(StatesSource):
             )
         self._places = found
 
-    def states(self, input_ids: Tensor, samples: Sequence[int] = ()) -> TargetStates:
+    def states(
+        self,
+        input_ids: Tensor,
+        *,
+        lengths: list[int] | None = None,
+        samples: Sequence[int] = (),
+    ) -> TargetStates:
         """Taps are padded to the longest context only, c of them: [b, c, m*h]."""
         parts = [self._cache.rows(self._places[i]) for i in samples]
         taps = pad_sequence([part.taps for part in parts], True, torch.nan)

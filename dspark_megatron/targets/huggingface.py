@@ -1,6 +1,7 @@
 """Provider `huggingface`: any causal LM, split by Transformers' native tensor parallelism."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from dspark_megatron.config import ConfigError, TargetConfig
 from dspark_megatron.targets.base import Target, TargetStates
 from dspark_megatron.targets.cached_sequences import CachedSequences
 from dspark_megatron.targets.loading import load_base_model
-from dspark_megatron.targets.passes import joined, states_in_passes
+from dspark_megatron.targets.packing import PackedRows, RowPlanner, unpacked
+from dspark_megatron.targets.passes import Rows, joined, run_in_step, states_in_passes
 from dspark_megatron.targets.split import TargetSplit
 
 
@@ -38,6 +40,8 @@ class HuggingFaceTarget(Target):
         self.device = device
         self._dp_group = dp_group
         self._max_tokens = config.max_tokens_per_forward
+        hidden_size = self.model.config.get_text_config().hidden_size
+        self.row_planner = RowPlanner.of(config, hidden_size) if config.packing else None
         self._ids = target_layer_ids
         self._tapped: dict[int, Tensor] = {}
         self.layers = _decoder_layers(self.model)
@@ -48,13 +52,38 @@ class HuggingFaceTarget(Target):
         for layer_id in target_layer_ids:
             self.layers[layer_id].register_forward_hook(self._keeper(layer_id))
 
-    def states(self, input_ids: Tensor, samples: Sequence[int] = ()) -> TargetStates:
+    def states(
+        self,
+        input_ids: Tensor,
+        *,
+        lengths: list[int] | None = None,
+        samples: Sequence[int] = (),
+    ) -> TargetStates:
+        if self.row_planner is not None and lengths is not None and len(lengths) > 1:
+            return self.packed_states(input_ids, lengths, self.row_planner.groups(lengths))
         if self._max_tokens is None:
-            return self._run(input_ids, use_cache=False)
-        group = self._dp_group if self.lockstep else None
-        return states_in_passes(
-            input_ids.to(self.device), self._max_tokens, self._run_pieces, lockstep_group=group
-        )
+            states = self._run(input_ids, use_cache=False)
+        else:
+            states = states_in_passes(
+                input_ids.to(self.device),
+                self._max_tokens,
+                self._run_rows,
+                lockstep_group=self._lockstep_group,
+            )
+        return replace(states, positions=input_ids.numel())
+
+    def packed_states(
+        self, input_ids: Tensor, lengths: list[int], groups: list[PackedRows]
+    ) -> TargetStates:
+        """`states` with the samples in these rows; 0 where input_ids is padding."""
+        rows = [group.take(input_ids.to(self.device), lengths) for group in groups]
+        found = run_in_step(rows, self._run_rows, lockstep_group=self._lockstep_group)
+        return unpacked(found, groups, lengths)
+
+    @property
+    def _lockstep_group(self) -> dist.ProcessGroup | None:
+        """Of no use where every `states` is one pass."""
+        return self._dp_group if self.lockstep and self._max_tokens is not None else None
 
     def new_cache(self) -> CachedSequences:
         return CachedSequences(self.model.config)
@@ -80,11 +109,12 @@ class HuggingFaceTarget(Target):
     def keep(self, cache: CachedSequences, rows: list[int]) -> None:
         cache.keep(rows)
 
-    def _run_pieces(self, pieces: tuple[Tensor, ...]) -> list[TargetStates]:
-        if len(pieces) == 1:
-            return [self._run(pieces[0], use_cache=False)]
+    def _run_rows(self, rows: Rows) -> list[TargetStates]:
+        if len(rows.pieces) == 1:
+            packed = {} if rows.position_ids is None else {"position_ids": rows.position_ids}
+            return [self._run(rows.pieces[0], use_cache=False, **packed)]
         cache = DynamicCache(config=self.model.config)
-        return [self._run(piece, use_cache=True, past_key_values=cache) for piece in pieces]
+        return [self._run(piece, use_cache=True, past_key_values=cache) for piece in rows.pieces]
 
     @torch.no_grad()
     def _run(self, input_ids: Tensor, **arguments: Any) -> TargetStates:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -10,8 +11,18 @@ from torch import Tensor
 
 from dspark_megatron.targets.base import TargetStates
 
-RunPieces = Callable[[tuple[Tensor, ...]], list[TargetStates]]
-"""Runs consecutive pieces [r, t] of the same r sequences, each after those before it."""
+
+class Rows(NamedTuple):
+    """Rows that go through the target side by side."""
+
+    pieces: tuple[Tensor, ...]
+    """Consecutive pieces [r, t] of the same r rows, a pass each, after those before it."""
+    position_ids: Tensor | None = None
+    """[r, t] of rows of several samples, which are one piece."""
+
+
+RunRows = Callable[[Rows], list[TargetStates]]
+"""States of each piece."""
 
 
 @dataclass(frozen=True)
@@ -34,22 +45,30 @@ class Passes:
 
 
 def states_in_passes(
-    input_ids: Tensor, max_tokens: int, run: RunPieces, *, lockstep_group: dist.ProcessGroup | None
+    input_ids: Tensor, max_tokens: int, run: RunRows, *, lockstep_group: dist.ProcessGroup | None
 ) -> TargetStates:
-    """States of input_ids [b, s] from passes of at most `max_tokens` tokens.
+    """States of input_ids [b, s] from passes of at most `max_tokens` tokens. lockstep_group: see
+    `run_in_step`."""
+    own = Passes.of(*input_ids.shape, max_tokens)
+    groups = [Rows(group.split(own.length, dim=1)) for group in input_ids.split(own.rows)]
+    return joined(run_in_step(groups, run, lockstep_group=lockstep_group), dim=0)
+
+
+def run_in_step(
+    groups: list[Rows], run: RunRows, *, lockstep_group: dist.ProcessGroup | None
+) -> list[TargetStates]:
+    """States of each group of rows.
 
     lockstep_group: ranks that must make equally many passes; those with fewer than others repeat
     one token for nothing. One all-reduce of a number, none without a group.
     """
-    own = Passes.of(*input_ids.shape, max_tokens)
+    own, some = sum(len(group.pieces) for group in groups), groups[0].pieces[0]
     # Agreed before the first pass: in a pass the ranks already wait for each other.
-    idle = _most(own.count, input_ids.device, lockstep_group) - own.count
-    groups = [
-        joined(run(group.split(own.length, dim=1)), dim=1) for group in input_ids.split(own.rows)
-    ]
+    idle = _most(own, some.device, lockstep_group) - own
+    states = [joined(run(group), dim=1) for group in groups]
     for _ in range(idle):
-        run((input_ids[:1, :1],))
-    return joined(groups, dim=0)
+        run(Rows((some[:1, :1],)))
+    return states
 
 
 def _most(passes: int, device: torch.device, group: dist.ProcessGroup | None) -> int:

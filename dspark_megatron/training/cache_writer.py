@@ -115,7 +115,7 @@ class CacheWriter:
     def _states(self, batch: Sequence[int], target: Target) -> dict[int, dict[str, torch.Tensor]]:
         """What is kept of some samples."""
         samples = [self.data[i] for i in batch]
-        states = target.states(collate(samples)[0], batch)
+        states = target.states(collate(samples)[0])
         kept = {}
         for row, (i, sample) in enumerate(zip(batch, samples, strict=True)):
             length, last_hidden = len(sample.input_ids), states.last_hidden

@@ -17,12 +17,12 @@ from dspark_megatron.conversion.megatron_checkpoint import (
     read_meta,
 )
 from dspark_megatron.data.blend import Blend
-from dspark_megatron.data.collate import collate
 from dspark_megatron.data.dataset import ConversationDataset
-from dspark_megatron.data.sampler import SampleRef, StepSampler
+from dspark_megatron.data.sampler import StepSampler
 from dspark_megatron.data.show import describe_sample
-from dspark_megatron.ops.anchors import BlockRules, anchor_seed, draft_blocks, sample_anchors
 from dspark_megatron.targets.base import StatesSource
+from dspark_megatron.targets.packing import RowPlanner
+from dspark_megatron.targets.packing_check import check_packing
 from dspark_megatron.targets.teacher_check import check_teacher_logits
 from dspark_megatron.training.checkpointing import (
     RunState,
@@ -34,12 +34,14 @@ from dspark_megatron.training.checkpointing import (
 from dspark_megatron.training.heldout import HeldOut
 from dspark_megatron.training.initial_weights import InitialWeights
 from dspark_megatron.training.metrics import MetricSums
+from dspark_megatron.training.micro_batch import MicroBatch
 from dspark_megatron.training.optimizer import (
     build_optimizer,
     build_scheduler,
     wrap_data_parallel,
 )
 from dspark_megatron.training.output import claim_output, write_config, write_status
+from dspark_megatron.training.padding import describe_padding
 from dspark_megatron.training.reporter import Reporter
 from dspark_megatron.training.run_data import load_run_data
 from dspark_megatron.training.runtime import Runtime, main_ranks_folder
@@ -49,7 +51,7 @@ from dspark_megatron.training.setup import (
     build_target,
     draft_identity,
 )
-from dspark_megatron.training.step import GradientStep, MicroBatch
+from dspark_megatron.training.step import GradientStep
 from dspark_megatron.training.stop_requests import StopReason, StopRequests
 from dspark_megatron.training.target_cache import cached_target, open_cache
 
@@ -98,6 +100,7 @@ class Trainer:
         if runtime.is_main:
             write_config(output_dir, config)
             write_status(output_dir, "running")
+        blend = Blend(dataset.shares, self.settings.seed) if dataset.shares else None
         self.sampler = StepSampler(
             len(dataset),
             self.settings.seed,
@@ -105,8 +108,12 @@ class Trainer:
             self.settings.micro_batch_size,
             runtime.dp_group.rank(),
             runtime.dp_group.size(),
-            Blend(dataset.shares, self.settings.seed) if dataset.shares else None,
+            blend,
+            dataset.lengths if config.data.group_by_length else None,
         )
+        planner = RowPlanner.of(config.target, plan.shape.hidden_size)
+        if padding := describe_padding(config, dataset.lengths, blend, self.iterations, planner):
+            self._say(padding)
         self.draft = build_draft(plan, runtime)
         if initial is not None:
             initial.load(self.draft, tp_group=runtime.tp_group)
@@ -174,7 +181,7 @@ class Trainer:
     def _train_step(self, metrics: MetricSums) -> float:
         """One optimizer step; returns the gradient norm before clipping."""
         micro_batches = [
-            self._micro_batch(refs)
+            MicroBatch.of(refs, self.dataset, self.plan.config)
             for refs in self.sampler.micro_batches(self.state.consumed_samples)
         ]
         self.optimizer.zero_grad()
@@ -184,21 +191,6 @@ class Trainer:
         consumed = self.state.consumed_samples + self.settings.global_batch_size
         self.state = RunState(self.state.iteration + 1, consumed, best=self.state.best)
         return float(grad_norm)
-
-    def _micro_batch(self, refs: list[SampleRef]) -> MicroBatch:
-        samples = [self.dataset[ref.sample_index] for ref in refs]
-        ids = [sample.input_ids for sample in samples]
-        masks = [sample.loss_mask for sample in samples]
-        model, rules = self.plan.config.model, BlockRules.of(self.plan.config.loss)
-        seeds = (anchor_seed(self.settings.seed, r.epoch, r.sample_index) for r in refs)
-        anchors = [
-            sample_anchors(mask, model.num_anchors, seed, rules)
-            for mask, seed in zip(masks, seeds, strict=True)
-        ]
-        blocks = draft_blocks(ids, masks, anchors, model.block_size, rules)
-        input_ids, _ = collate(samples)
-        indices = tuple(ref.sample_index for ref in refs)
-        return MicroBatch(input_ids, [len(row) for row in ids], blocks, indices)
 
     def _log(
         self, reporter: Reporter | None, metrics: MetricSums, grad_norm: float, seconds: float
@@ -246,6 +238,9 @@ class Trainer:
             first = self.dataset[0].input_ids[None]
             place = self.draft.lm_head, self.draft.vocab_shard
             check_teacher_logits(target, config.target.path, *place, first)
+        if config.target.packing:
+            few = (self.dataset[i % len(self.dataset)] for i in range(3))
+            check_packing(target, [sample.input_ids for sample in few])
         return target
 
     def _agreed(self, reason: StopReason) -> StopReason:

@@ -20,6 +20,8 @@ SCALARS = (
     "candidates",
     "samples",
     "tokens",
+    "positions",
+    "padding",
 )
 """Numerators and denominators, in the order they travel."""
 
@@ -47,14 +49,14 @@ class MetricSums:
             total += value
 
     def reduced(self, *, dp_group: dist.ProcessGroup) -> "MetricSums":
-        """The sums over all data-parallel ranks: one all-reduce of 13 + 2k doubles."""
+        """The sums over all data-parallel ranks: one all-reduce of 15 + 2k doubles."""
         packed = self.packed()
         if dp_group.size() > 1:
             dist.all_reduce(packed, group=dp_group)
         return MetricSums.unpacked(packed)
 
     def packed(self) -> Tensor:
-        """All sums as one vector of 13 + 2k doubles, to travel or to be kept."""
+        """All sums as one vector of 15 + 2k doubles, to travel or to be kept."""
         scalars = torch.stack([self.scalars[name] for name in SCALARS])
         return torch.cat([scalars, self.accept_sum, self.accept_count])
 
@@ -79,6 +81,7 @@ class MetricSums:
             "sampler/anchors_per_sample": mean("blocks", "samples"),
             "sampler/candidates_per_sample": mean("candidates", "samples"),
             "sampler/supervised_slots_per_block": mean("rows", "blocks"),
+            "sampler/padding_share": mean("padding", "positions"),
         }
         if "l1" in weights:
             row["tau"] = mean("tau_sum", "blocks")

@@ -1,35 +1,17 @@
 """One optimizer step: target states, draft, loss and gradients of every micro-batch."""
 
 import contextlib
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
-from torch import Tensor
 
 from dspark_megatron.config import LossConfig
-from dspark_megatron.ops.anchors import DraftBlocks
-from dspark_megatron.targets.base import StatesSource
+from dspark_megatron.targets.base import StatesSource, TargetStates
 from dspark_megatron.training.draft_loss import DraftLoss
 from dspark_megatron.training.metrics import MetricSums
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Right-padded samples and their blocks, on the CPU."""
-
-    input_ids: Tensor
-    """[b, s]"""
-    lengths: list[int]
-    blocks: DraftBlocks
-    samples: tuple[int, ...] = ()
-    """Their indices in the data; what a cache of states goes by."""
-
-    def weight(self, slots: Tensor) -> float:
-        """Sum of the loss weights of all supervised slots. slots [k]."""
-        return float((self.blocks.eval_mask.double() * slots).sum())
+from dspark_megatron.training.micro_batch import MicroBatch
 
 
 class GradientStep:
@@ -130,10 +112,19 @@ class GradientStep:
         # A small loss_decay_gamma may round the weight of late slots, and of all there are, to 0.
         if blocks.num_blocks == 0 or divisor == 0:  # the same on every tensor-parallel rank
             if self.target.lockstep:
-                self.target.states(micro_batch.input_ids, micro_batch.samples)
+                self._target_states(micro_batch, metrics)
             return
         metrics.add(blocks=blocks.num_blocks, rows=float(blocks.eval_mask.sum()))
-        states = self.target.states(micro_batch.input_ids, micro_batch.samples)
+        states = self._target_states(micro_batch, metrics)
         output = self.model(*blocks.draft_inputs(states.taps))
         loss = self.draft_loss(blocks, states, output, metrics)
         (loss / divisor).backward()
+
+    def _target_states(self, micro_batch: MicroBatch, metrics: MetricSums) -> TargetStates:
+        lengths = micro_batch.lengths
+        states = self.target.states(
+            micro_batch.input_ids, lengths=lengths, samples=micro_batch.samples
+        )
+        if states.positions is not None:
+            metrics.add(positions=states.positions, padding=states.positions - sum(lengths))
+        return states
