@@ -72,6 +72,12 @@ class SafetensorsFolder:
         with open_safetensors(self._file_of(name)) as file:
             return file.get_tensor(name)
 
+    def part(self, name: str, rows: slice, columns: slice) -> Tensor:
+        """Rows of a tensor, of a matrix also only some columns, and nothing else of it."""
+        with open_safetensors(self._file_of(name)) as file:
+            tensor = file.get_slice(name)
+            return tensor[rows, columns] if len(tensor.get_shape()) > 1 else tensor[rows]
+
     def rows(self, name: str, start: int, end: int) -> Tensor:
         """Rows [start, end) of a matrix, and nothing else of it; rows past its end are zero (the
         padding of a vocabulary)."""

@@ -130,7 +130,8 @@ def check_layout(config: Config, shape: DraftShape, target_config: Any, world_si
         f"launch a multiple of {tp} processes",
     )
     splits = {**_draft_splits(shape), "the target's query heads": text.num_attention_heads}
-    if not _has_latent_attention(text):
+    # Megatron-Core splits a key/value head where there are more ranks.
+    if not _has_latent_attention(text) and config.target.provider != "megatron":
         kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         splits["the target's key/value heads"] = kv_heads
     _check_splits(splits, tp, world_size)

@@ -36,6 +36,9 @@ MLA = dict(
     topk_group=1,
 )
 FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": dict(head_dim=8),
+    "qwen2": {},
+    "qwen3": dict(head_dim=8),
     "qwen3_moe": dict(head_dim=8, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=16),
     "mixtral": dict(head_dim=8, num_local_experts=8, num_experts_per_tok=2),
     "olmoe": dict(num_experts=8, num_experts_per_tok=2),

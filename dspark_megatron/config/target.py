@@ -13,10 +13,15 @@ class TargetConfig:
     """Folder with the target's `config.json`, safetensors and tokenizer."""
     provider: str = "huggingface"
     """Where its states come from. `huggingface`: the target, split by Transformers' native tensor
-    parallelism. `cache`: the folder `cache`, and no target is loaded."""
+    parallelism. `megatron`: a Megatron-Core GPTModel, for Llama, Qwen2, Qwen3 and Qwen3-MoE.
+    `cache`: the folder `cache`, and no target is loaded."""
     cache: str = ""
     """Folder of states that `tools/prepare_target_cache.py` has written, or of DeepSpec's cache
     (version 2)."""
+    checkpoint: str = ""
+    """For provider `megatron`: a Megatron-LM checkpoint (a folder with
+    `latest_checkpointed_iteration.txt`, or an `iter_*` or `release` folder in it) that the target's
+    weights come from, whatever layout wrote it; `path` then needs no safetensors."""
     dtype: str = "auto"
     """`auto` (as saved), `float32`, `bfloat16` or `float16`."""
     attention: str = "sdpa"
@@ -39,7 +44,7 @@ class TargetConfig:
 
     def validate(self) -> None:
         require(bool(self.path), "target.path is missing; set it to the target's folder")
-        one_of("target.provider", self.provider, ("huggingface", "cache"))
+        one_of("target.provider", self.provider, ("huggingface", "megatron", "cache"))
         require(
             bool(self.cache) or not self.is_cached,
             "target.provider 'cache' needs target.cache: name the folder that "
@@ -51,6 +56,14 @@ class TargetConfig:
             f"target.shard_across_data_parallel ({self.shard_across_data_parallel}) must be >= 0 "
             "(1: no sharding, 0: over all data-parallel ranks)",
         )
+        if self.provider == "megatron":
+            self._validate_megatron()
+        else:
+            require(
+                not self.checkpoint,
+                f"target.checkpoint ({self.checkpoint}) is read by target.provider=megatron only "
+                f"(here: {self.provider}); set that, or leave it empty",
+            )
         require(
             not self.packing or not self.is_cached,
             "target.packing is of a target's forward pass, and target.provider 'cache' makes none; "
@@ -58,6 +71,24 @@ class TargetConfig:
         )
         if self.max_tokens_per_forward is not None:
             positive("target.max_tokens_per_forward", self.max_tokens_per_forward)
+
+    def _validate_megatron(self) -> None:
+        require(
+            self.attention == "sdpa",
+            f"target.attention ({self.attention!r}) is for target.provider=huggingface; leave it "
+            "at 'sdpa', since a GPTModel has its own attention",
+        )
+        require(
+            self.shard_across_data_parallel == 1,
+            f"target.shard_across_data_parallel ({self.shard_across_data_parallel}) must be 1 for "
+            "target.provider=megatron, whose weights are split by tensor and expert parallelism; "
+            "raise parallel.tensor_parallel, or set target.provider=huggingface",
+        )
+        require(
+            not self.packing,
+            "target.packing is for target.provider=huggingface: a GPTModel's rows are "
+            "one sample each; set target.packing=false",
+        )
 
     @property
     def is_cached(self) -> bool:

@@ -23,7 +23,6 @@ from dspark_megatron.conversion.megatron_checkpoint import (
     FORMAT,
     META,
     TRACKER,
-    cause_of,
     iteration_folder,
 )
 from dspark_megatron.conversion.names import (
@@ -37,6 +36,7 @@ from dspark_megatron.conversion.sidecar import carry_sidecar, check_sidecar
 from dspark_megatron.conversion.sources import FolderSource
 from dspark_megatron.conversion.target_match import not_finite
 from dspark_megatron.shape import DraftShape, check_draft_split, padded_vocab_size
+from dspark_megatron.torch_dist_folder import cause_of
 
 BACKEND = {
     "sharded_backend": "torch_dist",

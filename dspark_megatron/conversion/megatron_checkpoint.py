@@ -7,19 +7,16 @@ global shapes, whatever layout wrote it. `dspark.json` beside the tensors says w
 import json
 import os
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as distributed_checkpoint
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from dspark_megatron.checkpoint_metadata import damaged
 from dspark_megatron.config import require
-from dspark_megatron.conversion.checkpoint_metadata import damaged, read_metadata
 from dspark_megatron.shape import DraftShape
+from dspark_megatron.torch_dist_folder import TorchDistFolder
 
 FORMAT = 1
 META = "dspark.json"
@@ -44,59 +41,23 @@ class CheckpointReader:
             _ = [self.meta[key] for key in KEYS]
         except (KeyError, TypeError) as error:
             raise damaged(self.path / META, error) from error
-        self._storage = _Storage(self.path)
-        stored = self._storage.read_metadata().state_dict_metadata
-        self._tensors: dict[str, TensorStorageMetadata] = {
-            name: entry
-            for name, entry in stored.items()
-            if isinstance(entry, TensorStorageMetadata) and not name.startswith(OPTIMIZER_PREFIX)
-        }
+        self._folder = TorchDistFolder(self.path)
 
     def names(self) -> dict[str, tuple[int, ...]]:
         """Global shape of every tensor, vocabulary padding included."""
-        return {name: tuple(entry.size) for name, entry in self._tensors.items()}
+        return _of_draft(self._folder.shapes)
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """Type that each tensor is stored in."""
-        return {name: entry.properties.dtype for name, entry in self._tensors.items()}
+        return _of_draft(self._folder.dtypes)
 
     def tensor(self, name: str) -> Tensor:
         """One whole tensor, in the type it was saved in. KeyError when there is none."""
-        entry = self._tensors[name]
-        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-        with warnings.catch_warnings():
-            # PyTorch wonders whether a single process is meant; it is.
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            try:
-                distributed_checkpoint.load(
-                    {name: tensor}, storage_reader=self._storage, no_dist=True
-                )
-            except CheckpointException as error:
-                cause = cause_of(error)
-                if isinstance(cause, KeyboardInterrupt):
-                    raise cause from None
-                raise damaged(self.path, cause) from error
-        return tensor
+        return self._folder.tensor(name)
 
 
-class _Storage(distributed_checkpoint.FileSystemReader):
-    """Reads the pickled metadata safely, and once, not for every tensor: it lists each shard of the
-    optimizer state as well and grows with the number of ranks."""
-
-    _kept: Metadata | None = None
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        if self._kept is None:
-            self._kept = read_metadata(Path(self.path))
-        return self._kept
-
-
-def cause_of(error: BaseException) -> BaseException:
-    """What went wrong in a save or load of PyTorch's, which wraps it; others are their own."""
-    if not isinstance(error, CheckpointException):
-        return error
-    cause, _ = next(iter(error.failures.values()))
-    return cause
+def _of_draft(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in tensors.items() if not k.startswith(OPTIMIZER_PREFIX)}
 
 
 def find_checkpoint(path: str | Path, iteration: int | str | None = None) -> Path:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -28,6 +29,10 @@ class StatesSource(Protocol):
     lockstep: bool
     """Whether data-parallel ranks must call `states` equally often, too: the weights, or tokens on
     their way to experts, travel between them."""
+    device: torch.device
+    """Where its states are."""
+    dtype: torch.dtype
+    """That of its weights, and so of its states."""
 
     def expect(self, batches: Sequence[Tensor]) -> None:
         """Called before the `states` of several micro-batches, with the ids of all in their order:

@@ -37,7 +37,7 @@ class HuggingFaceTarget(Target):
         self.model = load_base_model(config, split)
         self.model.to(device).eval().requires_grad_(False)
         self.lockstep = split.lockstep
-        self.device = device
+        self.device, self.dtype = device, self.model.dtype
         self._dp_group = dp_group
         self._max_tokens = config.max_tokens_per_forward
         hidden_size = self.model.config.get_text_config().hidden_size

@@ -1,6 +1,7 @@
 """Start-up check: the logits that the loss makes are the target's own."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -22,13 +23,14 @@ _POSITIONS = 16
 
 @torch.no_grad()
 def check_teacher_logits(
-    target: HuggingFaceTarget,
+    target: Any,
     folder: str | Path,
     lm_head: Tensor,
     shard: VocabShard,
     input_ids: Tensor,
 ) -> None:
-    """Compare `lm_head(last_hidden)` with the logits of the family's own language-model class.
+    """Compare `lm_head(last_hidden)` with the target's own logits: a GPTModel's are those of its
+    output layer (`own_logits`), any other's those of the family's own language-model class.
 
     Transformers loads that class from the same folder with no decoder layer, and it turns the split
     target's last layer output into logits: so wrong rows of the head, a head with a bias, a logit
@@ -38,16 +40,20 @@ def check_teacher_logits(
     Raises ConfigError when they differ by more than rounding.
     """
     input_ids = input_ids[:1, :_POSITIONS]
-    last_layer, last_hidden = _last_states(target, input_ids)
-    causal = _without_layers(folder, target.model.dtype)
-    own = causal(inputs_embeds=last_layer.cpu(), use_cache=False).logits.float()
+    if isinstance(target, HuggingFaceTarget):
+        last_layer, last_hidden = _last_states(target, input_ids)
+        causal = _without_layers(folder, target.dtype)
+        own = causal(inputs_embeds=last_layer.cpu(), use_cache=False).logits
+    else:
+        own, last_hidden = target.own_logits(input_ids)
+    own = own.float().cpu()
     ours = (last_hidden.to(lm_head.dtype) @ lm_head.t()).float().cpu()
     real = slice(shard.vocab_start_index, min(shard.vocab_end_index, shard.vocab_size))
     own = own[..., real]
     difference = (own - ours[..., : own.shape[-1]]).abs().amax().item() if own.numel() else 0.0
     scale = own.abs().amax().item() if own.numel() else 0.0
     # bf16 rounds hidden states and logits to 2^-8 of themselves; fp32 differs by summation order.
-    exact = {lm_head.dtype, target.model.dtype} == {torch.float32}
+    exact = {lm_head.dtype, target.dtype} == {torch.float32}
     if not difference <= (1e-4 if exact else 0.02) * max(scale, 1.0):
         raise ConfigError(
             f"the target's own logits are not lm_head(last_hidden): they differ by "

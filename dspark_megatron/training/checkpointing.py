@@ -21,8 +21,8 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+from dspark_megatron.checkpoint_metadata import read_metadata
 from dspark_megatron.config import ConfigError, LossConfig
-from dspark_megatron.conversion.checkpoint_metadata import read_metadata
 from dspark_megatron.conversion.megatron_checkpoint import (
     BEST_TRACKER,
     META,

@@ -33,14 +33,14 @@ from dspark_megatron.shape import (
     draft_shape,
     padded_vocab_size,
 )
-from dspark_megatron.target_folder import (
-    load_target_config,
-    read_rows,
-    shared_weights,
-    stop_token_ids,
-    target_fingerprint,
-)
+from dspark_megatron.target_folder import load_target_config, stop_token_ids
+from dspark_megatron.target_weights import shared_matrices, weights_fingerprint
+from dspark_megatron.targets.base import Target
 from dspark_megatron.targets.huggingface import HuggingFaceTarget
+from dspark_megatron.targets.megatron.groups import TargetGroups
+from dspark_megatron.targets.megatron.pipeline import PipelineTarget
+from dspark_megatron.targets.megatron.source import GPTSource, check_gpt_target
+from dspark_megatron.targets.megatron.target import MegatronTarget
 from dspark_megatron.targets.split import TargetSplit, check_target_split
 from dspark_megatron.training.runtime import Runtime
 
@@ -60,7 +60,8 @@ class RunPlan:
 
     @cached_property
     def target_fingerprint(self) -> str:
-        return target_fingerprint(self.config.target.path)
+        target = self.config.target
+        return weights_fingerprint(target.path, target.checkpoint)
 
     @property
     def target_split(self) -> TargetSplit:
@@ -77,7 +78,9 @@ def check_run(config: Config, world_size: int, *, needs_tokenizer: bool = True) 
     target_config = load_target_config(config.target.path)
     shape = draft_shape(config.model, target_config)
     dp_size = check_layout(config, shape, target_config, world_size)
-    if not config.target.is_cached:
+    if config.target.provider == "megatron":
+        check_gpt_target(config, target_config, world_size // config.parallel.pipeline_parallel)
+    elif not config.target.is_cached:
         check_target_split(target_config, TargetSplit.of(config, dp_size))
     _check_memory_budget(config, shape)
     if not needs_tokenizer and not list(Path(config.target.path).glob("tokenizer*")):
@@ -153,16 +156,16 @@ def build_draft(plan: RunPlan, runtime: Runtime) -> DSparkDraftModel:
     return model
 
 
-def load_target_head(plan: RunPlan, draft: DSparkDraftModel, target: HuggingFaceTarget) -> Tensor:
+def load_target_head(plan: RunPlan, draft: DSparkDraftModel, target: Target) -> Tensor:
     """This rank's [v/tp, h] rows of the target's LM head in the target's own dtype; the draft's
     replica when that is the same."""
-    if draft.lm_head.dtype == target.model.dtype:
+    if draft.lm_head.dtype == target.dtype:
         return draft.lm_head
     return _head_rows(plan, draft.vocab_shard, target)
 
 
 def read_target_head(
-    plan: RunPlan, target: HuggingFaceTarget, *, tp_group: dist.ProcessGroup
+    plan: RunPlan, target: Target, *, tp_group: dist.ProcessGroup
 ) -> tuple[Tensor, VocabShard]:
     """This rank's [v/tp, h] rows of the target's LM head in the target's own dtype, and which they
     are; for uses without a draft."""
@@ -172,35 +175,35 @@ def read_target_head(
     return _head_rows(plan, shard, target), shard
 
 
-def _head_rows(plan: RunPlan, shard: VocabShard, target: HuggingFaceTarget) -> Tensor:
+def _head_rows(plan: RunPlan, shard: VocabShard, target: Target) -> Tensor:
     _, head = frozen_rows(plan, shard)
-    return head.to(device=target.device, dtype=target.model.dtype)
+    return head.to(device=target.device, dtype=target.dtype)
 
 
 def frozen_rows(plan: RunPlan, shard: VocabShard) -> list[Tensor]:
-    """This rank's rows of the target's embedding and LM head, as they are in its folder."""
-    folder = plan.config.target.path
-    found = []
-    for name in shared_weights(folder):
-        rows = read_rows(folder, name, shard.vocab_start_index, shard.vocab_end_index)
+    """This rank's rows of the target's embedding and LM head, as they are saved."""
+    target, found = plan.config.target, []
+    for matrix in shared_matrices(target.path, target.checkpoint):
+        rows = matrix.rows(shard.vocab_start_index, shard.vocab_end_index)
         require(
             rows.is_floating_point() and rows.dtype.itemsize > 1,
-            f"{name} in {folder} is quantized ({rows.dtype}), and the draft reads it as it is; "
-            "save the target with its embedding and LM head in bfloat16 or float32",
+            f"{matrix.name} in {target.checkpoint or target.path} is quantized ({rows.dtype}), and "
+            "the draft reads it as it is; save the target with its embedding and LM head in "
+            "bfloat16 or float32",
         )
         found.append(rows)
     return found
 
 
-def build_target(
-    plan: RunPlan, runtime: Runtime, *, with_last_hidden: bool = True
-) -> HuggingFaceTarget:
+def build_target(plan: RunPlan, runtime: Runtime, *, with_last_hidden: bool = True) -> Target:
     """The frozen target, this rank's tensor-parallel slice of it; without its last hidden states,
     only as much of it as the taps need."""
     require(
         not plan.config.target.is_cached,
         "this needs the target itself, not states of some samples; set target.provider=huggingface",
     )
+    if plan.config.target.provider == "megatron":
+        return _build_megatron_target(plan, runtime, with_last_hidden=with_last_hidden)
     if not runtime.is_main:
         transformers.utils.logging.disable_progress_bar()
     return HuggingFaceTarget(
@@ -211,6 +214,31 @@ def build_target(
         device=runtime.device,
         with_last_hidden=with_last_hidden,
     )
+
+
+def _build_megatron_target(
+    plan: RunPlan, runtime: Runtime, *, with_last_hidden: bool
+) -> MegatronTarget | PipelineTarget:
+    target, parallel = plan.config.target, plan.config.parallel
+    stages = parallel.pipeline_parallel
+    groups = TargetGroups.make(
+        tp_group=runtime.tp_group, pp_size=stages, ep_size=parallel.expert_parallel
+    )
+    stage = groups.collection.pp.rank()
+    model = GPTSource.open(target, plan.target_config).model(
+        groups,
+        device=runtime.device,
+        sequence_parallel=parallel.sequence_parallel,
+        pre_process=stage == 0,
+        post_process=stage == stages - 1,
+    )
+    kept = dict(with_last_hidden=with_last_hidden, with_output_layer=target.check_teacher_logits)
+    layer_ids = plan.shape.target_layer_ids
+    if stages > 1:
+        per_run = parallel.pipeline_micro_batches
+        return PipelineTarget(model, layer_ids, micro_batches_per_run=per_run, **kept)
+    most = target.max_tokens_per_forward
+    return MegatronTarget(model, layer_ids, max_tokens_per_forward=most, **kept)
 
 
 def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:

@@ -34,6 +34,12 @@ class GPTShape:
     moe_layer_freq: tuple[int, ...] | None = None
     """1 for each layer with experts, 0 for a dense one; None where all are alike."""
 
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer (0-based) does."""
+        if self.moe_layer_freq is not None:
+            return self.moe_layer_freq[layer] == 1
+        return self.num_experts is not None
+
     def require_same(self, other: "GPTShape", own_name: str, other_name: str) -> None:
         """ConfigError that names every difference with both values."""
         different = [

@@ -19,7 +19,7 @@ from dspark_megatron.targets.base import StatesSource, TargetStates
 from dspark_megatron.targets.megatron.exchange import Outbox, gather_batches
 from dspark_megatron.targets.megatron.schedule import run_forward
 from dspark_megatron.targets.megatron.taps import Taps, whole_rows
-from dspark_megatron.targets.megatron.target import shape_group
+from dspark_megatron.targets.megatron.target import output_logits, shape_group
 
 
 class PipelineTarget(StatesSource):
@@ -34,15 +34,18 @@ class PipelineTarget(StatesSource):
         *,
         micro_batches_per_run: int | None = None,
         with_last_hidden: bool = True,
+        with_output_layer: bool = True,
     ) -> None:
         """model: this stage of it, with the process groups in its `pg_collection`; from here on it
         gives hidden states instead of logits. micro_batches_per_run: of each rank; None: all that
         are expected. with_last_hidden: false keeps no decoder layer above the last tap.
+        with_output_layer: false frees what only `own_logits` needs.
 
         One all-gather of a number over the pipeline."""
         self.model = model.eval().requires_grad_(False)
         self.model.post_process = False  # the last stage then ends with the final norm
-        self.device = next(model.parameters()).device
+        weight = next(model.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
         self.pp_group = model.pg_collection.pp
         self._per_run = micro_batches_per_run
         self._shape_group = shape_group(model)
@@ -51,6 +54,8 @@ class PipelineTarget(StatesSource):
         self._keeps_output = with_last_hidden and last_stage
         if not with_last_hidden:
             self._drop_layers_above(max(target_layer_ids))
+        if not (with_last_hidden and with_output_layer):
+            model.output_layer = None
         self._taps = Taps(model, target_layer_ids)
         self._widths = self._widths_of_stages()
         self._expected: deque[Tensor] = deque()
@@ -59,18 +64,42 @@ class PipelineTarget(StatesSource):
     def expect(self, batches: Sequence[Tensor]) -> None:
         self._expected.extend(batches)
 
-    def states(self, input_ids: Tensor, samples: Sequence[int] = ()) -> TargetStates:
-        """Two all-gathers, 2 sends at most for each micro-batch of the run and one all-to-all,
-        whenever what has arrived is used up; with sequence parallelism one all-gather in any
+    def states(
+        self,
+        input_ids: Tensor,
+        *,
+        lengths: list[int] | None = None,
+        samples: Sequence[int] = (),
+    ) -> TargetStates:
+        """Whenever what has arrived is used up: two all-gathers, a receive and a send for each
+        micro-batch of the run and one all-to-all. With sequence parallelism one all-gather in any
         case."""
         if not self._arrived:
             self._run(self._next_run() or [input_ids])
         expected, parts = self._arrived.popleft()
         assert expected is input_ids, "states are asked for in another order than announced"
         b, s = input_ids.shape
-        joint = whole_rows(self.model, torch.cat(parts, dim=-1))[:b, :s]  # [b, s, m*h (+ h)]
-        taps, last_hidden = joint.tensor_split([self._taps_width], dim=-1)
-        return TargetStates(taps, last_hidden if last_hidden.shape[-1] else None)
+        joint = whole_rows(self.model, torch.cat(parts, dim=-1))  # [>= b, >= s, m*h (+ h)]
+        taps, last_hidden = joint[:b, :s].tensor_split([self._taps_width], dim=-1)
+        positions = joint.shape[0] * joint.shape[1]
+        return TargetStates(taps, last_hidden if last_hidden.shape[-1] else None, positions)
+
+    @torch.no_grad()
+    def own_logits(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [b, s, >= v] of the last stage's output layer, and the last hidden states. Once:
+        the layer is freed then. input_ids [b, s], the same on all pipeline ranks. What `states`
+        takes, and a broadcast over the pipeline."""
+        outputs, (b, s) = [], input_ids.shape
+        hook = self.model.register_forward_hook(lambda _model, _inputs, x: outputs.append(x))
+        last_hidden = self.states(input_ids).last_hidden
+        hook.remove()
+        last, size = self.pp_group.size() - 1, (b, s, self.model.vocab_size)
+        logits = torch.empty(size, dtype=self.dtype, device=self.device)
+        if self.pp_group.rank() == last:
+            logits.copy_(output_logits(self.model, outputs[-1])[:b, :s])
+            self.model.output_layer = None
+        dist.broadcast(logits, dist.get_global_rank(self.pp_group, last), group=self.pp_group)
+        return logits, last_hidden
 
     def _next_run(self) -> list[Tensor]:
         count = min(self._per_run or len(self._expected), len(self._expected))
@@ -82,8 +111,7 @@ class PipelineTarget(StatesSource):
         batches = self._padded(batches)
         h, parts = self.model.config.hidden_size, self._sequence_parts
         shapes = [(s // parts, b) for b, s in (ids.shape for ids in batches)]
-        place = self.model.config.params_dtype, self.device
-        outbox = Outbox(shapes, self._widths, *place, pp_group=self.pp_group)
+        outbox = Outbox(shapes, self._widths, self.dtype, self.device, pp_group=self.pp_group)
 
         def run_stage(number: int) -> Tensor:
             ids = batches[number]
@@ -119,7 +147,6 @@ class PipelineTarget(StatesSource):
     def _drop_layers_above(self, last: int) -> None:
         layers = self.model.decoder.layers
         del layers[sum(layer.layer_number - 1 <= last for layer in layers) :]
-        self.model.output_layer = None
 
     def _widths_of_stages(self) -> list[int]:
         """Numbers that each stage keeps of a token."""

@@ -1,6 +1,8 @@
 """Provider `megatron`: the states of a frozen Megatron-Core GPTModel."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -25,19 +27,23 @@ class MegatronTarget(Target):
         *,
         max_tokens_per_forward: int | None = None,
         with_last_hidden: bool = True,
+        with_output_layer: bool = True,
     ) -> None:
         """model: as the user built and loaded it, with the process groups in its `pg_collection`;
         from here on it gives hidden states instead of logits. with_last_hidden: false keeps no
-        decoder layer above the last tap."""
+        decoder layer above the last tap. with_output_layer: false frees what only `own_logits`
+        needs."""
         self.model = model.eval().requires_grad_(False)
         self.model.post_process = False  # the forward pass then ends with the final norm
-        self.device = next(model.parameters()).device
+        weight = next(model.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
         self._max_tokens = max_tokens_per_forward
         self._with_last_hidden = with_last_hidden
         self._shape_group = shape_group(model)
         self.lockstep = self._shape_group is not None
         if not with_last_hidden:
             del self.layers[max(target_layer_ids) + 1 :]
+        if not (with_last_hidden and with_output_layer):
             model.output_layer = None
         self._taps = Taps(model, target_layer_ids)
 
@@ -45,7 +51,16 @@ class MegatronTarget(Target):
     def layers(self) -> nn.ModuleList:
         return self.model.decoder.layers
 
-    def states(self, input_ids: Tensor) -> TargetStates:
+    def states(
+        self,
+        input_ids: Tensor,
+        *,
+        lengths: list[int] | None = None,
+        samples: Sequence[int] = (),
+    ) -> TargetStates:
+        return replace(self._states(input_ids), positions=input_ids.numel())
+
+    def _states(self, input_ids: Tensor) -> TargetStates:
         if self._max_tokens is None:
             return self._run(input_ids)
         require(
@@ -57,7 +72,7 @@ class MegatronTarget(Target):
         return states_in_passes(
             input_ids,
             self._max_tokens,
-            lambda pieces: [self._run(piece) for piece in pieces],
+            lambda rows: [self._run(piece) for piece in rows.pieces],
             lockstep_group=self._shape_group,
         )
 
@@ -86,15 +101,31 @@ class MegatronTarget(Target):
         cache.keep(rows)
 
     @torch.no_grad()
+    def own_logits(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [b, s, >= v] of the model's own output layer, and the last hidden states. Once:
+        the layer is freed then. input_ids [b, s]."""
+        model, (b, s) = self.model, input_ids.shape
+        hidden = self._forward(input_ids)
+        self._taps.take()
+        logits = output_logits(model, hidden)
+        model.output_layer = None
+        return logits[:b, :s], whole_rows(model, hidden)[:b, :s]
+
+    @torch.no_grad()
     def _run(self, input_ids: Tensor) -> TargetStates:
         b, s = input_ids.shape
-        padded = self._padded(input_ids.to(self.device))
-        positions = torch.arange(padded.shape[1], device=self.device).expand_as(padded)
-        last_hidden = self.model(input_ids=padded, position_ids=positions, attention_mask=None)
+        last_hidden = self._forward(input_ids)
         taps = whole_rows(self.model, torch.cat(self._taps.take(), dim=-1))[:b, :s]
         if not self._with_last_hidden:
             return TargetStates(taps, None)
-        return TargetStates(taps, whole_rows(self.model, last_hidden.detach())[:b, :s])
+        return TargetStates(taps, whole_rows(self.model, last_hidden)[:b, :s])
+
+    def _forward(self, input_ids: Tensor) -> Tensor:
+        """[s, b, h], or [s/tp, b, h] with sequence parallelism, of the padded input."""
+        padded = self._padded(input_ids.to(self.device))
+        positions = torch.arange(padded.shape[1], device=self.device).expand_as(padded)
+        hidden = self.model(input_ids=padded, position_ids=positions, attention_mask=None)
+        return hidden.detach()
 
     def _padded(self, input_ids: Tensor) -> Tensor:
         """Rows and columns that ranks need to fit together; what comes after a token does not
@@ -109,6 +140,15 @@ class MegatronTarget(Target):
             tp = self.model.pg_collection.tp.size()
             s = math.ceil(s / tp) * tp
         return F.pad(input_ids, (0, s - input_ids.shape[1], 0, b - input_ids.shape[0]))
+
+
+def output_logits(model: GPTModel, hidden: Tensor) -> Tensor:
+    """Of the output layer: [s, b, h], or [s/tp, b, h] with sequence parallelism -> [b, s, v], all
+    columns on every rank."""
+    tied = model.share_embeddings_and_output_weights
+    weight = model.shared_embedding_or_output_weight() if tied else None
+    logits, _ = model.output_layer(hidden, weight=weight, runtime_gather_output=True)
+    return logits.transpose(0, 1)
 
 
 def shape_group(model: GPTModel) -> dist.ProcessGroup | None:

@@ -1,0 +1,178 @@
+"""A Megatron-LM checkpoint of a GPTModel, read by one plain process: its arguments, single rows,
+its fingerprint. `targets/megatron/` loads it into a model.
+
+    <folder>/latest_checkpointed_iteration.txt     a number, or `release`
+    <folder>/iter_0000100/                         torch_dist: .metadata, *.distcp, common.pt
+"""
+
+import argparse
+import hashlib
+import io
+import pathlib
+import signal
+import types
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dspark_megatron.checkpoint_metadata import damaged
+from dspark_megatron.config import require
+from dspark_megatron.torch_dist_folder import TorchDistFolder
+
+TRACKER = "latest_checkpointed_iteration.txt"
+EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
+MODEL_PARTS = ("embedding.", "decoder.", "output_layer.", "mtp.", "rotary_pos_emb.")
+"""What the names of a GPTModel's tensors begin with."""
+_PLAIN = [argparse.Namespace, types.SimpleNamespace, pathlib.PosixPath, signal.Signals, io.BytesIO]
+_INERT = (
+    "megatron.core.enums.ModelType",
+    "megatron.core.optimizer.optimizer_config.OptimizerConfig",
+    "megatron.core.rerun_state_machine.RerunDiagnostic",
+    "megatron.core.rerun_state_machine.RerunMode",
+    "megatron.core.rerun_state_machine.RerunState",
+    "megatron.core.transformer.enums.AttnBackend",
+    "megatron.core.transformer.enums.CudaGraphModule",
+    "megatron.core.transformer.enums.CudaGraphScope",
+    "megatron.core.transformer.enums.InferenceCudaGraphScope",
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray._reconstruct",
+    "numpy.dtype",
+    "numpy.dtypes.UInt32DType",
+    "numpy.ndarray",
+)
+"""What stands beside the arguments, and is not looked at."""
+
+
+class GPTCheckpoint:
+    """One iteration of a run."""
+
+    def __init__(self, path: str | Path) -> None:
+        """path: an `iter_*` or `release` folder, or one with a tracker file. ConfigError when it
+        holds no GPTModel in the torch_dist format, or more than data."""
+        self.path = _iteration_folder(Path(path))
+        self.folder = TorchDistFolder(self.path)
+        found = [name for name in self.folder.shapes if name.endswith(EMBEDDING)]
+        found = [name for name in found if not name.startswith("optimizer.")]
+        require(
+            len(found) == 1,
+            f"{self.path} must hold one {EMBEDDING}, and has {found or 'none'}; give the "
+            "checkpoint of a GPTModel",
+        )
+        self.prefix = found[0].removesuffix(EMBEDDING)
+        """What stands before every name."""
+
+    @cached_property
+    def args(self) -> argparse.Namespace:
+        """The command line that trained the model."""
+        args = self._common().get("args")
+        require(
+            isinstance(args, argparse.Namespace),
+            f"{self.path} must hold Megatron-LM's arguments ('args'), which say what the model is; "
+            "save it with Megatron-LM's save_checkpoint",
+        )
+        return args
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the model's tensors, by their names in a GPTModel. Layers, and experts, are stacked on
+        dimensions of their own, or have their numbers in the names."""
+        cut = len(self.prefix)
+        return {
+            name[cut:]: shape
+            for name, shape in self.folder.shapes.items()
+            if name.startswith(self.prefix) and name[cut:].startswith(MODEL_PARTS)
+        }
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the embedding."""
+        return self.folder.dtypes[self.prefix + EMBEDDING]
+
+    def rows(self, name: str, start: int, end: int) -> Tensor:
+        """Rows [start, end) of a matrix of the vocabulary; those past its end are zero."""
+        total, width = self.shapes[name]
+        there = max(min(end, total) - start, 0)
+        found = self.folder.part(self.prefix + name, [start, 0], [there, width])
+        return torch.cat([found, found.new_zeros(end - start - there, width)])
+
+    def fingerprint(self) -> str:
+        """Hex digest of every tensor's name and shape and of the first row of each in the first
+        layer: the same however the checkpoint was split, and different for another fine-tune of the
+        same model. Vocabularies, which each layout pads otherwise, count by their first row."""
+        digest, dtypes = hashlib.sha256(), self.folder.dtypes
+        for name, shape in sorted(self.shapes.items()):
+            vocabulary = name in (EMBEDDING, HEAD)
+            digest.update(f"{name}{shape[1:] if vocabulary else shape}".encode())
+            whole = [*([1] * (len(shape) - 1)), *shape[-1:]]
+            first = self.folder.part(self.prefix + name, [0] * len(shape), whole)
+            digest.update(str(dtypes[self.prefix + name]).encode())
+            digest.update(first.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def _common(self) -> dict[str, Any]:
+        """What is no tensor. Newer versions keep it among the tensors."""
+        separate = self.path / "common.pt"
+        if separate.is_file():
+            return _load_data(separate, io.BytesIO(separate.read_bytes()))
+        stored = [name for name in self.folder.objects if name.startswith("common_state/")]
+        if not stored:
+            return {}
+        content = _load_data(self.path, self.folder.object(stored[0]))
+        return content[0] if isinstance(content, list) else content
+
+
+class _Inert:
+    """In place of a class that is not looked at: whatever is made of it does nothing."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "_Inert":
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+def _load_data(path: Path, content: io.BytesIO) -> Any:
+    """Unpickle what names no class but the known ones. A pickle can otherwise run whatever it
+    likes, and Megatron-Core reads the same file again when it loads the tensors."""
+    known = [(_Inert, name) for name in _INERT]
+    with torch.serialization.safe_globals([*_PLAIN, *known]):
+        try:
+            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(content)
+        except Exception as error:  # bytes that are no pickle lead to any of them
+            raise damaged(path, error) from error
+        require(
+            not foreign,
+            f"{path} names {', '.join(sorted(foreign))}, which has no place among a checkpoint's "
+            "arguments and could run foreign code; nothing of it was run; get the checkpoint from "
+            "whom you trust",
+        )
+        content.seek(0)
+        try:
+            return torch.load(content, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise damaged(path, error) from error
+
+
+def _iteration_folder(path: Path) -> Path:
+    require(path.is_dir(), f"target.checkpoint {path} is not a folder")
+    tracker = path / TRACKER
+    if tracker.is_file():
+        text = tracker.read_text(encoding="utf-8").strip()
+        name = f"iter_{int(text):07d}" if text.isdecimal() else text
+        require(
+            name.startswith("iter_") or name == "release",
+            f"{tracker} must hold the number of an iteration or `release`, and holds {text!r}",
+        )
+        require((path / name).is_dir(), f"{tracker} names {text}, and {path / name} is not there")
+        path = path / name
+    require(
+        (path / ".metadata").is_file(),
+        f"target.checkpoint {path} holds no checkpoint of Megatron's torch_dist format (no "
+        f".metadata) and no {TRACKER}; give such a folder, or save the model again with "
+        "--ckpt-format torch_dist",
+    )
+    return path

@@ -1,0 +1,96 @@
+"""Where the target's GPTModel comes from: a Megatron-LM checkpoint, or the Hugging Face folder."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from transformers import PretrainedConfig
+
+from dspark_megatron.config import Config, TargetConfig, require
+from dspark_megatron.gpt_checkpoint import GPTCheckpoint
+from dspark_megatron.safetensors_folder import SafetensorsFolder
+from dspark_megatron.target_folder import shared_weights
+from dspark_megatron.targets.megatron import checkpoint, hf_shape
+from dspark_megatron.targets.megatron.gpt_model import build_gpt_model
+from dspark_megatron.targets.megatron.gpt_shape import GPTShape
+from dspark_megatron.targets.megatron.groups import TargetGroups, check_expert_parallel
+from dspark_megatron.targets.megatron.hf_weights import load_hf_weights
+
+
+@dataclass(frozen=True)
+class GPTSource:
+    """A model's shape, and weights that fit it."""
+
+    shape: GPTShape
+    dtype: torch.dtype
+    weights: GPTCheckpoint | SafetensorsFolder
+
+    @classmethod
+    def open(cls, config: TargetConfig, target_config: PretrainedConfig) -> "GPTSource":
+        """Reads no weights. ConfigError for a model that is not supported, and for a checkpoint of
+        another model than the Hugging Face config describes."""
+        shape = hf_shape.gpt_shape_of(target_config)
+        if config.checkpoint:
+            weights = GPTCheckpoint(config.checkpoint)
+            own = checkpoint.gpt_shape_of(weights, shape.vocab_size)
+            own.require_same(shape, f"target.checkpoint {weights.path}", "config.json")
+            saved = weights.dtype
+        else:
+            weights = SafetensorsFolder(config.path)
+            embedding, head = shared_weights(config.path)
+            shape = replace(shape, share_embeddings_and_output_weights=embedding == head)
+            saved = target_config.dtype or weights.dtypes[embedding]
+        dtype = saved if config.dtype == "auto" else getattr(torch, config.dtype)
+        return cls(shape, dtype, weights)
+
+    def model(
+        self,
+        groups: TargetGroups,
+        *,
+        device: torch.device,
+        sequence_parallel: bool = False,
+        pre_process: bool = True,
+        post_process: bool = True,
+    ) -> GPTModel:
+        """This rank's part of the model with its weights. Collective over the world. Tokens are
+        spread over the tensor-parallel ranks where there are experts, who else would each work on
+        all of them."""
+        model = build_gpt_model(
+            self.shape,
+            groups,
+            params_dtype=self.dtype,
+            device=device,
+            sequence_parallel=sequence_parallel or self.shape.num_experts is not None,
+            pre_process=pre_process,
+            post_process=post_process,
+        )
+        if isinstance(self.weights, GPTCheckpoint):
+            checkpoint.load_checkpoint_weights(model, self.weights)
+        else:
+            load_hf_weights(model, self.shape, self.weights)
+        return model
+
+
+def check_gpt_target(config: Config, target_config: PretrainedConfig, stage_size: int) -> None:
+    """ConfigError unless the target is a GPTModel that can be split so. stage_size: ranks that hold
+    a layer. Reads a checkpoint's arguments and no weights, which need not be there."""
+    target, tp, ep = config.target, config.parallel.tensor_parallel, config.parallel.expert_parallel
+    shape = hf_shape.gpt_shape_of(target_config)
+    if target.checkpoint:
+        shape = GPTSource.open(target, target_config).shape
+    check_expert_parallel(ep, shape.num_experts, stage_size)
+    heads, groups = shape.num_attention_heads, shape.num_query_groups
+    require(
+        groups % tp == 0 or (tp % groups == 0 and heads % tp == 0),
+        f"parallel.tensor_parallel ({tp}) must divide the target's key/value heads ({groups}), or "
+        f"be a multiple of them that divides its query heads ({heads})",
+    )
+    widths = {"FFN layers": shape.ffn_hidden_size}
+    if shape.num_experts is not None and ep == 1:
+        widths["experts"] = shape.moe_ffn_hidden_size
+    for name, width in widths.items():
+        require(
+            width % tp == 0,
+            f"parallel.tensor_parallel ({tp}) must divide the width of the target's {name} "
+            f"({width})",
+        )
