@@ -67,7 +67,7 @@ def _checked_plan(config: Any, world_size: int) -> Any:
     from dspark_megatron.config import require
     from dspark_megatron.shape import target_shards
     from dspark_megatron.targets.quantization import check_quantization
-    from dspark_megatron.training.setup import check_run
+    from dspark_megatron.training.setup import check_decodes, check_run
 
     require(bool(config.evaluate.prompt_files), "evaluate.prompt_files is empty; name a JSONL file")
     require(
@@ -76,13 +76,7 @@ def _checked_plan(config: Any, world_size: int) -> Any:
         "target.provider=huggingface",
     )
     plan = check_run(config, world_size)
-    stages = config.parallel.pipeline_parallel
-    require(
-        stages == 1,
-        f"parallel.pipeline_parallel ({stages}) must be 1 to decode: stages would wait for each "
-        "other at every token; set parallel.pipeline_parallel=1 with more tensor parallelism, or "
-        "target.provider=huggingface. Estimates while training (evaluate.every) run in stages",
-    )
+    check_decodes(config)
     check_quantization(plan.target_config, plan.target_split)
     require(
         target_shards(config.target, plan.dp_size) == 1,

@@ -125,6 +125,17 @@ def check_training_device(config: Config) -> None:
     )
 
 
+def check_decodes(config: Config) -> None:
+    """ConfigError if the target makes states of whole samples only."""
+    stages = config.parallel.pipeline_parallel
+    require(
+        stages == 1,
+        f"parallel.pipeline_parallel ({stages}) must be 1 to decode: stages would wait for each "
+        "other at every token; set parallel.pipeline_parallel=1 with more tensor parallelism, or "
+        "target.provider=huggingface. Estimates in training (evaluate.every) do run in stages",
+    )
+
+
 def draft_identity(plan: RunPlan) -> dict[str, Any]:
     """What a checkpoint must share with every use of it."""
     return {
@@ -195,9 +206,11 @@ def frozen_rows(plan: RunPlan, shard: VocabShard) -> list[Tensor]:
     return found
 
 
-def build_target(plan: RunPlan, runtime: Runtime, *, with_last_hidden: bool = True) -> Target:
-    """The frozen target, this rank's tensor-parallel slice of it; without its last hidden states,
-    only as much of it as the taps need."""
+def build_target(
+    plan: RunPlan, runtime: Runtime, *, with_last_hidden: bool = True
+) -> Target | PipelineTarget:
+    """The frozen target, this rank's part of it; without its last hidden states, only as much of it
+    as the taps need."""
     require(
         not plan.config.target.is_cached,
         "this needs the target itself, not states of some samples; set target.provider=huggingface",
