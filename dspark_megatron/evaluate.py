@@ -84,6 +84,12 @@ def _checked_plan(config: Any, world_size: int) -> Any:
         "of the target; set target.shard_across_data_parallel=1, with more tensor parallelism "
         "where the target does not fit",
     )
+    tp, ep = config.parallel.tensor_parallel, config.parallel.expert_parallel
+    require(
+        config.target.provider != "megatron" or ep <= tp,
+        "evaluation decodes other prompts on each data-parallel rank, so these cannot share "
+        f"experts: parallel.expert_parallel ({ep}) must be at most parallel.tensor_parallel ({tp})",
+    )
     return plan
 
 

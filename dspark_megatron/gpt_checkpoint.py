@@ -11,6 +11,8 @@ import io
 import pathlib
 import signal
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -135,11 +137,20 @@ class _Inert:
     def __setstate__(self, state: Any) -> None: ...
 
 
+@contextmanager
+def known_classes() -> Iterator[None]:
+    """Lets PyTorch's `weights_only` unpickler take what stands among a checkpoint's arguments."""
+    known = [*_PLAIN, *((_Inert, name) for name in _INERT)]
+    # What is allowed already, such as by Megatron-Core, must stay so afterwards.
+    allowed = torch.serialization.get_safe_globals()
+    with torch.serialization.safe_globals([one for one in known if one not in allowed]):
+        yield
+
+
 def _load_data(path: Path, content: io.BytesIO) -> Any:
     """Unpickle what names no class but the known ones. A pickle can otherwise run whatever it
     likes, and Megatron-Core reads the same file again when it loads the tensors."""
-    known = [(_Inert, name) for name in _INERT]
-    with torch.serialization.safe_globals([*_PLAIN, *known]):
+    with known_classes():
         try:
             foreign = torch.serialization.get_unsafe_globals_in_checkpoint(content)
         except Exception as error:  # bytes that are no pickle lead to any of them

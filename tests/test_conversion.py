@@ -713,7 +713,7 @@ def load_tool():
 
 def test_command(tmp_path, target, run, capsys, monkeypatch):
     tool = load_tool()
-    monkeypatch.setattr(tool, "target_fingerprint", lambda path: FINGERPRINT)
+    monkeypatch.setattr(tool, "weights_fingerprint", lambda path, checkpoint: FINGERPRINT)
     out = tmp_path / "out"
     command = ["export", "--checkpoint", str(run), "--target", str(target), "--output", str(out)]
     assert tool.main([*command, "--dtype", "fp16", "--max-shard-size", "3KB", "--skip-logits"]) == 0

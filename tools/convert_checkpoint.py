@@ -12,7 +12,7 @@
 import argparse
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -26,7 +26,8 @@ from dspark_megatron.conversion.import_draft import import_folder
 from dspark_megatron.conversion.layouts import LAYOUTS
 from dspark_megatron.conversion.megatron_checkpoint import BEST
 from dspark_megatron.conversion.verify import verify_folder
-from dspark_megatron.target_folder import load_target_config, target_fingerprint
+from dspark_megatron.target_folder import load_target_config
+from dspark_megatron.target_weights import weights_fingerprint
 
 ITERATION_HELP = "a number, or `best`: of the best held-out tau; default: the newest"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -40,7 +41,12 @@ def options(args: argparse.Namespace) -> WriteOptions:
         shared_weights=not args.no_shared_weights,
         force=args.force,
         target_name=args.target_name,
+        target_checkpoint=args.target_checkpoint,
     )
+
+
+def fingerprint(args: argparse.Namespace) -> Callable[[str | Path], str]:
+    return lambda target_dir: weights_fingerprint(target_dir, args.target_checkpoint)
 
 
 def export(args: argparse.Namespace) -> Iterator[str]:
@@ -50,7 +56,7 @@ def export(args: argparse.Namespace) -> Iterator[str]:
         args.output,
         options(args),
         iteration=args.iteration,
-        fingerprint=target_fingerprint,
+        fingerprint=fingerprint(args),
     )
     args.input = output
     yield f"wrote {output}"
@@ -62,7 +68,8 @@ def import_(args: argparse.Namespace) -> list[str]:
         args.input,
         args.target,
         args.output,
-        fingerprint=target_fingerprint,
+        fingerprint=fingerprint(args),
+        target_checkpoint=args.target_checkpoint,
         layout=args.layout,
         tensor_parallel=args.tensor_parallel,
     )
@@ -73,7 +80,13 @@ def convert(args: argparse.Namespace) -> list[str]:
     output = convert_folder(
         args.input, args.target, args.output, options(args), layout=args.from_layout
     )
-    return [f"wrote {output}", *verify_folder(output, layout=args.layout, target_dir=args.target)]
+    lines = verify_folder(
+        output,
+        layout=args.layout,
+        target_dir=args.target,
+        target_checkpoint=args.target_checkpoint,
+    )
+    return [f"wrote {output}", *lines]
 
 
 def verify(args: argparse.Namespace) -> Iterator[str]:
@@ -89,6 +102,7 @@ def verify(args: argparse.Namespace) -> Iterator[str]:
         checkpoint=args.checkpoint,
         target_dir=args.target,
         iteration=args.iteration,
+        target_checkpoint=args.target_checkpoint,
     )
     if with_logits:
         yield from compare(args)
@@ -111,7 +125,13 @@ def compare(args: argparse.Namespace) -> list[str]:
         )
         facts = TargetFacts.of(load_target_config(args.target), args.target.resolve().name)
         folder = DraftFolder(args.input, args.layout, facts)
-        return compare_logits(folder, source, args.target, tp_group=runtime.tp_group)
+        return compare_logits(
+            folder,
+            source,
+            args.target,
+            tp_group=runtime.tp_group,
+            target_checkpoint=args.target_checkpoint,
+        )
     finally:
         dist.destroy_process_group()
 
@@ -132,7 +152,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     command = commands.add_parser("import", help="folder to training checkpoint")
     command.set_defaults(run=import_)
     command.add_argument("--input", type=Path, required=True)
-    command.add_argument("--target", type=Path, required=True, help="the target's folder")
+    _add_target(command, required=True)
     command.add_argument("--output", type=Path, required=True, help="a new run folder")
     command.add_argument("--layout", choices=["auto", *LAYOUTS], default="auto")
     command.add_argument(
@@ -150,7 +170,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     command.add_argument("--input", type=Path, required=True)
     command.add_argument("--layout", choices=["auto", *LAYOUTS], default="auto")
     command.add_argument("--checkpoint", type=Path, help="compare tensors and logits")
-    command.add_argument("--target", type=Path, help="compare embedding and LM head")
+    _add_target(command, required=False)
     command.add_argument("--iteration", type=iteration, help=ITERATION_HELP)
     _add_skip_logits(command)
     return parser.parse_args(argv)
@@ -161,7 +181,7 @@ def iteration(text: str) -> int | str:
 
 
 def _add_output_options(command: argparse.ArgumentParser, dtype: str) -> None:
-    command.add_argument("--target", type=Path, required=True, help="the target's folder")
+    _add_target(command, required=True)
     command.add_argument("--output", type=Path, required=True)
     command.add_argument("--layout", choices=LAYOUTS, default="hf", help="of the output")
     command.add_argument("--dtype", choices=[*DTYPES, "same"], default=dtype)
@@ -173,6 +193,17 @@ def _add_output_options(command: argparse.ArgumentParser, dtype: str) -> None:
     )
     command.add_argument("--force", action="store_true", help="replace an earlier export")
     command.add_argument("--target-name", help="the target's hub id, for config and model card")
+
+
+def _add_target(command: argparse.ArgumentParser, *, required: bool) -> None:
+    command.add_argument(
+        "--target", type=Path, required=required, help="the target's folder, for its embedding too"
+    )
+    command.add_argument(
+        "--target-checkpoint",
+        default="",
+        help="the Megatron-LM checkpoint with its weights, where training had target.checkpoint",
+    )
 
 
 def _add_skip_logits(command: argparse.ArgumentParser) -> None:

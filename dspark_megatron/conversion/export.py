@@ -41,7 +41,11 @@ def export_checkpoint(
 
 
 def open_draft_folder(
-    path: str | Path, target_dir: str | Path, layout: str = "auto"
+    path: str | Path,
+    target_dir: str | Path,
+    layout: str = "auto",
+    *,
+    target_checkpoint: str | Path = "",
 ) -> DraftFolder:
     """A draft folder that belongs to this target; ConfigError that lists what speaks against it."""
     target_config = load_target_config(target_dir)
@@ -49,7 +53,7 @@ def open_draft_folder(
     folder = DraftFolder(path, layout, facts)
     problems = shape_problems(folder.shape) + target_problems(folder.shape, target_config)
     raise_if_any(problems, f"the draft in {folder.path}")
-    raise_if_any(shared_problems(folder, target_dir), str(folder.path))
+    raise_if_any(shared_problems(folder, target_dir, target_checkpoint), str(folder.path))
     return folder
 
 
@@ -66,7 +70,10 @@ def convert_folder(
         Path(input_dir).resolve() != Path(output_dir).resolve(),
         f"{output_dir} is the input itself; choose another folder for the output",
     )
-    source = FolderSource(open_draft_folder(input_dir, target_dir, layout))
+    draft = open_draft_folder(
+        input_dir, target_dir, layout, target_checkpoint=options.target_checkpoint
+    )
+    source = FolderSource(draft)
     return write_draft_folder(source, Path(target_dir), Path(output_dir), options)
 
 

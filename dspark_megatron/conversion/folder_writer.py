@@ -39,12 +39,8 @@ from dspark_megatron.conversion.target_match import (
     target_problems,
 )
 from dspark_megatron.shape import DraftShape
-from dspark_megatron.target_folder import (
-    load_target_config,
-    read_tensor,
-    shared_weights,
-    tensor_shapes,
-)
+from dspark_megatron.target_folder import load_target_config
+from dspark_megatron.target_weights import SharedMatrix, shared_matrices
 
 WRITTEN = {"config.json", "model.safetensors.index.json", "README.md", SIDECAR}
 """Files of an export, beside the safetensors."""
@@ -62,6 +58,8 @@ class WriteOptions:
     """Replace an earlier export."""
     target_name: str | None = None
     """The target as users find it, such as a hub id; None: its folder's name."""
+    target_checkpoint: str | Path = ""
+    """A Megatron-LM checkpoint with the target's weights, where its folder has none."""
 
 
 def write_draft_folder(
@@ -74,9 +72,9 @@ def write_draft_folder(
     target_config = load_target_config(target_dir)
     problems = shape_problems(shape) + target_problems(shape, target_config)
     raise_if_any(problems, f"the draft of {source.path}")
-    shared: dict[str, str] = {}
+    shared: dict[str, SharedMatrix] = {}
     if layout.shared_weights and options.shared_weights:
-        shared = _shared_names(shape, target_dir)
+        shared = _shared_matrices(shape, target_dir, options.target_checkpoint)
     dtype = options.dtype or source.dtype()
     facts = TargetFacts.of(target_config, options.target_name or target_dir.resolve().name)
     canonical = hugging_face_config(source.description, target_config=target_config, dtype=dtype)
@@ -108,22 +106,20 @@ def write_draft_folder(
         specs = {name: TensorSpec(size, dtype) for name, size in sizes.items()}
         tensors = map(
             lambda item: (layout.to_name(item[0]), _cast(*item, dtype)),  # keeps none of them
-            _tensors(source, target_dir, shared),
+            _tensors(source, shared),
         )
         write_safetensors(folder, tensors, specs, shard_limit)
     return output_dir
 
 
-def _tensors(
-    source: DraftSource, target_dir: Path, shared: dict[str, str]
-) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in the order of `hugging_face_shapes`. shared: names in the target of the
-    embedding and the LM head, or nothing."""
+def _tensors(source: DraftSource, shared: dict[str, SharedMatrix]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in the order of `hugging_face_shapes`. shared: the target's embedding and LM
+    head, or nothing."""
     if shared:
-        yield EMBEDDING, read_tensor(target_dir, shared[EMBEDDING])
+        yield EMBEDDING, shared[EMBEDDING].tensor()
     yield from source.tensors()
     if shared:
-        yield LM_HEAD, read_tensor(target_dir, shared[LM_HEAD])
+        yield LM_HEAD, shared[LM_HEAD].tensor()
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -137,16 +133,18 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return cast
 
 
-def _shared_names(shape: DraftShape, target_dir: Path) -> dict[str, str]:
-    names = dict(zip((EMBEDDING, LM_HEAD), shared_weights(target_dir), strict=True))
-    shapes, wanted = tensor_shapes(target_dir), (shape.vocab_size, shape.hidden_size)
+def _shared_matrices(
+    shape: DraftShape, target_dir: Path, target_checkpoint: str | Path
+) -> dict[str, SharedMatrix]:
+    matrices = shared_matrices(target_dir, target_checkpoint)
+    wanted = (shape.vocab_size, shape.hidden_size)
     problems = [
-        f"{name} must have shape {list(wanted)}, has {list(shapes[name])}"
-        for name in names.values()
-        if shapes[name] != wanted
+        f"{matrix.name} must have shape {list(wanted)}, has {list(matrix.shape)}"
+        for matrix in matrices
+        if matrix.shape != wanted
     ]
-    raise_if_any(problems, str(target_dir))
-    return names
+    raise_if_any(problems, str(target_checkpoint or target_dir))
+    return dict(zip((EMBEDDING, LM_HEAD), matrices, strict=True))
 
 
 def _write_text(path: Path, text: str) -> None:

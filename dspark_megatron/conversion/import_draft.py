@@ -55,6 +55,7 @@ def import_folder(
     fingerprint: Callable[[str | Path], str],
     layout: str = "auto",
     tensor_parallel: int = 1,
+    target_checkpoint: str | Path = "",
 ) -> Path:
     """Write run folder output_dir with one checkpoint, of iteration 0, and return that.
 
@@ -62,7 +63,7 @@ def import_folder(
     run does it; the checkpoint loads at other sizes, too. Raises ConfigError, before anything is
     written, for a folder that is no draft of this target, and when output_dir is not empty.
     """
-    draft = open_draft_folder(input_dir, target_dir, layout)
+    draft = open_draft_folder(input_dir, target_dir, layout, target_checkpoint=target_checkpoint)
     source, shape = FolderSource(draft), draft.shape
     check_draft_split(shape, tensor_parallel)
     check_sidecar(draft.path, shape.block_size)

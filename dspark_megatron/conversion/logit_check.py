@@ -6,6 +6,7 @@ It holds one whole draft at a time.
 """
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from dspark_megatron.conversion.names import EMBEDDING, LM_HEAD
 from dspark_megatron.conversion.sources import CheckpointSource
 from dspark_megatron.model.draft_model import FROZEN_REPLICAS, DSparkDraftModel
 from dspark_megatron.shape import DraftShape
-from dspark_megatron.target_folder import read_tensor, shared_weights
+from dspark_megatron.target_weights import shared_matrices
 
 TOKENS = 24
 """Context of the fixed input."""
@@ -29,14 +30,15 @@ def compare_logits(
     target_dir: str,
     *,
     tp_group: dist.ProcessGroup,
+    target_checkpoint: str | Path = "",
 ) -> list[str]:
     """A line for the logits and one for the confidence, with the largest difference between the
     two sides and the spread of the numbers themselves. tp_group: of one rank."""
-    embedding, head = shared_weights(target_dir)
-    target = {EMBEDDING: embedding, LM_HEAD: head}
+    matrices = shared_matrices(target_dir, target_checkpoint)
+    target = dict(zip((EMBEDDING, LM_HEAD), matrices, strict=True))
 
     def of_target(name: str) -> Tensor:
-        return read_tensor(target_dir, target[name])
+        return target[name].tensor()
 
     def of_folder(name: str) -> Tensor:
         return folder.tensor(name) if name in folder.shared else of_target(name)

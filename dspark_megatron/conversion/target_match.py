@@ -10,7 +10,7 @@ from torch import Tensor
 from dspark_megatron.conversion.draft_folder import DraftFolder
 from dspark_megatron.conversion.names import EMBEDDING, LM_HEAD
 from dspark_megatron.shape import DraftShape
-from dspark_megatron.target_folder import read_tensor, shared_weights
+from dspark_megatron.target_weights import shared_matrices
 
 
 def shape_problems(shape: DraftShape) -> list[str]:
@@ -42,20 +42,26 @@ def target_problems(shape: DraftShape, target_config: Any) -> list[str]:
     ]
 
 
-def shared_problems(folder: DraftFolder, target_dir: str | Path) -> list[str]:
+def shared_problems(
+    folder: DraftFolder, target_dir: str | Path, target_checkpoint: str | Path = ""
+) -> list[str]:
     """Where the folder's own embedding or LM head is not the target's: this project, like SGLang,
-    always takes the target's, so such a draft would change."""
+    always takes the target's, so such a draft would change. target_checkpoint: a Megatron-LM
+    checkpoint with the target's weights, where the folder has none."""
     lines = (
         difference(name, folder.tensor(name), theirs)
-        for name, theirs in targets_shared(folder, target_dir)
+        for name, theirs in targets_shared(folder, target_dir, target_checkpoint)
     )
     return [line for found in lines for line in found]
 
 
-def targets_shared(folder: DraftFolder, target_dir: str | Path) -> Iterator[tuple[str, Tensor]]:
+def targets_shared(
+    folder: DraftFolder, target_dir: str | Path, target_checkpoint: str | Path = ""
+) -> Iterator[tuple[str, Tensor]]:
     """The target's embedding and LM head, those of them that the folder holds too."""
-    names = dict(zip((EMBEDDING, LM_HEAD), shared_weights(target_dir), strict=True))
-    return ((name, read_tensor(target_dir, names[name])) for name in folder.shared)
+    matrices = shared_matrices(target_dir, target_checkpoint)
+    found = dict(zip((EMBEDDING, LM_HEAD), matrices, strict=True))
+    return ((name, found[name].tensor()) for name in folder.shared)
 
 
 def difference(name: str, found: Tensor, source: Tensor) -> list[str]:

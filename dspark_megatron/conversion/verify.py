@@ -37,6 +37,7 @@ def verify_folder(
     checkpoint: str | Path | None = None,
     target_dir: str | Path | None = None,
     iteration: int | str | None = None,
+    target_checkpoint: str | Path = "",
 ) -> list[str]:
     """Check names, shapes, types, finite values, config; with target_dir whether the draft is this
     target's; with checkpoint the draft's shape and every trained tensor bit by bit; with both also
@@ -72,8 +73,9 @@ def verify_folder(
         summary.append(f"{SIDECAR}: a temperature for each of the {shape.block_size} slots")
     sources: list[Iterable[tuple[str, Tensor]]] = []
     if target_dir is not None and folder.shared:
-        sources.append(targets_shared(folder, target_dir))
-        summary.append(f"{' and '.join(folder.shared)}: equal to the target's ({target_dir})")
+        sources.append(targets_shared(folder, target_dir, target_checkpoint))
+        where = target_checkpoint or target_dir
+        summary.append(f"{' and '.join(folder.shared)}: equal to the target's ({where})")
     if source is not None:
         sources.append(source.tensors())
         summary.append(f"every trained tensor equals the checkpoint's ({source.path})")

@@ -6,7 +6,13 @@ from pathlib import Path
 from dspark_megatron.config import Config
 from dspark_megatron.conversion.megatron_checkpoint import latest_iteration
 from dspark_megatron.conversion.names import hugging_face_shapes
-from dspark_megatron.planning.memory import Parts, RankMemory, quantization_note, rank_memory
+from dspark_megatron.planning.memory import (
+    Parts,
+    RankMemory,
+    provider_note,
+    quantization_note,
+    rank_memory,
+)
 from dspark_megatron.planning.meta_draft import draft_elements
 from dspark_megatron.planning.pipeline import PipelineStates
 from dspark_megatron.planning.traffic import Traffic, step_traffic
@@ -45,6 +51,7 @@ def describe_plan(plan: RunPlan) -> str:
         *memory_lines(memory),
         *length_note(plan),
         *quantization_note(plan, counted="frozen target" in memory.held),
+        *provider_note(plan),
         *traffic_lines(step_traffic(plan)),
     ]
     return "\n".join(lines)

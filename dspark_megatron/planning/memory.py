@@ -14,6 +14,8 @@ from dspark_megatron.planning.target_work import NO_WORK, TargetWork, target_wor
 from dspark_megatron.shape import padded_vocab_size
 from dspark_megatron.target_folder import load_target_config
 from dspark_megatron.targets.footprint import target_bytes
+from dspark_megatron.targets.megatron.footprint import gpt_bytes
+from dspark_megatron.targets.megatron.hf_shape import gpt_shape_of
 from dspark_megatron.targets.passes import Passes
 from dspark_megatron.targets.quantization import quantization_method
 from dspark_megatron.targets.split import TargetSplit
@@ -146,11 +148,34 @@ def quantization_note(plan: RunPlan, *, counted: bool) -> list[str]:
     ]
 
 
+def provider_note(plan: RunPlan) -> list[str]:
+    """What is not known of a GPTModel."""
+    if plan.config.target.provider != "megatron":
+        return []
+    return [
+        "not counted: what a forward pass of the target takes and sends with "
+        "target.provider=megatron; its weights are"
+    ]
+
+
+def _gpt_bytes(plan: RunPlan, dtype: torch.dtype) -> int:
+    parallel = plan.config.parallel
+    return gpt_bytes(
+        gpt_shape_of(plan.target_config),
+        dtype,
+        tp_size=parallel.tensor_parallel,
+        ep_size=parallel.expert_parallel,
+        last_layer=_last_layer(plan),
+    )
+
+
 def _target_figures(plan: RunPlan) -> tuple[int | None, TargetWork]:
     """Bytes of the frozen weights, None where they are not known, and what a forward pass takes."""
     if plan.config.target.is_cached:
         return None, NO_WORK
     target, dtype = plan.config.target, target_dtype(plan)
+    if target.provider == "megatron":
+        return _gpt_bytes(plan, dtype), TargetWork(0, 0, 0, 0, 0, 0, 0)
     wanted = (dtype, plan.target_split, _batch(plan), target.max_tokens_per_forward)
     text = load_target_config(target.path).to_json_string()
     return _figures_of_split(target.path, text, *wanted, _last_layer(plan))

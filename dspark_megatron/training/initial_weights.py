@@ -49,7 +49,8 @@ class InitialWeights:
             folder = DraftFolder(path, target=facts)
             _check_shape(folder.shape, plan.shape, path)
             if _reads_values():
-                problems = shared_problems(folder, plan.config.target.path)
+                target = plan.config.target
+                problems = shared_problems(folder, target.path, target.checkpoint)
                 raise_if_any(problems + _bad_values(folder.names(), folder.tensor), str(path))
             return cls(path, folder)
         reader = CheckpointReader(find_checkpoint(path))

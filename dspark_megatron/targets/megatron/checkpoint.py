@@ -10,7 +10,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.models.gpt.gpt_model import GPTModel
 
 from dspark_megatron.config import require
-from dspark_megatron.gpt_checkpoint import GPTCheckpoint
+from dspark_megatron.gpt_checkpoint import GPTCheckpoint, known_classes
 from dspark_megatron.targets.megatron.gpt_shape import GPTShape
 
 _ONLY = {
@@ -112,7 +112,8 @@ def load_checkpoint_weights(model: GPTModel, checkpoint: GPTCheckpoint) -> None:
     }
     _check_tensors(state, checkpoint, is_whole=model.pg_collection.pp.size() == 1)
     _ = checkpoint.args  # seen to be harmless: Megatron-Core unpickles them again
-    loaded = dist_checkpointing.load({"model": state}, str(checkpoint.path))["model"]
+    with known_classes():
+        loaded = dist_checkpointing.load({"model": state}, str(checkpoint.path))["model"]
     cut = len(checkpoint.prefix)
     result = model.load_state_dict({n[cut:]: t for n, t in loaded.items()}, strict=False)
     missing = [name for name in result.missing_keys if not name.endswith(_DETAILS)]

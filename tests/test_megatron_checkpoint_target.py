@@ -1,0 +1,175 @@
+"""A target from a Megatron-LM checkpoint: any layout that wrote it gives the same states."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from megatron_checkpoint import write_checkpoint
+from safetensors.torch import load_file, save_file
+from test_megatron_target import TARGETS, assert_states, config_of, megatron_states
+from test_megatron_target import target as target  # noqa: F401
+from test_training import ROOT, finish, launch, write_config
+
+from dspark_megatron.config import ConfigError
+from dspark_megatron.target_weights import shared_matrices, weights_fingerprint
+from dspark_megatron.training.setup import check_run
+
+WRITERS = {
+    "qwen3": dict(world=4, tp=2, pp=2),
+    "qwen2": dict(world=2, tp=2, pp=1),
+    "llama": dict(world=1, tp=1, pp=1, name="release"),
+    "experts": dict(world=4, tp=2, pp=2, ep=2),
+    "mixed": dict(world=2, tp=2, pp=1, ep=1),
+}
+
+
+def without_weights(path, folder):
+    """The Hugging Face folder as it needs to be beside a checkpoint."""
+    return shutil.copytree(path, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(pool, tiny_run, target, tmp_path_factory):  # noqa: F811
+    """Writes the checkpoint of a target once; returns it and the folder without weights."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            writer = dict(WRITERS[name])
+            world, tp, ep = writer.pop("world"), writer.pop("tp"), writer.pop("ep", 1)
+            folder = tmp_path_factory.mktemp(f"{name}_checkpoint")
+            config = config_of(tiny_run, target(name), tp, ep)
+            pool.run(
+                write_checkpoint,
+                world=world,
+                tp=tp,
+                config=config,
+                output=str(folder / "run"),
+                **writer,
+            )
+            made[name] = folder / "run", without_weights(target(name), folder / "target")
+        return made[name]
+
+    return make
+
+
+@pytest.mark.parametrize("world, tp, ep", [(1, 1, 1), (4, 4, 1)])
+@pytest.mark.parametrize("name", TARGETS)
+def test_states_at_another_layout(pool, tiny_run, target, checkpoint, name, world, tp, ep):  # noqa: F811
+    run, path = checkpoint(name)
+    config = config_of(tiny_run, path, tp, ep, target={"checkpoint": str(run)})
+    assert_states(pool.run(megatron_states, world=world, tp=tp, config=config), target(name))
+
+
+BAD = {
+    "layers": ({"arguments": {"num_layers": 3}}, "num_layers (3 in", "4 in config.json"),
+    "rope": ({"arguments": {"rotary_base": 5000}}, "rotary_base (5000.0 in", "10000.0 in"),
+    "tied": (
+        {"arguments": {"untie_embeddings_and_output_weights": True}},
+        "share_embeddings_and_output_weights (False in",
+    ),
+    "norm": ({"arguments": {"normalization": "LayerNorm"}}, "normalization (LayerNorm, must be"),
+    "missing": ({"rename": {"k_layernorm": "k_norm"}}, "lacks decoder.layers", "k_layernorm"),
+    "no arguments": ({"arguments": None}, "must hold Megatron-LM's arguments"),
+    "foreign code": ({"foreign": True}, "builtins.print", "nothing of it was run"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_checkpoints_that_are_refused(pool, tiny_run, target, tmp_path, case):  # noqa: F811
+    """Of the models that the config describes, no two differ in one number alone."""
+    writer, *words = BAD[case]
+    config = config_of(tiny_run, target("qwen3"))
+    pool.run(write_checkpoint, world=1, tp=1, config=config, output=str(tmp_path), **writer)
+    config = config_of(tiny_run, target("qwen3"), target={"checkpoint": str(tmp_path)})
+    with pytest.raises(AssertionError) as error:
+        pool.run(megatron_states, world=1, tp=1, config=config)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_folders_that_are_no_checkpoint(tiny_run, target, tmp_path):  # noqa: F811
+    def refused(words):
+        config = config_of(tiny_run, target("qwen3"), target={"checkpoint": str(tmp_path / "run")})
+        with pytest.raises(ConfigError, match=words):
+            check_run(config, 1)
+
+    refused("is not a folder")
+    (tmp_path / "run").mkdir()
+    refused("no .metadata.*ckpt-format torch_dist")
+    tracker = tmp_path / "run" / "latest_checkpointed_iteration.txt"
+    tracker.write_text("7")
+    refused("iter_0000007 is not there")
+    tracker.write_text("seven")
+    refused("`release`, and holds 'seven'")
+
+
+@pytest.mark.parametrize("vocab_size", [301, 302])
+def test_rows_of_the_vocabulary(checkpoint, target, tmp_path, vocab_size):  # noqa: F811
+    """The checkpoint of two ranks has 302 rows, of which one is padding, or is not."""
+    run, path = checkpoint("qwen2")
+    path = shutil.copytree(path, tmp_path / "target")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "vocab_size": vocab_size}))
+    embedding, head = shared_matrices(path, run)
+    assert embedding.name == head.name and embedding.shape == (vocab_size, 32)
+    expected = load_file(target("qwen2") / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(embedding.tensor()[:301], expected)
+    assert torch.equal(head.rows(298, 301), expected[298:])
+    assert not embedding.rows(301, 310).any()
+
+
+def test_fingerprints_do_not_depend_on_the_layout(pool, tiny_run, target, checkpoint, tmp_path):  # noqa: F811
+    run, path = checkpoint("qwen3")
+    config = config_of(tiny_run, target("qwen3"))
+    pool.run(write_checkpoint, world=1, tp=1, config=config, output=str(tmp_path / "same"))
+    whole = weights_fingerprint(path, tmp_path / "same")
+    assert whole == weights_fingerprint(path, run)
+    other = shutil.copytree(target("qwen3"), tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.layers.0.self_attn.o_proj.weight"][0, 5] += 1e-3
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    config = config_of(tiny_run, other)
+    pool.run(write_checkpoint, world=1, tp=1, config=config, output=str(tmp_path / "tuned"))
+    assert whole != weights_fingerprint(path, tmp_path / "tuned")
+
+
+def test_names_of_transformer_engine(pool, tiny_run, target, tmp_path):  # noqa: F811
+    """Its layers of experts keep the norm apart, and Megatron-Core's local ones say otherwise."""
+    path, config = target("experts"), config_of(tiny_run, target("experts"))
+    rename = {"mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm."}
+    pool.run(write_checkpoint, world=1, tp=1, config=config, output=str(tmp_path), rename=rename)
+    config = config_of(tiny_run, path, 1, target={"checkpoint": str(tmp_path)})
+    assert_states(pool.run(megatron_states, world=1, tp=1, config=config), path)
+
+
+@pytest.mark.commands
+def test_train_evaluate_and_export_from_a_checkpoint(tiny_run, target, checkpoint, tmp_path):  # noqa: F811
+    """Nothing but a config and a tokenizer beside it."""
+    run, path = checkpoint("qwen2")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "hello"}\n{"prompt": "the hill"}\n')
+    config = write_config(
+        tmp_path,
+        tiny_run,
+        target={"path": str(path), "provider": "megatron", "checkpoint": str(run)},
+        train={"output_dir": str(tmp_path / "draft"), "iterations": 3},
+        parallel={"tensor_parallel": 2},
+        evaluate={"prompt_files": [str(prompts)], "max_new_tokens": 8, "batch_size": 2},
+    )
+    for module in ("train", "evaluate"):
+        code, text = finish(launch(config, 2, module=module))
+        assert code == 0, text
+    assert json.loads((tmp_path / "draft" / "evaluation.json").read_text())["iteration"] == 3
+    out = tmp_path / "out"
+    command = [sys.executable, ROOT / "tools" / "convert_checkpoint.py", "export"]
+    command += ["--checkpoint", tmp_path / "draft", "--target", path, "--output", out]
+    command += ["--dtype", "fp32", "--target-checkpoint", run]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert "equal to the target's" in done.stdout
+    expected = load_file(target("qwen2") / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(load_file(out / "model.safetensors")["embed_tokens.weight"], expected)
