@@ -4,6 +4,13 @@ import zlib
 
 import pytest
 import torch
+from test_megatron_checkpoint_target import checkpoint as checkpoint  # noqa: F401
+from test_megatron_target import config_of, whole
+from test_megatron_target import target as target  # noqa: F401
+from test_targets import IDS as TOKENS
+
+from dspark_megatron.planning.memory import rank_memory
+from dspark_megatron.training.setup import check_run
 
 IDS = (0, 2, 5)
 SHAPE = dict(
@@ -144,3 +151,51 @@ def test_states_of_experts_spread_over_a_stage(pool):
     expected = pool.run(whole_states, world=2, tp=1, shape=shape, ep_size=2)[0]
     found = pool.run(stage_states, world=4, tp=1, pp_size=2, shape=shape, ep_size=2)
     assert_states(found, expected)
+
+
+def checked_states(runtime, config):
+    """After the teacher check; and the bytes of this stage."""
+    from dspark_megatron.targets.teacher_check import check_teacher_logits
+    from dspark_megatron.training.setup import build_draft, build_target
+
+    plan = check_run(config, runtime.world_size)
+    target, draft = build_target(plan, runtime), build_draft(plan, runtime)
+    check_teacher_logits(target, config.target.path, draft.lm_head, draft.vocab_shard, TOKENS)
+    states = target.states(TOKENS)
+    held = sum(parameter.nbytes for parameter in target.model.parameters())
+    return states.taps, states.last_hidden, held
+
+
+FOLDERS = [("qwen3", 2, 1, 1), ("llama", 4, 2, 1), ("experts", 4, 1, 2), ("mixed", 4, 2, 2)]
+"""Name of the target, world size, tensor- and expert-parallel size."""
+
+
+@pytest.mark.parametrize("is_saved", [False, True])
+@pytest.mark.parametrize("name, world, tp, ep", FOLDERS)
+def test_stages_of_a_folder_and_of_a_checkpoint(
+    pool,
+    tiny_run,
+    target,  # noqa: F811
+    checkpoint,  # noqa: F811
+    name,
+    world,
+    tp,
+    ep,
+    is_saved,
+):
+    """Whatever layout wrote it, with tied and with other heads."""
+    path, settings = target(name), {}
+    if is_saved:
+        run, path = checkpoint(name)
+        settings = {"target": {"checkpoint": str(run)}}
+    parallel = {"pipeline_parallel": 2}
+    config = config_of(tiny_run, path, tp, ep, parallel=parallel, **settings)
+    ranks, expected = (
+        pool.run(checked_states, world=world, tp=tp, config=config),
+        whole(target(name)),
+    )
+    for taps, last_hidden, _ in ranks:
+        torch.testing.assert_close(taps, expected[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(last_hidden, expected[1], rtol=1e-4, atol=1e-5)
+    planned = rank_memory(check_run(config, world)).held["frozen target"]
+    assert max(held for *_, held in ranks) == planned

@@ -94,8 +94,6 @@ def layout_words(plan: RunPlan) -> str:
         words.append(f"target shared by {plan.target_split.shards} data-parallel ranks")
     if config.parallel.expert_parallel > 1:
         words.append(f"EP {config.parallel.expert_parallel}")
-    if config.parallel.pipeline_parallel > 1:
-        words.append(f"target in {config.parallel.pipeline_parallel} pipeline stages")
     if config.parallel.sequence_parallel:
         words.append("sequence parallel")
     if config.train.recompute_activations:

@@ -165,6 +165,7 @@ def _gpt_bytes(plan: RunPlan, dtype: torch.dtype) -> int:
         dtype,
         tp_size=parallel.tensor_parallel,
         ep_size=parallel.expert_parallel,
+        stages=parallel.pipeline_parallel,
         last_layer=_last_layer(plan),
     )
 

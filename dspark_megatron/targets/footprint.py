@@ -6,7 +6,6 @@ import math
 import torch
 from transformers import PretrainedConfig
 
-from dspark_megatron.shape import stage_layers
 from dspark_megatron.targets.quantization import quantization_method, quantizer_of
 from dspark_megatron.targets.split import TargetSplit, meta_target, split_dimension, style_of
 
@@ -24,10 +23,8 @@ def target_bytes(
     Transformers' own plans of the family say what tensor and expert parallelism split; sharding
     splits what is left on the first dimension. What no plan gives back after its use (the final
     norm, a vision tower) is gathered in the first forward pass and stays, so it counts whole.
-    Of pipeline stages it is the one that holds most: the first has the embedding, the last the
-    final norm. last_layer: the highest decoder layer that is kept, None for all. dequantized: count
-    a quantized target as if it were not; else it is counted as it is saved, and None where that is
-    not known.
+    last_layer: the highest decoder layer that is kept, None for all. dequantized: count a quantized
+    target as if it were not; else it is counted as it is saved, and None where that is not known.
     """
     model = meta_target(target_config, dtype)
     if quantization_method(target_config) is not None and not dequantized:
@@ -35,11 +32,9 @@ def target_bytes(
             return None  # the layers of other methods depend on packages and the machine
         model = copy.deepcopy(model)
         quantizer_of(target_config).preprocess_model(model=model, dtype=dtype)
-    most = stage_layers(target_config.get_text_config().num_hidden_layers, split.stages)[0]
-    stages = [0] * split.stages
+    total = 0
     for name, parameter in model.named_parameters():
-        layer = _layer_of(name)
-        if last_layer is not None and layer > last_layer:
+        if last_layer is not None and _layer_of(name) > last_layer:
             continue
         size = list(parameter.shape)
         shards = split.shards if _is_given_back(name, model.fsdp_plan) else 1
@@ -50,10 +45,8 @@ def target_bytes(
             if dimension is not None:
                 size[dimension] = math.ceil(size[dimension] / split.tp_size)
         size[0] = math.ceil(size[0] / shards)
-        outside = 0 if "embed_tokens" in name else -1
-        stage = min(layer // most, split.stages - 1) if layer >= 0 else outside
-        stages[stage] += math.prod(size) * parameter.dtype.itemsize
-    return max(stages)
+        total += math.prod(size) * parameter.dtype.itemsize
+    return total
 
 
 def _is_given_back(name: str, plan: dict[str, str]) -> bool:

@@ -24,19 +24,11 @@ class TargetSplit:
     dp_size: int = 1
     shards: int = 1
     ep_size: int = 1
-    stages: int = 1
-    """Of a pipeline, each with layers of its own."""
 
     @classmethod
     def of(cls, config: Config, dp_size: int) -> "TargetSplit":
         parallel, shards = config.parallel, target_shards(config.target, dp_size)
-        return cls(
-            parallel.tensor_parallel,
-            dp_size,
-            shards,
-            parallel.expert_parallel,
-            parallel.pipeline_parallel,
-        )
+        return cls(parallel.tensor_parallel, dp_size, shards, parallel.expert_parallel)
 
     @property
     def lockstep(self) -> bool:
