@@ -115,7 +115,7 @@ def test_decoding_is_refused(tiny_run):
 
 
 def test_the_dry_run_counts_what_stages_hold_and_send(tiny_run):
-    from dspark_megatron.planning.memory import rank_memory, state_bytes
+    from dspark_megatron.planning.memory import pipeline_state_bytes, rank_memory, state_bytes
     from dspark_megatron.planning.traffic import step_traffic
     from dspark_megatron.training.setup import check_run
 
@@ -139,6 +139,9 @@ def test_the_dry_run_counts_what_stages_hold_and_send(tiny_run):
     embedding = 301 * 32 * 4
     layers = weights[0] - embedding - 32 * 4  # and the final norm
     assert weights[1] == layers / 2 + embedding
+    split = {"tensor_parallel": 2, "sequence_parallel": True, "pipeline_parallel": 2}
+    config = tiny_config(tiny_run, target={"provider": "megatron"}, parallel=split)
+    assert pipeline_state_bytes(check_run(config, world_size=4)) == states / 2
     text = describe_run(halves.config, world_size=4)
     assert "2 pipeline stages x 2 data-parallel; runs of 2 x 8 micro-batches" in text
     assert "waits for 6% of the time" in text  # 1 / (2 * 8 + 1)

@@ -83,7 +83,7 @@ def _forward_parts(plan: RunPlan, work: TargetWork) -> Parts:
     joined = _taps(plan) + (target_passes(plan) > 1) * teacher * state_bytes(plan)
     for_others = PipelineStates.of(plan).kept_for_others
     parts = {
-        "states kept for other pipeline ranks": for_others * state_bytes(plan),
+        "states kept for other pipeline ranks": for_others * pipeline_state_bytes(plan),
         "states of a target layer": max(work.layer - teacher * work.last_states, joined),
         "target's keys and values": work.cache,
         "gathered target layer": work.gathered_layers,
@@ -211,7 +211,7 @@ def _target_states(plan: RunPlan) -> Parts:
     states = PipelineStates.of(plan)
     parts = {"target states of a micro-batch": states.states * state_bytes(plan)}
     if states.received:
-        parts["target states of a pipeline run"] = states.received * state_bytes(plan)
+        parts["target states of a pipeline run"] = states.received * pipeline_state_bytes(plan)
     return parts
 
 
@@ -223,6 +223,14 @@ def _taps(plan: RunPlan) -> int:
 def state_bytes(plan: RunPlan) -> int:
     """Hidden states of one layer."""
     return math.prod(_batch(plan)) * plan.shape.hidden_size * target_dtype(plan).itemsize
+
+
+def pipeline_state_bytes(plan: RunPlan) -> int:
+    """The same as pipeline ranks keep and send them: with sequence parallelism each
+    tensor-parallel rank has some of the rows."""
+    parallel = plan.config.parallel
+    parts = parallel.tensor_parallel if parallel.sequence_parallel else 1
+    return state_bytes(plan) // parts
 
 
 def _loss_parts(plan: RunPlan, one: DraftPass) -> Parts:

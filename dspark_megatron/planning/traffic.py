@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from dspark_megatron.planning.communication import StepSize, draft_collectives, ring_bytes
 from dspark_megatron.planning.memory import (
     draft_pass,
+    pipeline_state_bytes,
     plan_target_work,
-    state_bytes,
     target_passes,
 )
 from dspark_megatron.planning.meta_draft import draft_elements
@@ -29,7 +29,7 @@ def step_traffic(plan: RunPlan) -> list[Traffic]:
     config, split, tp = plan.config, plan.target_split, plan.config.parallel.tensor_parallel
     passes = config.train.global_batch_size // (config.train.micro_batch_size * plan.dp_size)
     work, shared = plan_target_work(plan), tp * split.shards
-    states, size, world = PipelineStates.of(plan), state_bytes(plan), tp * plan.dp_size
+    states, size, world = PipelineStates.of(plan), pipeline_state_bytes(plan), tp * plan.dp_size
     found = [
         Traffic("draft, tensor-parallel", passes * _draft_bytes(plan), tp),
         Traffic("draft's gradients and weights, data-parallel", _data_parallel(plan), world),
