@@ -31,6 +31,7 @@ setup(
     ],
     extras_require={
         "transformer-engine": ["transformer-engine[pytorch]"],
+        "modelopt": ["nvidia-modelopt>=0.47", "requests"],  # weights of more GPTModels
         "quickstart": ["gguf", "accelerate"],  # reading the GGUF target
         "dev": ["pytest", "ruff"],
     },

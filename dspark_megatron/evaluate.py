@@ -153,11 +153,14 @@ def _build_decoder(
         build_target,
         load_target_head,
     )
+    from dspark_megatron.training.warm_start import WarmStart
 
     draft = build_draft(plan, runtime).eval()
     iteration = 0
     if checkpoint is not None:
         iteration = load_checkpoint(checkpoint, draft, optimizer=None).iteration
+    elif warm_start := WarmStart.open(plan):
+        warm_start.load(draft, tp_group=runtime.tp_group)
     target = build_target(plan, runtime)
     target_head = load_target_head(plan, draft, target)
     if plan.config.target.check_teacher_logits:

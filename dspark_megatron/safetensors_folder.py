@@ -72,7 +72,7 @@ class SafetensorsFolder:
         with open_safetensors(self._file_of(name)) as file:
             return file.get_tensor(name)
 
-    def part(self, name: str, rows: slice, columns: slice) -> Tensor:
+    def block(self, name: str, rows: slice, columns: slice) -> Tensor:
         """Rows of a tensor, of a matrix also only some columns, and nothing else of it."""
         with open_safetensors(self._file_of(name)) as file:
             tensor = file.get_slice(name)
@@ -86,6 +86,22 @@ class SafetensorsFolder:
             total, width = matrix.get_shape()
             found = matrix[min(start, total) : min(end, total)]
         return torch.cat([found, found.new_zeros(end - start - len(found), width)])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor; no other file is opened."""
+        with open_safetensors(self._file_of(name)) as file:
+            return tuple(file.get_slice(name).get_shape())
+
+    def part(self, name: str, dim: int | None, index: int, count: int) -> Tensor:
+        """The index-th of `count` equal parts of a tensor along dim (0 or 1), and nothing else of
+        it; dim None: all of it."""
+        if dim is None:
+            return self.tensor(name)
+        with open_safetensors(self._file_of(name)) as file:
+            entry = file.get_slice(name)
+            size = entry.get_shape()[dim] // count
+            mine = slice(index * size, (index + 1) * size)
+            return entry[mine] if dim == 0 else entry[:, mine]
 
     @cached_property
     def _headers(self) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -45,11 +45,19 @@ def arguments_of(shape, **other):
 
 
 def write_checkpoint(
-    runtime, config, output, pp=1, name="iter_0000100", rename=None, arguments=(), foreign=False
+    runtime,
+    config,
+    output,
+    pp=1,
+    name="iter_0000100",
+    rename=None,
+    arguments=(),
+    without="",
+    foreign=False,
 ):
     """Write the target of a config with Hugging Face weights. rename: text in the names of tensors
     and what it becomes. arguments: others for the command line; None: save none. foreign: save an
-    object that runs code when it is unpickled."""
+    object that runs code when it is unpickled. without: an argument to leave out."""
     from megatron.core import dist_checkpointing
 
     from dspark_megatron.targets.megatron.groups import TargetGroups
@@ -75,6 +83,7 @@ def write_checkpoint(
     content = {"model": state, "iteration": 100, "checkpoint_version": 3.0}
     if arguments is not None:
         content["args"] = arguments_of(source.shape, **dict(arguments))
+        content["args"].__dict__.pop(without, None)
     if foreign:
         content["rng"] = Foreign()
     _collect_results_here()

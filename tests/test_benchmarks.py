@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from tiny_target import VOCAB_SIZE, tiny_config
+from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tools"))  # a folder of scripts, not a package
@@ -19,6 +21,7 @@ import benchmark_communication  # noqa: E402
 import benchmark_loss  # noqa: E402
 import benchmark_packing  # noqa: E402
 import benchmark_step  # noqa: E402
+import benchmark_target_providers  # noqa: E402
 import benchmarking  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -167,6 +170,25 @@ def test_sequence_parallel_keeps_less_for_backward(pool):
         for plain, split in zip(rows[::2], rows[1::2], strict=True):
             assert split["MiB"] < 0.75 * plain["MiB"]
         assert all(row["MiB"] < whole[0]["MiB"] for row in rows)
+
+
+def provider_figures(runtime, folder):
+    """Of both providers: the memory, and a row of the table."""
+    tool = benchmark_target_providers
+    options = [*"--hidden 32 --ffn 64 --heads 4 --kv-heads 2 --seq-length 16".split()]
+    config = tool.family_config("qwen3_moe", tool.parse_arguments(options))
+    if runtime.is_main:
+        AutoModelForCausalLM.from_config(config).save_pretrained(Path(folder) / "qwen3_moe")
+    dist.barrier()
+    targets = tool.both("qwen3_moe", 2, runtime, Path(folder))
+    found = tool.memory(targets, torch.arange(16)[None], runtime.device)
+    return tool.row({"tp": 2}, found["weights"], benchmarking.MIB)
+
+
+def test_target_providers_side_by_side(pool, tmp_path):
+    """The same weights take the same memory; other states are an error."""
+    for row in pool.run(provider_figures, world=2, tp=2, folder=str(tmp_path)):
+        assert row["megatron"] == row["huggingface"] > 0 and row["megatron / huggingface"] == 1
 
 
 def test_kept_for_backward_is_a_straight_line_in_the_length(pool):

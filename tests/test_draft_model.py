@@ -261,7 +261,7 @@ def test_a_block_sees_its_context_and_its_anchor_token_and_nothing_else(pool, tp
 def micro_batch_without_blocks(runtime, shape, loss=None):
     """Gradients of a step with one empty micro-batch more."""
     from dspark_megatron.training.metrics import MetricSums
-    from dspark_megatron.training.micro_batch import MicroBatch
+    from dspark_megatron.training.micro_batches import MicroBatch
 
     model, samples = build_tiny_draft(runtime, shape), make_samples(shape, loss=loss)
     step = make_step(runtime, model, samples, loss)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from megatron_checkpoint import write_checkpoint
 from safetensors.torch import load_file, save_file
-from test_megatron_target import TARGETS, assert_states, config_of, megatron_states
+from test_megatron_target import TARGETS, assert_states, config_of, megatron_states, whole
 from test_megatron_target import target as target  # noqa: F401
-from test_training import ROOT, finish, launch, write_config
+from test_training import ROOT, assert_same_curve, curve, finish, launch, write_config
 
 from dspark_megatron.config import ConfigError
 from dspark_megatron.target_weights import shared_matrices, weights_fingerprint
@@ -56,8 +56,11 @@ def checkpoint(pool, tiny_run, target, tmp_path_factory):  # noqa: F811
     return make
 
 
-@pytest.mark.parametrize("world, tp, ep", [(1, 1, 1), (4, 4, 1)])
-@pytest.mark.parametrize("name", TARGETS)
+READERS = [(name, 1, 1, 1) for name in TARGETS]
+READERS += [("qwen3", 4, 4, 1), ("mixed", 4, 4, 1), ("experts", 4, 2, 4)]
+
+
+@pytest.mark.parametrize("name, world, tp, ep", READERS)
 def test_states_at_another_layout(pool, tiny_run, target, checkpoint, name, world, tp, ep):  # noqa: F811
     run, path = checkpoint(name)
     config = config_of(tiny_run, path, tp, ep, target={"checkpoint": str(run)})
@@ -73,6 +76,7 @@ BAD = {
     ),
     "norm": ({"arguments": {"normalization": "LayerNorm"}}, "normalization (LayerNorm, must be"),
     "missing": ({"rename": {"k_layernorm": "k_norm"}}, "lacks decoder.layers", "k_layernorm"),
+    "old arguments": ({"without": "kv_channels"}, "must say kv_channels"),
     "no arguments": ({"arguments": None}, "must hold Megatron-LM's arguments"),
     "foreign code": ({"foreign": True}, "builtins.print", "nothing of it was run"),
 }
@@ -89,6 +93,28 @@ def test_checkpoints_that_are_refused(pool, tiny_run, target, tmp_path, case):  
         pool.run(megatron_states, world=1, tp=1, config=config)
     for word in words:
         assert word in str(error.value)
+
+
+def test_states_in_bfloat16_from_float32(pool, tiny_run, target, checkpoint):  # noqa: F811
+    """Both ways of loading cast; the states lie within what 8 bits allow."""
+    run, path = checkpoint("qwen2")
+    for settings in ({"path": str(path), "checkpoint": str(run)}, {"path": str(target("qwen2"))}):
+        config = config_of(tiny_run, path, 2, target={**settings, "dtype": "bfloat16"})
+        taps, last_hidden, _ = pool.run(megatron_states, world=2, tp=2, config=config)[0]
+        assert taps.dtype == last_hidden.dtype == torch.bfloat16
+        torch.testing.assert_close(
+            last_hidden.float(), whole(target("qwen2"))[1], atol=0.1, rtol=0.1
+        )
+
+
+def test_a_damaged_checkpoint(pool, tiny_run, checkpoint, tmp_path):  # noqa: F811
+    run, path = checkpoint("qwen2")
+    copy = shutil.copytree(run, tmp_path / "run")
+    for file in copy.glob("iter_0000100/*.distcp"):
+        file.write_bytes(b"")
+    config = config_of(tiny_run, path, target={"checkpoint": str(copy)})
+    with pytest.raises(AssertionError, match="is damaged or incomplete"):
+        pool.run(megatron_states, world=1, tp=1, config=config)
 
 
 def test_folders_that_are_no_checkpoint(tiny_run, target, tmp_path):  # noqa: F811
@@ -164,6 +190,14 @@ def test_train_evaluate_and_export_from_a_checkpoint(tiny_run, target, checkpoin
         code, text = finish(launch(config, 2, module=module))
         assert code == 0, text
     assert json.loads((tmp_path / "draft" / "evaluation.json").read_text())["iteration"] == 3
+    command = [sys.executable, ROOT / "tools" / "prepare_target_cache.py", "--config", config]
+    command += ["--output", tmp_path / "cache", "parallel.tensor_parallel=1"]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0 and "is complete" in done.stdout, done.stdout + done.stderr
+    cached = ["target.provider=cache", f"target.cache={tmp_path / 'cache'}"]
+    code, text = finish(launch(config, 2, *cached, f"train.output_dir={tmp_path / 'again'}"))
+    assert code == 0, text
+    assert_same_curve(curve(tmp_path / "again"), curve(tmp_path / "draft"), rel=0.02)
     out = tmp_path / "out"
     command = [sys.executable, ROOT / "tools" / "convert_checkpoint.py", "export"]
     command += ["--checkpoint", tmp_path / "draft", "--target", path, "--output", out]

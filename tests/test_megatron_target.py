@@ -112,8 +112,10 @@ def test_states_are_those_of_transformers(pool, tiny_run, target, name, tp):
     assert_states(ranks, path)
 
 
-@pytest.mark.parametrize("world, tp, ep", [(2, 1, 2), (2, 2, 2), (4, 2, 2), (4, 2, 4), (4, 4, 2)])
-@pytest.mark.parametrize("name", ["experts", "mixed"])
+SPREAD = [("experts", *layout) for layout in [(2, 1, 2), (2, 2, 2), (4, 2, 2), (4, 4, 2)]]
+
+
+@pytest.mark.parametrize("name, world, tp, ep", [*SPREAD, ("mixed", 4, 2, 4)])
 def test_experts_spread_over_ranks(pool, tiny_run, target, name, world, tp, ep):
     path = target(name)
     ranks = pool.run(megatron_states, world=world, tp=tp, config=config_of(tiny_run, path, tp, ep))
@@ -169,8 +171,8 @@ def test_a_sample_that_no_pass_holds(pool, tiny_run, target):
         pool.run(megatron_states, world=1, tp=1, config=config)
 
 
-def built_by_hand(runtime, path):
-    """The example of docs/megatron.md."""
+def built_by_hand(runtime, path, modelopt=False):
+    """The examples of docs/megatron.md."""
     from transformers import AutoConfig
 
     from dspark_megatron.safetensors_folder import SafetensorsFolder
@@ -183,7 +185,12 @@ def built_by_hand(runtime, path):
     groups = TargetGroups.make(tp_group=runtime.tp_group)
     shape = gpt_shape_of(AutoConfig.from_pretrained(path))
     model = build_gpt_model(shape, groups, params_dtype=torch.float32, device=runtime.device)
-    load_hf_weights(model, shape, SafetensorsFolder(path))
+    if modelopt:
+        from modelopt.torch.export import import_mcore_gpt_from_hf
+
+        import_mcore_gpt_from_hf(model, path, dtype=torch.float32)
+    else:
+        load_hf_weights(model, shape, SafetensorsFolder(path))
     states = MegatronTarget(model, (0, 2)).states(IDS)
     part = MegatronTarget(model, (0, 1), with_last_hidden=False)
     return states.taps, states.last_hidden, part.states(IDS), len(part.layers)
@@ -197,6 +204,14 @@ def test_a_model_that_the_user_built(pool, target):
     torch.testing.assert_close(last_hidden, own, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(part.taps[..., :32], expected[..., :32], rtol=1e-4, atol=1e-5)
     assert part.last_hidden is None and layers == 2
+
+
+def test_weights_by_modelopt(pool, tmp_path):
+    """An extra, which the tests run only where it is installed."""
+    pytest.importorskip("modelopt")
+    path = make_family(tmp_path / "target", "qwen3", vocab_size=302)
+    taps, *_ = pool.run(built_by_hand, world=2, tp=2, path=str(path), modelopt=True)[0]
+    torch.testing.assert_close(taps, whole(path)[0], rtol=1e-4, atol=1e-5)
 
 
 def held_bytes(runtime, config):
@@ -231,6 +246,7 @@ BAD_FAMILIES = {
     ),
     "biases": ("llama", dict(attention_bias=True), "attention_bias (True) must be False"),
     "another activation": ("qwen3", dict(hidden_act="gelu"), "hidden_act (gelu) must be silu"),
+    "quantized": ("qwen3", dict(quantization_config={"quant_method": "fp8"}), "must be None"),
     "a window": ("qwen2", dict(use_sliding_window=True), "use_sliding_window (True)"),
 }
 
@@ -263,7 +279,7 @@ def test_settings_of_the_other_provider(tiny_run, target):
     for settings, words in (
         ({"attention": "eager"}, "target.attention"),
         ({"shard_across_data_parallel": 2}, "shard_across_data_parallel"),
-        ({"provider": "huggingface", "checkpoint": "there"}, "target.provider=megatron only"),
+        ({"provider": "huggingface", "checkpoint": "there"}, "read by target.provider=megatron"),
     ):
         with pytest.raises(ConfigError, match=words):
             config_of(tiny_run, target("qwen3"), target=settings)

@@ -26,7 +26,7 @@ class AnnouncedStates(CachedStates):
 
     lockstep = True
 
-    def expect(self, batches):
+    def expect(self, batches, samples=()):
         self.expected = list(batches)
 
     def states(self, input_ids, **rest):
@@ -67,7 +67,7 @@ def steps(runtime, overlap, idle=None, distributed=False, recompute=False):
                 for i in (idle or {}).get(runtime.dp_group.rank(), []):
                     batches[i].blocks.eval_mask[:] = False
             gradient_step.run(batches, MetricSums.zeros(SHAPE.block_size, runtime.device))
-            assert not gradient_step.target.expected
+            assert not gradient_step.forward_step.target.expected
             gradients.append(reduced(wrapped))
     return gradients, under_way, len(wrapped.bucket_groups)
 

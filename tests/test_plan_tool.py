@@ -104,6 +104,11 @@ def test_a_length_that_the_target_was_not_made_for_is_noted(tmp_path):
     )
 
 
+def test_megatron_targets_are_not_compared():
+    with pytest.raises(ConfigError, match="target.provider=huggingface only"):
+        recommend(wish("qwen3-8b", MASK, "target.provider=megatron"), NODE)
+
+
 def test_nothing_fits():
     with pytest.raises(ConfigError, match=r"leanest \(TP .*\) takes .* GiB a GPU.*more nodes"):
         recommend(wish("llama-3.1-405b", MASK), NODE)

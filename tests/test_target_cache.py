@@ -125,9 +125,11 @@ def test_a_cache_gives_the_online_curve(pool, run, online, tmp_path, written, re
 
 
 def run_without_target(runtime, config):
-    from dspark_megatron.training import loop
+    from dspark_megatron.training import states_source
 
-    with mock.patch.object(loop, "build_target", side_effect=AssertionError("a target is loaded")):
+    with mock.patch.object(
+        states_source, "build_target", side_effect=AssertionError("a target is loaded")
+    ):
         run_training(runtime, config)
 
 
@@ -241,6 +243,21 @@ def test_killed_and_continued_by_other_ranks(pool, run, tmp_path):
     assert contents(killed) == contents(whole)
 
 
+def test_killed_at_ten_random_points(pool, run, tmp_path):
+    config = run("x", data={"train_files": [str(make_chats(tmp_path / "chats.jsonl", 300))]})
+    file, killed, whole = tmp_path / "run.yaml", tmp_path / "killed", tmp_path / "whole"
+    file.write_text(config.to_yaml(), encoding="utf-8")
+    place = dict(world=1, tp=1, config=config)
+    pool.run(prepare_options, **place, output=whole, **{"shard-mib": "0.001"})
+    shards = len(list(whole.glob("shard_*")))
+    options = ["--config", str(file), "--output", str(killed), "--shard-mib", "0.001"]
+    command = [sys.executable, "tests/killed_writer.py", "10", str(shards), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    text = subprocess.check_output(command, cwd=ROOT, env=environment, text=True)
+    assert text.splitlines().count("killed") == 10
+    assert contents(killed) == contents(whole)
+
+
 @pytest.mark.parametrize(
     "sections, message",
     [
@@ -254,6 +271,42 @@ def test_a_cache_of_another_run_is_refused(pool, run, caches, sections, message)
     config = cached(run, "refused", caches["float32"], **sections)
     with pytest.raises(AssertionError, match=message):
         pool.run(run_training, world=1, tp=1, config=config)
+
+
+def states_read_ahead(runtime, config):
+    """What is expected and asked for, but for one; asked for alone; and how often it was read."""
+    from dspark_megatron.training.run_data import load_run_data
+    from dspark_megatron.training.setup import check_run
+    from dspark_megatron.training.target_cache import cached_target
+
+    plan = check_run(config, runtime.world_size)
+    data = load_run_data(plan, config.data.train_files)
+    target, read = cached_target(plan, runtime, data), []
+    rows = target._cache.rows
+    target._cache.rows = lambda place: read.append(place) or rows(place)
+    samples = [(0, 1), (2, 3), (0, 1), (4, 5), (6, 7)]
+    ids = [torch.zeros(2, max(len(data[i].input_ids) for i in pair)) for pair in samples]
+    alone = [target.states(*one[:1], samples=one[1]) for one in zip(ids, samples, strict=True)]
+    read.clear()
+    target.expect(ids, samples=samples)
+    ahead = {i: target.states(ids[i], samples=samples[i]) for i in (0, 2, 3, 4)}
+    target.expect(ids[:3], samples=samples[:3])  # left over by a step that was cut short
+    target.expect(ids[:1], samples=samples[:1])
+    again = target.states(ids[0], samples=samples[0])
+    kept = [
+        (alone[i].taps, alone[i].last_hidden, one.taps, one.last_hidden) for i, one in ahead.items()
+    ]
+    return [*kept, (alone[0].taps, alone[0].last_hidden, again.taps, again.last_hidden)], read
+
+
+def test_states_are_read_ahead(pool, run, caches):
+    [(kept, read)] = pool.run(
+        states_read_ahead, world=1, tp=1, config=cached(run, "x", caches["float32"])
+    )
+    for taps, last_hidden, taps_ahead, last_hidden_ahead in kept:
+        torch.testing.assert_close(taps_ahead, taps, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(last_hidden_ahead, last_hidden, rtol=0, atol=0, equal_nan=True)
+    assert len(read[:10]) == len(set(read[:10])) + 2, "each once, and the two that come twice"
 
 
 def test_a_smaller_block_is_served(pool, run, caches):

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -473,6 +474,52 @@ def test_tp_3_exports_the_bytes_of_tp_1(pool, tiny_run, tmp_path):
         exports.append(export_checkpoint(run, target, tmp_path / f"export{tp}"))
     for file in ("model.safetensors", "config.json"):
         assert (exports[0] / file).read_bytes() == (exports[1] / file).read_bytes(), file
+
+
+def listing_command():
+    """The first of docs/checkpoints.md that lists tensors."""
+    lines = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8").splitlines()
+    (line,) = (line for line in lines if "load_tensors_metadata as load" in line)
+    return shlex.split(line)[1:]
+
+
+def test_megatron_lists_a_checkpoint(unbroken, tmp_path):
+    """In a process that knows nothing of this package."""
+    from dspark_megatron.conversion.megatron_checkpoint import CheckpointReader
+    from dspark_megatron.conversion.names import megatron_shapes
+
+    folder = unbroken / "checkpoints" / "iter_0000020"
+    command = [sys.executable, *listing_command()[:-1], str(folder)]
+    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=120)
+    assert not done.returncode, done.stderr
+    listed = {}
+    for line in done.stdout.splitlines():
+        name, rest = line.split(" ", 1)
+        listed[name] = rest
+    draft = {name: rest for name, rest in listed.items() if not name.startswith("optimizer.")}
+    shapes = megatron_shapes(CheckpointReader(folder).shape)
+    assert draft == {name: f"{shape} torch.float32" for name, shape in shapes.items()}
+    states = ("optimizer.state.exp_avg", "optimizer.state.exp_avg_sq")
+    assert set(listed) - set(draft) >= {f"{state}.{name}" for state in states for name in shapes}
+
+
+def test_megatron_reads_what_is_no_tensor(unbroken):
+    from megatron.core import dist_checkpointing
+
+    folder = str(unbroken / "checkpoints" / "iter_0000020")
+    assert dist_checkpointing.check_is_distributed_checkpoint(folder)
+    assert "optimizer" in dist_checkpointing.load_common_state_dict(folder)
+    metadata = dist_checkpointing.load_content_metadata(folder)
+    assert metadata["distrib_optim_sharding_type"] == "fully_reshardable"
+
+
+def test_megatron_finds_the_newest_checkpoint(unbroken):
+    found = pytest.importorskip("megatron.training.checkpointing", reason="0.19's wheel has it")
+    checkpoints = str(unbroken / "checkpoints")
+    tracker = found.get_checkpoint_tracker_filename(checkpoints)
+    assert found.read_metadata(tracker) == (20, False)
+    folder = found.get_checkpoint_name(checkpoints, 20, return_base_dir=True)
+    assert found._get_checkpoint_format(folder, None) == "torch_dist"
 
 
 def test_another_target_is_not_continued(pool, tiny_run, unbroken, tmp_path):

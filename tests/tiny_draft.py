@@ -154,7 +154,7 @@ def rank_micro_batches(runtime, samples, block_size, micro_batch_size, loss=None
     from dspark_megatron.data.collate import collate
     from dspark_megatron.data.conversation import Sample
     from dspark_megatron.ops.anchors import BlockRules, draft_blocks
-    from dspark_megatron.training.micro_batch import MicroBatch
+    from dspark_megatron.training.micro_batches import MicroBatch
 
     rules = BlockRules.of(loss or LossConfig())
     stride = micro_batch_size * runtime.dp_group.size()

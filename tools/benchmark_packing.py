@@ -9,6 +9,7 @@ anything is timed the losses of all variants must agree.
 """
 
 import argparse
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,6 @@ import benchmarking
 from dspark_megatron.config import Config, ConfigError
 from dspark_megatron.config_file import load_config
 from dspark_megatron.data.dataset import ConversationDataset
-from dspark_megatron.data.sampler import StepSampler
 from dspark_megatron.targets.packing import RowPlanner
 from dspark_megatron.training.runtime import Runtime, launch, start
 
@@ -32,26 +32,16 @@ FORMATS = {"variant": "", "padding": ".1%", "target, ms": ",.0f", "step, ms": ",
 FORMATS |= {"useful tokens/s": ",.1f", "tokens/s, ratio": ".2f", "target alone, ratio": ".2f"}
 
 
-def micro_batches(config: Config, dataset: ConversationDataset, steps: int, grouped: bool) -> list:
-    """Of the first steps, as one rank would take them."""
-    from dspark_megatron.training.micro_batch import MicroBatch
+def micro_batches(
+    config: Config, dataset: ConversationDataset, steps: int, grouped: bool, runtime: Runtime
+) -> list:
+    """Of the first steps."""
+    from dspark_megatron.training.micro_batches import MicroBatches
 
-    train = config.train
-    sampler = StepSampler(
-        len(dataset),
-        train.seed,
-        train.global_batch_size,
-        train.micro_batch_size,
-        dp_rank=0,
-        dp_size=1,
-        lengths=dataset.lengths if grouped else None,
-    )
-    starts = range(0, steps * train.global_batch_size, train.global_batch_size)
-    return [
-        MicroBatch.of(refs, dataset, config)
-        for start in starts
-        for refs in sampler.micro_batches(start)
-    ]
+    data = replace(config.data, group_by_length=grouped)
+    batches = MicroBatches(replace(config, data=data), dataset, dp_group=runtime.dp_group)
+    size = config.train.global_batch_size
+    return [batch for step in range(steps) for batch in batches.of_step(step * size)]
 
 
 class Variants:
@@ -67,7 +57,8 @@ class Variants:
         self.block_size, self.device = plan.shape.block_size, runtime.device
         dataset = load_run_data(plan, config.data.train_files, weights=config.data.weights)
         self.batches = {
-            grouped: micro_batches(config, dataset, steps, grouped) for grouped in (False, True)
+            grouped: micro_batches(config, dataset, steps, grouped, runtime)
+            for grouped in (False, True)
         }
         self.planner = RowPlanner.of(config.target, plan.shape.hidden_size)
         self.target = build_target(plan, runtime, with_last_hidden=config.needs_teacher)

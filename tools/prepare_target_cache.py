@@ -50,7 +50,8 @@ def checked_config(args: argparse.Namespace) -> tuple[Any, Path]:
     from dspark_megatron.config_file import load_config
 
     config = load_config(args.config, args.overrides)
-    config.target.provider = "huggingface"
+    if config.target.is_cached:
+        config.target.provider = "megatron" if config.target.checkpoint else "huggingface"
     output = args.output or Path(config.target.cache)
     require(
         args.output is not None or bool(config.target.cache),

@@ -33,7 +33,7 @@ from dspark_megatron.ops.anchors import draft_blocks
 from dspark_megatron.shape import DraftShape
 from dspark_megatron.targets.base import StatesSource, TargetStates
 from dspark_megatron.training.metrics import MetricSums
-from dspark_megatron.training.micro_batch import MicroBatch
+from dspark_megatron.training.micro_batches import MicroBatch
 from dspark_megatron.training.optimizer import wrap_data_parallel
 from dspark_megatron.training.runtime import Runtime
 from dspark_megatron.training.step import GradientStep

@@ -68,6 +68,11 @@ class Config:
             "model.enable_confidence_head=false or optimizer.overlap_grad_reduce=false",
         )
         require(
+            not (self.model.initialize_from_target_layers and self.train.initial_checkpoint),
+            f"model.initialize_from_target_layers ({self.model.initialize_from_target_layers}) and "
+            f"train.initial_checkpoint ({self.train.initial_checkpoint}) name two starts; give one",
+        )
+        require(
             self.evaluate.scheduler == "none" or self.model.enable_confidence_head,
             f"evaluate.scheduler ({self.evaluate.scheduler!r}) goes by the confidence head, and "
             "model.enable_confidence_head is false; set evaluate.scheduler=none",

@@ -14,7 +14,8 @@ class EvaluateConfig:
     checkpoint: str = ""
     """Run folder, checkpoint folder or `iter_*` folder; empty means train.output_dir."""
     untrained: bool = False
-    """Evaluate the draft as it is before the first step, from train.seed."""
+    """Evaluate the draft as it is before the first step, from train.seed and, where it starts from
+    them, the target's layers."""
     temperature: float = 1.0
     """Sampling temperature of target and draft; 0 is greedy."""
     max_new_tokens: int = 256

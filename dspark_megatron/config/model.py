@@ -38,10 +38,18 @@ class ModelConfig:
     """Width of one attention head of the draft."""
     initializer_range: float = 0.02
     """Standard deviation of the initial weights; biases start at zero, norms at one."""
+    initialize_from_target_layers: list[int] = field(default_factory=list)
+    """For each draft layer the target's layer (0-based) whose attention, MLP and norms it starts
+    from, where the shapes agree; empty: all weights are random. Not looked at when the run
+    continues."""
     backend: str = "local"
     """Classes of the draft's layers: `local` (Megatron-Core's own and PyTorch's RMSNorm, any
     device), `transformer_engine` (needs the package and a GPU) or `auto` (the latter where it can
     run). The same parameters and checkpoints."""
+    layer_spec: list[str] = field(default_factory=list)
+    """Code of yours for the draft's layers, as Megatron's `--spec`: [module, name] of a ModuleSpec
+    or of a function that returns one. A run imports it; reading a config does not. Empty: the
+    classes of `backend`."""
     attention_backend: str = "sdpa"
     """Attention of the draft in training: `sdpa` (grouped, any device) or `flex` (FlexAttention
     with a block mask; GPUs only)."""
@@ -54,6 +62,16 @@ class ModelConfig:
             positive(f"model.{name}", getattr(self, name))
         one_of("model.markov_head_type", self.markov_head_type, ("vanilla", "gated", "rnn"))
         one_of("model.backend", self.backend, ("local", "transformer_engine", "auto"))
+        require(
+            len(self.layer_spec) in (0, 2) and all(self.layer_spec),
+            f"model.layer_spec ({self.layer_spec}) must be two words, a module and a name in it "
+            "(as for Megatron's --spec), or []",
+        )
+        require(
+            not self.layer_spec or self.backend == "local",
+            f"model.layer_spec ({self.layer_spec}) takes the place of model.backend "
+            f"({self.backend!r}); leave that at local",
+        )
         one_of("model.attention_backend", self.attention_backend, ("sdpa", "flex"))
         require(self.markov_rank >= 0, f"model.markov_rank ({self.markov_rank}) must be >= 0")
         require(

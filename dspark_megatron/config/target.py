@@ -13,15 +13,16 @@ class TargetConfig:
     """Folder with the target's `config.json`, safetensors and tokenizer."""
     provider: str = "huggingface"
     """Where its states come from. `huggingface`: the target, split by Transformers' native tensor
-    parallelism. `megatron`: a Megatron-Core GPTModel, for Llama, Qwen2, Qwen3 and Qwen3-MoE.
+    parallelism. `megatron`: a Megatron-Core GPTModel, of Llama, Qwen2, Qwen3 and Qwen3-MoE.
     `cache`: the folder `cache`, and no target is loaded."""
-    cache: str = ""
-    """Folder of states that `tools/prepare_target_cache.py` has written, or of DeepSpec's cache
-    (version 2)."""
     checkpoint: str = ""
     """For provider `megatron`: a Megatron-LM checkpoint (a folder with
     `latest_checkpointed_iteration.txt`, or an `iter_*` or `release` folder in it) that the target's
-    weights come from, whatever layout wrote it; `path` then needs no safetensors."""
+    weights come from, whatever layout wrote it; `path` then needs no safetensors. For `cache`: the
+    same, where the cache was written with it."""
+    cache: str = ""
+    """Folder of states that `tools/prepare_target_cache.py` has written, or of DeepSpec's cache
+    (version 2)."""
     dtype: str = "auto"
     """`auto` (as saved), `float32`, `bfloat16` or `float16`."""
     attention: str = "sdpa"
@@ -56,14 +57,13 @@ class TargetConfig:
             f"target.shard_across_data_parallel ({self.shard_across_data_parallel}) must be >= 0 "
             "(1: no sharding, 0: over all data-parallel ranks)",
         )
+        require(
+            not self.checkpoint or self.provider != "huggingface",
+            f"target.checkpoint ({self.checkpoint}) is read by target.provider=megatron, and for a "
+            f"cache of its states (here: {self.provider}); set that, or leave it empty",
+        )
         if self.provider == "megatron":
             self._validate_megatron()
-        else:
-            require(
-                not self.checkpoint,
-                f"target.checkpoint ({self.checkpoint}) is read by target.provider=megatron only "
-                f"(here: {self.provider}); set that, or leave it empty",
-            )
         require(
             not self.packing or not self.is_cached,
             "target.packing is of a target's forward pass, and target.provider 'cache' makes none; "
@@ -86,8 +86,7 @@ class TargetConfig:
         )
         require(
             not self.packing,
-            "target.packing is for target.provider=huggingface: a GPTModel's rows are "
-            "one sample each; set target.packing=false",
+            "target.packing is for target.provider=huggingface; set target.packing=false",
         )
 
     @property

@@ -19,6 +19,7 @@ from dspark_megatron.planning.traffic import Traffic, step_traffic
 from dspark_megatron.shape import check_batch_size
 from dspark_megatron.training.initial_weights import InitialWeights
 from dspark_megatron.training.setup import RunPlan, check_run
+from dspark_megatron.training.warm_start import check_warm_start
 
 GIB = 2**30
 
@@ -31,6 +32,7 @@ def describe_run(config: Config, world_size: int) -> str:
     checkpoints = Path(config.train.output_dir) / "checkpoints"
     if not config.train.resume or latest_iteration(checkpoints) is None:
         InitialWeights.open(plan)
+        check_warm_start(plan)
     lines = [config.to_yaml(), describe_plan(plan)]
     if plan.tokenizer is None:
         lines.append(f"not checked: the tokenizer, since {config.target.path} has none")

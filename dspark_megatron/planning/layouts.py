@@ -107,11 +107,10 @@ def layouts(
     """All layouts of the searched keys that the rules allow, the best first, and why a
     tensor-parallel size allows none. fixed: keys to leave as they are. Raises the first refusal
     when there is no layout at all."""
-    provider = base.target.provider
     require(
-        provider == "huggingface",
-        f"layouts are compared for target.provider=huggingface only, and it is {provider}; leave "
-        "it out, or look at one layout with --dry-run",
+        base.target.provider != "megatron",
+        "layouts are compared for target.provider=huggingface only, and it is megatron; leave it "
+        "out, or look at one layout with --dry-run",
     )
     shape, found, refused = draft_shape(base.model, target_config), [], {}
     for config in _configs(base, machine, fixed):

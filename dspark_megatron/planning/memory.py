@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from dspark_megatron.gpt_checkpoint import GPTCheckpoint
 from dspark_megatron.planning.activations import DraftPass, gradient_bytes, kept_bytes, layer_bytes
 from dspark_megatron.planning.loss_memory import HeadLossSize, head_loss_parts
 from dspark_megatron.planning.meta_draft import draft_elements
@@ -47,6 +48,8 @@ def target_dtype(plan: RunPlan) -> torch.dtype:
     """The type that the target is loaded in; `auto` takes the one it was saved in."""
     if plan.config.target.dtype != "auto":
         return getattr(torch, plan.config.target.dtype)
+    if plan.config.target.checkpoint:
+        return GPTCheckpoint(plan.config.target.checkpoint).dtype
     return plan.target_config.dtype or torch.float32
 
 

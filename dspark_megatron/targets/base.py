@@ -34,9 +34,9 @@ class StatesSource(Protocol):
     dtype: torch.dtype
     """That of its weights, and so of its states."""
 
-    def expect(self, batches: Sequence[Tensor]) -> None:
-        """Called before the `states` of several micro-batches, with the ids of all in their order:
-        pipeline stages run them together. Nothing to others."""
+    def expect(self, batches: Sequence[Tensor], *, samples: Sequence[Sequence[int]] = ()) -> None:
+        """Called before the `states` of several micro-batches, with what they will be given, in
+        their order: a cache reads ahead, and pipeline stages run them together."""
 
     def states(
         self,

@@ -1,6 +1,8 @@
 """Provider `cache`: states that were made before, found by the content of a sample."""
 
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -11,6 +13,9 @@ from dspark_megatron.config import ConfigError
 from dspark_megatron.targets.base import StatesSource, TargetStates
 from dspark_megatron.targets.cache_files import CacheReader
 from dspark_megatron.targets.state_rows import StateRows
+
+_AHEAD = 2
+"""Micro-batches read before they are asked for, at most; they lie in memory."""
 
 
 class CachedTarget(StatesSource):
@@ -42,6 +47,15 @@ class CachedTarget(StatesSource):
                 "data, or set target.provider=huggingface"
             )
         self._places = found
+        self._reader = ThreadPoolExecutor(1, "cache-reader")
+        self._expected: deque[tuple[tuple[int, ...], int]] = deque()
+        self._ahead: deque[tuple[tuple[int, ...], Future[TargetStates]]] = deque()
+
+    def expect(self, batches: Sequence[Tensor], *, samples: Sequence[Sequence[int]] = ()) -> None:
+        self._ahead.clear()
+        sizes = (input_ids.shape[1] for input_ids in batches)
+        self._expected = deque(zip(map(tuple, samples), sizes, strict=True))
+        self._read_ahead()
 
     def states(
         self,
@@ -51,12 +65,32 @@ class CachedTarget(StatesSource):
         samples: Sequence[int] = (),
     ) -> TargetStates:
         """Taps are padded to the longest context only, c of them: [b, c, m*h]."""
+        wanted = tuple(samples)
+        while self._ahead and self._ahead[0][0] != wanted:
+            self._ahead.popleft()  # what teaches nothing is not asked for
+        if self._ahead:
+            found = self._ahead.popleft()[1].result()
+        else:
+            found = self._read(wanted, input_ids.shape[1])
+        self._read_ahead()
+        last_hidden = found.last_hidden
+        return TargetStates(
+            found.taps.to(self._device),
+            None if last_hidden is None else last_hidden.to(self._device),
+        )
+
+    def _read_ahead(self) -> None:
+        """Have the thread read what comes next, while the device works on what is there."""
+        while self._expected and len(self._ahead) < _AHEAD:
+            samples, seq_length = self._expected.popleft()
+            future = self._reader.submit(self._read, samples, seq_length)
+            self._ahead.append((samples, future))
+
+    def _read(self, samples: tuple[int, ...], seq_length: int) -> TargetStates:
         parts = [self._cache.rows(self._places[i]) for i in samples]
         taps = pad_sequence([part.taps for part in parts], True, torch.nan)
-        last_hidden = None
-        if parts[0].last_hidden is not None:
-            last_hidden = _spread(parts, input_ids.shape[1]).to(self._device)
-        return TargetStates(taps.to(self._device), last_hidden)
+        with_last_hidden = parts[0].last_hidden is not None
+        return TargetStates(taps, _spread(parts, seq_length) if with_last_hidden else None)
 
 
 def _spread(parts: list[StateRows], seq_length: int) -> Tensor:

@@ -61,6 +61,9 @@ class InitialWeights:
             raise_if_any(_bad_values(reader.names(), reader.tensor), str(reader.path))
         return cls(reader.path, None)
 
+    def describe(self) -> str:
+        return f"starting from the weights of {self.path}"
+
     def load(self, draft: DSparkDraftModel, *, tp_group: dist.ProcessGroup) -> None:
         """Fill the draft's trained parameters; its embedding and LM head stay the target's. From a
         checkpoint collective over the world, from a folder each rank reads for itself."""

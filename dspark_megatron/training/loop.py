@@ -16,14 +16,10 @@ from dspark_megatron.conversion.megatron_checkpoint import (
     latest_iteration,
     read_meta,
 )
-from dspark_megatron.data.blend import Blend
 from dspark_megatron.data.dataset import ConversationDataset
-from dspark_megatron.data.sampler import StepSampler
 from dspark_megatron.data.show import describe_sample
-from dspark_megatron.targets.base import StatesSource
+from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.targets.packing import RowPlanner
-from dspark_megatron.targets.packing_check import check_packing
-from dspark_megatron.targets.teacher_check import check_teacher_logits
 from dspark_megatron.training.checkpointing import (
     RunState,
     check_same_run,
@@ -34,7 +30,7 @@ from dspark_megatron.training.checkpointing import (
 from dspark_megatron.training.heldout import HeldOut
 from dspark_megatron.training.initial_weights import InitialWeights
 from dspark_megatron.training.metrics import MetricSums
-from dspark_megatron.training.micro_batch import MicroBatch
+from dspark_megatron.training.micro_batches import MicroBatches
 from dspark_megatron.training.optimizer import (
     build_optimizer,
     build_scheduler,
@@ -48,12 +44,13 @@ from dspark_megatron.training.runtime import Runtime, main_ranks_folder
 from dspark_megatron.training.setup import (
     RunPlan,
     build_draft,
-    build_target,
     draft_identity,
 )
+from dspark_megatron.training.states_source import states_source
 from dspark_megatron.training.step import GradientStep
 from dspark_megatron.training.stop_requests import StopReason, StopRequests
-from dspark_megatron.training.target_cache import cached_target, open_cache
+from dspark_megatron.training.target_cache import open_cache
+from dspark_megatron.training.warm_start import WarmStart
 
 _NO_MATHEMATICS = ("preset", "chunk_rows", "memory_budget_mb", "compile")
 """Keys of the loss section that a run may change on its way. What a preset stands for is written
@@ -67,12 +64,12 @@ def train(plan: RunPlan, runtime: Runtime, stop: StopRequests) -> None:
         claim_output(output_dir, plan.config)
     dist.barrier()
     resume_from = _checkpoint_to_resume(plan, output_dir / "checkpoints", runtime)
-    initial = InitialWeights.open(plan) if resume_from is None else None
     if plan.config.target.is_cached:
         open_cache(plan)  # refused before the data are read
+    draft = _build_draft(plan, runtime, is_new=resume_from is None)
     heldout = HeldOut.load(plan, runtime)
     dataset = load_data(plan, runtime)
-    Trainer(plan, runtime, dataset, output_dir, resume_from, initial, heldout).run(stop)
+    Trainer(plan, runtime, dataset, output_dir, resume_from, draft, heldout).run(stop)
 
 
 class Trainer:
@@ -83,12 +80,12 @@ class Trainer:
         dataset: ConversationDataset,
         output_dir: Path,
         resume_from: Path | None,
-        initial: InitialWeights | None,
+        draft: DSparkDraftModel,
         heldout: HeldOut | None,
     ) -> None:
         config = plan.config
         self.plan, self.runtime, self.dataset = plan, runtime, dataset
-        self.heldout = heldout
+        self.draft, self.heldout = draft, heldout
         self.settings = config.train
         self.checkpoints = output_dir / "checkpoints"
         self.output_dir = output_dir
@@ -100,25 +97,12 @@ class Trainer:
         if runtime.is_main:
             write_config(output_dir, config)
             write_status(output_dir, "running")
-        blend = Blend(dataset.shares, self.settings.seed) if dataset.shares else None
-        self.sampler = StepSampler(
-            len(dataset),
-            self.settings.seed,
-            self.settings.global_batch_size,
-            self.settings.micro_batch_size,
-            runtime.dp_group.rank(),
-            runtime.dp_group.size(),
-            blend,
-            dataset.lengths if config.data.group_by_length else None,
-        )
+        self.batches = MicroBatches(config, dataset, dp_group=runtime.dp_group)
         planner = RowPlanner.of(config.target, plan.shape.hidden_size)
-        if padding := describe_padding(config, dataset.lengths, blend, self.iterations, planner):
+        samples = dataset.lengths, self.batches.blend
+        if padding := describe_padding(config, *samples, self.iterations, planner):
             self._say(padding)
-        self.draft = build_draft(plan, runtime)
-        if initial is not None:
-            initial.load(self.draft, tp_group=runtime.tp_group)
-            self._say(f"starting from the weights of {initial.path}")
-        self.target = self._states_source()
+        self.target = states_source(plan, runtime, dataset, self.draft)
         self.model = wrap_data_parallel(self.draft, config.optimizer)
         self.optimizer = build_optimizer(config.optimizer, self.model, plan.dtype)
         self.scheduler = build_scheduler(config.optimizer, self.optimizer, self.iterations)
@@ -180,10 +164,7 @@ class Trainer:
 
     def _train_step(self, metrics: MetricSums) -> float:
         """One optimizer step; returns the gradient norm before clipping."""
-        micro_batches = [
-            MicroBatch.of(refs, self.dataset, self.plan.config)
-            for refs in self.sampler.micro_batches(self.state.consumed_samples)
-        ]
+        micro_batches = self.batches.of_step(self.state.consumed_samples)
         self.optimizer.zero_grad()
         self.step.run(micro_batches, metrics)
         self.scheduler.step(1)
@@ -228,20 +209,6 @@ class Trainer:
         if self.runtime.is_main:
             track_best(self.checkpoints, state.best)
         return state
-
-    def _states_source(self) -> StatesSource:
-        config = self.plan.config
-        if config.target.is_cached:
-            return cached_target(self.plan, self.runtime, self.dataset)
-        target = build_target(self.plan, self.runtime, with_last_hidden=config.needs_teacher)
-        if config.target.check_teacher_logits and config.needs_teacher:
-            first = self.dataset[0].input_ids[None]
-            place = self.draft.lm_head, self.draft.vocab_shard
-            check_teacher_logits(target, config.target.path, *place, first)
-        if config.target.packing:
-            few = (self.dataset[i % len(self.dataset)] for i in range(3))
-            check_packing(target, [sample.input_ids for sample in few])
-        return target
 
     def _agreed(self, reason: StopReason) -> StopReason:
         """The largest of all ranks' reasons: a signal may reach one node only, and clocks differ.
@@ -297,6 +264,20 @@ def _checkpoint_to_resume(plan: RunPlan, checkpoints: Path, runtime: Runtime) ->
     )
     check_same_run(folder, _identity(plan))
     return folder
+
+
+def _build_draft(plan: RunPlan, runtime: Runtime, *, is_new: bool) -> DSparkDraftModel:
+    """The draft, before anything slow: its layers may be the user's own. A new run's has the
+    weights that it is to start from."""
+    initial = None
+    if is_new:
+        initial = InitialWeights.open(plan) or WarmStart.open(plan)
+    draft = build_draft(plan, runtime)
+    if initial is not None:
+        initial.load(draft, tp_group=runtime.tp_group)
+        if runtime.is_main:
+            print(initial.describe(), flush=True)
+    return draft
 
 
 def load_data(plan: RunPlan, runtime: Runtime) -> ConversationDataset:

@@ -66,33 +66,33 @@ class MetricSums:
         scalars, accept_sum, accept_count = packed.split([len(SCALARS), k, k])
         return cls(dict(zip(SCALARS, scalars.clone(), strict=True)), accept_sum, accept_count)
 
-    def means(self, weights: dict[str, float]) -> dict[str, float | list[float] | None]:
-        """What a log line shows. weights: of the terms in use, by name. A mean without weight is
-        null, not zero."""
-        s = {name: value.item() for name, value in self.scalars.items()}
-
-        def mean(name: str, over: str = "weight") -> float | None:
-            return s[name] / s[over] if s[over] else None
-
-        terms = {name: mean(f"{name}_sum") for name in weights}
-        row = {
-            "loss": _weighted(terms, weights),
-            **{f"{name}_loss": value for name, value in terms.items()},
-            "sampler/anchors_per_sample": mean("blocks", "samples"),
-            "sampler/candidates_per_sample": mean("candidates", "samples"),
-            "sampler/supervised_slots_per_block": mean("rows", "blocks"),
-            "sampler/padding_share": mean("padding", "positions"),
+    def ratios(self, weights: dict[str, float]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Numerator and denominator of each mean that is shown; of `accept_rate` by slot. weights:
+        of the terms in use, by name."""
+        s = self.scalars
+        loss = sum(weight * s[f"{name}_sum"] for name, weight in weights.items())
+        ratios = {
+            "loss": (loss, s["weight"]),
+            **{f"{name}_loss": (s[f"{name}_sum"], s["weight"]) for name in weights},
+            "sampler/anchors_per_sample": (s["blocks"], s["samples"]),
+            "sampler/candidates_per_sample": (s["candidates"], s["samples"]),
+            "sampler/supervised_slots_per_block": (s["rows"], s["blocks"]),
+            "sampler/padding_share": (s["padding"], s["positions"]),
         }
         if "l1" in weights:
-            row["tau"] = mean("tau_sum", "blocks")
-            row["accept_rate"] = (self.accept_sum / self.accept_count.clamp(min=1)).tolist()
+            ratios["tau"] = s["tau_sum"], s["blocks"]
+            ratios["accept_rate"] = self.accept_sum, self.accept_count
         if "confidence" in weights:
-            row["confidence_abs_error"] = mean("confidence_error_sum")
-            row["confidence_bias"] = mean("confidence_bias_sum")
-        return row
+            ratios["confidence_abs_error"] = s["confidence_error_sum"], s["weight"]
+            ratios["confidence_bias"] = s["confidence_bias_sum"], s["weight"]
+        return ratios
+
+    def means(self, weights: dict[str, float]) -> dict[str, float | list[float] | None]:
+        """What a log line shows. A mean without weight is null, not zero."""
+        return {name: _mean(*ratio) for name, ratio in self.ratios(weights).items()}
 
 
-def _weighted(terms: dict[str, float | None], weights: dict[str, float]) -> float | None:
-    if any(term is None for term in terms.values()):
-        return None
-    return sum(weight * terms[name] for name, weight in weights.items())
+def _mean(numerator: Tensor, denominator: Tensor) -> float | list[float] | None:
+    if denominator.dim():
+        return (numerator / denominator.clamp(min=1)).tolist()
+    return (numerator / denominator).item() if denominator else None

@@ -3,6 +3,7 @@
 `check_run` comes first and costs nothing: every rule that needs no weights is tried there.
 """
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
+from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 from transformers import (
     AutoTokenizer,
@@ -21,9 +23,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dspark_megatron.config import Config, ConfigError, require
+from dspark_megatron.config import Config, ConfigError, ModelConfig, require
+from dspark_megatron.conversion.draft_tensors import check_draft_tensors
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.model.layer_specs import layer_spec, transformer_engine_is_usable
+from dspark_megatron.model.user_layer_spec import user_code, user_layer_spec
 from dspark_megatron.ops.chunk_budget import chunk_rows
 from dspark_megatron.ops.vocab_parallel import VocabShard
 from dspark_megatron.shape import (
@@ -109,7 +113,7 @@ def check_training_device(config: Config) -> None:
         f"optimizer.gradient_accumulation_fusion needs a GPU (found: {has_gpu}) and Apex's "
         f"extension {extension}; install both or set optimizer.gradient_accumulation_fusion=false",
     )
-    layer_spec(config.model.backend)
+    _layer_spec(config.model)
     if has_gpu:
         return
     require(
@@ -145,26 +149,35 @@ def draft_identity(plan: RunPlan) -> dict[str, Any]:
 
 
 def build_draft(plan: RunPlan, runtime: Runtime) -> DSparkDraftModel:
-    """The draft with weights from train.seed and the target's embedding and head."""
-    backend = plan.config.model.backend
+    """The draft with weights from train.seed and the target's embedding and head. ConfigError
+    where the user's own layers do not build, or do not have the parameters of a draft."""
+    backend, override = plan.config.model.backend, plan.config.model.layer_spec
     if runtime.is_main and backend == "auto":
         used = "transformer_engine" if transformer_engine_is_usable() else "local"
         print(f"model.backend auto: {used}", flush=True)
-    model = DSparkDraftModel(
-        plan.shape,
-        tp_group=runtime.tp_group,
-        params_dtype=plan.dtype,
-        device=runtime.device,
-        attention_backend=plan.config.model.attention_backend,
-        attention_group_size=plan.config.model.attention_group_size,
-        recompute_activations=plan.config.train.recompute_activations,
-        sequence_parallel=plan.config.parallel.sequence_parallel,
-        gradient_accumulation_fusion=plan.config.optimizer.gradient_accumulation_fusion,
-        spec=layer_spec(backend),
-    )
+    spec = _layer_spec(plan.config.model)
+    with user_code(override) if override else contextlib.nullcontext():
+        model = DSparkDraftModel(
+            plan.shape,
+            tp_group=runtime.tp_group,
+            params_dtype=plan.dtype,
+            device=runtime.device,
+            attention_backend=plan.config.model.attention_backend,
+            attention_group_size=plan.config.model.attention_group_size,
+            recompute_activations=plan.config.train.recompute_activations,
+            sequence_parallel=plan.config.parallel.sequence_parallel,
+            gradient_accumulation_fusion=plan.config.optimizer.gradient_accumulation_fusion,
+            spec=spec,
+        )
+    if override:
+        check_draft_tensors(model, f"the draft of model.layer_spec {override}")
     model.init_weights(seed=plan.config.train.seed, std=plan.config.model.initializer_range)
     model.load_frozen_replicas(*frozen_rows(plan, model.vocab_shard))
     return model
+
+
+def _layer_spec(model: ModelConfig) -> ModuleSpec:
+    return user_layer_spec(model.layer_spec) if model.layer_spec else layer_spec(model.backend)
 
 
 def load_target_head(plan: RunPlan, draft: DSparkDraftModel, target: Target) -> Tensor:

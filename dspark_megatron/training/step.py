@@ -8,10 +8,10 @@ import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 
 from dspark_megatron.config import LossConfig
-from dspark_megatron.targets.base import StatesSource, TargetStates
-from dspark_megatron.training.draft_loss import DraftLoss
+from dspark_megatron.targets.base import StatesSource
+from dspark_megatron.training.forward_step import ForwardStep
 from dspark_megatron.training.metrics import MetricSums
-from dspark_megatron.training.micro_batch import MicroBatch
+from dspark_megatron.training.micro_batches import MicroBatch
 
 
 class GradientStep:
@@ -39,9 +39,11 @@ class GradientStep:
         device: torch.device,
     ) -> None:
         """model: the data-parallel wrapper of a DSparkDraftModel."""
-        self.loss, self.model, self.target = loss, model, target
+        self.loss, self.model = loss, model
         self.dp_group, self.device = dp_group, device
-        self.draft_loss = DraftLoss(loss, model.module, tp_group=tp_group, device=device)
+        place = dict(tp_group=tp_group, device=device)
+        self.forward_step = ForwardStep(loss, model.module, target, **place)
+        self.draft_loss = self.forward_step.draft_loss
 
     def run(self, micro_batches: list[MicroBatch], metrics: MetricSums) -> None:
         """Leave the step's gradients in the model's buckets, reduced; add to `metrics`."""
@@ -52,7 +54,7 @@ class GradientStep:
         if overlap:
             passes.sort(key=lambda one: self._learns(one[0]))
             overlap = self._on_every_rank(self._learns(passes[-1][0]))
-        self.target.expect([micro_batch.input_ids for micro_batch, _ in passes])
+        self.forward_step.expect([micro_batch for micro_batch, _ in passes])
         with self.model.no_sync():
             for one in passes[:-1]:
                 self._forward_backward(*one, metrics)
@@ -62,7 +64,7 @@ class GradientStep:
         finalize_model_grads([self.model])
 
     def _learns(self, micro_batch: MicroBatch) -> bool:
-        return micro_batch.weight(self.draft_loss.slots) > 0
+        return self.forward_step.weight(micro_batch) > 0
 
     def _on_every_rank(self, flag: bool) -> bool:
         """Whether all data-parallel ranks say so. One all-reduce of one number."""
@@ -103,28 +105,6 @@ class GradientStep:
     def _forward_backward(
         self, micro_batch: MicroBatch, divisor: float, metrics: MetricSums
     ) -> None:
-        blocks = micro_batch.blocks
-        metrics.add(
-            samples=len(micro_batch.lengths),
-            tokens=sum(micro_batch.lengths),
-            candidates=blocks.candidates,
-        )
-        # A small loss_decay_gamma may round the weight of late slots, and of all there are, to 0.
-        if blocks.num_blocks == 0 or divisor == 0:  # the same on every tensor-parallel rank
-            if self.target.lockstep:
-                self._target_states(micro_batch, metrics)
-            return
-        metrics.add(blocks=blocks.num_blocks, rows=float(blocks.eval_mask.sum()))
-        states = self._target_states(micro_batch, metrics)
-        output = self.model(*blocks.draft_inputs(states.taps))
-        loss = self.draft_loss(blocks, states, output, metrics)
-        (loss / divisor).backward()
-
-    def _target_states(self, micro_batch: MicroBatch, metrics: MetricSums) -> TargetStates:
-        lengths = micro_batch.lengths
-        states = self.target.states(
-            micro_batch.input_ids, lengths=lengths, samples=micro_batch.samples
-        )
-        if states.positions is not None:
-            metrics.add(positions=states.positions, padding=states.positions - sum(lengths))
-        return states
+        loss = self.forward_step(micro_batch, self.model, metrics)
+        if loss is not None:
+            (loss / divisor).backward()

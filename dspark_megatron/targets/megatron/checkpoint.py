@@ -1,17 +1,22 @@
 """A GPTModel from a Megatron-LM checkpoint: its shape, and its weights in this run's layout."""
 
 import argparse
+import inspect
 import re
+from importlib.metadata import version
 from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.models.gpt.gpt_model import GPTModel
+from torch.distributed.checkpoint.api import CheckpointException
 
+from dspark_megatron.checkpoint_metadata import damaged
 from dspark_megatron.config import require
 from dspark_megatron.gpt_checkpoint import GPTCheckpoint, known_classes
 from dspark_megatron.targets.megatron.gpt_shape import GPTShape
+from dspark_megatron.torch_dist_folder import cause_of
 
 _ONLY = {
     "normalization": "RMSNorm",
@@ -31,11 +36,20 @@ _ONLY = {
     "moe_router_enable_expert_bias": False,
     "moe_router_topk_scaling_factor": None,
     "moe_router_num_groups": None,
+    "moe_apply_probs_on_input": False,
     "moe_shared_expert_intermediate_size": None,
     "moe_expert_capacity_factor": None,
     "moe_latent_size": None,
 }
-"""What a model of ours has in common with no other; arguments that a version lacks are as here."""
+"""What all models of ours have in common; an argument that a version lacks is as here."""
+_NEEDED = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels"),
+    *("group_query_attention", "qk_layernorm", "norm_epsilon", "rotary_base"),
+    "untie_embeddings_and_output_weights",
+)
+_NEEDED_FOR_EXPERTS = (
+    *("moe_ffn_hidden_size", "moe_layer_freq", "moe_router_topk", "moe_router_pre_softmax"),
+)
 _DETAILS = "_extra_state"
 """What layers save of themselves beside their weights."""
 _PASSED_OVER = ("mtp.", "rotary_pos_emb.")
@@ -52,6 +66,14 @@ def gpt_shape_of(checkpoint: GPTCheckpoint, vocab_size: int) -> GPTShape:
     """The shape that the checkpoint's arguments give. vocab_size: entries that count, which they do
     not say. Raises ConfigError for a model that is not of this kind."""
     args = checkpoint.args
+    experts = getattr(args, "num_experts", None)
+    needed = _NEEDED if experts is None else (*_NEEDED, *_NEEDED_FOR_EXPERTS)
+    lacking = [name for name in needed if not hasattr(args, name)]
+    require(
+        not lacking,
+        f"the arguments in target.checkpoint {checkpoint.path} must say {', '.join(lacking)}; save "
+        "it with a newer Megatron-LM",
+    )
     wrong = [
         f"{name} ({getattr(args, name)}, must be {value})"
         for name, value in _ONLY.items()
@@ -69,7 +91,7 @@ def gpt_shape_of(checkpoint: GPTCheckpoint, vocab_size: int) -> GPTShape:
         f"vocab_size of config.json ({vocab_size}); set that to the number of entries that the "
         "model was trained with",
     )
-    heads, experts = args.num_attention_heads, getattr(args, "num_experts", None)
+    heads = args.num_attention_heads
     scaled = getattr(args, "use_rope_scaling", False)
     return GPTShape(
         num_layers=args.num_layers,
@@ -112,8 +134,18 @@ def load_checkpoint_weights(model: GPTModel, checkpoint: GPTCheckpoint) -> None:
     }
     _check_tensors(state, checkpoint, is_whole=model.pg_collection.pp.size() == 1)
     _ = checkpoint.args  # seen to be harmless: Megatron-Core unpickles them again
-    with known_classes():
-        loaded = dist_checkpointing.load({"model": state}, str(checkpoint.path))["model"]
+    has_old_form = (checkpoint.path / "common.pt").is_file()
+    needs_old_form = "common_strategy" in inspect.signature(dist_checkpointing.load).parameters
+    require(
+        has_old_form or not needs_old_form,
+        f"target.checkpoint {checkpoint.path} has no common.pt: a newer Megatron-Core wrote it, "
+        f"and {version('megatron-core')} cannot read it; install that version",
+    )
+    try:
+        with known_classes():
+            loaded = dist_checkpointing.load({"model": state}, str(checkpoint.path))["model"]
+    except CheckpointException as error:
+        raise damaged(checkpoint.path, cause_of(error)) from error
     cut = len(checkpoint.prefix)
     result = model.load_state_dict({n[cut:]: t for n, t in loaded.items()}, strict=False)
     missing = [name for name in result.missing_keys if not name.endswith(_DETAILS)]

@@ -25,7 +25,7 @@ def gpt_shape_of(config: PretrainedConfig) -> GPTShape:
         f"target is {family!r}; set target.provider=huggingface, or build its GPTModel yourself "
         "and give it to MegatronTarget",
     )
-    _require_settings(config, {"hidden_act": "silu"})
+    _require_settings(config, {"hidden_act": "silu", "quantization_config": None})
     kv_heads = config.num_key_value_heads or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None)
     return GPTShape(
@@ -87,7 +87,7 @@ def _rope_scaling_factor(config: PretrainedConfig) -> float | None:
     require(
         kind in ("default", "llama3"),
         f"the target's rope_type ({kind!r}) must be default or llama3 for target.provider "
-        "megatron: Megatron-Core has no other; set target.provider=huggingface",
+        "megatron, which maps no other to Megatron-Core's; set target.provider=huggingface",
     )
     require(
         rope.get("partial_rotary_factor", 1.0) == 1.0,

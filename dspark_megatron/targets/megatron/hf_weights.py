@@ -1,6 +1,6 @@
 """A GPTModel's weights from a Hugging Face folder: each rank reads its own slices, and only them.
 
-The names of each side stand once, in `_Layer`. Query, key and value are one matrix in Megatron,
+The names of both sides stand in `_Table`. Query, key and value are one matrix in Megatron,
 query group by query group: the group's queries, its key, its value. Its rows are cut evenly over
 the tensor-parallel ranks, also through a group where there are more ranks than groups.
 """
@@ -36,7 +36,7 @@ def load_hf_weights(model: GPTModel, shape: GPTShape, folder: SafetensorsFolder)
     _check_tensors(shape, folder)
     table = _Table(model, shape)
     for name, parameter in model.named_parameters():
-        parts = [folder.part(part.name, part.rows, part.columns) for part in table.parts(name)]
+        parts = [folder.block(*part) for part in table.parts(name)]
         whole = torch.cat(parts)
         missing = len(parameter) - len(whole)  # padding of the vocabulary
         if missing:

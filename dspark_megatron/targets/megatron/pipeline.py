@@ -61,7 +61,7 @@ class PipelineTarget(StatesSource):
         self._expected: deque[Tensor] = deque()
         self._arrived: deque[tuple[Tensor, list[Tensor]]] = deque()
 
-    def expect(self, batches: Sequence[Tensor]) -> None:
+    def expect(self, batches: Sequence[Tensor], *, samples: Sequence[Sequence[int]] = ()) -> None:
         self._expected.extend(batches)
 
     def states(

@@ -52,9 +52,9 @@ class GPTSource:
         pre_process: bool = True,
         post_process: bool = True,
     ) -> GPTModel:
-        """This rank's part of the model with its weights. Collective over the world. Tokens are
-        spread over the tensor-parallel ranks where there are experts, who else would each work on
-        all of them."""
+        """This rank's part of the model with its weights. Collective over the world. Where
+        there are experts, tokens are spread over the tensor-parallel ranks in any case: else each
+        rank would send all of them."""
         model = build_gpt_model(
             self.shape,
             groups,

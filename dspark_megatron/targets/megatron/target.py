@@ -58,23 +58,21 @@ class MegatronTarget(Target):
         lengths: list[int] | None = None,
         samples: Sequence[int] = (),
     ) -> TargetStates:
-        return replace(self._states(input_ids), positions=input_ids.numel())
-
-    def _states(self, input_ids: Tensor) -> TargetStates:
         if self._max_tokens is None:
-            return self._run(input_ids)
+            return replace(self._run(input_ids), positions=input_ids.numel())
         require(
             input_ids.shape[1] <= self._max_tokens,
             f"target.max_tokens_per_forward ({self._max_tokens}) must hold a whole sample for "
             f"target.provider megatron, and one has {input_ids.shape[1]} tokens; raise it, or "
             "lower data.max_length",
         )
-        return states_in_passes(
+        states = states_in_passes(
             input_ids,
             self._max_tokens,
             lambda rows: [self._run(piece) for piece in rows.pieces],
             lockstep_group=self._shape_group,
         )
+        return replace(states, positions=input_ids.numel())
 
     def new_cache(self) -> TokenCache:
         return TokenCache()
