@@ -67,7 +67,7 @@ def _checked_plan(config: Any, world_size: int) -> Any:
     from dspark_megatron.config import require
     from dspark_megatron.shape import target_shards
     from dspark_megatron.targets.quantization import check_quantization
-    from dspark_megatron.training.setup import check_run
+    from dspark_megatron.training.setup import check_decodes, check_run
 
     require(bool(config.evaluate.prompt_files), "evaluate.prompt_files is empty; name a JSONL file")
     require(
@@ -76,6 +76,7 @@ def _checked_plan(config: Any, world_size: int) -> Any:
         "target.provider=huggingface",
     )
     plan = check_run(config, world_size)
+    check_decodes(config)
     check_quantization(plan.target_config, plan.target_split)
     require(
         target_shards(config.target, plan.dp_size) == 1,

@@ -121,8 +121,9 @@ def _dense_width(text: Any) -> int:
 
 
 def check_layout(config: Config, shape: DraftShape, target_config: Any, world_size: int) -> int:
-    """Check the tensor-parallel splits of draft and target; returns the data-parallel size."""
+    """Check the splits of draft and target; returns the draft's data-parallel size."""
     tp, text = config.parallel.tensor_parallel, target_config.get_text_config()
+    _check_stages(text.num_hidden_layers, config.parallel.pipeline_parallel, world_size, tp)
     require(
         world_size % tp == 0,
         f"world size ({world_size}) must be divisible by parallel.tensor_parallel ({tp}); "
@@ -137,6 +138,30 @@ def check_layout(config: Config, shape: DraftShape, target_config: Any, world_si
     _check_vocabulary(shape, tp)
     target_shards(config.target, world_size // tp)
     return world_size // tp
+
+
+def _check_stages(num_layers: int, stages: int, world_size: int, tp: int) -> None:
+    if stages == 1:
+        return
+    good = [n for n in range(1, num_layers + 1) if stage_layers(num_layers, n)[-1] > 0]
+    require(
+        stages in good,
+        f"parallel.pipeline_parallel ({stages}) leaves the last stage without any of the target's "
+        f"{num_layers} layers, {-(-num_layers // stages)} in each stage before; sizes that work "
+        f"here: {good}",
+    )
+    require(
+        world_size % (tp * stages) == 0,
+        f"world size ({world_size}) must be divisible by parallel.tensor_parallel ({tp}) x "
+        f"parallel.pipeline_parallel ({stages}); launch a multiple of {tp * stages} processes",
+    )
+
+
+def stage_layers(num_layers: int, stages: int) -> list[int]:
+    """Consecutive layers of each pipeline stage: equally many, but for the last, which has what is
+    left."""
+    most = -(-num_layers // stages)
+    return [most] * (stages - 1) + [num_layers - most * (stages - 1)]
 
 
 def target_shards(target: TargetConfig, dp_size: int) -> int:

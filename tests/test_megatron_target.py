@@ -226,7 +226,7 @@ def held_bytes(runtime, config):
 def test_the_dry_run_knows_the_weights(pool, tiny_run, target, name, tp, ep):
     config = config_of(tiny_run, target(name), tp, ep)
     shape = gpt_shape_of(load_target_config(target(name)))
-    planned = gpt_bytes(shape, torch.float32, tp_size=tp, ep_size=ep, last_layer=None)
+    planned = gpt_bytes(shape, torch.float32, tp_size=tp, ep_size=ep, stages=1, last_layer=None)
     assert max(pool.run(held_bytes, world=tp, tp=tp, config=config)) == planned
     text = describe_run(config, tp)
     assert "not counted" in text and "frozen target" in text

@@ -20,6 +20,20 @@ from tiny_target import tiny_config
 from dspark_megatron.config import ConfigError, LossConfig, OptimizerConfig
 
 
+class AnnouncedStates(CachedStates):
+    """Of a target that runs a step's micro-batches together, all of them and in the order of the
+    passes, which differs between ranks."""
+
+    lockstep = True
+
+    def expect(self, batches, samples=()):
+        self.expected = list(batches)
+
+    def states(self, input_ids, **rest):
+        assert self.expected.pop(0) is input_ids
+        return super().states(input_ids, **rest)
+
+
 def steps(runtime, overlap, idle=None, distributed=False, recompute=False):
     """Gradients of three steps over the same samples, in the last of which nothing is learnt from
     the micro-batches `idle`, by data-parallel rank; and how many buckets were under way when each
@@ -37,7 +51,7 @@ def steps(runtime, overlap, idle=None, distributed=False, recompute=False):
     samples = make_samples(SHAPE)
     place = dict(tp_group=runtime.tp_group, dp_group=runtime.dp_group, device=runtime.device)
     gradient_step = step.GradientStep(
-        LossConfig(chunk_rows=4), wrapped, CachedStates(samples), **place
+        LossConfig(chunk_rows=4), wrapped, AnnouncedStates(samples), **place
     )
     batches = rank_micro_batches(runtime, samples, SHAPE.block_size, 1)
     gradients, under_way = [], []
@@ -53,6 +67,7 @@ def steps(runtime, overlap, idle=None, distributed=False, recompute=False):
                 for i in (idle or {}).get(runtime.dp_group.rank(), []):
                     batches[i].blocks.eval_mask[:] = False
             gradient_step.run(batches, MetricSums.zeros(SHAPE.block_size, runtime.device))
+            assert not gradient_step.forward_step.target.expected
             gradients.append(reduced(wrapped))
     return gradients, under_way, len(wrapped.bucket_groups)
 

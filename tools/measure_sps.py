@@ -139,9 +139,10 @@ def main(argv: list[str] | None = None) -> None:
         from dspark_megatron.config_file import load_config
         from dspark_megatron.evaluation.sps_table import write_sps_table
         from dspark_megatron.targets.quantization import check_quantization
-        from dspark_megatron.training.setup import check_run
+        from dspark_megatron.training.setup import check_decodes, check_run
 
         plan = check_run(load_config(args.config, args.overrides), job.world_size)
+        check_decodes(plan.config)
         check_quantization(plan.target_config, plan.target_split)
         check(args, plan)
         runtime = start(job, plan.config.parallel.tensor_parallel)

@@ -89,6 +89,8 @@ class Config:
             "a cache; set evaluate.every=null or target.provider=huggingface",
         )
         self._check_padding()
+        if self.parallel.pipeline_parallel > 1:
+            self._check_pipeline()
 
     def _check_padding(self) -> None:
         require(
@@ -102,6 +104,21 @@ class Config:
             "target.packing puts the samples of a micro-batch behind one another, and "
             f"train.micro_batch_size ({self.train.micro_batch_size}) has one, without padding; set "
             "train.micro_batch_size > 1 or target.packing=false",
+        )
+
+    def _check_pipeline(self) -> None:
+        stages, target = self.parallel.pipeline_parallel, self.target
+        require(
+            target.provider == "megatron",
+            f"parallel.pipeline_parallel ({stages}) needs target.provider=megatron, and it is "
+            f"{target.provider!r}; set that, or split the target with parallel.tensor_parallel and "
+            "target.shard_across_data_parallel",
+        )
+        require(
+            target.max_tokens_per_forward is None,
+            f"target.max_tokens_per_forward ({target.max_tokens_per_forward}) must be null with "
+            f"parallel.pipeline_parallel ({stages}): a micro-batch goes through the stages whole; "
+            "set train.micro_batch_size=1 and parallel.pipeline_micro_batches=1 for less memory",
         )
 
     def to_dict(self) -> dict[str, Any]:

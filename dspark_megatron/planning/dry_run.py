@@ -14,6 +14,7 @@ from dspark_megatron.planning.memory import (
     rank_memory,
 )
 from dspark_megatron.planning.meta_draft import draft_elements
+from dspark_megatron.planning.pipeline import PipelineStates
 from dspark_megatron.planning.traffic import Traffic, step_traffic
 from dspark_megatron.shape import check_batch_size
 from dspark_megatron.training.initial_weights import InitialWeights
@@ -48,6 +49,7 @@ def describe_plan(plan: RunPlan) -> str:
     lines = [
         f"layout: {tp * plan.dp_size} ranks = {tp} tensor-parallel x {plan.dp_size} data-parallel",
         f"draft: {total:,} trained parameters, {local:,} on a rank",
+        *pipeline_note(plan),
         *memory_lines(memory),
         *length_note(plan),
         *quantization_note(plan, counted="frozen target" in memory.held),
@@ -55,6 +57,18 @@ def describe_plan(plan: RunPlan) -> str:
         *traffic_lines(step_traffic(plan)),
     ]
     return "\n".join(lines)
+
+
+def pipeline_note(plan: RunPlan) -> list[str]:
+    pipeline = PipelineStates.of(plan)
+    stages, together = pipeline.stages, pipeline.per_run
+    if stages == 1:
+        return []
+    return [
+        f"target: {stages} pipeline stages x {plan.dp_size // stages} data-parallel; runs of "
+        f"{stages} x {together} micro-batches, in which a stage waits for "
+        f"{100 * pipeline.idle:.0f}% of the time if all are equally fast"
+    ]
 
 
 def length_note(plan: RunPlan) -> list[str]:

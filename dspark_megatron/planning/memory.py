@@ -10,6 +10,7 @@ from dspark_megatron.gpt_checkpoint import GPTCheckpoint
 from dspark_megatron.planning.activations import DraftPass, gradient_bytes, kept_bytes, layer_bytes
 from dspark_megatron.planning.loss_memory import HeadLossSize, head_loss_parts
 from dspark_megatron.planning.meta_draft import draft_elements
+from dspark_megatron.planning.pipeline import PipelineStates
 from dspark_megatron.planning.target_work import NO_WORK, TargetWork, target_work
 from dspark_megatron.shape import padded_vocab_size
 from dspark_megatron.target_folder import load_target_config
@@ -82,8 +83,10 @@ def _forward_parts(plan: RunPlan, work: TargetWork) -> Parts:
     together: each tap by itself and beside the others, or those of several passes and all of them.
     """
     teacher = plan.config.needs_teacher
-    joined = _taps(plan) + (target_passes(plan) > 1) * teacher * _rows(plan)
+    joined = _taps(plan) + (target_passes(plan) > 1) * teacher * state_bytes(plan)
+    for_others = PipelineStates.of(plan).kept_for_others
     parts = {
+        "states kept for other pipeline ranks": for_others * pipeline_state_bytes(plan),
         "states of a target layer": max(work.layer - teacher * work.last_states, joined),
         "target's keys and values": work.cache,
         "gathered target layer": work.gathered_layers,
@@ -165,6 +168,7 @@ def _gpt_bytes(plan: RunPlan, dtype: torch.dtype) -> int:
         dtype,
         tp_size=parallel.tensor_parallel,
         ep_size=parallel.expert_parallel,
+        stages=parallel.pipeline_parallel,
         last_layer=_last_layer(plan),
     )
 
@@ -207,16 +211,29 @@ def _last_layer(plan: RunPlan) -> int | None:
 
 def _target_states(plan: RunPlan) -> Parts:
     """Taps and, for a teacher, the last hidden states."""
-    return {"target states of a micro-batch": _taps(plan) + plan.config.needs_teacher * _rows(plan)}
+    states = PipelineStates.of(plan)
+    parts = {"target states of a micro-batch": states.states * state_bytes(plan)}
+    if states.received:
+        parts["target states of a pipeline run"] = states.received * pipeline_state_bytes(plan)
+    return parts
 
 
 def _taps(plan: RunPlan) -> int:
     """For a moment each tap exists by itself and beside the others."""
-    return len(plan.shape.target_layer_ids) * _rows(plan)
+    return len(plan.shape.target_layer_ids) * state_bytes(plan)
 
 
-def _rows(plan: RunPlan) -> int:
+def state_bytes(plan: RunPlan) -> int:
+    """Hidden states of one layer."""
     return math.prod(_batch(plan)) * plan.shape.hidden_size * target_dtype(plan).itemsize
+
+
+def pipeline_state_bytes(plan: RunPlan) -> int:
+    """The same as pipeline ranks keep and send them: with sequence parallelism each
+    tensor-parallel rank has some of the rows."""
+    parallel = plan.config.parallel
+    parts = parallel.tensor_parallel if parallel.sequence_parallel else 1
+    return state_bytes(plan) // parts
 
 
 def _loss_parts(plan: RunPlan, one: DraftPass) -> Parts:

@@ -3,8 +3,14 @@
 from dataclasses import dataclass
 
 from dspark_megatron.planning.communication import StepSize, draft_collectives, ring_bytes
-from dspark_megatron.planning.memory import draft_pass, plan_target_work, target_passes
+from dspark_megatron.planning.memory import (
+    draft_pass,
+    pipeline_state_bytes,
+    plan_target_work,
+    target_passes,
+)
 from dspark_megatron.planning.meta_draft import draft_elements
+from dspark_megatron.planning.pipeline import PipelineStates
 from dspark_megatron.training.setup import RunPlan
 
 
@@ -23,11 +29,10 @@ def step_traffic(plan: RunPlan) -> list[Traffic]:
     config, split, tp = plan.config, plan.target_split, plan.config.parallel.tensor_parallel
     passes = config.train.global_batch_size // (config.train.micro_batch_size * plan.dp_size)
     work, shared = plan_target_work(plan), tp * split.shards
+    states, size, world = PipelineStates.of(plan), pipeline_state_bytes(plan), tp * plan.dp_size
     found = [
         Traffic("draft, tensor-parallel", passes * _draft_bytes(plan), tp),
-        Traffic(
-            "draft's gradients and weights, data-parallel", _data_parallel(plan), tp * plan.dp_size
-        ),
+        Traffic("draft's gradients and weights, data-parallel", _data_parallel(plan), world),
         Traffic(
             "target's outputs, tensor-parallel",
             passes * ring_bytes("all-reduce", work.all_reduced, tp),
@@ -39,6 +44,8 @@ def step_traffic(plan: RunPlan) -> list[Traffic]:
             shared,
         ),
         Traffic("target's tokens, to their experts", passes * work.exchanged, split.ep_size),
+        Traffic("target's outputs, to the next stage", states.sent_to_next_stage * size, world),
+        Traffic("target's states, to their pipeline ranks", states.sent_to_owners * size, world),
     ]
     return [traffic for traffic in found if traffic.sent]
 

@@ -36,7 +36,7 @@ class StatesSource(Protocol):
 
     def expect(self, batches: Sequence[Tensor], *, samples: Sequence[Sequence[int]] = ()) -> None:
         """Called before the `states` of several micro-batches, with what they will be given, in
-        their order: a cache reads ahead."""
+        their order: a cache reads ahead, and pipeline stages run them together."""
 
     def states(
         self,

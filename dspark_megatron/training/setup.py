@@ -42,6 +42,7 @@ from dspark_megatron.target_weights import shared_matrices, weights_fingerprint
 from dspark_megatron.targets.base import Target
 from dspark_megatron.targets.huggingface import HuggingFaceTarget
 from dspark_megatron.targets.megatron.groups import TargetGroups
+from dspark_megatron.targets.megatron.pipeline import PipelineTarget
 from dspark_megatron.targets.megatron.source import GPTSource, check_gpt_target
 from dspark_megatron.targets.megatron.target import MegatronTarget
 from dspark_megatron.targets.split import TargetSplit, check_target_split
@@ -82,7 +83,7 @@ def check_run(config: Config, world_size: int, *, needs_tokenizer: bool = True) 
     shape = draft_shape(config.model, target_config)
     dp_size = check_layout(config, shape, target_config, world_size)
     if config.target.provider == "megatron":
-        check_gpt_target(config, target_config, world_size)
+        check_gpt_target(config, target_config, world_size // config.parallel.pipeline_parallel)
     elif not config.target.is_cached:
         check_target_split(target_config, TargetSplit.of(config, dp_size))
     _check_memory_budget(config, shape)
@@ -125,6 +126,17 @@ def check_training_device(config: Config) -> None:
         not config.loss.compile or any(map(shutil.which, compilers)),
         f"loss.compile needs a C++ compiler on a CPU ({' or '.join(compilers)}), and there is "
         "none on the path; install one or set loss.compile=false",
+    )
+
+
+def check_decodes(config: Config) -> None:
+    """ConfigError if the target makes states of whole samples only."""
+    stages = config.parallel.pipeline_parallel
+    require(
+        stages == 1,
+        f"parallel.pipeline_parallel ({stages}) must be 1 to decode: stages would wait for each "
+        "other at every token; set parallel.pipeline_parallel=1 with more tensor parallelism, or "
+        "target.provider=huggingface. Estimates in training (evaluate.every) do run in stages",
     )
 
 
@@ -207,9 +219,11 @@ def frozen_rows(plan: RunPlan, shard: VocabShard) -> list[Tensor]:
     return found
 
 
-def build_target(plan: RunPlan, runtime: Runtime, *, with_last_hidden: bool = True) -> Target:
-    """The frozen target, this rank's tensor-parallel slice of it; without its last hidden states,
-    only as much of it as the taps need."""
+def build_target(
+    plan: RunPlan, runtime: Runtime, *, with_last_hidden: bool = True
+) -> Target | PipelineTarget:
+    """The frozen target, this rank's part of it; without its last hidden states, only as much of it
+    as the taps need."""
     require(
         not plan.config.target.is_cached,
         "this needs the target itself, not states of some samples; set target.provider=huggingface",
@@ -230,19 +244,27 @@ def build_target(plan: RunPlan, runtime: Runtime, *, with_last_hidden: bool = Tr
 
 def _build_megatron_target(
     plan: RunPlan, runtime: Runtime, *, with_last_hidden: bool
-) -> MegatronTarget:
+) -> MegatronTarget | PipelineTarget:
     target, parallel = plan.config.target, plan.config.parallel
-    groups = TargetGroups.make(tp_group=runtime.tp_group, ep_size=parallel.expert_parallel)
+    stages = parallel.pipeline_parallel
+    groups = TargetGroups.make(
+        tp_group=runtime.tp_group, pp_size=stages, ep_size=parallel.expert_parallel
+    )
+    stage = groups.collection.pp.rank()
     model = GPTSource.open(target, plan.target_config).model(
-        groups, device=runtime.device, sequence_parallel=parallel.sequence_parallel
+        groups,
+        device=runtime.device,
+        sequence_parallel=parallel.sequence_parallel,
+        pre_process=stage == 0,
+        post_process=stage == stages - 1,
     )
-    return MegatronTarget(
-        model,
-        plan.shape.target_layer_ids,
-        max_tokens_per_forward=target.max_tokens_per_forward,
-        with_last_hidden=with_last_hidden,
-        with_output_layer=target.check_teacher_logits,
-    )
+    kept = dict(with_last_hidden=with_last_hidden, with_output_layer=target.check_teacher_logits)
+    layer_ids = plan.shape.target_layer_ids
+    if stages > 1:
+        per_run = parallel.pipeline_micro_batches
+        return PipelineTarget(model, layer_ids, micro_batches_per_run=per_run, **kept)
+    most = target.max_tokens_per_forward
+    return MegatronTarget(model, layer_ids, max_tokens_per_forward=most, **kept)
 
 
 def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:

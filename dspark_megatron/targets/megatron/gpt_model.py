@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.utils import get_pg_rank
 
 from dspark_megatron.rms_norm import RMSNorm
-from dspark_megatron.shape import padded_vocab_size
+from dspark_megatron.shape import padded_vocab_size, stage_layers
 from dspark_megatron.targets.megatron.attention import CausalAttention
 from dspark_megatron.targets.megatron.gpt_shape import GPTShape
 from dspark_megatron.targets.megatron.groups import TargetGroups
@@ -64,6 +64,7 @@ def transformer_config(
     sequence_parallel: bool = False,
 ) -> TransformerConfig:
     collection = groups.collection
+    stages = stage_layers(shape.num_layers, collection.pp.size())
     experts: dict[str, Any] = {}
     if shape.num_experts is not None:
         experts = dict(
@@ -99,6 +100,7 @@ def transformer_config(
         sequence_parallel=sequence_parallel and collection.tp.size() > 1,
         params_dtype=params_dtype,
         pipeline_dtype=params_dtype,
+        num_layers_in_last_pipeline_stage=stages[-1] if len(set(stages)) > 1 else None,
         bf16=params_dtype == torch.bfloat16,
         fp16=params_dtype == torch.float16,
         perform_initialization=False,

@@ -39,7 +39,7 @@ class MegatronTarget(Target):
         self.device, self.dtype = weight.device, weight.dtype
         self._max_tokens = max_tokens_per_forward
         self._with_last_hidden = with_last_hidden
-        self._shape_group = _shape_group(model)
+        self._shape_group = shape_group(model)
         self.lockstep = self._shape_group is not None
         if not with_last_hidden:
             del self.layers[max(target_layer_ids) + 1 :]
@@ -105,11 +105,9 @@ class MegatronTarget(Target):
         model, (b, s) = self.model, input_ids.shape
         hidden = self._forward(input_ids)
         self._taps.take()
-        tied = model.share_embeddings_and_output_weights
-        weight = model.shared_embedding_or_output_weight() if tied else None
-        logits, _ = model.output_layer(hidden, weight=weight, runtime_gather_output=True)
+        logits = output_logits(model, hidden)
         model.output_layer = None
-        return logits.transpose(0, 1)[:b, :s], whole_rows(model, hidden)[:b, :s]
+        return logits[:b, :s], whole_rows(model, hidden)[:b, :s]
 
     @torch.no_grad()
     def _run(self, input_ids: Tensor) -> TargetStates:
@@ -142,7 +140,16 @@ class MegatronTarget(Target):
         return F.pad(input_ids, (0, s - input_ids.shape[1], 0, b - input_ids.shape[0]))
 
 
-def _shape_group(model: GPTModel) -> dist.ProcessGroup | None:
+def output_logits(model: GPTModel, hidden: Tensor) -> Tensor:
+    """Of the output layer: [s, b, h], or [s/tp, b, h] with sequence parallelism -> [b, s, v], all
+    columns on every rank."""
+    tied = model.share_embeddings_and_output_weights
+    weight = model.shared_embedding_or_output_weight() if tied else None
+    logits, _ = model.output_layer(hidden, weight=weight, runtime_gather_output=True)
+    return logits.transpose(0, 1)
+
+
+def shape_group(model: GPTModel) -> dist.ProcessGroup | None:
     """The ranks whose tokens meet in the experts, which must be equally many on each; None where
     these are the tensor-parallel ranks, with the same tokens anyway."""
     if model.config.num_moe_experts is None:
