@@ -98,6 +98,12 @@ def _blend(arguments: Namespace) -> tuple[list[str] | None, list[float] | None]:
 
 ARGUMENTS = (
     Argument("--tensor-model-parallel-size", "parallel.tensor_parallel", 1),
+    Argument(
+        "--pipeline-model-parallel-size",
+        "parallel.pipeline_parallel",
+        1,
+        "of the target; each stage trains a replica of the draft",
+    ),
     Argument("--context-parallel-size", "parallel.context_parallel", 1, "only 1"),
     Argument(
         "--expert-model-parallel-size",
