@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 # does not import it).
 CORE_TESTS := tests/test_draft_model.py tests/test_training.py \
 	tests/test_initial_checkpoint.py tests/test_sharded_target.py tests/test_overlap.py \
-	tests/test_megatron_names.py tests/test_layer_spec.py
+	tests/test_megatron_names.py tests/test_layer_spec.py \
+	tests/test_megatron_lm.py tests/test_megatron_pretrain.py
 
 .PHONY: quickstart test test-core lint format clean
 

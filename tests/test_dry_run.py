@@ -50,7 +50,7 @@ def allocated(runtime, config):
     """Bytes of this rank: target, frozen replicas, draft weights, gradient buckets, optimizer."""
     from test_targets import elements
 
-    from dspark_megatron.training import loop
+    from dspark_megatron.training import loop, states_source
     from dspark_megatron.training.stop_requests import StopRequests
 
     kept = []
@@ -61,17 +61,17 @@ def allocated(runtime, config):
         return kept[1]
 
     loop.build_optimizer = keep
-    targets, build_target = [], loop.build_target
+    targets, build_target = [], states_source.build_target
 
     def keep_target(*arguments, **options):
         targets.append(build_target(*arguments, **options))
         return targets[0]
 
-    loop.build_target = keep_target
+    states_source.build_target = keep_target
     try:
         loop.train(check_run(config, runtime.world_size), runtime, StopRequests())
     finally:
-        loop.build_optimizer, loop.build_target = build, build_target
+        loop.build_optimizer, states_source.build_target = build, build_target
     model, optimizer = kept
     target = targets[0].model
     trained = [p for p in model.module.parameters() if p.requires_grad]

@@ -48,7 +48,7 @@ ROOM_MAY_IMPORT = {
     # A plan adds up what all rooms would take; only entry points and tools ask for one.
     "planning": {"ops", "model", "targets", "conversion", "training"},
 }
-ENTRY_POINTS = {"train", "evaluate", "__init__"}
+ENTRY_POINTS = {"train", "evaluate", "megatron_lm", "__init__"}
 
 
 def imported_parts(path):

@@ -404,19 +404,19 @@ def test_the_same_loss_in_other_words_is_continued(pool, tiny_run, unbroken, tmp
 
 def layers_of_the_target(runtime, config):
     """Train; how many decoder layers the target ran."""
-    from dspark_megatron.training import loop
+    from dspark_megatron.training import states_source
 
-    build, targets = loop.build_target, []
+    build, targets = states_source.build_target, []
 
     def kept(*arguments, **options):
         targets.append(build(*arguments, **options))
         return targets[0]
 
-    loop.build_target = kept
+    states_source.build_target = kept
     try:
         run_training(runtime, config)
     finally:
-        loop.build_target = build
+        states_source.build_target = build
     return len(targets[0].layers)
 
 
@@ -446,12 +446,12 @@ def test_cross_entropy_alone_needs_no_teacher(pool, tiny_run, tmp_path, has_head
 
 def save_untrained(runtime, config):
     from dspark_megatron.training import checkpointing as c
-    from dspark_megatron.training.loop import _export_settings, _identity
+    from dspark_megatron.training.run_identity import export_settings, run_identity
     from dspark_megatron.training.setup import build_draft, check_run
 
     plan = check_run(config, runtime.world_size)
     draft = build_draft(plan, runtime)
-    meta = {"format": 1, **_identity(plan), **_export_settings(plan)}
+    meta = {"format": 1, **run_identity(plan), **export_settings(plan)}
     checkpoints = Path(config.train.output_dir, "checkpoints")
     c.save_checkpoint(checkpoints, c.RunState(0, 0), meta, draft, optimizer=None, keep_last=1)
 

@@ -119,8 +119,11 @@ def iteration_folder(checkpoints: Path, iteration: int) -> Path:
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """What `dspark.json` says of a checkpoint folder; ConfigError if it is not whole."""
-    file = path / META
+    """What `dspark.json` says of a checkpoint folder; ConfigError if it is not whole. Megatron's
+    `pretrain()` has one for all of its checkpoints, beside them."""
+    file, iteration = path / META, _iteration_of(path)
+    if iteration is not None and not file.is_file() and (path.parent / META).is_file():
+        file = path.parent / META
     require(
         file.is_file(),
         f"{path} has no dspark.json: it is not a complete checkpoint of dspark-megatron; "
@@ -137,4 +140,7 @@ def read_meta(path: Path) -> dict[str, Any]:
         f"{file} has format {meta.get('format')}, this version reads format {FORMAT}; "
         "use the version that wrote it",
     )
+    if file.parent != path:
+        consumed = iteration * meta["global_batch_size"]
+        meta |= {"iteration": iteration, "consumed_samples": consumed}
     return meta

@@ -131,7 +131,12 @@ class DSparkDraftModel(MegatronModule):
             self.confidence_head = ConfidenceHead(config, rank)
         for name in FROZEN_REPLICAS:
             getattr(self, name).requires_grad_(False)
+        self.register_load_state_dict_post_hook(_miss_no_replicas)
         self.to(device=device, dtype=params_dtype)
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Megatron's schedules hand every model the output of the stage before it; a draft is one
+        stage, and there is none."""
 
     def init_weights(self, *, seed: int, std: float) -> None:
         """Fill the trained parameters from (seed, name); the same at every layout."""
@@ -242,3 +247,12 @@ class DSparkDraftModel(MegatronModule):
                 module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=self.tp_group
             )
         return {key: value for key, value in state.items() if not key.endswith(BACKEND_DETAILS)}
+
+
+def _miss_no_replicas(module: DSparkDraftModel, keys: Any) -> None:
+    """Let a strict load of a checkpoint go without what it does not hold."""
+    keys.missing_keys[:] = [
+        name
+        for name in keys.missing_keys
+        if not name.startswith(FROZEN_REPLICAS) and not name.endswith(BACKEND_DETAILS)
+    ]

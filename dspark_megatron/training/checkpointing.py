@@ -30,7 +30,7 @@ from dspark_megatron.conversion.megatron_checkpoint import (
     iteration_folder,
     read_meta,
 )
-from dspark_megatron.model.draft_model import BACKEND_DETAILS, FROZEN_REPLICAS, DSparkDraftModel
+from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.training.output import replace_text
 
 _SHARDING = {
@@ -126,14 +126,10 @@ def load_checkpoint(folder: Path, model: DSparkDraftModel, optimizer: Any | None
     read_metadata(folder)  # Megatron-Core would unpickle it unseen
     loaded = dist_checkpointing.load(_sharded_state(model, optimizer, is_loading=True), str(folder))
     result = model.load_state_dict(loaded["model"], strict=False)
-    missing = [
-        name
-        for name in result.missing_keys
-        if not name.startswith(FROZEN_REPLICAS) and not name.endswith(BACKEND_DETAILS)
-    ]
-    if missing or result.unexpected_keys:
+    if result.missing_keys or result.unexpected_keys:
         raise ConfigError(
-            f"checkpoint {folder} lacks {missing} and has unknown {result.unexpected_keys}"
+            f"checkpoint {folder} lacks {result.missing_keys} and has unknown "
+            f"{result.unexpected_keys}"
         )
     if optimizer is not None:
         _keep_settings(optimizer, loaded["optimizer"])

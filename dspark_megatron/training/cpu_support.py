@@ -58,6 +58,8 @@ def _redirect_device_calls() -> None:
     cuda.Stream = cuda.Event = cuda.current_stream = cuda.default_stream = _Nothing
     cuda.stream = lambda stream: contextlib.nullcontext()
     cuda.manual_seed = lambda seed: torch.manual_seed(seed)
+    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
 
 

@@ -2,9 +2,8 @@
 
 import math
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,21 +39,17 @@ from dspark_megatron.training.output import claim_output, write_config, write_st
 from dspark_megatron.training.padding import describe_padding
 from dspark_megatron.training.reporter import Reporter
 from dspark_megatron.training.run_data import load_run_data
+from dspark_megatron.training.run_identity import export_settings, run_identity
 from dspark_megatron.training.runtime import Runtime, main_ranks_folder
 from dspark_megatron.training.setup import (
     RunPlan,
     build_draft,
-    draft_identity,
 )
 from dspark_megatron.training.states_source import states_source
 from dspark_megatron.training.step import GradientStep
 from dspark_megatron.training.stop_requests import StopReason, StopRequests
 from dspark_megatron.training.target_cache import open_cache
 from dspark_megatron.training.warm_start import WarmStart
-
-_NO_MATHEMATICS = ("preset", "chunk_rows", "memory_budget_mb", "compile")
-"""Keys of the loss section that a run may change on its way. What a preset stands for is written
-out in the other keys."""
 
 
 def train(plan: RunPlan, runtime: Runtime, stop: StopRequests) -> None:
@@ -66,7 +61,7 @@ def train(plan: RunPlan, runtime: Runtime, stop: StopRequests) -> None:
     resume_from = _checkpoint_to_resume(plan, output_dir / "checkpoints", runtime)
     if plan.config.target.is_cached:
         open_cache(plan)  # refused before the data are read
-    draft = _build_draft(plan, runtime, is_new=resume_from is None)
+    draft = build_run_draft(plan, runtime, is_new=resume_from is None)
     heldout = HeldOut.load(plan, runtime)
     dataset = load_data(plan, runtime)
     Trainer(plan, runtime, dataset, output_dir, resume_from, draft, heldout).run(stop)
@@ -90,10 +85,10 @@ class Trainer:
         self.checkpoints = output_dir / "checkpoints"
         self.output_dir = output_dir
         self.iterations = _iterations(config, len(dataset))
-        identity = {**_identity(plan), "data_fingerprint": dataset.fingerprint}
+        identity = {**run_identity(plan), "data_fingerprint": dataset.fingerprint}
         if resume_from is not None:
             check_same_run(resume_from, identity)
-        self.meta = {"format": FORMAT, **identity, **_export_settings(plan)}
+        self.meta = {"format": FORMAT, **identity, **export_settings(plan)}
         if runtime.is_main:
             write_config(output_dir, config)
             write_status(output_dir, "running")
@@ -262,11 +257,11 @@ def _checkpoint_to_resume(plan: RunPlan, checkpoints: Path, runtime: Runtime) ->
         f"{folder} holds imported weights without an optimizer: it cannot be continued; set "
         "train.initial_checkpoint to it and train.output_dir to a new folder",
     )
-    check_same_run(folder, _identity(plan))
+    check_same_run(folder, run_identity(plan))
     return folder
 
 
-def _build_draft(plan: RunPlan, runtime: Runtime, *, is_new: bool) -> DSparkDraftModel:
+def build_run_draft(plan: RunPlan, runtime: Runtime, *, is_new: bool) -> DSparkDraftModel:
     """The draft, before anything slow: its layers may be the user's own. A new run's has the
     weights that it is to start from."""
     initial = None
@@ -297,22 +292,3 @@ def _iterations(config: Config, num_samples: int) -> int:
     if config.train.iterations is not None:
         return config.train.iterations
     return max(1, math.ceil(config.train.epochs * num_samples / config.train.global_batch_size))
-
-
-def _identity(plan: RunPlan) -> dict[str, Any]:
-    """What a checkpoint must share with a run that continues it, the data aside."""
-    loss = asdict(plan.config.loss)
-    return {
-        **draft_identity(plan),
-        "seed": plan.config.train.seed,
-        "num_anchors": plan.config.model.num_anchors,
-        "loss": {name: value for name, value in loss.items() if name not in _NO_MATHEMATICS},
-    }
-
-
-def _export_settings(plan: RunPlan) -> dict[str, Any]:
-    """What an export says of the training, beside the shape."""
-    return {
-        "initializer_range": plan.config.model.initializer_range,
-        "confidence_head_alpha": plan.config.loss.confidence_head_alpha,
-    }

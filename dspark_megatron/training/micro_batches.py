@@ -1,6 +1,5 @@
 """What a data-parallel rank trains on: samples and their blocks, by the samples consumed so far."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -59,13 +58,6 @@ class MicroBatches:
     def of_step(self, consumed_samples: int) -> list[MicroBatch]:
         """Those of the step that starts after `consumed_samples`, of all ranks together."""
         return [self._of(refs) for refs in self._sampler.micro_batches(consumed_samples)]
-
-    def from_sample(self, consumed_samples: int) -> Iterator[MicroBatch]:
-        """Those of all steps from there on, without end."""
-        while True:
-            for refs in self._sampler.micro_batches(consumed_samples):
-                yield self._of(refs)
-            consumed_samples += self._config.train.global_batch_size
 
     def _of(self, refs: list[SampleRef]) -> MicroBatch:
         samples = [self._dataset[ref.sample_index] for ref in refs]

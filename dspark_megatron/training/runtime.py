@@ -35,6 +35,19 @@ class Runtime:
     tp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
 
+    @classmethod
+    def joined(cls, device: torch.device) -> "Runtime":
+        """That of a job whose groups Megatron-Core has made."""
+        from megatron.core import parallel_state
+
+        return cls(
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            device=device,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        )
+
     @property
     def is_main(self) -> bool:
         return self.rank == 0
@@ -193,10 +206,4 @@ def start(job: Launch, tensor_parallel: int, *, shards_target: bool = False) -> 
     )
     # Megatron-Core's layers want its random states; no number of ours comes from them.
     model_parallel_cuda_manual_seed(1)
-    return Runtime(
-        rank=job.rank,
-        world_size=job.world_size,
-        device=device,
-        tp_group=parallel_state.get_tensor_model_parallel_group(),
-        dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
-    )
+    return Runtime.joined(device)

@@ -1,0 +1,196 @@
+"""What `pretrain()` asks for of a draft: its model, its data, its forward step and its loss.
+
+Megatron wraps and saves the draft alone; the frozen target is beside it.
+"""
+
+import json
+import math
+from argparse import Namespace
+from collections.abc import Iterator
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dspark_megatron.config import Config, require
+from dspark_megatron.conversion.megatron_checkpoint import FORMAT, META, TRACKER
+from dspark_megatron.megatron_lm.arguments import config_from_args
+from dspark_megatron.model.draft_model import DSparkDraftModel
+from dspark_megatron.shape import check_batch_size
+from dspark_megatron.target_folder import load_target_config
+from dspark_megatron.targets.quantization import check_quantization
+from dspark_megatron.training.checkpointing import check_same_run
+from dspark_megatron.training.forward_step import ForwardStep
+from dspark_megatron.training.loop import build_run_draft, load_data
+from dspark_megatron.training.metrics import MetricSums
+from dspark_megatron.training.micro_batches import MicroBatch, MicroBatches
+from dspark_megatron.training.output import replace_text
+from dspark_megatron.training.run_identity import export_settings, run_identity
+from dspark_megatron.training.runtime import Runtime
+from dspark_megatron.training.setup import check_run, check_training_device
+from dspark_megatron.training.states_source import states_source
+
+_MOST_TOKENS = 2**31 - 1
+"""Megatron counts the tokens of a step in 32 bits."""
+
+
+class DraftPretraining:
+    """A draft in a loop of Megatron's, whose process groups are there."""
+
+    def __init__(self, config: Config, runtime: Runtime, *, is_new: bool = True) -> None:
+        """Makes the draft, reads the data and loads the target. Raises ConfigError for settings
+        that cannot work. is_new: no checkpoint is to be loaded, so the draft has the weights that
+        it starts from."""
+        self.plan = plan = check_run(config, runtime.world_size)
+        check_batch_size(config.train, plan.dp_size)
+        check_training_device(config)
+        if not config.target.is_cached:
+            check_quantization(plan.target_config, plan.target_split)
+        self.runtime = runtime
+        self.draft = build_run_draft(plan, runtime, is_new=is_new)
+        self.dataset = load_data(plan, runtime)
+        self._batches = MicroBatches(config, self.dataset, dp_group=runtime.dp_group)
+        target = states_source(plan, runtime, self.dataset, self.draft)
+        place = dict(tp_group=runtime.tp_group, device=runtime.device)
+        self._step = ForwardStep(config.loss, self.draft, target, **place)
+        anchors = config.train.global_batch_size * config.model.num_anchors
+        self._unit = tokens_per_weight(anchors * float(self._step.draft_loss.slots.sum()))
+
+    def micro_batches(self, consumed_samples: int) -> Iterator[MicroBatch]:
+        """Those after so many samples, without end. The target is told of each step's before their
+        first."""
+        while True:
+            step = self._batches.of_step(consumed_samples)
+            self._step.expect(step)
+            yield from step
+            consumed_samples += self.plan.config.train.global_batch_size
+
+    def forward_step(self, micro_batch: MicroBatch, model: Any) -> tuple[Tensor, partial]:
+        """The weighted sum of the loss [], and the function that makes Megatron's three of it."""
+        metrics = MetricSums.zeros(self.plan.shape.block_size, self.runtime.device)
+        loss = self._step(micro_batch, model, metrics)
+        if loss is None:
+            loss = torch.zeros((), device=self.runtime.device)
+        return loss, partial(
+            loss_func,
+            weight=self._step.weight(micro_batch),
+            unit=self._unit,
+            ratios=metrics.ratios(self._step.draft_loss.weights),
+        )
+
+
+def tokens_per_weight(most: float) -> float:
+    """Megatron's tokens in a weight of 1: the largest power of two with which no step, which weighs
+    `most` at most, overflows its count."""
+    return 2.0 ** math.floor(math.log2(_MOST_TOKENS / most))
+
+
+def loss_func(
+    loss_sum: Tensor, *, weight: float, unit: float, ratios: dict[str, tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Loss sum [], number of tokens [] and {name: [numerator, denominator]} of a micro-batch, as
+    Megatron has them with `--calculate-per-token-loss`.
+
+    Megatron divides the gradient of a step's loss sums by its number of tokens, an integer, and
+    what ours is divided by is a weight, a fraction. So a weight of 1 is `unit` tokens, a power of
+    two, and the loss sum is in the same unit: what is rounded is the divisor alone, by half a token
+    at most.
+    """
+    num_tokens = torch.tensor(round(weight * unit), dtype=torch.int, device=loss_sum.device)
+    reported = {}
+    for name, (numerator, denominator) in ratios.items():
+        pair = torch.stack([numerator, denominator])
+        if pair.dim() == 1:
+            reported[name] = pair
+        else:
+            reported |= {f"{name}/{slot}": of_slot for slot, of_slot in enumerate(pair.unbind(1))}
+    return loss_sum * unit, num_tokens, reported
+
+
+def model_provider(
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    config: Any = None,
+    pg_collection: Any = None,
+) -> DSparkDraftModel:
+    """The draft, which keeps `pg_collection`; the rest is of pipelines and of other models."""
+    pretraining, args = _this_run()
+    _keep_meta(pretraining, args)
+    pretraining.draft.pg_collection = pg_collection
+    return pretraining.draft
+
+
+def datasets_provider(num_samples: Any, vp_stage: int | None = None) -> tuple[Any, None, None]:
+    """The training micro-batches from the first sample that is not yet consumed, without end; none
+    to validate or test on."""
+    pretraining, args = _this_run()
+    return pretraining.micro_batches(args.consumed_train_samples), None, None
+
+
+datasets_provider.is_distributed = True  # every tensor-parallel rank reads the data
+
+
+def forward_step(data_iterator: Iterator[MicroBatch], model: Any) -> tuple[Tensor, partial]:
+    """The loss of the next micro-batch, and what Megatron divides it by."""
+    from megatron.training import get_timers
+
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    micro_batch = next(data_iterator)
+    timers("batch-generator").stop()
+    return _this_run()[0].forward_step(micro_batch, model)
+
+
+@cache
+def _this_run() -> tuple[DraftPretraining, Namespace]:
+    """Of this process; made at the first call, when Megatron has its arguments and groups."""
+    from megatron.training import get_args
+
+    args = get_args()
+    config = config_from_args(args)
+    _check_architecture(args, config)
+    has_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
+    continues = args.load and not args.finetune and (Path(args.load) / TRACKER).is_file()
+    return DraftPretraining(config, Runtime.joined(device), is_new=not continues), args
+
+
+def _check_architecture(args: Namespace, config: Config) -> None:
+    """What Megatron asks for of a model is the target's: it counts operations by it."""
+    text = load_target_config(config.target.path).get_text_config()
+    theirs = {
+        "num_layers": text.num_hidden_layers,
+        "hidden_size": text.hidden_size,
+        "num_attention_heads": text.num_attention_heads,
+    }
+    for name, value in theirs.items():
+        found = getattr(args, name)
+        require(
+            found == value,
+            f"--{name.replace('_', '-')} is {found} and must be the target's ({value}); what is "
+            "the draft's has arguments that begin with --dspark",
+        )
+
+
+def _keep_meta(pretraining: DraftPretraining, args: Namespace) -> None:
+    """Write `dspark.json`, by which exports and later runs know the checkpoints, beside them; once
+    what --load and --save hold is seen to be of this run."""
+    plan = pretraining.plan
+    identity = {**run_identity(plan), "data_fingerprint": pretraining.dataset.fingerprint}
+    for folder in (None if args.finetune else args.load, args.save):
+        if folder and (Path(folder) / META).is_file():
+            check_same_run(Path(folder), identity)
+    if not args.save or not pretraining.runtime.is_main:
+        return
+    meta = {
+        "format": FORMAT,
+        **identity,
+        **export_settings(plan),
+        "global_batch_size": plan.config.train.global_batch_size,
+        "open_metrics": [],
+    }
+    Path(args.save).mkdir(parents=True, exist_ok=True)
+    replace_text(Path(args.save) / META, json.dumps(meta, indent=2) + "\n")
