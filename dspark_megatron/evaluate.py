@@ -115,7 +115,7 @@ def _scheduled_cut(settings: Any, block_size: int, checkpoint: Path | None) -> A
     from dspark_megatron.conversion.megatron_checkpoint import read_meta
     from dspark_megatron.conversion.sidecar import read_temperatures
     from dspark_megatron.evaluation.scheduled_cut import ScheduledCut
-    from dspark_megatron.evaluation.sps_table import read_sps_table, sps_of_step
+    from dspark_megatron.evaluation.serving.sps_table import read_sps_table, sps_of_step
 
     table = read_sps_table(settings.sps_table)
     sps_of_step(table, settings.batch_size, block_size)  # the largest step must be within it
@@ -145,7 +145,7 @@ def _build_decoder(
     """The decoder of a checkpoint folder (null: the untrained draft) and its iteration.
     first_prompt [1, s]: token ids to check the teacher logits on."""
     from dspark_megatron.evaluation.decoding import Decoder, Sampling
-    from dspark_megatron.target_folder import stop_token_ids
+    from dspark_megatron.storage.target_folder import stop_token_ids
     from dspark_megatron.targets.teacher_check import check_teacher_logits
     from dspark_megatron.training.checkpointing import load_checkpoint
     from dspark_megatron.training.setup import (

@@ -7,17 +7,22 @@ import torch
 from synthetic_records import synthetic_records
 
 from dspark_megatron.config import ConfigError
-from dspark_megatron.evaluation.calibration import CalibrationSettings, calibrate
-from dspark_megatron.evaluation.calibration_records import load_records, split_by_prompt
-from dspark_megatron.evaluation.probability_metrics import auc, binned, brier, noise_floor
-from dspark_megatron.evaluation.temperature_scaling import (
+from dspark_megatron.evaluation.confidence.calibration import CalibrationSettings, calibrate
+from dspark_megatron.evaluation.confidence.calibration_records import load_records, split_by_prompt
+from dspark_megatron.evaluation.confidence.probability_metrics import (
+    auc,
+    binned,
+    brier,
+    noise_floor,
+)
+from dspark_megatron.evaluation.confidence.temperature_scaling import (
     confidence,
     fit_temperatures,
     kept_labels,
     survival_labels,
     temperature_grid,
 )
-from dspark_megatron.evaluation.threshold_sweep import threshold_sweep
+from dspark_megatron.evaluation.confidence.threshold_sweep import threshold_sweep
 
 GRID = temperature_grid()
 

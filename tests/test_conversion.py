@@ -28,7 +28,7 @@ from dspark_megatron.conversion.safetensors_writer import parse_size
 from dspark_megatron.conversion.verify import verify_folder
 from dspark_megatron.ops.rope import RotaryTable
 from dspark_megatron.shape import DraftShape
-from dspark_megatron.target_folder import read_rows, read_tensor, shared_weights
+from dspark_megatron.storage.target_folder import read_rows, read_tensor, shared_weights
 
 TOOL = Path(__file__).parents[1] / "tools" / "convert_checkpoint.py"
 VANILLA = DraftShape(

@@ -20,7 +20,7 @@ def decode(runtime, config, prompts, seeds=(0,), cut=None, confidence_scale=0):
     """Token ids by plain and by speculative decoding, and the rounds. cut: a name of CUTS, or one
     of the decoder's own kind. confidence_scale: of random weights for the confidence head."""
     from dspark_megatron.evaluation.decoding import Decoder, Sampling
-    from dspark_megatron.target_folder import stop_token_ids
+    from dspark_megatron.storage.target_folder import stop_token_ids
     from dspark_megatron.training.setup import (
         build_draft,
         build_target,

@@ -14,7 +14,7 @@ from dspark_megatron.config_file import load_config
 from dspark_megatron.planning.dry_run import describe_run
 from dspark_megatron.planning.memory import rank_memory
 from dspark_megatron.planning.meta_draft import draft_elements
-from dspark_megatron.target_folder import load_target_config
+from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.targets.footprint import target_bytes
 from dspark_megatron.targets.split import TargetSplit
 from dspark_megatron.training.setup import check_run

@@ -317,7 +317,7 @@ def greedy(runtime, config):
         estimate_acceptance,
     )
     from dspark_megatron.evaluation.figures import acceptance
-    from dspark_megatron.target_folder import stop_token_ids
+    from dspark_megatron.storage.target_folder import stop_token_ids
     from dspark_megatron.training.checkpointing import load_checkpoint
     from dspark_megatron.training.setup import build_draft, build_target, check_run
 

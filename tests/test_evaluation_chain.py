@@ -9,7 +9,7 @@ from pathlib import Path
 from test_training import unbroken, write_config  # noqa: F401
 
 from dspark_megatron.evaluation.draft_records import DraftRecords
-from dspark_megatron.evaluation.sps_table import SampledSps, write_sps_table
+from dspark_megatron.evaluation.serving.sps_table import SampledSps, write_sps_table
 
 ROOT = Path(__file__).parent.parent
 

@@ -9,7 +9,7 @@ from test_training import assert_same_curve, curve, run_training
 from tiny_target import make_target, tiny_config
 
 from dspark_megatron.config import ConfigError
-from dspark_megatron.target_folder import load_target_config
+from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.targets.footprint import target_bytes
 from dspark_megatron.targets.split import TargetSplit
 from dspark_megatron.training.setup import check_run

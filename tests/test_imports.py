@@ -7,36 +7,26 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "dspark_megatron"
 LEAVES = {
-    "checkpoint_metadata",
     "config",
     "config_file",
     "loss_presets",
     "rms_norm",
     "megatron_names",
-    "safetensors_folder",
     "shape",
     "seeds",
-    "gpt_checkpoint",
-    "target_folder",
-    "target_weights",
-    "torch_dist_folder",
+    "storage",
     "transformer_engine",
 }
 """Modules that every room may use; among themselves in this order of knowledge."""
 LEAF_MAY_IMPORT = {
-    "checkpoint_metadata": {"config"},
     "config": set(),
     "config_file": {"config", "loss_presets"},
-    "gpt_checkpoint": {"checkpoint_metadata", "config", "torch_dist_folder"},
     "loss_presets": {"config"},
     "rms_norm": set(),
     "megatron_names": {"config"},
-    "safetensors_folder": {"config"},
     "seeds": set(),
     "shape": {"config"},
-    "target_folder": {"config", "safetensors_folder"},
-    "target_weights": {"gpt_checkpoint", "target_folder"},
-    "torch_dist_folder": {"checkpoint_metadata"},
+    "storage": {"config"},
     "transformer_engine": set(),
 }
 ROOM_MAY_IMPORT = {

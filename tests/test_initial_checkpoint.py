@@ -17,7 +17,7 @@ from dspark_megatron.conversion.export import export_checkpoint
 from dspark_megatron.conversion.folder_writer import WriteOptions
 from dspark_megatron.conversion.import_draft import import_folder
 from dspark_megatron.planning.dry_run import describe_run
-from dspark_megatron.target_folder import target_fingerprint
+from dspark_megatron.storage.target_folder import target_fingerprint
 
 TOOL = Path(__file__).parents[1] / "tools" / "convert_checkpoint.py"
 sys.path.append(str(TOOL.parent))  # a folder of scripts, not a package

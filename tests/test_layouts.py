@@ -32,7 +32,7 @@ from dspark_megatron.conversion.layouts import LAYOUTS
 from dspark_megatron.conversion.megatron_checkpoint import CheckpointReader, find_checkpoint
 from dspark_megatron.conversion.names import hugging_face_shapes
 from dspark_megatron.ops.rope import RotaryTable
-from dspark_megatron.target_folder import load_target_config
+from dspark_megatron.storage.target_folder import load_target_config
 
 FP32 = torch.float32
 NOT_MODELOPT = ("rank 0", "plain confidence")

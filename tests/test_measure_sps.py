@@ -11,7 +11,7 @@ import torch
 from tiny_target import tiny_config
 
 from dspark_megatron.config import ConfigError
-from dspark_megatron.evaluation.sps_table import AdditiveSps, SampledSps, read_sps_table
+from dspark_megatron.evaluation.serving.sps_table import AdditiveSps, SampledSps, read_sps_table
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tools"))  # a folder of scripts, not a package

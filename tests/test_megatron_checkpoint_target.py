@@ -18,9 +18,9 @@ from dspark_megatron.config import ConfigError
 from dspark_megatron.conversion.checkpoint_layers import CheckpointLayers
 from dspark_megatron.conversion.names import LAYER
 from dspark_megatron.conversion.target_layers import FolderLayers
-from dspark_megatron.gpt_checkpoint import GPTCheckpoint
-from dspark_megatron.target_folder import load_target_config
-from dspark_megatron.target_weights import shared_matrices, weights_fingerprint
+from dspark_megatron.storage.gpt_checkpoint import GPTCheckpoint
+from dspark_megatron.storage.target_folder import load_target_config
+from dspark_megatron.storage.target_weights import shared_matrices, weights_fingerprint
 from dspark_megatron.training.setup import check_run
 
 WRITERS = {

@@ -12,7 +12,7 @@ from tiny_target import tiny_config
 
 from dspark_megatron.config import ConfigError
 from dspark_megatron.planning.dry_run import describe_run
-from dspark_megatron.target_folder import load_target_config
+from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.targets.megatron.footprint import gpt_bytes
 from dspark_megatron.targets.megatron.hf_shape import gpt_shape_of
 from dspark_megatron.training.setup import check_run
@@ -175,7 +175,7 @@ def built_by_hand(runtime, path, modelopt=False):
     """The examples of docs/megatron.md."""
     from transformers import AutoConfig
 
-    from dspark_megatron.safetensors_folder import SafetensorsFolder
+    from dspark_megatron.storage.safetensors_folder import SafetensorsFolder
     from dspark_megatron.targets.megatron.gpt_model import build_gpt_model
     from dspark_megatron.targets.megatron.groups import TargetGroups
     from dspark_megatron.targets.megatron.hf_shape import gpt_shape_of

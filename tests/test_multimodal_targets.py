@@ -8,7 +8,7 @@ from test_targets import IDS, tapped
 from tiny_target import VOCAB_SIZE, tiny_config
 
 from dspark_megatron.config import ConfigError
-from dspark_megatron.target_folder import load_target_config
+from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.targets.footprint import target_bytes
 from dspark_megatron.targets.split import TargetSplit
 from dspark_megatron.training.setup import check_run

@@ -19,7 +19,7 @@ from dspark_megatron.planning.layouts import Machine
 from dspark_megatron.planning.memory import plan_target_work, target_passes
 from dspark_megatron.planning.recommend import Wish, evenly_spread_layers, recommend
 from dspark_megatron.planning.target_work import target_work
-from dspark_megatron.target_folder import load_target_config
+from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.targets.footprint import target_bytes
 from dspark_megatron.targets.split import TargetSplit
 from dspark_megatron.training.setup import check_run

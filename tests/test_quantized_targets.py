@@ -14,8 +14,8 @@ from tiny_target import make_target, tiny_config
 
 from dspark_megatron.config import ConfigError
 from dspark_megatron.planning.dry_run import describe_run
-from dspark_megatron.safetensors_folder import SafetensorsFolder
-from dspark_megatron.target_folder import load_target_config
+from dspark_megatron.storage.safetensors_folder import SafetensorsFolder
+from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.targets.footprint import target_bytes
 from dspark_megatron.targets.quantization import check_quantization
 from dspark_megatron.targets.split import TargetSplit

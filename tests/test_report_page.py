@@ -10,7 +10,7 @@ import pytest
 from matplotlib import image
 from synthetic_records import synthetic_records
 
-from dspark_megatron.evaluation.calibration import CalibrationSettings, calibrate
+from dspark_megatron.evaluation.confidence.calibration import CalibrationSettings, calibrate
 from dspark_megatron.evaluation.figures import acceptance
 from dspark_megatron.evaluation.generation import Generation, Round
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from dspark_megatron.config import ConfigError
 from dspark_megatron.conversion.safetensors_writer import TensorSpec, write_safetensors
-from dspark_megatron.safetensors_folder import SafetensorsFolder
-from dspark_megatron.target_folder import (
+from dspark_megatron.storage.safetensors_folder import SafetensorsFolder
+from dspark_megatron.storage.target_folder import (
     read_rows,
     read_tensor,
     shared_weights,

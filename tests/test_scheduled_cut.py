@@ -7,8 +7,8 @@ from tiny_target import tiny_config
 
 from dspark_megatron.config import ConfigError
 from dspark_megatron.evaluation.scheduled_cut import ScheduledCut
-from dspark_megatron.evaluation.sps_table import SampledSps
-from dspark_megatron.evaluation.verify_policies import LAG
+from dspark_megatron.evaluation.serving.sps_table import SampledSps
+from dspark_megatron.evaluation.serving.verify_policies import LAG
 from dspark_megatron.ops.prefix_scheduler import early_stopping_lengths, global_budget
 
 STEEP = SampledSps(

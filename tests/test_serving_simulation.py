@@ -9,14 +9,14 @@ import torch
 
 from dspark_megatron.config import ConfigError
 from dspark_megatron.evaluation.draft_records import DraftRecords
-from dspark_megatron.evaluation.serving_simulation import (
+from dspark_megatron.evaluation.serving.serving_simulation import (
     ServingSettings,
     replay,
     simulate_serving,
     tokens_gained,
 )
-from dspark_megatron.evaluation.sps_table import AdditiveSps, SampledSps, write_sps_table
-from dspark_megatron.evaluation.verify_policies import threshold_lengths
+from dspark_megatron.evaluation.serving.sps_table import AdditiveSps, SampledSps, write_sps_table
+from dspark_megatron.evaluation.serving.verify_policies import threshold_lengths
 
 sys.path.append(str(Path(__file__).parents[1] / "tools"))  # a folder of scripts, not a package
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dspark_megatron.config import ConfigError
-from dspark_megatron.evaluation.sps_table import (
+from dspark_megatron.evaluation.serving.sps_table import (
     AdditiveSps,
     SampledSps,
     interpolated,

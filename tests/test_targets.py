@@ -7,7 +7,7 @@ from tiny_target import VOCAB_SIZE, make_target, tiny_config
 
 from dspark_megatron.config import ConfigError
 from dspark_megatron.ops.vocab_parallel import VocabShard
-from dspark_megatron.target_folder import read_rows, shared_weights, target_fingerprint
+from dspark_megatron.storage.target_folder import read_rows, shared_weights, target_fingerprint
 
 IDS = torch.arange(30).view(2, 15) + 40
 

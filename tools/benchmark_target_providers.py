@@ -18,7 +18,7 @@ import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from dspark_megatron.config import TargetConfig
-from dspark_megatron.target_folder import load_target_config
+from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.targets.base import Target
 from dspark_megatron.targets.huggingface import HuggingFaceTarget
 from dspark_megatron.targets.megatron.groups import TargetGroups

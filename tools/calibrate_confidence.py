@@ -46,10 +46,10 @@ def main(argv: list[str] | None = None) -> None:
 
 def _calibrate(args: argparse.Namespace) -> None:
     from dspark_megatron.conversion.sidecar import SIDECAR, check_place, sidecar_json
-    from dspark_megatron.evaluation.calibration import CalibrationSettings, calibrate
-    from dspark_megatron.evaluation.calibration_records import load_records
+    from dspark_megatron.evaluation.confidence.calibration import CalibrationSettings, calibrate
+    from dspark_megatron.evaluation.confidence.calibration_records import load_records
     from dspark_megatron.evaluation.output_files import write_files
-    from dspark_megatron.evaluation.plots import png, reliability_diagram, threshold_plot
+    from dspark_megatron.evaluation.pages.plots import png, reliability_diagram, threshold_plot
 
     settings = CalibrationSettings(
         labels=args.labels,

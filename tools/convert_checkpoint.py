@@ -26,8 +26,8 @@ from dspark_megatron.conversion.import_draft import import_folder
 from dspark_megatron.conversion.layouts import LAYOUTS
 from dspark_megatron.conversion.megatron_checkpoint import BEST
 from dspark_megatron.conversion.verify import verify_folder
-from dspark_megatron.target_folder import load_target_config
-from dspark_megatron.target_weights import weights_fingerprint
+from dspark_megatron.storage.target_folder import load_target_config
+from dspark_megatron.storage.target_weights import weights_fingerprint
 
 ITERATION_HELP = "a number, or `best`: of the best held-out tau; default: the newest"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

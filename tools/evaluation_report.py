@@ -33,12 +33,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def _report(args: argparse.Namespace) -> None:
     from dspark_megatron.evaluation.output_files import write_files
-    from dspark_megatron.evaluation.report_inputs import (
+    from dspark_megatron.evaluation.pages.report_inputs import (
         read_calibration,
         read_evaluation,
         read_simulation,
     )
-    from dspark_megatron.evaluation.report_page import report_page
+    from dspark_megatron.evaluation.pages.report_page import report_page
 
     evaluation = read_evaluation(args.evaluation)
     calibration = args.calibration and read_calibration(args.calibration, evaluation)

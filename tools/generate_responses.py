@@ -58,7 +58,7 @@ from dspark_megatron.data.response_file import (
     write_responses,
 )
 from dspark_megatron.seeds import derived_seed
-from dspark_megatron.target_folder import stop_token_ids
+from dspark_megatron.storage.target_folder import stop_token_ids
 
 PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 SENT_IF_GIVEN = ("top_p", "top_k", "min_p", *PENALTIES)

@@ -92,7 +92,7 @@ def step_seconds(
 
 def measure(plan: Any, runtime: Any, args: argparse.Namespace) -> Any:
     """The table; all ranks call it together."""
-    from dspark_megatron.evaluation.sps_table import measured_table
+    from dspark_megatron.evaluation.serving.sps_table import measured_table
 
     tokens, requests = sorted(set(args.batch_tokens)), sorted(set(args.requests))
     sizes = [(1, n) for n in tokens] + [(n, 1) for n in requests if n > 1]
@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> None:
 
     with launch() as job:
         from dspark_megatron.config_file import load_config
-        from dspark_megatron.evaluation.sps_table import write_sps_table
+        from dspark_megatron.evaluation.serving.sps_table import write_sps_table
         from dspark_megatron.targets.quantization import check_quantization
         from dspark_megatron.training.setup import check_decodes, check_run
 

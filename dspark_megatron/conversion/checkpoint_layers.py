@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dspark_megatron.gpt_checkpoint import GPTCheckpoint
+from dspark_megatron.storage.gpt_checkpoint import GPTCheckpoint
 
 _STORED = {
     "input_layernorm.weight": (

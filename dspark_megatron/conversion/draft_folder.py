@@ -24,8 +24,8 @@ from dspark_megatron.conversion.names import (
     hugging_face_shapes,
     raise_if_any,
 )
-from dspark_megatron.safetensors_folder import SafetensorsFolder
 from dspark_megatron.shape import DraftShape
+from dspark_megatron.storage.safetensors_folder import SafetensorsFolder
 
 PRECISIONS = (torch.bfloat16, torch.float16, torch.float32)
 

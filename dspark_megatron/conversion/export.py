@@ -15,7 +15,7 @@ from dspark_megatron.conversion.target_match import (
     shared_problems,
     target_problems,
 )
-from dspark_megatron.target_folder import load_target_config
+from dspark_megatron.storage.target_folder import load_target_config
 
 Fingerprint = Callable[[Path], str]
 

@@ -39,8 +39,8 @@ from dspark_megatron.conversion.target_match import (
     target_problems,
 )
 from dspark_megatron.shape import DraftShape
-from dspark_megatron.target_folder import load_target_config
-from dspark_megatron.target_weights import SharedMatrix, shared_matrices
+from dspark_megatron.storage.target_folder import load_target_config
+from dspark_megatron.storage.target_weights import SharedMatrix, shared_matrices
 
 WRITTEN = {"config.json", "model.safetensors.index.json", "README.md", SIDECAR}
 """Files of an export, beside the safetensors."""

@@ -36,7 +36,7 @@ from dspark_megatron.conversion.sidecar import carry_sidecar, check_sidecar
 from dspark_megatron.conversion.sources import FolderSource
 from dspark_megatron.conversion.target_match import not_finite
 from dspark_megatron.shape import DraftShape, check_draft_split, padded_vocab_size
-from dspark_megatron.torch_dist_folder import cause_of
+from dspark_megatron.storage.torch_dist_folder import cause_of
 
 BACKEND = {
     "sharded_backend": "torch_dist",

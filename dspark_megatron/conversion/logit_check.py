@@ -18,7 +18,7 @@ from dspark_megatron.conversion.names import EMBEDDING, LM_HEAD
 from dspark_megatron.conversion.sources import CheckpointSource
 from dspark_megatron.model.draft_model import FROZEN_REPLICAS, DSparkDraftModel
 from dspark_megatron.shape import DraftShape
-from dspark_megatron.target_weights import shared_matrices
+from dspark_megatron.storage.target_weights import shared_matrices
 
 TOKENS = 24
 """Context of the fixed input."""

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dspark_megatron.checkpoint_metadata import damaged
 from dspark_megatron.config import require
 from dspark_megatron.shape import DraftShape
-from dspark_megatron.torch_dist_folder import TorchDistFolder
+from dspark_megatron.storage.checkpoint_metadata import damaged
+from dspark_megatron.storage.torch_dist_folder import TorchDistFolder
 
 FORMAT = 1
 META = "dspark.json"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dspark_megatron.config import ConfigError, require
-from dspark_megatron.safetensors_folder import DTYPES
+from dspark_megatron.storage.safetensors_folder import DTYPES
 
 INDEX = "model.safetensors.index.json"
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from dspark_megatron.conversion.names import LAYER, Row, hugging_face_shapes, to_megatron
 from dspark_megatron.model.draft_model import DSparkDraftModel
-from dspark_megatron.safetensors_folder import SafetensorsFolder
 from dspark_megatron.shape import DraftShape
-from dspark_megatron.target_folder import shared_weights
+from dspark_megatron.storage.safetensors_folder import SafetensorsFolder
+from dspark_megatron.storage.target_folder import shared_weights
 
 FAMILIES = (
     "llama",

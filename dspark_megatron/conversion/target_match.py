@@ -10,7 +10,7 @@ from torch import Tensor
 from dspark_megatron.conversion.draft_folder import DraftFolder
 from dspark_megatron.conversion.names import EMBEDDING, LM_HEAD
 from dspark_megatron.shape import DraftShape
-from dspark_megatron.target_weights import shared_matrices
+from dspark_megatron.storage.target_weights import shared_matrices
 
 
 def shape_problems(shape: DraftShape) -> list[str]:

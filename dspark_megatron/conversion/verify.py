@@ -24,8 +24,8 @@ from dspark_megatron.conversion.target_match import (
     target_problems,
     targets_shared,
 )
-from dspark_megatron.safetensors_folder import open_safetensors
-from dspark_megatron.target_folder import load_target_config
+from dspark_megatron.storage.safetensors_folder import open_safetensors
+from dspark_megatron.storage.target_folder import load_target_config
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

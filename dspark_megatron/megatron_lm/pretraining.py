@@ -19,7 +19,7 @@ from dspark_megatron.conversion.megatron_checkpoint import FORMAT, META, TRACKER
 from dspark_megatron.megatron_lm.arguments import config_from_args
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.shape import check_batch_size
-from dspark_megatron.target_folder import load_target_config
+from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.targets.quantization import check_quantization
 from dspark_megatron.training.checkpointing import check_same_run
 from dspark_megatron.training.forward_step import ForwardStep

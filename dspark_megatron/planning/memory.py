@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dspark_megatron.gpt_checkpoint import GPTCheckpoint
 from dspark_megatron.planning.activations import DraftPass, gradient_bytes, kept_bytes, layer_bytes
 from dspark_megatron.planning.loss_memory import HeadLossSize, head_loss_parts
 from dspark_megatron.planning.meta_draft import draft_elements
 from dspark_megatron.planning.pipeline import PipelineStates
 from dspark_megatron.planning.target_work import NO_WORK, TargetWork, target_work
 from dspark_megatron.shape import padded_vocab_size
-from dspark_megatron.target_folder import load_target_config
+from dspark_megatron.storage.gpt_checkpoint import GPTCheckpoint
+from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.targets.footprint import target_bytes
 from dspark_megatron.targets.megatron.footprint import gpt_bytes
 from dspark_megatron.targets.megatron.hf_shape import gpt_shape_of

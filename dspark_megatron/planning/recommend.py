@@ -21,7 +21,7 @@ from dspark_megatron.planning.layouts import (
     layout_words,
     layouts,
 )
-from dspark_megatron.target_folder import load_target_config
+from dspark_megatron.storage.target_folder import load_target_config
 
 TAPS = 5
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dspark_megatron.config import ConfigError, require
 from dspark_megatron.ops.anchors import BlockRules
-from dspark_megatron.safetensors_folder import open_safetensors
+from dspark_megatron.storage.safetensors_folder import open_safetensors
 from dspark_megatron.targets.cache_files import whole_file
 from dspark_megatron.targets.state_rows import (
     FLOAT8,

@@ -15,7 +15,7 @@ from transformers import (
 
 from dspark_megatron.config import ConfigError
 from dspark_megatron.ops.vocab_parallel import VocabShard
-from dspark_megatron.target_folder import load_target_config
+from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.targets.huggingface import HuggingFaceTarget, layer_output
 
 _POSITIONS = 16

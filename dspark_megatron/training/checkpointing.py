@@ -21,7 +21,6 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from dspark_megatron.checkpoint_metadata import read_metadata
 from dspark_megatron.config import ConfigError, LossConfig
 from dspark_megatron.conversion.megatron_checkpoint import (
     BEST_TRACKER,
@@ -31,6 +30,7 @@ from dspark_megatron.conversion.megatron_checkpoint import (
     read_meta,
 )
 from dspark_megatron.model.draft_model import DSparkDraftModel
+from dspark_megatron.storage.checkpoint_metadata import read_metadata
 from dspark_megatron.training.output import replace_text
 
 _SHARDING = {

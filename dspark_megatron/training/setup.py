@@ -38,8 +38,8 @@ from dspark_megatron.shape import (
     draft_shape,
     padded_vocab_size,
 )
-from dspark_megatron.target_folder import load_target_config, stop_token_ids
-from dspark_megatron.target_weights import shared_matrices, weights_fingerprint
+from dspark_megatron.storage.target_folder import load_target_config, stop_token_ids
+from dspark_megatron.storage.target_weights import shared_matrices, weights_fingerprint
 from dspark_megatron.targets.base import Target
 from dspark_megatron.targets.huggingface import HuggingFaceTarget
 from dspark_megatron.targets.megatron.groups import TargetGroups

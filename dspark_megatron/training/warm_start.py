@@ -15,9 +15,9 @@ from dspark_megatron.conversion.target_layers import (
     copy_layers,
     layer_copies,
 )
-from dspark_megatron.gpt_checkpoint import GPTCheckpoint
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.shape import draft_shape
+from dspark_megatron.storage.gpt_checkpoint import GPTCheckpoint
 from dspark_megatron.targets.quantization import quantization_method
 from dspark_megatron.training.setup import RunPlan
 

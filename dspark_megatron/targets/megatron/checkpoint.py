@@ -12,11 +12,11 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dspark_megatron.checkpoint_metadata import damaged
 from dspark_megatron.config import require
-from dspark_megatron.gpt_checkpoint import GPTCheckpoint, known_classes
+from dspark_megatron.storage.checkpoint_metadata import damaged
+from dspark_megatron.storage.gpt_checkpoint import GPTCheckpoint, known_classes
+from dspark_megatron.storage.torch_dist_folder import cause_of
 from dspark_megatron.targets.megatron.gpt_shape import GPTShape
-from dspark_megatron.torch_dist_folder import cause_of
 
 _ONLY = {
     "normalization": "RMSNorm",

@@ -12,7 +12,7 @@ import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 
 from dspark_megatron.config import require
-from dspark_megatron.safetensors_folder import SafetensorsFolder
+from dspark_megatron.storage.safetensors_folder import SafetensorsFolder
 from dspark_megatron.targets.megatron.gpt_shape import GPTShape
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"

@@ -7,9 +7,9 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from transformers import PretrainedConfig
 
 from dspark_megatron.config import Config, TargetConfig, require
-from dspark_megatron.gpt_checkpoint import GPTCheckpoint
-from dspark_megatron.safetensors_folder import SafetensorsFolder
-from dspark_megatron.target_folder import shared_weights
+from dspark_megatron.storage.gpt_checkpoint import GPTCheckpoint
+from dspark_megatron.storage.safetensors_folder import SafetensorsFolder
+from dspark_megatron.storage.target_folder import shared_weights
 from dspark_megatron.targets.megatron import checkpoint, hf_shape
 from dspark_megatron.targets.megatron.gpt_model import build_gpt_model
 from dspark_megatron.targets.megatron.gpt_shape import GPTShape

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from dspark_megatron.checkpoint_metadata import damaged, read_metadata
+from dspark_megatron.storage.checkpoint_metadata import damaged, read_metadata
 
 
 class TorchDistFolder:

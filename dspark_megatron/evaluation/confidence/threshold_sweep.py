@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from dspark_megatron.evaluation.confidence.temperature_scaling import confidence
 from dspark_megatron.evaluation.draft_records import DraftRecords
-from dspark_megatron.evaluation.temperature_scaling import confidence
-from dspark_megatron.evaluation.verify_policies import threshold_lengths
+from dspark_megatron.evaluation.serving.verify_policies import threshold_lengths
 
 THRESHOLDS = tuple(i / 20 for i in range(21))
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dspark_megatron.gpt_checkpoint import EMBEDDING, HEAD, GPTCheckpoint
-from dspark_megatron.target_folder import (
+from dspark_megatron.storage.gpt_checkpoint import EMBEDDING, HEAD, GPTCheckpoint
+from dspark_megatron.storage.target_folder import (
     load_target_config,
     read_rows,
     shared_weights,

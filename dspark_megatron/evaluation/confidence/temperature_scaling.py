@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from dspark_megatron.config import require
+from dspark_megatron.evaluation.confidence.probability_metrics import binned
 from dspark_megatron.evaluation.draft_records import DraftRecords
-from dspark_megatron.evaluation.probability_metrics import binned
 
 LABELS = ("observed", "expected")
 

@@ -4,9 +4,16 @@ from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
 
-from dspark_megatron.evaluation.page_parts import page, paragraph, picture, section, shown, table
-from dspark_megatron.evaluation.plots import reliability_diagram, slot_plot, threshold_plot
-from dspark_megatron.evaluation.serving_plot import serving_plot
+from dspark_megatron.evaluation.pages.page_parts import (
+    page,
+    paragraph,
+    picture,
+    section,
+    shown,
+    table,
+)
+from dspark_megatron.evaluation.pages.plots import reliability_diagram, slot_plot, threshold_plot
+from dspark_megatron.evaluation.serving.serving_plot import serving_plot
 
 FACTS = ("target", "checkpoint", "iteration", "block_size", "temperature", "max_new_tokens")
 FACTS += ("seed", "batch_size", "scheduler")

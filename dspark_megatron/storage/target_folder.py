@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from dspark_megatron.config import ConfigError, require
-from dspark_megatron.safetensors_folder import SafetensorsFolder, open_safetensors
+from dspark_megatron.storage.safetensors_folder import SafetensorsFolder, open_safetensors
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
 HEADS = ("lm_head.weight",)

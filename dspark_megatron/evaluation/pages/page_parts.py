@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from dspark_megatron.evaluation.plots import png
+from dspark_megatron.evaluation.pages.plots import png
 
 STYLE = """
 body { font: 14px/1.5 system-ui, sans-serif; color: #333; max-width: 62em; margin: 2em auto;

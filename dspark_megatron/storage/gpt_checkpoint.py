@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dspark_megatron.checkpoint_metadata import damaged
 from dspark_megatron.config import require
-from dspark_megatron.torch_dist_folder import TorchDistFolder
+from dspark_megatron.storage.checkpoint_metadata import damaged
+from dspark_megatron.storage.torch_dist_folder import TorchDistFolder
 
 TRACKER = "latest_checkpointed_iteration.txt"
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"

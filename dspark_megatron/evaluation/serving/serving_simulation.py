@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from dspark_megatron.config import require
+from dspark_megatron.evaluation.confidence.temperature_scaling import confidence as calibrated
 from dspark_megatron.evaluation.draft_records import DraftRecords
-from dspark_megatron.evaluation.sps_table import SpsTable, interpolated, sps_of_step
-from dspark_megatron.evaluation.temperature_scaling import confidence as calibrated
-from dspark_megatron.evaluation.verify_policies import LAG, Policy, verify_policies
+from dspark_megatron.evaluation.serving.sps_table import SpsTable, interpolated, sps_of_step
+from dspark_megatron.evaluation.serving.verify_policies import LAG, Policy, verify_policies
 
 
 @dataclass(frozen=True, kw_only=True)

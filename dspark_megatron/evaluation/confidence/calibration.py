@@ -12,10 +12,14 @@ from typing import Any
 from torch import Tensor
 
 from dspark_megatron.config import require
-from dspark_megatron.evaluation.calibration_records import split_by_prompt
-from dspark_megatron.evaluation.draft_records import DraftRecords
-from dspark_megatron.evaluation.probability_metrics import auc, binned, brier, noise_floor
-from dspark_megatron.evaluation.temperature_scaling import (
+from dspark_megatron.evaluation.confidence.calibration_records import split_by_prompt
+from dspark_megatron.evaluation.confidence.probability_metrics import (
+    auc,
+    binned,
+    brier,
+    noise_floor,
+)
+from dspark_megatron.evaluation.confidence.temperature_scaling import (
     LABELS,
     confidence,
     fit_temperatures,
@@ -24,7 +28,8 @@ from dspark_megatron.evaluation.temperature_scaling import (
     temperature_grid,
     two_classes,
 )
-from dspark_megatron.evaluation.threshold_sweep import threshold_sweep
+from dspark_megatron.evaluation.confidence.threshold_sweep import threshold_sweep
+from dspark_megatron.evaluation.draft_records import DraftRecords
 
 
 @dataclass(frozen=True)
