@@ -98,6 +98,12 @@ def _blend(arguments: Namespace) -> tuple[list[str] | None, list[float] | None]:
 
 ARGUMENTS = (
     Argument("--tensor-model-parallel-size", "parallel.tensor_parallel", 1),
+    Argument(
+        "--pipeline-model-parallel-size",
+        "parallel.pipeline_parallel",
+        1,
+        "stages of the target; the draft stays whole. In `pretrain()` only 1",
+    ),
     Argument("--context-parallel-size", "parallel.context_parallel", 1, "only 1"),
     Argument(
         "--expert-model-parallel-size",
