@@ -11,7 +11,7 @@ import io
 import pathlib
 import signal
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -97,8 +97,12 @@ class GPTCheckpoint:
         """Rows [start, end) of a matrix of the vocabulary; those past its end are zero."""
         total, width = self.shapes[name]
         there = max(min(end, total) - start, 0)
-        found = self.folder.part(self.prefix + name, [start, 0], [there, width])
+        found = self.part(name, [start, 0], [there, width])
         return torch.cat([found, found.new_zeros(end - start - there, width)])
+
+    def part(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
+        """The block of one of `shapes` that begins at `offsets`."""
+        return self.folder.part(self.prefix + name, offsets, sizes)
 
     def fingerprint(self) -> str:
         """Hex digest of every tensor's name and shape and of the first row of each in the first
@@ -109,7 +113,7 @@ class GPTCheckpoint:
             vocabulary = name in (EMBEDDING, HEAD)
             digest.update(f"{name}{shape[1:] if vocabulary else shape}".encode())
             whole = [*([1] * (len(shape) - 1)), *shape[-1:]]
-            first = self.folder.part(self.prefix + name, [0] * len(shape), whole)
+            first = self.part(name, [0] * len(shape), whole)
             digest.update(str(dtypes[self.prefix + name]).encode())
             digest.update(first.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()

@@ -102,7 +102,7 @@ ARGUMENTS = (
         "--pipeline-model-parallel-size",
         "parallel.pipeline_parallel",
         1,
-        "stages of the target; the draft stays whole. In `pretrain()` only 1",
+        "of the target; each stage trains a replica of the draft",
     ),
     Argument("--context-parallel-size", "parallel.context_parallel", 1, "only 1"),
     Argument(

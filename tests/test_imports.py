@@ -20,6 +20,7 @@ LEAVES = {
     "target_folder",
     "target_weights",
     "torch_dist_folder",
+    "transformer_engine",
 }
 """Modules that every room may use; among themselves in this order of knowledge."""
 LEAF_MAY_IMPORT = {
@@ -36,6 +37,7 @@ LEAF_MAY_IMPORT = {
     "target_folder": {"config", "safetensors_folder"},
     "target_weights": {"gpt_checkpoint", "target_folder"},
     "torch_dist_folder": {"checkpoint_metadata"},
+    "transformer_engine": set(),
 }
 ROOM_MAY_IMPORT = {
     "ops": set(),
@@ -59,7 +61,8 @@ def imported_parts(path):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path}: relative imports hide their direction"
-            names = [node.module]
+            inside = node.module == PACKAGE.name
+            names = [f"{node.module}.{a.name}" for a in node.names] if inside else [node.module]
         for name in names:
             if name.startswith("dspark_megatron."):
                 yield name.split(".")[1]

@@ -12,8 +12,14 @@ from safetensors.torch import load_file, save_file
 from test_megatron_target import TARGETS, assert_states, config_of, megatron_states, whole
 from test_megatron_target import target as target  # noqa: F401
 from test_training import ROOT, assert_same_curve, curve, finish, launch, write_config
+from tiny_target import tiny_config
 
 from dspark_megatron.config import ConfigError
+from dspark_megatron.conversion.checkpoint_layers import CheckpointLayers
+from dspark_megatron.conversion.names import LAYER
+from dspark_megatron.conversion.target_layers import FolderLayers
+from dspark_megatron.gpt_checkpoint import GPTCheckpoint
+from dspark_megatron.target_folder import load_target_config
 from dspark_megatron.target_weights import shared_matrices, weights_fingerprint
 from dspark_megatron.training.setup import check_run
 
@@ -207,3 +213,42 @@ def test_train_evaluate_and_export_from_a_checkpoint(tiny_run, target, checkpoin
     assert "equal to the target's" in done.stdout
     expected = load_file(target("qwen2") / "model.safetensors")["model.embed_tokens.weight"]
     assert torch.equal(load_file(out / "model.safetensors")["embed_tokens.weight"], expected)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_layers_for_a_draft_are_those_of_the_folder(checkpoint, target, name):  # noqa: F811
+    run, _ = checkpoint(name)
+    text = load_target_config(target(name)).get_text_config()
+    theirs, ours = FolderLayers(target(name)), CheckpointLayers(GPTCheckpoint(run), text)
+    biases = [f"layers.{{}}.self_attn.{letter}_proj.bias" for letter in "qkv"]
+    compared = 0
+    for layer in range(text.num_hidden_layers):
+        rows = [(row.split, one) for row in LAYER for one in row.of_layer(layer).hugging_face]
+        for split, tensor in [*rows, *((0, bias.format(layer)) for bias in biases)]:
+            assert ours.shape(tensor) == theirs.shape(tensor), tensor
+            if theirs.shape(tensor) is None:
+                continue
+            places = [(0, 1)] if split is None else [(0, 1), (0, 2), (1, 2)]
+            for place in places:
+                found, wanted = (one.part(tensor, split, *place) for one in (ours, theirs))
+                assert torch.equal(found, wanted), (tensor, place)
+                compared += 1
+    assert compared > 10 * text.num_hidden_layers
+
+
+def warm_draft(runtime, config):
+    from dspark_megatron.training.loop import build_run_draft
+
+    draft = build_run_draft(check_run(config, runtime.world_size), runtime, is_new=True)
+    return {n: p.detach() for n, p in draft.named_parameters() if p.requires_grad}
+
+
+def test_a_draft_starts_from_layers_of_the_checkpoint(pool, tiny_run, checkpoint, target):  # noqa: F811
+    run, folder = checkpoint("qwen3")
+    model, drafts = {"initialize_from_target_layers": [3, 1]}, []
+    for path, there in ((target("qwen3"), ""), (folder, str(run))):
+        one = {"path": str(path), "provider": "megatron", "checkpoint": there}
+        sections = {"target": one, "model": model, "parallel": {"tensor_parallel": 2}}
+        drafts.append(pool.run(warm_draft, world=2, tp=2, config=tiny_config(tiny_run, **sections)))
+    for rank, wanted in zip(*drafts, strict=True):
+        assert [name for name in wanted if not torch.equal(rank[name], wanted[name])] == []

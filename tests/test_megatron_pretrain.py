@@ -5,6 +5,7 @@ import contextlib
 import importlib.util
 import inspect
 import os
+import queue
 import subprocess
 import sys
 from dataclasses import replace
@@ -61,9 +62,11 @@ def command_line(tiny_run, save, *more, tp=1, iterations=8):
 
 @contextlib.contextmanager
 def as_launched(runtime, line):
-    """With torchrun's environment, where Megatron asks after the GPU, and what the wheel lacks the
-    Makefile for: it has it made."""
+    """With torchrun's environment; with an answer to what Megatron asks after the GPU; without the
+    Makefile that the wheel lacks, having what it makes; and saving without a process that serves a
+    queue, which would outlive a killed rank."""
     from megatron.core.datasets import utils
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.training import arguments
 
     place = {"RANK": str(runtime.rank), "WORLD_SIZE": str(runtime.world_size)}
@@ -73,6 +76,7 @@ def as_launched(runtime, line):
         mock.patch.object(sys, "argv", argv),
         mock.patch.object(arguments, "get_device_arch_version", return_value=10),
         mock.patch.object(utils, "compile_helpers"),
+        mock.patch.object(filesystem_async, "_results_queue", queue.Queue()),
     ):
         yield
 

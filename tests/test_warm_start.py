@@ -31,7 +31,7 @@ def warm_config(tiny_run, path, ids=IDS, **sections):
 def untrained(runtime, config, checkpoints=None):
     """Trained parameters of a draft before its first step, how they are split, and the report."""
     from dspark_megatron.training import checkpointing as c
-    from dspark_megatron.training.loop import _export_settings, _identity
+    from dspark_megatron.training.run_identity import export_settings, run_identity
     from dspark_megatron.training.setup import build_draft
 
     plan = check_run(config, runtime.world_size)
@@ -39,7 +39,7 @@ def untrained(runtime, config, checkpoints=None):
     if warm_start is not None:
         warm_start.load(draft, tp_group=runtime.tp_group)
     if checkpoints is not None:
-        meta = {"format": 1, **_identity(plan), **_export_settings(plan)}
+        meta = {"format": 1, **run_identity(plan), **export_settings(plan)}
         c.save_checkpoint(checkpoints, c.RunState(0, 0), meta, draft, optimizer=None, keep_last=1)
     trained = {n: p.detach() for n, p in draft.named_parameters() if p.requires_grad}
     return trained, layout_of(draft), warm_start and warm_start.describe()

@@ -7,7 +7,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from dspark_megatron.model.layer_specs import layer_spec
-from dspark_megatron.model.rms_norm import RMSNorm
+from dspark_megatron.rms_norm import RMSNorm
 
 
 class MyNorm(RMSNorm):

@@ -35,6 +35,11 @@ _MUST_BE = {
     "fp4": (None, "a draft trains in bf16 or fp32"),
     "gtp_weight_remat_size": (1, "tensor-parallel slices of the draft are whole on a rank"),
     "init_model_with_meta_device": (False, "the draft is made with its weights"),
+    "pretrained_checkpoint": (
+        None,
+        "Megatron loads it into the draft; give --dspark-target-checkpoint for the target, or "
+        "--load with --finetune for a draft to start from",
+    ),
     "ckpt_format": ("torch_dist", "a checkpoint holds the draft alone, for any layout"),
 }
 """What Megatron's arguments must be, and why; a version may not have all of them."""

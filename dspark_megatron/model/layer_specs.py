@@ -1,12 +1,11 @@
 """Which classes a draft layer is built from: Megatron-Core's own, or Transformer Engine's."""
 
-import importlib.util
-
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from dspark_megatron import transformer_engine
 from dspark_megatron.config import require
 from dspark_megatron.model.attention import (
     ContextInjectionAttention,
@@ -21,11 +20,12 @@ def layer_spec(backend: str) -> ModuleSpec:
     by name and cannot run."""
     if backend == "local":
         return local_layer_spec()
-    usable = transformer_engine_is_usable()
+    usable = transformer_engine.is_usable()
+    found = f"{torch.cuda.is_available()} and {transformer_engine.is_installed()}"
     require(
         usable or backend == "auto",
         "model.backend 'transformer_engine' needs a GPU and the package transformer-engine (found: "
-        f"{torch.cuda.is_available()} and {_is_installed()}); install both or set "
+        f"{found}); install both or set "
         "model.backend=local: a checkpoint moves between the two",
     )
     if not usable:
@@ -33,17 +33,6 @@ def layer_spec(backend: str) -> ModuleSpec:
     from dspark_megatron.model.transformer_engine_spec import transformer_engine_layer_spec
 
     return transformer_engine_layer_spec()
-
-
-def transformer_engine_is_usable() -> bool:
-    return torch.cuda.is_available() and _is_installed()
-
-
-def _is_installed() -> bool:
-    try:
-        return importlib.util.find_spec("transformer_engine") is not None
-    except ValueError:  # hidden from Megatron-Core, as on a machine without a GPU
-        return False
 
 
 def local_layer_spec() -> ModuleSpec:

@@ -23,10 +23,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from dspark_megatron import transformer_engine
 from dspark_megatron.config import Config, ConfigError, ModelConfig, require
 from dspark_megatron.conversion.draft_tensors import check_draft_tensors
 from dspark_megatron.model.draft_model import DSparkDraftModel
-from dspark_megatron.model.layer_specs import layer_spec, transformer_engine_is_usable
+from dspark_megatron.model.layer_specs import layer_spec
 from dspark_megatron.model.user_layer_spec import user_code, user_layer_spec
 from dspark_megatron.ops.chunk_budget import chunk_rows
 from dspark_megatron.ops.vocab_parallel import VocabShard
@@ -153,7 +154,7 @@ def build_draft(plan: RunPlan, runtime: Runtime) -> DSparkDraftModel:
     where the user's own layers do not build, or do not have the parameters of a draft."""
     backend, override = plan.config.model.backend, plan.config.model.layer_spec
     if runtime.is_main and backend == "auto":
-        used = "transformer_engine" if transformer_engine_is_usable() else "local"
+        used = "transformer_engine" if transformer_engine.is_usable() else "local"
         print(f"model.backend auto: {used}", flush=True)
     spec = _layer_spec(plan.config.model)
     with user_code(override) if override else contextlib.nullcontext():

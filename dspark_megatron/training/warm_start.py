@@ -6,6 +6,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from dspark_megatron.config import require
+from dspark_megatron.conversion.checkpoint_layers import CheckpointLayers
 from dspark_megatron.conversion.target_layers import (
     FAMILIES,
     FolderLayers,
@@ -14,6 +15,7 @@ from dspark_megatron.conversion.target_layers import (
     copy_layers,
     layer_copies,
 )
+from dspark_megatron.gpt_checkpoint import GPTCheckpoint
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.shape import draft_shape
 from dspark_megatron.targets.quantization import quantization_method
@@ -58,16 +60,16 @@ class WarmStart:
 def layer_source(plan: RunPlan) -> LayerSource:
     """Where the weights of the target's layers are: the one place that knows. ConfigError where
     they are nowhere."""
-    path, checkpoint = Path(plan.config.target.path), plan.config.target.checkpoint
-    require(
-        not checkpoint,
-        "model.initialize_from_target_layers copies from the safetensors of target.path, and the "
-        f"target's weights are those of target.checkpoint {checkpoint}; set it to []",
-    )
+    target = plan.config.target
+    if target.checkpoint:
+        text = plan.target_config.get_text_config()
+        return CheckpointLayers(GPTCheckpoint(target.checkpoint), text)
+    path = Path(target.path)
     require(
         any(path.glob("*.safetensors*")),
         "model.initialize_from_target_layers copies from the safetensors of target.path, and "
-        f"{path} has none; put the target's weights there, or set it to []",
+        f"{path} has none; put the target's weights there, name a Megatron-LM checkpoint in "
+        "target.checkpoint, or set it to []",
     )
     return FolderLayers(path)
 

@@ -1,6 +1,5 @@
 """Build a GPTModel without weights: Megatron-Core's own layers, or Transformer Engine's."""
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.utils import get_pg_rank
 
+from dspark_megatron import transformer_engine
 from dspark_megatron.rms_norm import RMSNorm
 from dspark_megatron.shape import padded_vocab_size, stage_layers
 from dspark_megatron.targets.megatron.attention import CausalAttention
@@ -74,7 +74,7 @@ def transformer_config(
             moe_router_pre_softmax=shape.moe_router_pre_softmax,
             moe_router_load_balancing_type="none",
             moe_token_dispatcher_type="allgather",
-            moe_grouped_gemm=transformer_engine_is_usable(),
+            moe_grouped_gemm=transformer_engine.is_usable(),
             moe_layer_freq=list(shape.moe_layer_freq) if shape.moe_layer_freq else 1,
             expert_model_parallel_size=collection.ep.size(),
             expert_tensor_parallel_size=collection.expt_tp.size(),
@@ -109,15 +109,9 @@ def transformer_config(
     )
 
 
-def transformer_engine_is_usable() -> bool:
-    if not torch.cuda.is_available():
-        return False
-    return importlib.util.find_spec("transformer_engine") is not None
-
-
 def _block_spec(config: TransformerConfig, pp_rank: int) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage and the final norm."""
-    with_engine = transformer_engine_is_usable()
+    with_engine = transformer_engine.is_usable()
     spec = get_gpt_decoder_block_spec(
         config=config,
         use_transformer_engine=with_engine,
