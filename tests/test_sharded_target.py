@@ -99,10 +99,10 @@ def calls_without_blocks(runtime, lockstep):
     empty = {name: getattr(batch.blocks, name)[:0] for name in fields}
     batch = dataclasses.replace(batch, blocks=dataclasses.replace(batch.blocks, **empty))
     step = make_step(runtime, model, samples)
-    step.target = CountedStates(samples)
-    step.target.lockstep = lockstep
+    target = step.forward_step.target = CountedStates(samples)
+    target.lockstep = lockstep
     step.run([batch], MetricSums.zeros(shape.block_size, runtime.device))
-    return step.target.calls
+    return target.calls
 
 
 @pytest.mark.parametrize("lockstep, calls", [(True, 1), (False, 0)])
