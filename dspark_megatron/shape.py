@@ -129,15 +129,22 @@ def check_layout(config: Config, shape: DraftShape, target_config: Any, world_si
         f"world size ({world_size}) must be divisible by parallel.tensor_parallel ({tp}); "
         f"launch a multiple of {tp} processes",
     )
-    splits = {**_draft_splits(shape), "the target's query heads": text.num_attention_heads}
-    # Megatron-Core splits a key/value head where there are more ranks.
-    if not _has_latent_attention(text) and config.target.provider != "megatron":
-        kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        splits["the target's key/value heads"] = kv_heads
+    splits = _draft_splits(shape)
+    if not config.target.is_cached:  # else no rank has the target
+        splits |= _target_splits(config.target, text)
+        target_shards(config.target, world_size // tp)
     _check_splits(splits, tp, world_size)
     _check_vocabulary(shape, tp)
-    target_shards(config.target, world_size // tp)
     return world_size // tp
+
+
+def _target_splits(target: TargetConfig, text: Any) -> dict[str, int]:
+    splits = {"the target's query heads": text.num_attention_heads}
+    # Megatron-Core splits a key/value head where there are more ranks.
+    if not _has_latent_attention(text) and target.provider != "megatron":
+        kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        splits["the target's key/value heads"] = kv_heads
+    return splits
 
 
 def _check_stages(num_layers: int, stages: int, world_size: int, tp: int) -> None:

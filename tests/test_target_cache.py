@@ -106,7 +106,7 @@ def cached(run, name, cache, **sections):
 
 
 # Written by so many ranks at this tensor-parallel size, with shared weights or not; read by.
-LAYOUTS = [((4, 2, 1), (2, 2)), ((2, 1, 2), (2, 1))]
+LAYOUTS = [((4, 2, 1), (2, 1)), ((2, 1, 2), (2, 2))]
 
 
 @pytest.mark.parametrize("written, read", LAYOUTS)
@@ -119,7 +119,9 @@ def test_a_cache_gives_the_online_curve(pool, run, online, tmp_path, written, re
     assert len(list(output.glob("shard_*"))) % 2 == 1, "ranks should have unequal work"
     world, tp = read
     settings = {"output_dir": str(tmp_path / "run"), "micro_batch_size": 2}
-    config = cached(run, "", output, train=settings, parallel={"tensor_parallel": tp})
+    # How the target was shared is of no matter, and need not suit these ranks.
+    sections = dict(target=target, train=settings, parallel={"tensor_parallel": tp})
+    config = cached(run, "", output, **sections)
     pool.run(run_training, world=world, tp=tp, config=config)
     assert_same_curve(curve(tmp_path / "run"), online)
 
@@ -218,6 +220,11 @@ def test_the_first_and_last_moments_of_a_job(pool, run, caches, tmp_path):
         pool.run(run_training, world=1, tp=1, config=cached(run, "never", output))
     pool.run(prepare_options, **place)
     assert contents(output) == whole
+    (output / "index.safetensors").unlink()
+    shard = output / "shard_00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    pool.run(prepare_options, **place)
+    assert contents(output) == whole
 
 
 def test_killed_and_continued_by_other_ranks(pool, run, tmp_path):
@@ -263,6 +270,7 @@ def test_killed_at_ten_random_points(pool, run, tmp_path):
     [
         ({"model": {"target_layer_ids": [0, 1]}}, r"target_layer_ids: \[0, 2\] there, \[0, 1\]"),
         ({"model": {"block_size": 4}}, "block_size: 3 there, 4 here"),
+        ({"target": {"dtype": "bfloat16"}}, "dtype: torch.float32 there, torch.bfloat16 here"),
         ({"loss": {"slot_mask": "input"}}, "rules.slot_mask: label there, input here"),
         ({"data": {"max_length": 40}}, "lacks 20 of 24 .* max_length: 48 there, 40 here"),
     ],
@@ -387,6 +395,13 @@ def test_deepspec_layout_holds_every_state(pool, run, caches, tmp_path):
         pool.run(run_without_target, **place, config=config)
     both = (curve(run.folder / f"from_{name}") for name in ("rows", "deepspec"))
     assert_same_curve(*both, rel=0)
+    shard = output / manifest["shards"][-1]["file_name"]
+    os.truncate(shard, 10)
+    with pytest.raises(AssertionError, match="ends before what samples.idx says of it"):
+        pool.run(run_training, **place, config=config)
+    (output / "samples.idx").unlink()
+    with pytest.raises(AssertionError, match="lacks samples.idx"):
+        pool.run(run_training, **place, config=config)
 
 
 def test_the_benchmark_runs(tmp_path):

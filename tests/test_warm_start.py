@@ -185,10 +185,18 @@ def quantized(folder: Path) -> Path:
     return path
 
 
+def with_gelu(folder: Path) -> Path:
+    path = make_target(folder)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "hidden_act": "gelu"}))
+    return path
+
+
 DRAFT = dict(num_attention_heads=8, num_key_value_heads=4, head_dim=8, ffn_hidden_size=48)
 REFUSED = [
     (make_target, {"ids": [1]}, r"\[1\] has 1 layers and the draft 2"),
     (make_target, {"ids": [0, 4]}, r"must lie in \[0, 3\]"),
+    (with_gelu, {}, "activation 'gelu', and the draft's has 'silu'"),
     (quantized, {}, r"quantized \(fp8\)"),
     (lambda folder: make_family(folder, "deepseek_v3"), {"model": DRAFT}, "'deepseek_v3' are not"),
     (lambda folder: make_multimodal(folder, "gemma3"), {}, "'gemma3_text' are not"),

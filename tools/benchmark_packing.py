@@ -15,7 +15,7 @@ from typing import Any
 
 import benchmarking
 
-from dspark_megatron.config import Config, ConfigError
+from dspark_megatron.config import Config, ConfigError, require
 from dspark_megatron.config_file import load_config
 from dspark_megatron.data.dataset import ConversationDataset
 from dspark_megatron.targets.packing import RowPlanner
@@ -131,8 +131,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    config = load_config(args.config, ["parallel.tensor_parallel=1", *args.overrides])
     with launch() as job:
+        config = load_config(args.config, ["parallel.tensor_parallel=1", *args.overrides])
+        require(
+            config.target.provider == "huggingface" and config.train.micro_batch_size > 1,
+            "there is nothing to pack: this needs target.provider=huggingface "
+            f"({config.target.provider}) and train.micro_batch_size > 1 "
+            f"({config.train.micro_batch_size})",
+        )
         if job.world_size > 1:
             raise ConfigError(f"this runs on one process, not on {job.world_size}: use python")
         runtime = start(job, 1)

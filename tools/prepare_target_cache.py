@@ -52,6 +52,7 @@ def checked_config(args: argparse.Namespace) -> tuple[Any, Path]:
     config = load_config(args.config, args.overrides)
     if config.target.is_cached:
         config.target.provider = "megatron" if config.target.checkpoint else "huggingface"
+        config.validate()
     output = args.output or Path(config.target.cache)
     require(
         args.output is not None or bool(config.target.cache),
@@ -105,7 +106,6 @@ def layout_and_facts(plan: Any, data: Any, args: argparse.Namespace) -> tuple[An
     config, shape = plan.config, plan.shape
     facts = {
         **target_facts(plan),
-        "target_dtype": config.target.dtype,
         "data": {"fingerprint": data.fingerprint, **data_facts(plan)},
     }
     if args.format == "deepspec":

@@ -30,7 +30,6 @@ FAMILIES = (
     "qwen3_vl_text",
     "qwen3_vl_moe_text",
     "seed_oss",
-    "smollm3",
 )
 """Text models whose layers have the draft's mathematics under the draft's names. Others have such
 names for something else: Gemma's norms add one to their weights, for example."""

@@ -28,7 +28,7 @@ from dspark_megatron.training.metrics import MetricSums
 from dspark_megatron.training.micro_batches import MicroBatch, MicroBatches
 from dspark_megatron.training.output import replace_text
 from dspark_megatron.training.run_identity import export_settings, run_identity
-from dspark_megatron.training.runtime import Runtime
+from dspark_megatron.training.runtime import Runtime, main_ranks_folder
 from dspark_megatron.training.setup import check_run, check_training_device
 from dspark_megatron.training.states_source import states_source
 
@@ -154,8 +154,11 @@ def _this_run() -> tuple[DraftPretraining, Namespace]:
     _check_architecture(args, config)
     has_gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
-    continues = args.load and not args.finetune and (Path(args.load) / TRACKER).is_file()
-    return DraftPretraining(config, Runtime.joined(device), is_new=not continues), args
+    runtime, found = Runtime.joined(device), None
+    if args.load and not args.finetune and (Path(args.load) / TRACKER).is_file():
+        found = Path(args.load)
+    continues = main_ranks_folder(found, runtime) is not None
+    return DraftPretraining(config, runtime, is_new=not continues), args
 
 
 def _check_architecture(args: Namespace, config: Config) -> None:

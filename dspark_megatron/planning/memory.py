@@ -12,7 +12,6 @@ from dspark_megatron.planning.meta_draft import draft_elements
 from dspark_megatron.planning.pipeline import PipelineStates
 from dspark_megatron.planning.target_work import NO_WORK, TargetWork, target_work
 from dspark_megatron.shape import padded_vocab_size
-from dspark_megatron.storage.gpt_checkpoint import GPTCheckpoint
 from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.targets.footprint import target_bytes
 from dspark_megatron.targets.megatron.footprint import gpt_bytes
@@ -42,15 +41,6 @@ class RankMemory:
     def total(self) -> int:
         """Bytes at the highest moment."""
         return sum(self.held.values()) + sum(self.moments[self.highest].values())
-
-
-def target_dtype(plan: RunPlan) -> torch.dtype:
-    """The type that the target is loaded in; `auto` takes the one it was saved in."""
-    if plan.config.target.dtype != "auto":
-        return getattr(torch, plan.config.target.dtype)
-    if plan.config.target.checkpoint:
-        return GPTCheckpoint(plan.config.target.checkpoint).dtype
-    return plan.target_config.dtype or torch.float32
 
 
 def rank_memory(plan: RunPlan) -> RankMemory:
@@ -143,7 +133,7 @@ def quantization_note(plan: RunPlan, *, counted: bool) -> list[str]:
     if method is None or plan.config.target.is_cached:
         return []
     how = "counted as it is saved" if counted else "not counted"
-    arguments = load_target_config(plan.config.target.path), target_dtype(plan), plan.target_split
+    arguments = load_target_config(plan.config.target.path), plan.target_dtype, plan.target_split
     whole = target_bytes(*arguments, last_layer=_last_layer(plan), dequantized=True)
     return [
         f"the target is quantized ({method}), and {how}; where Transformers dequantizes it, for "
@@ -177,7 +167,7 @@ def _target_figures(plan: RunPlan) -> tuple[int | None, TargetWork]:
     """Bytes of the frozen weights, None where they are not known, and what a forward pass takes."""
     if plan.config.target.is_cached:
         return None, NO_WORK
-    target, dtype = plan.config.target, target_dtype(plan)
+    target, dtype = plan.config.target, plan.target_dtype
     if target.provider == "megatron":
         return _gpt_bytes(plan, dtype), TargetWork(0, 0, 0, 0, 0, 0, 0)
     wanted = (dtype, plan.target_split, _batch(plan), target.max_tokens_per_forward)
@@ -225,7 +215,7 @@ def _taps(plan: RunPlan) -> int:
 
 def state_bytes(plan: RunPlan) -> int:
     """Hidden states of one layer."""
-    return math.prod(_batch(plan)) * plan.shape.hidden_size * target_dtype(plan).itemsize
+    return math.prod(_batch(plan)) * plan.shape.hidden_size * plan.target_dtype.itemsize
 
 
 def pipeline_state_bytes(plan: RunPlan) -> int:

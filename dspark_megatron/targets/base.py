@@ -29,10 +29,6 @@ class StatesSource(Protocol):
     lockstep: bool
     """Whether data-parallel ranks must call `states` equally often, too: the weights, or tokens on
     their way to experts, travel between them."""
-    device: torch.device
-    """Where its states are."""
-    dtype: torch.dtype
-    """That of its weights, and so of its states."""
 
     def expect(self, batches: Sequence[Tensor], *, samples: Sequence[Sequence[int]] = ()) -> None:
         """Called before the `states` of several micro-batches, with what they will be given, in
@@ -52,6 +48,11 @@ class StatesSource(Protocol):
 
 class Target(StatesSource, Protocol):
     """A frozen model, split over tensor-parallel ranks."""
+
+    device: torch.device
+    """Where its states are."""
+    dtype: torch.dtype
+    """That of its weights, and so of its states."""
 
     def new_cache(self) -> Any:
         """A key/value cache of no sequence."""

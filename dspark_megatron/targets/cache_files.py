@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,7 +94,8 @@ def is_partial(name: str) -> bool:
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A name to write a file under; it then gets its own, on the disk in full."""
-    partial = path.with_name(f"{_PARTIAL}{path.name}")
+    # A name of its own, since the command may by mistake run twice.
+    partial = path.with_name(f"{_PARTIAL}{secrets.token_hex(4)}_{path.name}")
     try:
         yield partial
         partial.chmod(0o666 & ~_umask())  # safetensors makes files for their owner alone

@@ -113,7 +113,7 @@ class DeepSpecCache:
         _check(folder, manifest)
         self._hidden_size = manifest["hidden_size"]
         self._width = len(manifest["target_layer_ids"]) * self._hidden_size
-        self._files = [folder / shard["file_name"] for shard in manifest["shards"]]
+        self._files = {s["shard_id"]: folder / s["file_name"] for s in manifest["shards"]}
         self.facts = {
             **manifest.get(_FACTS, {}),
             "target_layer_ids": manifest["target_layer_ids"],
@@ -142,20 +142,26 @@ class DeepSpecCache:
         for place in range(len(self._index) // _RECORD.size):
             _, shard, length, start, *_ = self._record(place)
             # They need not begin at a multiple of their size, as a view of the file would.
-            yield self._shard(shard)[start : start + 4 * length].clone().view(torch.int32)
+            yield self._bytes(shard, start, 4 * length).clone().view(torch.int32)
 
     def _record(self, place: int) -> tuple[int, ...]:
         return _RECORD.unpack_from(self._index, place * _RECORD.size)
 
     def _array(self, shard: int, start: int, rows: int, width: int) -> Tensor:
         """[rows, width] of bf16 numbers of a mapped file."""
-        nbytes = rows * width * torch.bfloat16.itemsize
+        found = self._bytes(shard, start, rows * width * torch.bfloat16.itemsize)
+        return found.view(torch.bfloat16).view(rows, width)
+
+    def _bytes(self, shard: int, start: int, nbytes: int) -> Tensor:
+        require(
+            shard in self._files, f"{_INDEX} of {self.path} names a shard {shard}; copy it again"
+        )
         found = self._shard(shard)[start : start + nbytes]
         require(
             len(found) == nbytes,
             f"{self._files[shard]} ends before what {_INDEX} says of it; copy it again",
         )
-        return found.view(torch.bfloat16).view(rows, width)
+        return found
 
     def _open(self, shard: int) -> Tensor:
         """The bytes of a shard, mapped."""
@@ -175,8 +181,14 @@ def _check(folder: Path, manifest: dict[str, Any]) -> None:
             f"{name} of DeepSpec's cache {folder} must be {value!r} and is {manifest[name]!r}; "
             "write one of version 2 in bf16",
         )
+    require(
+        all({"shard_id", "file_name"} <= shard.keys() for shard in manifest["shards"]),
+        f"a shard in the manifest of DeepSpec's cache {folder} lacks its shard_id or file_name; "
+        "copy it again",
+    )
     absent = [s["file_name"] for s in manifest["shards"] if not (folder / s["file_name"]).is_file()]
     require(not absent, f"the cache {folder} lacks the shards {absent[:5]}; copy them again")
+    require((folder / _INDEX).is_file(), f"the cache {folder} lacks {_INDEX}; copy it again")
     size, wanted = (folder / _INDEX).stat().st_size, manifest["num_samples"] * _RECORD.size
     require(
         size == wanted,

@@ -58,7 +58,7 @@ class CacheWriter:
         be written, and raises ConfigError when the folder is another's or the disk too small."""
         self._check_folder()
         shards = range(len(self.starts) - 1)
-        missing = [i for i in shards if not self._shard_path(i).is_file()]
+        missing = [i for i in shards if not self._is_written(i)]
         size, free = self._bytes_of(missing), shutil.disk_usage(_existing(self.output)).free
         print(
             f"still to write: {len(missing):,} of {len(shards):,} shards, {_gib(size)}; free in "
@@ -70,9 +70,16 @@ class CacheWriter:
             f"the cache needs {_gib(size)} more and {self.output} has {_gib(free)}; make room, "
             "name another folder, or write less (--dtype float8, data.max_length)",
         )
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+            for path in self.output.iterdir():
+                if is_partial(path.name):  # of a job that was killed
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            raise ConfigError(f"cannot write to {self.output}: {error}") from error
         if not missing and (self.output / MANIFEST).is_file():
+            self.layout.write_index(self.output, self.entries, self.starts)
             return []
-        self.output.mkdir(parents=True, exist_ok=True)
         write_json(self.output / UNFINISHED, self.manifest)
         (self.output / MANIFEST).unlink(missing_ok=True)  # of a cache that has lost a shard
         self.layout.write_index(self.output, self.entries, self.starts)
@@ -104,11 +111,12 @@ class CacheWriter:
         """Give the manifest its name, on one rank, when all have written their shards."""
         if not (self.output / UNFINISHED).is_file():
             return
-        absent = [i for i in range(len(self.starts) - 1) if not self._shard_path(i).is_file()]
+        absent = [i for i in range(len(self.starts) - 1) if not self._is_written(i)]
         require(
             not absent,
             f"shards {absent[:5]} of {self.output} are missing on the main rank; it must be on a "
-            "file system that all nodes share",
+            "file system that all nodes share. Where it is and shows files late, run the command "
+            "again",
         )
         (self.output / UNFINISHED).replace(self.output / MANIFEST)
 
@@ -138,6 +146,10 @@ class CacheWriter:
 
     def _check_folder(self) -> None:
         """ConfigError unless the folder is empty, or holds a part or all of this very cache."""
+        require(
+            self.output.is_dir() or not self.output.exists(),
+            f"{self.output} must be a folder and is a file; name another one",
+        )
         names = [path.name for path in self.output.iterdir()] if self.output.exists() else []
         if all(is_partial(name) for name in names):  # of a job that was killed in its first moment
             return
@@ -159,6 +171,11 @@ class CacheWriter:
     def _bytes_of(self, shards: Sequence[int]) -> int:
         ranges = (slice(*self.starts[i : i + 2]) for i in shards)
         return sum(entry.nbytes for part in ranges for entry in self.entries[part])
+
+    def _is_written(self, shard: int) -> bool:
+        """Whether it is there, and not cut short."""
+        path = self._shard_path(shard)
+        return path.is_file() and path.stat().st_size >= self._bytes_of([shard])
 
     def _shard_path(self, shard: int) -> Path:
         return self.output / self.layout.shard_name(shard)

@@ -43,9 +43,13 @@ def describe_padding(
         padded = sum(len(batch) * max(batch) for batch in batches)
         packed = sum(group.positions for batch in batches for group in planner.groups(batch))
         shares[grouped, False], shares[grouped, True] = 1 - tokens / padded, 1 - tokens / packed
-    return (
+    text = (
         f"padding: {shares[config.data.group_by_length, config.target.packing]:.1%} of the "
         f"positions that the target computes in the first {steps:,} steps; as the samples come "
-        f"{shares[False, False]:.1%}, with data.group_by_length {shares[True, False]:.1%}, with "
-        f"target.packing {shares[False, True]:.1%}, with both {shares[True, True]:.1%}"
+        f"{shares[False, False]:.1%}, with data.group_by_length {shares[True, False]:.1%}"
+    )
+    if config.target.provider != "huggingface":
+        return text
+    return (
+        f"{text}, with target.packing {shares[False, True]:.1%}, with both {shares[True, True]:.1%}"
     )

@@ -38,6 +38,7 @@ from dspark_megatron.shape import (
     draft_shape,
     padded_vocab_size,
 )
+from dspark_megatron.storage.gpt_checkpoint import GPTCheckpoint
 from dspark_megatron.storage.target_folder import load_target_config, stop_token_ids
 from dspark_megatron.storage.target_weights import shared_matrices, weights_fingerprint
 from dspark_megatron.targets.base import Target
@@ -67,6 +68,16 @@ class RunPlan:
     def target_fingerprint(self) -> str:
         target = self.config.target
         return weights_fingerprint(target.path, target.checkpoint)
+
+    @property
+    def target_dtype(self) -> torch.dtype:
+        """The type that the target is loaded in; `auto` takes the one it was saved in."""
+        target = self.config.target
+        if target.dtype != "auto":
+            return getattr(torch, target.dtype)
+        if target.checkpoint:
+            return GPTCheckpoint(target.checkpoint).dtype
+        return self.target_config.dtype or torch.float32
 
     @property
     def target_split(self) -> TargetSplit:

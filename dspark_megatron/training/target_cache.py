@@ -21,6 +21,7 @@ def target_facts(plan: RunPlan) -> dict[str, Any]:
     """What states are of."""
     return {
         "target_fingerprint": plan.target_fingerprint,
+        "target_dtype": str(plan.target_dtype),
         "target_layer_ids": list(plan.shape.target_layer_ids),
         "hidden_size": plan.shape.hidden_size,
     }

@@ -96,6 +96,12 @@ def check_warm_start(plan: RunPlan) -> None:
         f"{name}: layers of {text.model_type!r} are not built as the draft's are; set it to []. "
         f"Families that are: {', '.join(FAMILIES)}",
     )
+    activation = getattr(text, "hidden_act", "silu")
+    require(
+        activation == "silu",
+        f"{name}: the target's MLP has the activation {activation!r}, and the draft's has 'silu'; "
+        "set it to []",
+    )
     method = quantization_method(plan.target_config)
     require(
         method is None,
