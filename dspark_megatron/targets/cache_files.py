@@ -34,6 +34,9 @@ class CacheLayout(Protocol):
     ) -> dict[str, Tensor]:
         """What is kept of taps [s, m*h] and last_hidden [s, h]: new tensors on the CPU."""
 
+    def is_whole(self, path: Path, nbytes: int) -> bool:
+        """Whether a shard, whose samples have so many bytes, was not cut short."""
+
     def write_shard(self, path: Path, samples: list[dict[str, Tensor]]) -> None: ...
 
     def write_index(self, folder: Path, entries: list[Any], starts: list[int]) -> None:

@@ -56,6 +56,9 @@ class DeepSpecLayout:
     def shard_name(self, shard: int) -> str:
         return f"shard-{shard:05d}.bin"
 
+    def is_whole(self, path: Path, nbytes: int) -> bool:
+        return path.stat().st_size == nbytes
+
     def sample_tensors(self, sample: Any, taps: Tensor, last_hidden: Tensor) -> dict[str, Tensor]:
         return {
             "input_ids": sample.input_ids.int(),

@@ -76,6 +76,11 @@ class RowLayout:
     def shard_name(self, shard: int) -> str:
         return shard_name(shard)
 
+    def is_whole(self, path: Path, nbytes: int) -> bool:
+        with path.open("rb") as file:  # safetensors: the length of the header in 8 bytes, it, data
+            header = int.from_bytes(file.read(8), "little")
+        return path.stat().st_size == 8 + header + nbytes
+
     def sample_tensors(
         self, sample: Any, taps: Tensor, last_hidden: Tensor | None
     ) -> dict[str, Tensor]:

@@ -175,7 +175,7 @@ class CacheWriter:
     def _is_written(self, shard: int) -> bool:
         """Whether it is there, and not cut short."""
         path = self._shard_path(shard)
-        return path.is_file() and path.stat().st_size >= self._bytes_of([shard])
+        return path.is_file() and self.layout.is_whole(path, self._bytes_of([shard]))
 
     def _shard_path(self, shard: int) -> Path:
         return self.output / self.layout.shard_name(shard)
