@@ -81,6 +81,11 @@ BAD = {
         "share_embeddings_and_output_weights (False in",
     ),
     "norm": ({"arguments": {"normalization": "LayerNorm"}}, "normalization (LayerNorm, must be"),
+    "no RoPE": ({"arguments": {"no_rope_freq": [0, 1, 0, 1]}}, "no_rope_freq ([0, 1, 0, 1], must"),
+    "norms": (
+        {"arguments": {"layernorm_zero_centered_gamma": True}},
+        "apply_layernorm_1p (True, must be False)",
+    ),
     "missing": ({"rename": {"k_layernorm": "k_norm"}}, "lacks decoder.layers", "k_layernorm"),
     "old arguments": ({"without": "kv_channels"}, "must say kv_channels"),
     "no arguments": ({"arguments": None}, "must hold Megatron-LM's arguments"),
@@ -167,6 +172,25 @@ def test_fingerprints_do_not_depend_on_the_layout(pool, tiny_run, target, checkp
     config = config_of(tiny_run, other)
     pool.run(write_checkpoint, world=1, tp=1, config=config, output=str(tmp_path / "tuned"))
     assert whole != weights_fingerprint(path, tmp_path / "tuned")
+
+
+def test_another_upper_layer_is_another_target(pool, tiny_run, target, checkpoint, tmp_path):  # noqa: F811
+    run, path = checkpoint("qwen3")
+    other = shutil.copytree(target("qwen3"), tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.layers.3.mlp.down_proj.weight"][0, 5] += 1e-3
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    config = config_of(tiny_run, other)
+    pool.run(write_checkpoint, world=1, tp=1, config=config, output=str(tmp_path / "tuned"))
+    assert weights_fingerprint(path, run) != weights_fingerprint(path, tmp_path / "tuned")
+
+
+def test_newer_names_of_arguments(pool, tiny_run, target, tmp_path):  # noqa: F811
+    config = config_of(tiny_run, target("qwen3"))
+    names = {"arguments": {"layernorm_epsilon": 1e-6}, "without": "norm_epsilon"}
+    pool.run(write_checkpoint, world=1, tp=1, config=config, output=str(tmp_path), **names)
+    config = config_of(tiny_run, target("qwen3"), target={"checkpoint": str(tmp_path)})
+    check_run(config, 1)
 
 
 def test_names_of_transformer_engine(pool, tiny_run, target, tmp_path):  # noqa: F811

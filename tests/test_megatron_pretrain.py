@@ -228,6 +228,16 @@ def test_the_launch_script_parses(tmp_path):
     assert config.train.recompute_activations
 
 
+def test_arguments_of_checkpoints_have_these_names():
+    """What is read of a target's checkpoint, by the names that this version's parser gives."""
+    from megatron.training.arguments import parse_args
+
+    from dspark_megatron.targets.megatron.checkpoint import arguments_read
+
+    with mock.patch("sys.argv", ["pretrain"]):
+        assert arguments_read(parse_args()) == []
+
+
 def test_the_signature_of_this_version():
     from megatron.training import pretrain
 

@@ -166,7 +166,8 @@ def test_the_curve_is_the_same(
 
 
 def test_a_sample_that_no_pass_holds(pool, tiny_run, target):
-    config = config_of(tiny_run, target("qwen3"), target={"max_tokens_per_forward": 14})
+    most = {"target": {"max_tokens_per_forward": 14}, "data": {"max_length": 14}}
+    config = config_of(tiny_run, target("qwen3"), **most)
     with pytest.raises(AssertionError, match=r"must hold a whole sample.*15 tokens"):
         pool.run(megatron_states, world=1, tp=1, config=config)
 

@@ -136,6 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     from dspark_megatron.training.runtime import launch, start
 
     with launch() as job:
+        from dspark_megatron.config import require
         from dspark_megatron.config_file import load_config
         from dspark_megatron.evaluation.serving.sps_table import write_sps_table
         from dspark_megatron.targets.quantization import check_quantization
@@ -143,6 +144,11 @@ def main(argv: list[str] | None = None) -> None:
 
         plan = check_run(load_config(args.config, args.overrides), job.world_size)
         check_decodes(plan.config)
+        require(
+            plan.config.target.provider == "huggingface",
+            "steps are measured with a key/value cache, which target.provider "
+            f"{plan.config.target.provider!r} has not; set target.provider=huggingface",
+        )
         check_quantization(plan.target_config, plan.target_split)
         check(args, plan)
         runtime = start(job, plan.config.parallel.tensor_parallel)

@@ -88,6 +88,12 @@ class Config:
             f"evaluate.every ({self.evaluate.every}) needs the target for answers that are not in "
             "a cache; set evaluate.every=null or target.provider=huggingface",
         )
+        most, longest = self.target.max_tokens_per_forward, self.data.max_length
+        require(
+            self.target.provider != "megatron" or most is None or most >= longest,
+            f"target.max_tokens_per_forward ({most}) must hold a whole sample with "
+            f"target.provider=megatron: raise it to data.max_length ({longest}), or lower that",
+        )
         self._check_padding()
         if self.parallel.pipeline_parallel > 1:
             self._check_pipeline()

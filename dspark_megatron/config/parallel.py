@@ -20,7 +20,7 @@ class ParallelConfig:
     1: every expert is split over the tensor-parallel ranks. A multiple of tensor_parallel that
     divides tensor_parallel x target.shard_across_data_parallel and the number of experts; with
     target.provider=megatron any divisor of the ranks of one pipeline stage and of the number of
-    experts."""
+    experts that is a multiple or a divisor of tensor_parallel."""
     pipeline_parallel: int = 1
     """Stages that split the layers of a target of provider `megatron`. The draft stays whole: each
     rank of a pipeline trains on micro-batches of its own, as a data-parallel rank."""

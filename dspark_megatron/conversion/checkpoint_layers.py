@@ -20,10 +20,10 @@ _STORED = {
     "self_attn.q_norm.weight": ("self_attention.q_layernorm.weight",),
     "self_attn.k_norm.weight": ("self_attention.k_layernorm.weight",),
     "mlp.down_proj.weight": ("mlp.linear_fc2.weight",),
-    "mlp.gate_proj.weight": ("mlp.linear_fc1.weight",),
-    "mlp.up_proj.weight": ("mlp.linear_fc1.weight",),
+    "mlp.gate_proj.weight": ("mlp.linear_fc1.weight", "mlp.linear_fc1.weight_w"),
+    "mlp.up_proj.weight": ("mlp.linear_fc1.weight", "mlp.linear_fc1.weight_v"),
 }
-"""What the tensors are called there, or lie in: gate above up."""
+"""What the tensors are called there, or lie in: gate above up, unless each has its own."""
 
 
 class _Place(NamedTuple):
@@ -53,7 +53,7 @@ class CheckpointLayers:
                 return None
             return (len(runs) * self._groups * self._head_rows(place), *place.shape[1:])
         place = self._place(layer, *_STORED.get(rest, ()))
-        if place is None or "linear_fc1.weight" not in place.key:
+        if place is None or not place.key.endswith("linear_fc1.weight"):
             return place and place.shape
         return (place.shape[0] // 2, *place.shape[1:])
 
@@ -68,7 +68,7 @@ class CheckpointLayers:
         place = self._place(layer, *_STORED[rest])
         offsets, sizes = [0] * len(place.shape), list(self.shape(name))
         if rest == "mlp.up_proj.weight":
-            offsets[0] = sizes[0]
+            offsets[0] = place.shape[0] - sizes[0]
         sizes[dim] //= count
         offsets[dim] += index * sizes[dim]
         return self._read(place, offsets, sizes)

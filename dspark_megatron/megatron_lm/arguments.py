@@ -23,6 +23,7 @@ _BY_MEGATRON = ("train.resume", "train.initial_checkpoint", "train.tensorboard")
 """Keys of what `pretrain()` does itself, and so not from our config; and all of `evaluate`."""
 _MUST_BE = {
     "calculate_per_token_loss": (True, "the loss of a step is divided by its weight once"),
+    "expert_model_parallel_size": (1, "experts spread over ranks were not run in this loop"),
     "pipeline_model_parallel_size": (1, "the target and the draft are one stage"),
     "dataloader_type": ("external", "the order of samples and anchors is the draft's own"),
     "eval_iters": (0, "held-out answers are decoded: see docs/evaluation.md"),

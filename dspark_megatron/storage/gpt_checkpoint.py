@@ -105,17 +105,21 @@ class GPTCheckpoint:
         return self.folder.part(self.prefix + name, offsets, sizes)
 
     def fingerprint(self) -> str:
-        """Hex digest of every tensor's name and shape and of the first row of each in the first
-        layer: the same however the checkpoint was split, and different for another fine-tune of the
-        same model. Vocabularies, which each layout pads otherwise, count by their first row."""
+        """Hex digest of every tensor's name and shape and its first row, of stacked layers in the
+        first and the last: the same however the checkpoint was split, and different for another
+        fine-tune of the same model unless that left these rows alone. Vocabularies, which each
+        layout pads otherwise, count by their first row. Every row read costs the reading of a
+        layer, so there are few."""
         digest, dtypes = hashlib.sha256(), self.folder.dtypes
         for name, shape in sorted(self.shapes.items()):
             vocabulary = name in (EMBEDDING, HEAD)
             digest.update(f"{name}{shape[1:] if vocabulary else shape}".encode())
-            whole = [*([1] * (len(shape) - 1)), *shape[-1:]]
-            first = self.part(name, [0] * len(shape), whole)
             digest.update(str(dtypes[self.prefix + name]).encode())
-            digest.update(first.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            row = [*([1] * (len(shape) - 1)), *shape[-1:]]
+            is_stacked = name.startswith("decoder.layers.") and not name.split(".")[2].isdecimal()
+            for place in sorted({0, shape[0] - 1} if is_stacked else {0}):
+                found = self.part(name, [place, *[0] * (len(shape) - 1)], row)
+                digest.update(found.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def _common(self) -> dict[str, Any]:
@@ -126,6 +130,11 @@ class GPTCheckpoint:
         stored = [name for name in self.folder.objects if name.startswith("common_state/")]
         if not stored:
             return {}
+        require(
+            len(stored) == 1,
+            f"{self.path} must hold its arguments once, and has them as {sorted(stored)}; save the "
+            "model again with Megatron-LM's save_checkpoint",
+        )
         content = _load_data(self.path, self.folder.object(stored[0]))
         return content[0] if isinstance(content, list) else content
 

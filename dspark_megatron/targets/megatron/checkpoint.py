@@ -6,6 +6,7 @@ import re
 from importlib.metadata import version
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
@@ -29,6 +30,11 @@ _ONLY = {
     "multi_latent_attention": False,
     "qk_l2_norm": False,
     "apply_layernorm_1p": False,
+    "no_rope_freq": None,
+    "use_mup": False,
+    "activation_func_clamp_value": None,
+    "glu_linear_offset": 0.0,
+    "experimental_attention_variant": None,
     "window_size": None,
     "attention_output_gate": False,
     "softmax_type": "vanilla",
@@ -42,6 +48,8 @@ _ONLY = {
     "moe_latent_size": None,
 }
 """What all models of ours have in common; an argument that a version lacks is as here."""
+_ROUTING = ("none", "aux_loss", "seq_aux_loss", "global_aux_loss")
+"""Ways of balancing experts that do not change which are chosen, nor their weights."""
 _NEEDED = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels"),
     *("group_query_attention", "qk_layernorm", "norm_epsilon", "rotary_base"),
@@ -50,6 +58,11 @@ _NEEDED = (
 _NEEDED_FOR_EXPERTS = (
     *("moe_ffn_hidden_size", "moe_layer_freq", "moe_router_topk", "moe_router_pre_softmax"),
 )
+_RENAMED = {
+    "norm_epsilon": "layernorm_epsilon",
+    "apply_layernorm_1p": "layernorm_zero_centered_gamma",
+}
+"""What Megatron-LM 0.19 calls the arguments of older versions."""
 _DETAILS = "_extra_state"
 """What layers save of themselves beside their weights."""
 _PASSED_OVER = ("mtp.", "rotary_pos_emb.")
@@ -65,7 +78,7 @@ for experts Megatron's own names do not agree."""
 def gpt_shape_of(checkpoint: GPTCheckpoint, vocab_size: int) -> GPTShape:
     """The shape that the checkpoint's arguments give. vocab_size: entries that count, which they do
     not say. Raises ConfigError for a model that is not of this kind."""
-    args = checkpoint.args
+    args = with_old_names(checkpoint.args)
     experts = getattr(args, "num_experts", None)
     needed = _NEEDED if experts is None else (*_NEEDED, *_NEEDED_FOR_EXPERTS)
     lacking = [name for name in needed if not hasattr(args, name)]
@@ -79,6 +92,10 @@ def gpt_shape_of(checkpoint: GPTCheckpoint, vocab_size: int) -> GPTShape:
         for name, value in _ONLY.items()
         if getattr(args, name, value) != value
     ]
+    balancing = getattr(args, "moe_router_load_balancing_type", "none")
+    kinds = balancing if isinstance(balancing, list) else [balancing]
+    if experts is not None and not set(kinds) <= set(_ROUTING):
+        wrong.append(f"moe_router_load_balancing_type ({balancing}, must be of {_ROUTING})")
     require(
         not wrong,
         f"target.checkpoint {checkpoint.path} is of a model that is not supported: "
@@ -111,6 +128,21 @@ def gpt_shape_of(checkpoint: GPTCheckpoint, vocab_size: int) -> GPTShape:
     )
 
 
+def with_old_names(args: argparse.Namespace) -> argparse.Namespace:
+    """A copy in which renamed arguments have their older names, too."""
+    both = vars(args).copy()
+    for old, new in _RENAMED.items():
+        if new in both:
+            both[old] = both[new]
+    return argparse.Namespace(**both)
+
+
+def arguments_read(args: argparse.Namespace) -> list[str]:
+    """Those that a version may call otherwise: read here, and not in `args`."""
+    known = with_old_names(args)
+    return [n for n in (*_ONLY, *_NEEDED, *_NEEDED_FOR_EXPERTS) if not hasattr(known, n)]
+
+
 def _experts(args: argparse.Namespace) -> dict[str, Any]:
     pattern = args.moe_layer_freq
     if isinstance(pattern, int):
@@ -132,7 +164,7 @@ def load_checkpoint_weights(model: GPTModel, checkpoint: GPTCheckpoint) -> None:
         for name, entry in _sharded_state(model, checkpoint).items()
         if not name.endswith(_DETAILS)
     }
-    _check_tensors(state, checkpoint, is_whole=model.pg_collection.pp.size() == 1)
+    _check_tensors(state, checkpoint, pp_group=model.pg_collection.pp)
     _ = checkpoint.args  # seen to be harmless: Megatron-Core unpickles them again
     has_old_form = (checkpoint.path / "common.pt").is_file()
     needs_old_form = "common_strategy" in inspect.signature(dist_checkpointing.load).parameters
@@ -170,9 +202,10 @@ def _sharded_state(model: GPTModel, checkpoint: GPTCheckpoint) -> dict[str, Any]
     return state
 
 
-def _check_tensors(state: dict[str, Any], checkpoint: GPTCheckpoint, *, is_whole: bool) -> None:
-    """is_whole: whether the ranks' tensors are all of the model; a pipeline stage does not know
-    those of others."""
+def _check_tensors(
+    state: dict[str, Any], checkpoint: GPTCheckpoint, *, pp_group: dist.ProcessGroup
+) -> None:
+    """One all-gather of an object over the stages, each of which knows its own tensors only."""
     wanted: dict[str, ShardedTensor] = {}
     for entry in state.values():
         parts = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
@@ -184,14 +217,14 @@ def _check_tensors(state: dict[str, Any], checkpoint: GPTCheckpoint, *, is_whole
         for name, part in wanted.items()
         if name in found and found[name] != part.global_shape and not part.allow_shape_mismatch
     ]
-    if is_whole:
-        known = {_any_expert(name) for name in wanted}
-        problems += [
-            f"has an unknown {name}"
-            for name in sorted(checkpoint.shapes)
-            if not name.startswith(_PASSED_OVER)
-            and _any_expert(checkpoint.prefix + name) not in known
-        ]
+    of_stages: list[Any] = [None] * pp_group.size()
+    dist.all_gather_object(of_stages, {_any_expert(name) for name in wanted}, group=pp_group)
+    known = set().union(*of_stages)
+    problems += [
+        f"has an unknown {name}"
+        for name in sorted(checkpoint.shapes)
+        if not name.startswith(_PASSED_OVER) and _any_expert(checkpoint.prefix + name) not in known
+    ]
     shown = "; ".join(problems[:4]) + ("; ..." if len(problems) > 4 else "")
     require(
         not problems,

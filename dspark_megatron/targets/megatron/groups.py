@@ -18,8 +18,6 @@ class TargetGroups:
     """The groups that a GPTModel and its experts are built with."""
 
     collection: ProcessGroupCollection
-    stage_group: dist.ProcessGroup
-    """All ranks of this pipeline stage."""
 
     @classmethod
     def make(
@@ -56,7 +54,7 @@ class TargetGroups:
             embd=None,  # for the gradients of tied weights: a frozen model has none
             pos_embd=None,
         )
-        return cls(collection, stage)
+        return cls(collection)
 
 
 @dataclass(frozen=True)
@@ -93,8 +91,11 @@ class StageRanks:
         return self.rank - self.stage[0]
 
 
-def check_expert_parallel(ep_size: int, num_experts: int | None, stage_size: int) -> None:
-    """ConfigError unless the experts can be spread over ep_size ranks of a stage."""
+def check_expert_parallel(
+    ep_size: int, num_experts: int | None, stage_size: int, *, tp_size: int
+) -> None:
+    """ConfigError unless the experts can be spread over ep_size ranks of a stage, such that all
+    tensor-parallel ranks of a place meet the same ranks in them."""
     if ep_size == 1:
         return
     require(
@@ -102,9 +103,14 @@ def check_expert_parallel(ep_size: int, num_experts: int | None, stage_size: int
         f"parallel.expert_parallel ({ep_size}) needs a mixture-of-experts target, and this one is "
         "dense; set parallel.expert_parallel=1",
     )
-    good = [n for n in range(1, stage_size + 1) if not stage_size % n and not num_experts % n]
+    good = [
+        n
+        for n in range(1, stage_size + 1)
+        if not stage_size % n and not num_experts % n and not (n % tp_size and tp_size % n)
+    ]
     require(
         ep_size in good,
         f"parallel.expert_parallel ({ep_size}) must divide the ranks of one pipeline stage "
-        f"({stage_size}) and the number of experts ({num_experts}); sizes that work here: {good}",
+        f"({stage_size}) and the number of experts ({num_experts}), and be a multiple or a divisor "
+        f"of parallel.tensor_parallel ({tp_size}); sizes that work here: {good}",
     )

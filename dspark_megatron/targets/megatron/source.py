@@ -78,7 +78,7 @@ def check_gpt_target(config: Config, target_config: PretrainedConfig, stage_size
     shape = hf_shape.gpt_shape_of(target_config)
     if target.checkpoint:
         shape = GPTSource.open(target, target_config).shape
-    check_expert_parallel(ep, shape.num_experts, stage_size)
+    check_expert_parallel(ep, shape.num_experts, stage_size, tp_size=tp)
     heads, groups = shape.num_attention_heads, shape.num_query_groups
     require(
         groups % tp == 0 or (tp % groups == 0 and heads % tp == 0),

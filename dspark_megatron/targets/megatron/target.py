@@ -60,19 +60,23 @@ class MegatronTarget(Target):
     ) -> TargetStates:
         if self._max_tokens is None:
             return replace(self._run(input_ids), positions=input_ids.numel())
+        b, s = input_ids.shape
+        # Passes are cut alike on all ranks that meet in them, or they would be padded beyond it.
+        most_rows, longest = self._largest(b, s)
         require(
-            input_ids.shape[1] <= self._max_tokens,
+            longest <= self._max_tokens,
             f"target.max_tokens_per_forward ({self._max_tokens}) must hold a whole sample for "
-            f"target.provider megatron, and one has {input_ids.shape[1]} tokens; raise it, or "
-            "lower data.max_length",
+            f"target.provider megatron, and one has {longest} tokens; raise it, or lower "
+            "data.max_length",
         )
-        states = states_in_passes(
-            input_ids,
+        found = states_in_passes(
+            F.pad(input_ids, (0, longest - s, 0, most_rows - b)),
             self._max_tokens,
             lambda rows: [self._run(piece) for piece in rows.pieces],
-            lockstep_group=self._shape_group,
+            lockstep_group=None,
         )
-        return replace(states, positions=input_ids.numel())
+        last_hidden = None if found.last_hidden is None else found.last_hidden[:b, :s]
+        return TargetStates(found.taps[:b, :s], last_hidden, positions=input_ids.numel())
 
     def new_cache(self) -> TokenCache:
         return TokenCache()
@@ -129,15 +133,19 @@ class MegatronTarget(Target):
         """Rows and columns that ranks need to fit together; what comes after a token does not
         change its states. One all-reduce of two numbers where data-parallel ranks meet in the
         experts, else none."""
-        b, s = input_ids.shape
-        if self._shape_group is not None:
-            size = torch.tensor([b, s], device=self.device)
-            dist.all_reduce(size, dist.ReduceOp.MAX, group=self._shape_group)
-            b, s = size.tolist()
+        b, s = self._largest(*input_ids.shape)
         if self.model.config.sequence_parallel:
             tp = self.model.pg_collection.tp.size()
             s = math.ceil(s / tp) * tp
         return F.pad(input_ids, (0, s - input_ids.shape[1], 0, b - input_ids.shape[0]))
+
+    def _largest(self, b: int, s: int) -> tuple[int, int]:
+        """Rows and columns of the ranks that have most, where data-parallel ranks meet."""
+        if self._shape_group is None:
+            return b, s
+        size = torch.tensor([b, s], device=self.device)
+        dist.all_reduce(size, dist.ReduceOp.MAX, group=self._shape_group)
+        return tuple(size.tolist())
 
 
 def output_logits(model: GPTModel, hidden: Tensor) -> Tensor:
