@@ -71,7 +71,7 @@ def wait_for_call(environment, name):
 
 def test_what_a_node_of_a_slurm_job_runs(environment):
     environment["SRUN_DOES"] = 'shift 2; SLURM_NODEID=1 SLURMD_NODENAME=b "$@"'
-    assert sbatch(environment, "train.epochs=2").wait(30) == 0
+    assert sbatch(environment, "train.epochs=2").wait(120) == 0
     srun, torchrun = calls(environment)
     assert "--cpus-per-task=16" in srun
     assert torchrun == (
@@ -94,7 +94,7 @@ def test_what_a_node_of_a_slurm_job_runs(environment):
 def test_only_a_stopped_run_is_requeued(environment, srun_does, requeued, code):
     Path(environment["STATUS"]).write_text("stopped\n")
     environment["SRUN_DOES"] = srun_does
-    assert sbatch(environment).wait(30) == code
+    assert sbatch(environment).wait(120) == code
     assert ("scontrol requeue 123456" in calls(environment)) == requeued
 
 
@@ -111,7 +111,7 @@ def test_a_signal_is_passed_to_the_tasks_and_the_job_requeued(environment, srun_
     job = sbatch(environment)
     wait_for_call(environment, "srun")
     job.send_signal(signal.SIGTERM)
-    assert job.wait(30) == 0
+    assert job.wait(120) == 0
     assert "scancel --signal=TERM 123456" in calls(environment)
     assert ("scontrol requeue 123456" in calls(environment)) == requeued
 
@@ -123,4 +123,4 @@ def test_a_signal_before_there_are_ranks_ends_torchrun(environment, number):
     node = start(environment, SCRIPTS / "launch_node.sh", "--config", "run.yaml")
     wait_for_call(environment, "torchrun")
     node.send_signal(number)
-    assert node.wait(30) == 128 + signal.SIGTERM
+    assert node.wait(120) == 128 + signal.SIGTERM

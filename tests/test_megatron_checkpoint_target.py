@@ -11,7 +11,16 @@ from megatron_checkpoint import write_checkpoint
 from safetensors.torch import load_file, save_file
 from test_megatron_target import TARGETS, assert_states, config_of, megatron_states, whole
 from test_megatron_target import target as target  # noqa: F401
-from test_training import ROOT, assert_same_curve, curve, finish, launch, write_config
+from test_target_cache import prepare_options
+from test_training import (
+    ROOT,
+    assert_same_curve,
+    curve,
+    finish,
+    launch,
+    run_training,
+    write_config,
+)
 from tiny_target import tiny_config
 
 from dspark_megatron.config import ConfigError
@@ -220,14 +229,6 @@ def test_train_evaluate_and_export_from_a_checkpoint(tiny_run, target, checkpoin
         code, text = finish(launch(config, 2, module=module))
         assert code == 0, text
     assert json.loads((tmp_path / "draft" / "evaluation.json").read_text())["iteration"] == 3
-    command = [sys.executable, ROOT / "tools" / "prepare_target_cache.py", "--config", config]
-    command += ["--output", tmp_path / "cache", "parallel.tensor_parallel=1"]
-    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
-    assert done.returncode == 0 and "is complete" in done.stdout, done.stdout + done.stderr
-    cached = ["target.provider=cache", f"target.cache={tmp_path / 'cache'}"]
-    code, text = finish(launch(config, 2, *cached, f"train.output_dir={tmp_path / 'again'}"))
-    assert code == 0, text
-    assert_same_curve(curve(tmp_path / "again"), curve(tmp_path / "draft"), rel=0.02)
     out = tmp_path / "out"
     command = [sys.executable, ROOT / "tools" / "convert_checkpoint.py", "export"]
     command += ["--checkpoint", tmp_path / "draft", "--target", path, "--output", out]
@@ -237,6 +238,24 @@ def test_train_evaluate_and_export_from_a_checkpoint(tiny_run, target, checkpoin
     assert "equal to the target's" in done.stdout
     expected = load_file(target("qwen2") / "model.safetensors")["model.embed_tokens.weight"]
     assert torch.equal(load_file(out / "model.safetensors")["embed_tokens.weight"], expected)
+
+
+def test_a_cache_of_its_states(pool, tiny_run, checkpoint, tmp_path):  # noqa: F811
+    run, path = checkpoint("qwen2")
+    target, cache = (
+        {"path": str(path), "provider": "megatron", "checkpoint": str(run)},
+        tmp_path / "c",
+    )
+
+    def config(name, **changes):
+        train = {"output_dir": str(tmp_path / name), "iterations": 3}
+        return tiny_config(tiny_run, target={**target, **changes}, train=train)
+
+    place = dict(world=1, tp=1)
+    pool.run(prepare_options, **place, config=config("x"), output=cache, dtype="float32")
+    pool.run(run_training, **place, config=config("online"))
+    pool.run(run_training, **place, config=config("cached", provider="cache", cache=str(cache)))
+    assert_same_curve(curve(tmp_path / "cached"), curve(tmp_path / "online"))
 
 
 @pytest.mark.parametrize("name", TARGETS)
