@@ -48,7 +48,12 @@ def environment(tmp_path):
 
 
 def start(environment, *command):
-    return subprocess.Popen([str(c) for c in command], cwd=ROOT, env=environment)
+    def heed_interrupts():  # a shell's background job, in which tests may run, ignores them
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    return subprocess.Popen(
+        [str(c) for c in command], cwd=ROOT, env=environment, preexec_fn=heed_interrupts
+    )
 
 
 def sbatch(environment, *overrides):
