@@ -1,18 +1,17 @@
 """Write a cache in processes that are killed at random points; run by a test.
 
-    python tests/killed_writer.py KILLS SHARDS ARGUMENTS...
+    python tests/killed_writer.py KILLS ARGUMENTS...
 
-ARGUMENTS are those of tools/prepare_target_cache.py, whose cache has SHARDS shards. Each job is
-forked from this process, which has paid for the imports, and ended by SIGKILL some random
-milliseconds after a random number of shards is there, of the first half: a busy machine must not let
-it finish before. A last job is left alone.
+ARGUMENTS are those of tools/prepare_target_cache.py. Each job is forked from this process, which
+has paid for the imports, and ends by SIGKILL when it is about to flush or rename a file for a
+random number of times: an unfinished file lies there, or a finished one under its other name. A
+last job is left alone.
 """
 
 import os
 import random
 import signal
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -22,35 +21,43 @@ import prepare_target_cache  # noqa: E402
 
 from dspark_megatron.training.runtime import prepare_megatron  # noqa: E402
 
+MOST_CALLS = 40
 
-def start(arguments: list[str]) -> int:
+
+def job(arguments: list[str], calls: int | None) -> int:
+    """Its exit status; calls: so many go well, and at the next it is killed."""
     child = os.fork()
     if not child:
-        os.nice(10)  # behind the process that is to end it in time
+        if calls is not None:
+            end_after(calls)
         prepare_target_cache.main(arguments)
         os._exit(0)
-    return child
+    return os.waitpid(child, 0)[1]
+
+
+def end_after(calls: int) -> None:
+    left = iter(range(calls))
+
+    def ending(call):
+        def counted(*args):
+            if next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args)
+
+        return counted
+
+    os.fsync, os.replace = ending(os.fsync), ending(os.replace)
 
 
 def main() -> None:
-    kills, shards, arguments = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+    kills, arguments = int(sys.argv[1]), sys.argv[2:]
     prepare_megatron()
     import dspark_megatron.training.loop  # noqa: F401
 
-    folder = Path(arguments[arguments.index("--output") + 1])
-    for wanted in sorted(random.sample(range(shards // 2), kills)):
-        child = start(arguments)
-        while not os.waitpid(child, os.WNOHANG)[0]:
-            if folder.is_dir() and len(list(folder.glob("shard_*"))) >= wanted:
-                time.sleep(random.uniform(0, 0.02))
-                os.kill(child, signal.SIGKILL)
-                _, status = os.waitpid(child, 0)
-                print("killed" if os.WIFSIGNALED(status) else "over", flush=True)
-                break
-        else:
-            sys.exit("a job ended by itself")
-    _, status = os.waitpid(start(arguments), 0)
-    sys.exit(os.waitstatus_to_exitcode(status))
+    for _ in range(kills):
+        status = job(arguments, random.randrange(MOST_CALLS))
+        print("killed" if os.WIFSIGNALED(status) else "over", flush=True)
+    sys.exit(os.waitstatus_to_exitcode(job(arguments, None)))
 
 
 if __name__ == "__main__":
