@@ -13,9 +13,9 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import benchmarking
 import torch
@@ -36,13 +36,7 @@ class RandomTarget:
 
     lockstep = False
 
-    def states(
-        self,
-        input_ids: torch.Tensor,
-        *,
-        lengths: list[int] | None = None,
-        samples: Sequence[int] = (),
-    ) -> TargetStates:
+    def states(self, input_ids: torch.Tensor, **_: Any) -> TargetStates:
         taps = torch.rand(*input_ids.shape, TAPS * HIDDEN, dtype=torch.bfloat16)
         return TargetStates(taps, taps[..., :HIDDEN])
 

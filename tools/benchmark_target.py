@@ -102,14 +102,7 @@ def measured(case: Case, args: argparse.Namespace, runtime: Runtime, folder: Pat
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Memory of a forward pass of the target.")
-    families = ("llama", "mixtral", "deepseek_v3")
-    parser.add_argument("--families", nargs="+", choices=families, default=families)
-    parser.add_argument("--tp", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--ffn", type=int, default=1792)
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--kv-heads", type=int, default=2)
-    parser.add_argument("--seq-length", type=int, default=2048)
+    benchmarking.add_target_options(parser, ("llama", "mixtral", "deepseek_v3"), seq_length=2048)
     benchmarking.add_report_options(parser)
     return parser.parse_args(argv)
 

@@ -129,14 +129,7 @@ def measure(job: Any, args: argparse.Namespace, folder: Path) -> dict[str, list[
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Target providers side by side.")
-    families = ("llama", "qwen3_moe")
-    parser.add_argument("--families", nargs="+", choices=families, default=families)
-    parser.add_argument("--tp", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--ffn", type=int, default=1792)
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--kv-heads", type=int, default=2)
-    parser.add_argument("--seq-length", type=int, default=1024)
+    benchmarking.add_target_options(parser, ("llama", "qwen3_moe"), seq_length=1024)
     parser.add_argument("--samples", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     benchmarking.add_report_options(parser)

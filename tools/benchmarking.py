@@ -187,6 +187,17 @@ def table(rows: list[dict[str, Any]], formats: dict[str, str]) -> str:
     )
 
 
+def add_target_options(
+    parser: argparse.ArgumentParser, families: tuple[str, ...], *, seq_length: int
+) -> None:
+    """Which made-up targets, and how they are split."""
+    parser.add_argument("--families", nargs="+", choices=families, default=families)
+    parser.add_argument("--tp", type=int, nargs="+", default=[1, 2])
+    for name, size in {"hidden": 512, "ffn": 1792, "heads": 8, "kv-heads": 2}.items():
+        parser.add_argument(f"--{name}", type=int, default=size)
+    parser.add_argument("--seq-length", type=int, default=seq_length)
+
+
 def add_report_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
 

@@ -5,7 +5,7 @@ k slots, h hidden, m target layers.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -177,13 +177,7 @@ class PreparedTarget(StatesSource):
     prepared: TargetStates
     lockstep = False
 
-    def states(
-        self,
-        input_ids: Tensor,
-        *,
-        lengths: list[int] | None = None,
-        samples: Sequence[int] = (),
-    ) -> TargetStates:
+    def states(self, input_ids: Tensor, **_: Any) -> TargetStates:
         return self.prepared
 
 

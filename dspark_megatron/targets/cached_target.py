@@ -57,13 +57,7 @@ class CachedTarget(StatesSource):
         self._expected = deque(zip(map(tuple, samples), sizes, strict=True))
         self._read_ahead()
 
-    def states(
-        self,
-        input_ids: Tensor,
-        *,
-        lengths: list[int] | None = None,
-        samples: Sequence[int] = (),
-    ) -> TargetStates:
+    def states(self, input_ids: Tensor, *, samples: Sequence[int] = (), **_: Any) -> TargetStates:
         """Taps are padded to the longest context only, c of them: [b, c, m*h]."""
         wanted = tuple(samples)
         while self._ahead and self._ahead[0][0] != wanted:

@@ -1,6 +1,5 @@
 """Provider `huggingface`: any causal LM, split by Transformers' native tensor parallelism."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -53,11 +52,7 @@ class HuggingFaceTarget(Target):
             self.layers[layer_id].register_forward_hook(self._keeper(layer_id))
 
     def states(
-        self,
-        input_ids: Tensor,
-        *,
-        lengths: list[int] | None = None,
-        samples: Sequence[int] = (),
+        self, input_ids: Tensor, *, lengths: list[int] | None = None, **_: Any
     ) -> TargetStates:
         if self.row_planner is not None and lengths is not None and len(lengths) > 1:
             return self.packed_states(input_ids, lengths, self.row_planner.groups(lengths))

@@ -8,6 +8,7 @@ states of its own.
 import math
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,12 +18,12 @@ from torch import Tensor
 
 from dspark_megatron.targets.base import StatesSource, TargetStates
 from dspark_megatron.targets.megatron.exchange import Outbox, gather_batches
+from dspark_megatron.targets.megatron.frozen_gpt import FrozenGPT, output_logits
 from dspark_megatron.targets.megatron.schedule import run_forward
-from dspark_megatron.targets.megatron.taps import Taps, whole_rows
-from dspark_megatron.targets.megatron.target import output_logits, shape_group
+from dspark_megatron.targets.megatron.taps import whole_rows
 
 
-class PipelineTarget(StatesSource):
+class PipelineTarget(FrozenGPT, StatesSource):
     """This rank's stage. Its taps, and the last stage's output, are kept for their owners."""
 
     lockstep = True
@@ -42,21 +43,17 @@ class PipelineTarget(StatesSource):
         with_output_layer: false frees what only `own_logits` needs.
 
         One all-gather of a number over the pipeline."""
-        self.model = model.eval().requires_grad_(False)
-        self.model.post_process = False  # the last stage then ends with the final norm
-        weight = next(model.parameters())
-        self.device, self.dtype = weight.device, weight.dtype
+        super().__init__(
+            model,
+            target_layer_ids,
+            with_last_hidden=with_last_hidden,
+            with_output_layer=with_output_layer,
+        )
         self.pp_group = model.pg_collection.pp
         self._per_run = micro_batches_per_run
-        self._shape_group = shape_group(model)
         self._taps_width = len(target_layer_ids) * model.config.hidden_size
         last_stage = self.pp_group.rank() == self.pp_group.size() - 1
         self._keeps_output = with_last_hidden and last_stage
-        if not with_last_hidden:
-            self._drop_layers_above(max(target_layer_ids))
-        if not (with_last_hidden and with_output_layer):
-            model.output_layer = None
-        self._taps = Taps(model, target_layer_ids)
         self._widths = self._widths_of_stages()
         self._expected: deque[Tensor] = deque()
         self._arrived: deque[tuple[Tensor, list[Tensor]]] = deque()
@@ -64,13 +61,7 @@ class PipelineTarget(StatesSource):
     def expect(self, batches: Sequence[Tensor], *, samples: Sequence[Sequence[int]] = ()) -> None:
         self._expected.extend(batches)
 
-    def states(
-        self,
-        input_ids: Tensor,
-        *,
-        lengths: list[int] | None = None,
-        samples: Sequence[int] = (),
-    ) -> TargetStates:
+    def states(self, input_ids: Tensor, **_: Any) -> TargetStates:
         """Whenever what has arrived is used up: two all-gathers, a receive and a send for each
         micro-batch of the run and one all-to-all. With sequence parallelism one all-gather in any
         case."""
@@ -143,10 +134,6 @@ class PipelineTarget(StatesSource):
     def _sequence_parts(self) -> int:
         """Into which sequence parallelism splits the tokens of a sequence."""
         return self.model.pg_collection.tp.size() if self.model.config.sequence_parallel else 1
-
-    def _drop_layers_above(self, last: int) -> None:
-        layers = self.model.decoder.layers
-        del layers[sum(layer.layer_number - 1 <= last for layer in layers) :]
 
     def _widths_of_stages(self) -> list[int]:
         """Numbers that each stage keeps of a token."""

@@ -1,8 +1,8 @@
 """Provider `megatron`: the states of a frozen Megatron-Core GPTModel."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from dspark_megatron.config import require
 from dspark_megatron.targets.base import Target, TargetStates
-from dspark_megatron.targets.megatron.taps import Taps, whole_rows
+from dspark_megatron.targets.megatron.frozen_gpt import FrozenGPT, output_logits
+from dspark_megatron.targets.megatron.taps import whole_rows
 from dspark_megatron.targets.megatron.token_cache import TokenCache
 from dspark_megatron.targets.passes import states_in_passes
 
 
-class MegatronTarget(Target):
+class MegatronTarget(FrozenGPT, Target):
     """A GPTModel of one pipeline stage whose decoder layers are tapped by forward hooks."""
 
     def __init__(
@@ -33,31 +34,21 @@ class MegatronTarget(Target):
         from here on it gives hidden states instead of logits. with_last_hidden: false keeps no
         decoder layer above the last tap. with_output_layer: false frees what only `own_logits`
         needs."""
-        self.model = model.eval().requires_grad_(False)
-        self.model.post_process = False  # the forward pass then ends with the final norm
-        weight = next(model.parameters())
-        self.device, self.dtype = weight.device, weight.dtype
+        super().__init__(
+            model,
+            target_layer_ids,
+            with_last_hidden=with_last_hidden,
+            with_output_layer=with_output_layer,
+        )
         self._max_tokens = max_tokens_per_forward
         self._with_last_hidden = with_last_hidden
-        self._shape_group = shape_group(model)
         self.lockstep = self._shape_group is not None
-        if not with_last_hidden:
-            del self.layers[max(target_layer_ids) + 1 :]
-        if not (with_last_hidden and with_output_layer):
-            model.output_layer = None
-        self._taps = Taps(model, target_layer_ids)
 
     @property
     def layers(self) -> nn.ModuleList:
         return self.model.decoder.layers
 
-    def states(
-        self,
-        input_ids: Tensor,
-        *,
-        lengths: list[int] | None = None,
-        samples: Sequence[int] = (),
-    ) -> TargetStates:
+    def states(self, input_ids: Tensor, **_: Any) -> TargetStates:
         if self._max_tokens is None:
             return replace(self._run(input_ids), positions=input_ids.numel())
         b, s = input_ids.shape
@@ -146,22 +137,3 @@ class MegatronTarget(Target):
         size = torch.tensor([b, s], device=self.device)
         dist.all_reduce(size, dist.ReduceOp.MAX, group=self._shape_group)
         return tuple(size.tolist())
-
-
-def output_logits(model: GPTModel, hidden: Tensor) -> Tensor:
-    """Of the output layer: [s, b, h], or [s/tp, b, h] with sequence parallelism -> [b, s, v], all
-    columns on every rank."""
-    tied = model.share_embeddings_and_output_weights
-    weight = model.shared_embedding_or_output_weight() if tied else None
-    logits, _ = model.output_layer(hidden, weight=weight, runtime_gather_output=True)
-    return logits.transpose(0, 1)
-
-
-def shape_group(model: GPTModel) -> dist.ProcessGroup | None:
-    """The ranks whose tokens meet in the experts, which must be equally many on each; None where
-    these are the tensor-parallel ranks, with the same tokens anyway."""
-    if model.config.num_moe_experts is None:
-        return None
-    own, tp = model.pg_collection.tp_ep, model.pg_collection.tp
-    ranks = dist.get_process_group_ranks
-    return None if set(ranks(own)) <= set(ranks(tp)) else own

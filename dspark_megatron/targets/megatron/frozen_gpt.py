@@ -1,0 +1,52 @@
+"""A frozen GPTModel, or a pipeline stage of one, that gives hidden states instead of logits."""
+
+import torch.distributed as dist
+from megatron.core.models.gpt.gpt_model import GPTModel
+from torch import Tensor
+
+from dspark_megatron.targets.megatron.taps import Taps
+
+
+class FrozenGPT:
+    """What providers of whole models and of stages have in common."""
+
+    def __init__(
+        self,
+        model: GPTModel,
+        target_layer_ids: tuple[int, ...],
+        *,
+        with_last_hidden: bool,
+        with_output_layer: bool,
+    ) -> None:
+        """with_last_hidden: false keeps no decoder layer above the last tap. with_output_layer:
+        false frees what only `own_logits` needs."""
+        self.model = model.eval().requires_grad_(False)
+        self.model.post_process = False  # the forward pass then ends with the final norm
+        weight = next(model.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
+        self._shape_group = shape_group(model)
+        if not with_last_hidden:
+            layers, last = model.decoder.layers, max(target_layer_ids)
+            del layers[sum(layer.layer_number - 1 <= last for layer in layers) :]
+        if not (with_last_hidden and with_output_layer):
+            model.output_layer = None
+        self._taps = Taps(model, target_layer_ids)
+
+
+def output_logits(model: GPTModel, hidden: Tensor) -> Tensor:
+    """Of the output layer: [s, b, h], or [s/tp, b, h] with sequence parallelism -> [b, s, v], all
+    columns on every rank."""
+    tied = model.share_embeddings_and_output_weights
+    weight = model.shared_embedding_or_output_weight() if tied else None
+    logits, _ = model.output_layer(hidden, weight=weight, runtime_gather_output=True)
+    return logits.transpose(0, 1)
+
+
+def shape_group(model: GPTModel) -> dist.ProcessGroup | None:
+    """The ranks whose tokens meet in the experts, which must be equally many on each; None where
+    these are the tensor-parallel ranks, with the same tokens anyway."""
+    if model.config.num_moe_experts is None:
+        return None
+    own, tp = model.pg_collection.tp_ep, model.pg_collection.tp
+    ranks = dist.get_process_group_ranks
+    return None if set(ranks(own)) <= set(ranks(tp)) else own
