@@ -19,7 +19,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="print the resolved config, layout, parameters and memory per rank; train nothing",
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -221,3 +221,10 @@ def test_padding_of_the_vocabulary():
 @pytest.mark.parametrize("path", sorted(ROOT.glob("examples/**/*.yaml")), ids=lambda p: p.name)
 def test_every_recipe_is_valid(path):
     load_config(path)
+
+
+def test_overrides_may_stand_on_either_side_of_a_flag():
+    from dspark_megatron.train import parse_arguments
+
+    line = ["--config", "run.yaml", "train.seed=1", "--dry-run", "train.epochs=2"]
+    assert parse_arguments(line).overrides == ["train.seed=1", "train.epochs=2"]

@@ -33,7 +33,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--widest-temperature", type=float, default=10.0, help="end of the grid")
     parser.add_argument("--seed", type=int, default=0, help="of the split by prompt")
     parser.add_argument("--force", action="store_true", help="replace temperatures of another kind")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:

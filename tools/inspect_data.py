@@ -17,7 +17,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--held-out", action="store_true", help="evaluate.heldout_files instead")
     parser.add_argument("--sample", type=int, default=0, help="which one to show, from 0")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def inspect(args: argparse.Namespace) -> str:

@@ -37,7 +37,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--requests", type=int, nargs="+", default=[], help="measure the cost by request, too")
     add("--context-length", type=int, default=512, help="tokens before those of the step")
     add("--rounds", type=int, default=10, help="turns, of which the median counts")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 class Verifier:

@@ -25,7 +25,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=types, default="bfloat16", help="of the taps; float8: e4m3, scaled")
     add("--format", choices=["rows", "deepspec"], default="rows", help="layout of the files")
     add("--shard-mib", type=float, default=512, help="of a shard, at most; a kill loses one a rank")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
