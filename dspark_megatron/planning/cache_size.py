@@ -1,20 +1,13 @@
 """How large an offline cache of the target's states would be."""
 
+from dspark_megatron.targets.deepspec_cache import RECORD, DeepSpecLayout
 from dspark_megatron.training.setup import RunPlan
-
-STATE_BYTES = 2
-"""Of a number: the cache holds bf16."""
-TOKEN_BYTES = 4 + 1 + 1
-"""An id, the attention mask, the loss mask."""
-SAMPLE_BYTES = 56
-"""A sample's entry in the index."""
 
 
 def cache_bytes(plan: RunPlan, samples: int) -> int:
-    """Bytes of DeepSpec's cache (version 2) of samples of full length: for each token its taps and
-    its last hidden state."""
-    states = (len(plan.shape.target_layer_ids) + 1) * plan.shape.hidden_size * STATE_BYTES
-    return samples * (plan.config.data.max_length * (states + TOKEN_BYTES) + SAMPLE_BYTES)
+    """Bytes of DeepSpec's cache (version 2) of samples of full length, its index included."""
+    layout = DeepSpecLayout(plan.shape.hidden_size, plan.shape.target_layer_ids, "")
+    return samples * (layout.sample_bytes(plan.config.data.max_length) + RECORD.size)
 
 
 def cache_lines(plan: RunPlan, samples: int | None) -> list[str]:

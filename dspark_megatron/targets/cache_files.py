@@ -17,6 +17,8 @@ from dspark_megatron.targets.state_rows import StateRows
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished_manifest.json"
 """Its name while shards are missing."""
+MAPPED_SHARDS = 1024
+"""At one time, by a reader; the system allows a process about 65,000."""
 _PARTIAL = ".partial_"
 
 

@@ -21,17 +21,15 @@ import torch
 from torch import Tensor
 
 from dspark_megatron.config import require
-from dspark_megatron.targets.cache_files import whole_file
+from dspark_megatron.targets.cache_files import MAPPED_SHARDS, whole_file
 from dspark_megatron.targets.state_rows import StateRows, sample_key
 
 VERSION = 2
-_RECORD = struct.Struct("<QIIQQQQQ")
+RECORD = struct.Struct("<QIIQQQQQ")
 _INDEX = "samples.idx"
 _TYPES = {"hidden_dtype": "bfloat16", "token_dtype": "int32", "mask_dtype": "uint8"}
 _FACTS = "dspark_megatron"
 """Key of the manifest that only our own writer adds; DeepSpec does not look at it."""
-_MAPPED_SHARDS = 1024
-"""Mapped at one time; the system allows a process about 65,000."""
 
 
 class DeepSpecEntry(NamedTuple):
@@ -51,7 +49,11 @@ class DeepSpecLayout:
 
     def entry(self, sample: Any) -> DeepSpecEntry:
         length = len(sample.input_ids)
-        return DeepSpecEntry(length, sum(self._sizes(length)))
+        return DeepSpecEntry(length, self.sample_bytes(length))
+
+    def sample_bytes(self, length: int) -> int:
+        """Of all that is kept of so many tokens."""
+        return sum(self._sizes(length))
 
     def shard_name(self, shard: int) -> str:
         return f"shard-{shard:05d}.bin"
@@ -83,7 +85,7 @@ class DeepSpecLayout:
                 for size in self._sizes(entries[i].length):
                     offsets.append(offset)
                     offset += size
-                records.append(_RECORD.pack(i, shard, entries[i].length, *offsets))
+                records.append(RECORD.pack(i, shard, entries[i].length, *offsets))
         with whole_file(folder / _INDEX) as partial:
             partial.write_bytes(b"".join(records))
 
@@ -95,7 +97,7 @@ class DeepSpecLayout:
             "num_shards": len(shards),
             "target_layer_ids": list(self.target_layer_ids),
             **_TYPES,
-            "index_record_size": _RECORD.size,
+            "index_record_size": RECORD.size,
             "hidden_size": self.hidden_size,
             "shards": [{"shard_id": i, "file_name": self.shard_name(i)} for i in shards],
             "target_model_name_or_path": self.target_path,
@@ -123,7 +125,7 @@ class DeepSpecCache:
             "hidden_size": self._hidden_size,
         }
         self._index = (folder / _INDEX).read_bytes()
-        self._shard = lru_cache(_MAPPED_SHARDS)(self._open)
+        self._shard = lru_cache(MAPPED_SHARDS)(self._open)
 
     def keys(self) -> list[bytes]:
         """Reads the tokens of the whole cache."""
@@ -142,13 +144,13 @@ class DeepSpecCache:
         )
 
     def _input_ids(self) -> Iterator[Tensor]:
-        for place in range(len(self._index) // _RECORD.size):
+        for place in range(len(self._index) // RECORD.size):
             _, shard, length, start, *_ = self._record(place)
             # They need not begin at a multiple of their size, as a view of the file would.
             yield self._bytes(shard, start, 4 * length).clone().view(torch.int32)
 
     def _record(self, place: int) -> tuple[int, ...]:
-        return _RECORD.unpack_from(self._index, place * _RECORD.size)
+        return RECORD.unpack_from(self._index, place * RECORD.size)
 
     def _array(self, shard: int, start: int, rows: int, width: int) -> Tensor:
         """[rows, width] of bf16 numbers of a mapped file."""
@@ -178,7 +180,7 @@ def _check(folder: Path, manifest: dict[str, Any]) -> None:
     require(
         not missing, f"the manifest of DeepSpec's cache {folder} lacks {missing}; copy it again"
     )
-    for name, value in {"version": VERSION, **_TYPES, "index_record_size": _RECORD.size}.items():
+    for name, value in {"version": VERSION, **_TYPES, "index_record_size": RECORD.size}.items():
         require(
             manifest[name] == value,
             f"{name} of DeepSpec's cache {folder} must be {value!r} and is {manifest[name]!r}; "
@@ -192,7 +194,7 @@ def _check(folder: Path, manifest: dict[str, Any]) -> None:
     absent = [s["file_name"] for s in manifest["shards"] if not (folder / s["file_name"]).is_file()]
     require(not absent, f"the cache {folder} lacks the shards {absent[:5]}; copy them again")
     require((folder / _INDEX).is_file(), f"the cache {folder} lacks {_INDEX}; copy it again")
-    size, wanted = (folder / _INDEX).stat().st_size, manifest["num_samples"] * _RECORD.size
+    size, wanted = (folder / _INDEX).stat().st_size, manifest["num_samples"] * RECORD.size
     require(
         size == wanted,
         f"{folder / _INDEX} must have {wanted} bytes ({manifest['num_samples']} samples) and has "

@@ -20,7 +20,7 @@ from torch import Tensor
 from dspark_megatron.config import ConfigError, require
 from dspark_megatron.ops.anchors import BlockRules
 from dspark_megatron.storage.safetensors_folder import open_safetensors
-from dspark_megatron.targets.cache_files import whole_file
+from dspark_megatron.targets.cache_files import MAPPED_SHARDS, whole_file
 from dspark_megatron.targets.state_rows import (
     FLOAT8,
     StateRows,
@@ -35,8 +35,6 @@ FORMAT = "dspark-megatron target cache 1"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": FLOAT8}
 """Of the taps. Last hidden states are bf16 beside fp8: they make the teacher's logits."""
 _INDEX = "index.safetensors"
-_MAPPED_SHARDS = 1024
-"""Mapped at one time; the system allows a process about 65,000."""
 
 
 def shard_name(shard: int) -> str:
@@ -143,7 +141,7 @@ class RowCache:
         # Rows before each sample, counted through all shards.
         self._context = _before(index["context"])
         self._teachers = _before(index["teachers"])
-        self._shard = lru_cache(_MAPPED_SHARDS)(self._open)
+        self._shard = lru_cache(MAPPED_SHARDS)(self._open)
 
     def keys(self) -> list[bytes]:
         return [bytes(row) for row in self._keys.numpy()]
