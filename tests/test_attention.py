@@ -11,6 +11,7 @@ from tiny_target import tiny_config
 
 from dspark_megatron.config import ConfigError
 from dspark_megatron.ops.block_attention import block_attention
+from dspark_megatron.ops.context_ranges import ContextRanges
 from dspark_megatron.ops.flex_block_attention import TILE, FlexBlockAttention
 
 
@@ -82,11 +83,10 @@ def inputs(case):
 def attention(case, backend, group_size=32):
     return block_attention(
         backend,
-        case.ranges,
+        ContextRanges.of(case.ranges, torch.device("cpu")),
         case.slots,
         case.context_length,
         group_size=group_size,
-        device=torch.device("cpu"),
     )
 
 

@@ -17,6 +17,7 @@ from dspark_megatron.ops.anchors import (
     slot_weights,
 )
 from dspark_megatron.ops.block_attention import block_attention
+from dspark_megatron.ops.context_ranges import ContextRanges
 
 MASK = torch.tensor([0, 1, 1, 0, 1, 1, 1, 1, 0, 1], dtype=torch.bool)
 
@@ -115,8 +116,8 @@ def test_the_visible_context_is_packed_up_to_the_last_anchor():
     ids = torch.arange(40).view(4, 10)
     masks = torch.ones(4, 10, dtype=torch.bool)
     anchors = [torch.tensor(a, dtype=torch.long) for a in ([0, 2, 3], [], [0], [0, 4])]
-    context = draft_blocks(ids, masks, anchors, 2).visible_context(10)
-    assert context.index.tolist() == [0, 1, 2, 20, 30, 31, 32, 33]
+    context = draft_blocks(ids, masks, anchors, 2).visible_context()
+    assert context.samples.tolist() == [0, 0, 0, 2, 3, 3, 3, 3]
     assert context.positions.tolist() == [0, 1, 2, 0, 0, 1, 2, 3]
     assert context.ranges == [(0, 0), (0, 2), (0, 3), (3, 3), (4, 4), (4, 8)]
 
@@ -127,20 +128,21 @@ def test_attention_to_the_packed_context_is_that_to_all_of_it(group_size):
     torch.manual_seed(0)
     anchors = [torch.tensor(a) for a in ([0, 2, 3], [0], [0, 4])]
     masks = torch.ones(3, 10, dtype=torch.bool)
-    packed = draft_blocks(masks.long(), masks, anchors, 2).visible_context(10)
+    packed = draft_blocks(masks.long(), masks, anchors, 2).visible_context()
     query, key, value = (torch.randn(6, 2, 2, 4) for _ in range(3))
     context = torch.randn(2, 30, 2, 4)
 
     def attend(ranges, index):
         kv = context[:, index]
-        attention = block_attention(
-            "sdpa", ranges, 2, len(index), group_size=group_size, device=query.device
-        )
+        ranges = ContextRanges.of(ranges, query.device)
+        attention = block_attention("sdpa", ranges, 2, len(index), group_size=group_size)
         return attention(query, (kv[0], kv[1]), (key, value))
 
     everything = [(0, 0), (0, 2), (0, 3), (10, 10), (20, 20), (20, 24)]
     expected = attend(everything, list(range(30)))
-    torch.testing.assert_close(attend(packed.ranges, packed.index.tolist()), expected)
+    torch.testing.assert_close(
+        attend(packed.ranges, (packed.samples * 10 + packed.positions).tolist()), expected
+    )
     alike = [(0, 0), (0, 2), (0, 3), (3, 3), (3, 3), (3, 7)]
     torch.testing.assert_close(attend(alike, [0, 1, 2, 20, 21, 22, 23]), expected)
 

@@ -54,6 +54,7 @@ def one_pass(runtime, recompute, with_grad):
     """Hidden states, bytes saved for backward, and how many layers went through a checkpoint."""
     from dspark_megatron.model import draft_layer
     from dspark_megatron.ops.anchors import draft_blocks
+    from dspark_megatron.ops.device_blocks import DeviceBlocks
 
     checkpoint = mock.patch.object(draft_layer, "checkpoint", wraps=draft_layer.checkpoint)
     model = build_tiny_draft(runtime, SHAPE, recompute_activations=recompute)
@@ -61,15 +62,9 @@ def one_pass(runtime, recompute, with_grad):
     ids, anchors = samples.input_ids[0], torch.arange(19)
     mask = torch.ones(1, len(ids), dtype=torch.bool)
     blocks = draft_blocks(ids[None], mask, [anchors], SHAPE.block_size)
-    context = blocks.visible_context(len(ids))
+    blocks = DeviceBlocks.of(blocks, runtime.device)
     with torch.set_grad_enabled(with_grad), counted.saving(), checkpoint as checkpointed:
-        output = model(
-            samples.taps[0][context.index],
-            context.positions,
-            blocks.prev_token_ids,
-            blocks.position_ids(),
-            context.ranges,
-        )
+        output = model(samples.taps[0][None], blocks)
     return output.hidden.detach(), counted.saved_bytes, checkpointed.call_count
 
 

@@ -199,18 +199,12 @@ def sample_logits(draft, taps, ids, anchors):
     """A fully supervised sample's blocks: hidden states [n, k, h], this rank's logits
     [n, k, v/tp], confidence logits [n, k]."""
     from dspark_megatron.ops.anchors import draft_blocks
+    from dspark_megatron.ops.device_blocks import DeviceBlocks
 
     mask = torch.ones(1, len(ids), dtype=torch.bool)
     blocks = draft_blocks(ids[None], mask, [anchors], draft.shape.block_size)
-    context = blocks.visible_context(len(ids))
     with torch.no_grad():
-        out = draft(
-            taps[context.index],
-            context.positions,
-            blocks.prev_token_ids,
-            blocks.position_ids(),
-            context.ranges,
-        )
+        out = draft(taps[None], DeviceBlocks.of(blocks, taps.device))
         head = draft.head_weights()
         logits = out.hidden @ head.lm_head.t() + out.latents @ head.markov_w2.t()
     return out.hidden, logits, out.confidence_logits

@@ -18,6 +18,7 @@ from reference import context_mask
 from torch import Tensor
 
 from dspark_megatron.ops.block_attention import block_attention
+from dspark_megatron.ops.context_ranges import ContextRanges
 from dspark_megatron.shape import DraftShape
 
 CURVE_FORMATS = {"anchors": "d", "variant": "", "MiB": ",.1f", "ms": ",.1f"}
@@ -43,8 +44,9 @@ class AttentionInputs:
         self.block_kv = normal(anchors, slots, *kv), normal(anchors, slots, *kv)
         positions = (torch.arange(anchors) * context) // anchors + 1
         ranges = [(0, position) for position in positions.tolist()]
-        sizes = dict(context_ranges=ranges, slots=slots, context_length=context)
-        self.attention = partial(block_attention, **sizes, device=device, **options)
+        sizes = dict(slots=slots, context_length=context)
+        ranges = ContextRanges.of(ranges, device)
+        self.attention = partial(block_attention, context_ranges=ranges, **sizes, **options)
         self.mask = context_mask(positions, context, slots).to(device)  # [A*B, S + A*B]
 
     def ours(self) -> None:

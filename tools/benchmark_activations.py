@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dspark_megatron.ops.anchors import draft_blocks
+from dspark_megatron.ops.device_blocks import DeviceBlocks
 from dspark_megatron.shape import DraftShape
 from dspark_megatron.training.runtime import Runtime, launch
 
@@ -30,9 +31,9 @@ def saved_bytes(draft: torch.nn.Module, tokens: int, num_anchors: int) -> int:
     anchors = torch.linspace(1, tokens - shape.block_size - 1, num_anchors).long()
     mask = torch.ones(1, tokens, dtype=torch.bool)
     blocks = draft_blocks(ids, mask, [anchors], shape.block_size)
-    context = blocks.visible_context(tokens)
+    blocks = DeviceBlocks.of(blocks, device)
     width = len(shape.target_layer_ids) * shape.hidden_size
-    taps = torch.zeros(len(context.index), width, dtype=draft.config.params_dtype, device=device)
+    taps = torch.zeros(1, tokens, width, dtype=draft.config.params_dtype, device=device)
     weights = {p.untyped_storage().data_ptr() for p in draft.parameters()}
     kept: dict[int, int] = {}
 
@@ -43,13 +44,7 @@ def saved_bytes(draft: torch.nn.Module, tokens: int, num_anchors: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = draft(
-            taps,
-            context.positions.to(device),
-            blocks.prev_token_ids.to(device),
-            blocks.position_ids().to(device),
-            context.ranges,
-        )
+        output = draft(taps, blocks)
     del output  # until here what was saved is alive, so no address is counted for two tensors
     return sum(kept.values())
 

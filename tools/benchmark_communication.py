@@ -122,7 +122,7 @@ def count_step(
     with CollectiveCounter(runtime.tp_group) as counter:
         step(Item(Sample(ids, mask), anchors, states))
     blocks = draft_blocks([ids], [mask], [anchors], shape.block_size)
-    context = blocks.visible_context(seq_length).index
+    context = blocks.visible_context().positions
     return counter, StepSize(blocks.num_blocks, len(context), int(blocks.eval_mask.sum()))
 
 

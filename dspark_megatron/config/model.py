@@ -50,9 +50,10 @@ class ModelConfig:
     """Code of yours for the draft's layers, as Megatron's `--spec`: [module, name] of a ModuleSpec
     or of a function that returns one. A run imports it; reading a config does not. Empty: the
     classes of `backend`."""
-    attention_backend: str = "sdpa"
-    """Attention of the draft in training: `sdpa` (grouped, any device) or `flex` (FlexAttention
-    with a block mask; GPUs only)."""
+    attention_backend: str = "auto"
+    """Attention of the draft in training: `sdpa` (grouped, any device), `flex` (FlexAttention with
+    a block mask; GPUs only) or `auto` (the faster one of the device: today `sdpa` everywhere, since
+    no GPU has compared them yet)."""
     attention_group_size: int = 16
     """Blocks that share one attention call of `sdpa`; bounds the mask to
     [group * k, context + group * k]."""
@@ -72,7 +73,7 @@ class ModelConfig:
             f"model.layer_spec ({self.layer_spec}) takes the place of model.backend "
             f"({self.backend!r}); leave that at local",
         )
-        one_of("model.attention_backend", self.attention_backend, ("sdpa", "flex"))
+        one_of("model.attention_backend", self.attention_backend, ("auto", "sdpa", "flex"))
         require(self.markov_rank >= 0, f"model.markov_rank ({self.markov_rank}) must be >= 0")
         require(
             not (self.enable_confidence_head and self.confidence_head_with_markov)

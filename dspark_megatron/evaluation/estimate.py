@@ -23,6 +23,7 @@ from dspark_megatron.ops.accept_rates import LogitRows, accept_rates
 from dspark_megatron.ops.acceptance import round_starts, tau
 from dspark_megatron.ops.anchors import DraftBlocks, anchor_candidates, draft_blocks
 from dspark_megatron.ops.chunk_budget import chunk_rows
+from dspark_megatron.ops.device_blocks import DeviceBlocks
 from dspark_megatron.targets.base import Target, TargetStates
 
 
@@ -133,12 +134,11 @@ def _logit_rows(
     draft: DSparkDraftModel, target_head: Tensor, states: TargetStates, blocks: DraftBlocks
 ) -> tuple[LogitRows, LogitRows]:
     """The draft's and the target's, of every supervised slot."""
-    output, mask = draft(*blocks.draft_inputs(states.taps)), blocks.eval_mask
+    on_device = DeviceBlocks.of(blocks, states.taps.device)
+    output = draft(states.taps, on_device)
     sources = [output.hidden] if output.latents is None else [output.hidden, output.latents]
-    slots = mask.flatten().nonzero().squeeze(1).to(output.hidden.device)
-    features = torch.cat([source.flatten(0, 1)[slots] for source in sources], dim=1)
-    seen = blocks.teacher_index(states.last_hidden.shape[1])[mask].to(slots.device)
-    teacher_hidden = states.last_hidden.flatten(0, 1)[seen].to(target_head.dtype)
+    features = torch.cat([on_device.supervised(source) for source in sources], dim=1)
+    teacher_hidden = on_device.target_of(states.last_hidden).to(target_head.dtype)
     joint = draft.head_weights().fill_joint()
     return LogitRows(features, joint), LogitRows(teacher_hidden, target_head)
 

@@ -26,6 +26,7 @@ from dspark_megatron.model.split_rows import SplitRows, with_whole_rows
 from dspark_megatron.model.transformer_config import transformer_config
 from dspark_megatron.model.vocab_parallel_weight import VocabParallelWeight
 from dspark_megatron.ops.block_attention import BlockAttention, block_attention
+from dspark_megatron.ops.device_blocks import DeviceBlocks
 from dspark_megatron.ops.head_loss import HeadWeights
 from dspark_megatron.ops.rope import RotaryTable
 from dspark_megatron.ops.vocab_parallel import VocabShard
@@ -67,7 +68,7 @@ class DSparkDraftModel(MegatronModule):
         tp_group: dist.ProcessGroup,
         params_dtype: torch.dtype,
         device: torch.device,
-        attention_backend: str = "sdpa",
+        attention_backend: str = "auto",
         attention_group_size: int = 16,
         recompute_activations: bool = False,
         sequence_parallel: bool = False,
@@ -204,30 +205,22 @@ class DSparkDraftModel(MegatronModule):
         hidden = self.final_layernorm(hidden)
         return self.rows.whole(hidden, n * k).view(n, k, -1)
 
-    def forward(
-        self,
-        taps: Tensor,
-        context_positions: Tensor,
-        prev_token_ids: Tensor,
-        positions: Tensor,
-        context_ranges: list[tuple[int, int]],
-    ) -> DraftOutput:
-        """Training pass over the n blocks of a micro-batch. taps [t, m*h], context_positions [t],
-        prev_token_ids [n, k] (slot 0 is the anchor), positions [n, k], context_ranges: the
-        half-open range of context that each block sees."""
-        context_kv = self.encode_context(taps, context_positions)
+    def forward(self, taps: Tensor, blocks: DeviceBlocks) -> DraftOutput:
+        """Training pass over the n blocks of a micro-batch. taps [b, s, m*h]."""
+        context = blocks.context_of(taps)  # [t, m*h]
+        context_kv = self.encode_context(context, blocks.context_positions)
         attend = block_attention(
             self.attention_backend,
-            context_ranges,
+            blocks.context_ranges,
             self.shape.block_size,
-            len(taps),
+            len(context),
             group_size=self.attention_group_size,
-            device=taps.device,
         )
-        hidden = self.backbone(prev_token_ids[:, 0], positions, context_kv, attend)
+        anchors = blocks.prev_token_ids[:, 0]
+        hidden = self.backbone(anchors, blocks.positions, context_kv, attend)
         embeddings = latents = confidence_logits = None
         if self.markov_head is not None:
-            embeddings = self.markov_head.embed(prev_token_ids)
+            embeddings = self.markov_head.embed(blocks.prev_token_ids)
             latents = self.markov_head.latents(embeddings, hidden)
         if self.confidence_head is not None:
             confidence_logits = self.confidence_head(hidden, embeddings)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dspark_megatron.model.draft_model import ContextKV, DSparkDraftModel
+from dspark_megatron.ops.context_ranges import ContextRanges
 from dspark_megatron.ops.grouped_block_attention import GroupedBlockAttention
 from dspark_megatron.ops.vocab_parallel import gather_vocab
 
@@ -75,7 +76,9 @@ class Drafter:
         ranges = list(pairwise(accumulate(lengths, initial=0)))
         positions = torch.tensor(lengths, device=device)[:, None] + torch.arange(k, device=device)
         # One block for each context: nothing that flex could do better.
-        attend = GroupedBlockAttention(ranges, k, sum(lengths), group_size=1, device=device)
+        attend = GroupedBlockAttention(
+            ContextRanges.of(ranges, device), k, sum(lengths), group_size=1
+        )
         layers = zip(*self._contexts, strict=True)
         context_kv = [_joined(layer) for layer in layers]
         hidden = self.model.backbone(anchor_token_ids, positions, context_kv, attend)  # [b, k, h]

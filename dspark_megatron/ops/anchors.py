@@ -38,10 +38,10 @@ DEFAULT_RULES = BlockRules.of(LossConfig())
 class VisibleContext:
     """The context that some block of a micro-batch sees, packed sample by sample; on the CPU."""
 
-    index: Tensor
-    """[t] indices into the flattened [b * s] sequence."""
+    samples: Tensor
+    """[t] row of the micro-batch."""
     positions: Tensor
-    """[t] positions in their sample."""
+    """[t] position in that sample."""
     ranges: list[tuple[int, int]]
     """For each block the half-open range of the t tokens that it sees: those of its sample,
     strictly before its anchor. Ranges of one sample start alike, those of two never do."""
@@ -73,7 +73,7 @@ class DraftBlocks:
         """[n, k]: slot k stands at `anchor + k`."""
         return self.anchor_positions[:, None] + torch.arange(self.labels.shape[1])
 
-    def visible_context(self, seq_length: int) -> VisibleContext:
+    def visible_context(self) -> VisibleContext:
         """What stands before the last anchor of each sample; there must be a block."""
         samples, blocks = self.sample_index.unique_consecutive(return_counts=True)
         # An anchor at 0 sees nothing, but one token keeps every tensor and collective from being
@@ -83,32 +83,15 @@ class DraftBlocks:
         starts = (sizes.cumsum(0) - sizes).repeat_interleave(blocks)  # [n]
         ends = starts + self.anchor_positions
         return VisibleContext(
-            index=(samples * seq_length).repeat_interleave(sizes) + positions,
+            samples=samples.repeat_interleave(sizes),
             positions=positions,
             ranges=list(zip(starts.tolist(), ends.tolist(), strict=True)),
-        )
-
-    def draft_inputs(self, taps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, list]:
-        """Arguments of the draft's forward pass, on the device of the taps [b, s, m*h]; there must
-        be a block."""
-        context, device = self.visible_context(taps.shape[1]), taps.device
-        return (
-            taps.flatten(0, 1)[context.index.to(device)],
-            context.positions.to(device),
-            self.prev_token_ids.to(device),
-            self.position_ids().to(device),
-            context.ranges,
         )
 
     def part(self, blocks: slice) -> "DraftBlocks":
         """Some of the blocks; `candidates` stays that of the micro-batch."""
         tensors = ("sample_index", "anchor_positions", "labels", "prev_token_ids", "eval_mask")
         return replace(self, **{name: getattr(self, name)[blocks] for name in tensors})
-
-    def teacher_index(self, seq_length: int) -> Tensor:
-        """[n, k] indices into the flattened [b * s] sequence of the target state that predicts
-        each label (position `anchor + k`); valid where `eval_mask` is true."""
-        return self.sample_index[:, None] * seq_length + self.position_ids()
 
 
 def anchor_candidates(loss_mask: Tensor, rules: BlockRules = DEFAULT_RULES) -> Tensor:

@@ -11,11 +11,15 @@ key/value heads, d head width.
 
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
+from dspark_megatron.ops.context_ranges import ContextRanges
 from dspark_megatron.ops.flex_block_attention import FlexBlockAttention
 from dspark_megatron.ops.grouped_block_attention import GroupedBlockAttention
+
+FASTER_ON_CUDA = "sdpa"
+"""What `auto` takes on a GPU: the backend that runs everywhere, until `make gpu-check` has shown on
+a card that `flex` is faster."""
 
 
 class BlockAttention(Protocol):
@@ -28,18 +32,24 @@ class BlockAttention(Protocol):
         [n, k, g/tp, d]. Returns [n, k, a/tp, d]. No collective."""
 
 
+def chosen_backend(backend: str, device_type: str) -> str:
+    """`sdpa` or `flex`; `auto` is the faster one on a device of this type."""
+    if backend == "auto":
+        return FASTER_ON_CUDA if device_type == "cuda" else "sdpa"
+    return backend
+
+
 def block_attention(
     backend: str,
-    context_ranges: list[tuple[int, int]],
+    context_ranges: ContextRanges,
     slots: int,
     context_length: int,
     *,
     group_size: int,
-    device: torch.device,
 ) -> BlockAttention:
-    """The backend `sdpa` or `flex` for blocks that see these half-open ranges of the context;
+    """The backend `auto`, `sdpa` or `flex` for blocks that see these ranges of the context;
     `group_size` is for `sdpa`."""
     blocks = (context_ranges, slots, context_length)
-    if backend == "flex":
-        return FlexBlockAttention(*blocks, device=device)
-    return GroupedBlockAttention(*blocks, group_size=group_size, device=device)
+    if chosen_backend(backend, context_ranges.on_device.device.type) == "flex":
+        return FlexBlockAttention(*blocks)
+    return GroupedBlockAttention(*blocks, group_size=group_size)

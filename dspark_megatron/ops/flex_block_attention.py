@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from dspark_megatron.ops.context_ranges import ContextRanges
+
 TILE = 128
 """Queries and keys of a tile: FlexAttention's own default."""
 
@@ -26,16 +28,13 @@ class FlexBlockAttention:
 
     def __init__(
         self,
-        context_ranges: list[tuple[int, int]],
+        context_ranges: ContextRanges,
         slots: int,
         context_length: int,
-        *,
-        device: torch.device,
     ) -> None:
         self.mask = None
-        if context_ranges:
-            context = torch.tensor(context_ranges, device=device)  # [n, 2]
-            self.mask = _block_mask(context, slots, context_length)
+        if context_ranges.on_host:
+            self.mask = _block_mask(context_ranges.on_device, slots, context_length)
 
     def __call__(
         self, query: Tensor, context_kv: tuple[Tensor, Tensor], block_kv: tuple[Tensor, Tensor]

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dspark_megatron.ops.context_ranges import ContextRanges
+
 
 @dataclass(frozen=True)
 class _Group:
@@ -33,20 +35,18 @@ class GroupedBlockAttention:
 
     def __init__(
         self,
-        context_ranges: list[tuple[int, int]],
+        context_ranges: ContextRanges,
         slots: int,
         context_length: int,
         *,
         group_size: int,
-        device: torch.device,
     ) -> None:
-        groups = list(_groups(context_ranges, group_size))
+        groups = list(_groups(context_ranges.on_host, group_size))
         spans = [(group[0][0], max(end for _, end in group)) for group in groups]
         cuts = sorted({0, context_length}.union(*spans))
         self.piece_sizes = [after - before for before, after in pairwise(cuts)]
         self.row_counts = [len(group) * slots for group in groups]
-        # One copy to the device, not one for each group.
-        ends = torch.tensor([end for _, end in context_ranges], device=device)
+        ends = context_ranges.on_device[:, 1]
         self.groups = [
             _Group(slice(*map(cuts.index, span)), _group_mask(part, span, slots))
             for part, span in zip(ends.split([len(g) for g in groups]), spans, strict=True)

@@ -32,6 +32,7 @@ class DraftPass:
     sequence_parallel: bool = False
     recompute: bool = False
     attention_backend: str = "sdpa"
+    """`sdpa` or `flex`."""
     attention_group_size: int = 16
 
     @property

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from dspark_megatron.ops.block_attention import chosen_backend
 from dspark_megatron.planning.activations import DraftPass, gradient_bytes, kept_bytes, layer_bytes
 from dspark_megatron.planning.loss_memory import HeadLossSize, head_loss_parts
 from dspark_megatron.planning.meta_draft import draft_elements
@@ -108,7 +109,7 @@ def draft_pass(plan: RunPlan) -> DraftPass:
         tp_size=tp,
         sequence_parallel=config.parallel.sequence_parallel and tp > 1,
         recompute=config.train.recompute_activations,
-        attention_backend=config.model.attention_backend,
+        attention_backend=chosen_backend(config.model.attention_backend, "cuda"),
         attention_group_size=config.model.attention_group_size,
     )
 

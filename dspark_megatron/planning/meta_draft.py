@@ -39,7 +39,7 @@ def _counted(shape: _Shape, tp_size: int) -> DraftElements:
 
     from dspark_megatron.model.draft_model import DSparkDraftModel
 
-    with one_of_ranks(tp_size) as group, torch.device("meta"), _EverythingOnMeta():
+    with one_of_ranks(tp_size) as group, torch.device("meta"), EverythingOnMeta():
         # Megatron-Core's layers ask for its random states, and draw nothing from them here.
         model_parallel_cuda_manual_seed(1, tp_rank=0, ep_rank=0, etp_rank=0)
         model = DSparkDraftModel(
@@ -66,7 +66,7 @@ def one_of_ranks(size: int) -> Iterator[dist.ProcessGroup]:
         dist.destroy_process_group()
 
 
-class _EverythingOnMeta(TorchFunctionMode):
+class EverythingOnMeta(TorchFunctionMode):
     """Megatron-Core names the current GPU when it allocates; `torch.device("meta")` alone only
     fills in what is not named."""
 

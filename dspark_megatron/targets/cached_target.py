@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from dspark_megatron.config import ConfigError
+from dspark_megatron.ops.transfer import to_device
 from dspark_megatron.targets.base import StatesSource, TargetStates
 from dspark_megatron.targets.cache_files import CacheReader
 from dspark_megatron.targets.state_rows import StateRows
@@ -69,8 +70,8 @@ class CachedTarget(StatesSource):
         self._read_ahead()
         last_hidden = found.last_hidden
         return TargetStates(
-            found.taps.to(self._device),
-            None if last_hidden is None else last_hidden.to(self._device),
+            to_device(found.taps, self._device),
+            None if last_hidden is None else to_device(last_hidden, self._device),
         )
 
     def _read_ahead(self) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from dspark_megatron.config import ConfigError, TargetConfig
+from dspark_megatron.ops.transfer import to_device
 from dspark_megatron.targets.base import Target, TargetStates
 from dspark_megatron.targets.cached_sequences import CachedSequences
 from dspark_megatron.targets.loading import load_base_model
@@ -60,7 +61,7 @@ class HuggingFaceTarget(Target):
             states = self._run(input_ids, use_cache=False)
         else:
             states = states_in_passes(
-                input_ids.to(self.device),
+                to_device(input_ids, self.device),
                 self._max_tokens,
                 self._run_rows,
                 lockstep_group=self._lockstep_group,
@@ -71,7 +72,7 @@ class HuggingFaceTarget(Target):
         self, input_ids: Tensor, lengths: list[int], groups: list[PackedRows]
     ) -> TargetStates:
         """`states` with the samples in these rows; 0 where input_ids is padding."""
-        rows = [group.take(input_ids.to(self.device), lengths) for group in groups]
+        rows = [group.take(to_device(input_ids, self.device), lengths) for group in groups]
         found = run_in_step(rows, self._run_rows, lockstep_group=self._lockstep_group)
         return unpacked(found, groups, lengths)
 
@@ -113,7 +114,7 @@ class HuggingFaceTarget(Target):
 
     @torch.no_grad()
     def _run(self, input_ids: Tensor, **arguments: Any) -> TargetStates:
-        output = self.model(input_ids=input_ids.to(self.device), **arguments)
+        output = self.model(input_ids=to_device(input_ids, self.device), **arguments)
         taps = torch.cat([self._tapped.pop(i) for i in self._ids], dim=-1)
         return TargetStates(taps, output.last_hidden_state if self._with_last_hidden else None)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from dspark_megatron.config import TargetConfig
+from dspark_megatron.ops.transfer import to_device
 from dspark_megatron.targets.base import TargetStates
 from dspark_megatron.targets.passes import Rows
 
@@ -46,7 +47,7 @@ class PackedRows:
         positions = [torch.cat([torch.arange(lengths[i]) for i in row]) for row in self.samples]
         return Rows(
             (pad_sequence(rows, batch_first=True),),
-            pad_sequence(positions, batch_first=True).to(input_ids.device),
+            to_device(pad_sequence(positions, batch_first=True), input_ids.device),
         )
 
     def split(self, states: Tensor, lengths: list[int]) -> dict[int, Tensor]:

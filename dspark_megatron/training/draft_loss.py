@@ -1,4 +1,7 @@
-"""The loss of a micro-batch from the draft's output and the target's states, and its metrics."""
+"""The loss of a micro-batch from the draft's output and the target's states, and its metrics.
+
+Shapes: r supervised slots, k slots of a block, h hidden.
+"""
 
 import torch
 import torch.distributed as dist
@@ -8,35 +11,17 @@ from torch import Tensor
 from dspark_megatron.config import LossConfig
 from dspark_megatron.model.draft_model import DraftOutput, DSparkDraftModel
 from dspark_megatron.ops.acceptance import tau
-from dspark_megatron.ops.anchors import DraftBlocks, slot_weights
+from dspark_megatron.ops.anchors import slot_weights
 from dspark_megatron.ops.chunk_budget import chunk_rows
+from dspark_megatron.ops.device_blocks import DeviceBlocks
 from dspark_megatron.ops.head_loss import HeadLossOutput, head_loss
 from dspark_megatron.ops.logit_terms import Objective
 from dspark_megatron.targets.base import TargetStates
 from dspark_megatron.training.metrics import MetricSums
 
 
-class SupervisedRows:
-    """The slots to learn, as rows: found on the CPU, where the blocks are, since a GPU would have
-    to be waited for to count them."""
-
-    def __init__(self, blocks: DraftBlocks, slots: Tensor, device: torch.device) -> None:
-        """slots [k]: weight of each."""
-        mask = blocks.eval_mask
-        self.mask = mask.to(device)
-        """[blocks, k] bool"""
-        self.index = mask.flatten().nonzero().squeeze(1).to(device)
-        """[n] of the flattened [blocks * k] slots"""
-        self.weights = slots.expand(mask.shape)[mask].to(device)
-        """[n]"""
-
-    def of(self, by_slot: Tensor) -> Tensor:
-        """[blocks, k, ...] -> [n, ...]"""
-        return by_slot.flatten(0, 1).index_select(0, self.index)
-
-
 class DraftLoss:
-    """Weighted sum of all terms over supervised rows; dividing is the caller's."""
+    """Weighted sum of all terms over supervised slots; dividing is the caller's."""
 
     def __init__(
         self,
@@ -46,11 +31,12 @@ class DraftLoss:
         tp_group: dist.ProcessGroup,
         device: torch.device,
     ) -> None:
-        self.draft, self.tp_group, self.device = draft, tp_group, device
+        self.draft, self.tp_group = draft, tp_group
         has_head = draft.confidence_head is not None
         self.confidence_alpha = config.confidence_head_alpha if has_head else 0.0
         self.with_teacher = config.needs_teacher(with_confidence_head=has_head)
         self.slots = slot_weights(draft.shape.block_size, config.loss_decay_gamma)
+        self._slots_on_device = self.slots.to(device)
         self.compile = config.compile
         self.objective = Objective.of(config)
         joint = draft.head_weights().joint
@@ -71,34 +57,35 @@ class DraftLoss:
         return terms
 
     def __call__(
-        self, blocks: DraftBlocks, states: TargetStates, output: DraftOutput, metrics: MetricSums
+        self, blocks: DeviceBlocks, states: TargetStates, output: DraftOutput, metrics: MetricSums
     ) -> Tensor:
         """[] with gradients; adds to `metrics`. Raises ValueError when a term needs the target's
         last hidden states and there are none."""
-        rows = SupervisedRows(blocks, self.slots, self.device)
+        of = blocks.supervised
+        weights = self._slots_on_device[blocks.slot_index % len(self.slots)]
         result = head_loss(
-            rows.of(output.hidden),
-            None if output.latents is None else rows.of(output.latents),
+            of(output.hidden),
+            None if output.latents is None else of(output.latents),
             self._teacher_rows(blocks, states, output.hidden.dtype),
-            blocks.labels[blocks.eval_mask].to(self.device),
-            rows.weights,
+            blocks.labels,
+            weights,
             self.draft.head_weights(),
             self.objective,
             chunk_rows=self.chunk_rows,
             compile=self.compile,
             tp_group=self.tp_group,
         )
-        self._add_terms(rows, result, metrics)
+        _add_terms(blocks, weights, result, metrics)
         if self.confidence_alpha == 0:
             return result.loss
-        logits = rows.of(output.confidence_logits)
-        confidence_sum = _confidence(logits, result.accept_rate, rows.weights, metrics)
+        logits = of(output.confidence_logits)
+        confidence_sum = _confidence(logits, result.accept_rate, weights, metrics)
         return result.loss + self.confidence_alpha * confidence_sum
 
     def _teacher_rows(
-        self, blocks: DraftBlocks, states: TargetStates, dtype: torch.dtype
+        self, blocks: DeviceBlocks, states: TargetStates, dtype: torch.dtype
     ) -> Tensor | None:
-        """[n, h] states of the target that predict the supervised labels."""
+        """[r, h] states of the target that predict the supervised labels."""
         if not self.with_teacher:
             return None
         if states.last_hidden is None:
@@ -108,24 +95,25 @@ class DraftLoss:
                 "(loss.l1_loss_alpha=0 loss.tvd_loss_alpha=0 loss.kl_loss_alpha=0 "
                 "loss.ce_labels=data model.enable_confidence_head=false)"
             )
-        index = blocks.teacher_index(states.last_hidden.shape[1])[blocks.eval_mask]
-        return states.last_hidden.flatten(0, 1)[index.to(self.device)].to(dtype)
+        return blocks.target_of(states.last_hidden).to(dtype)
 
-    def _add_terms(self, rows: SupervisedRows, result: HeadLossOutput, metrics: MetricSums) -> None:
-        weights = rows.weights
-        metrics.add(weight=weights.sum(), ce_sum=(weights * result.ce).sum())
-        if result.kl is not None:
-            metrics.add(kl_sum=(weights * result.kl).sum())
-        if result.l1 is None:
-            return
-        by_slot = torch.zeros(rows.mask.shape, device=self.device)
-        by_slot.view(-1).index_copy_(0, rows.index, result.accept_rate.to(by_slot.dtype))
-        metrics.add(
-            l1_sum=(weights * result.l1).sum(),
-            accept_sum=by_slot.sum(dim=0),
-            accept_count=rows.mask.sum(dim=0),
-            tau_sum=tau(by_slot, rows.mask).sum(),
-        )
+
+def _add_terms(
+    blocks: DeviceBlocks, weights: Tensor, result: HeadLossOutput, metrics: MetricSums
+) -> None:
+    metrics.add(weight=weights.sum(), ce_sum=(weights * result.ce).sum())
+    if result.kl is not None:
+        metrics.add(kl_sum=(weights * result.kl).sum())
+    if result.l1 is None:
+        return
+    accept_rates = blocks.by_slot(result.accept_rate.to(weights.dtype))
+    mask = blocks.by_slot(torch.ones_like(blocks.labels, dtype=torch.bool))
+    metrics.add(
+        l1_sum=(weights * result.l1).sum(),
+        accept_sum=accept_rates.sum(dim=0),
+        accept_count=mask.sum(dim=0),
+        tau_sum=tau(accept_rates, mask).sum(),
+    )
 
 
 def _confidence(

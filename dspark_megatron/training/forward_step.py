@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dspark_megatron.config import LossConfig
 from dspark_megatron.model.draft_model import DSparkDraftModel
+from dspark_megatron.ops.device_blocks import DeviceBlocks
 from dspark_megatron.targets.base import StatesSource, TargetStates
 from dspark_megatron.training.draft_loss import DraftLoss
 from dspark_megatron.training.metrics import MetricSums
@@ -26,7 +27,7 @@ class ForwardStep:
         tp_group: dist.ProcessGroup,
         device: torch.device,
     ) -> None:
-        self.target = target
+        self.target, self.device = target, device
         self.draft_loss = DraftLoss(loss, draft, tp_group=tp_group, device=device)
 
     def weight(self, micro_batch: MicroBatch) -> float:
@@ -53,9 +54,10 @@ class ForwardStep:
                 self._target_states(micro_batch, metrics)
             return None
         metrics.add(blocks=blocks.num_blocks, rows=float(blocks.eval_mask.sum()))
+        on_device = DeviceBlocks.of(blocks, self.device)
         states = self._target_states(micro_batch, metrics)
-        output = model(*blocks.draft_inputs(states.taps))
-        return self.draft_loss(blocks, states, output, metrics)
+        output = model(states.taps, on_device)
+        return self.draft_loss(on_device, states, output, metrics)
 
     def _target_states(self, micro_batch: MicroBatch, metrics: MetricSums) -> TargetStates:
         lengths = micro_batch.lengths

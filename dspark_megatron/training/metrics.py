@@ -88,8 +88,10 @@ class MetricSums:
         return ratios
 
     def means(self, weights: dict[str, float]) -> dict[str, float | list[float] | None]:
-        """What a log line shows. A mean without weight is null, not zero."""
-        return {name: _mean(*ratio) for name, ratio in self.ratios(weights).items()}
+        """What a log line shows. A mean without weight is null, not zero. The host waits for the
+        device once."""
+        on_host = MetricSums.unpacked(self.packed().cpu())
+        return {name: _mean(*ratio) for name, ratio in on_host.ratios(weights).items()}
 
 
 def _mean(numerator: Tensor, denominator: Tensor) -> float | list[float] | None:

@@ -6,8 +6,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
+from torch import Tensor
 
 from dspark_megatron.config import LossConfig
+from dspark_megatron.ops.transfer import to_device
 from dspark_megatron.targets.base import StatesSource
 from dspark_megatron.training.forward_step import ForwardStep
 from dspark_megatron.training.metrics import MetricSums
@@ -80,30 +82,28 @@ class GradientStep:
                 if group.grad_reduce_handle is None:
                     group.start_grad_sync()
 
-    def _divisors(self, micro_batches: list[MicroBatch]) -> list[float]:
-        """One number for each micro-batch; 0 where there is nothing to learn. One all-reduce of a
-        double per micro-batch, none for the local forms."""
+    def _divisors(self, micro_batches: list[MicroBatch]) -> list[Tensor]:
+        """[] fp32 for each micro-batch, on the device: nobody waits for them. 0 where there is
+        nothing to learn. One all-reduce of a double per micro-batch, none for the local forms."""
         form = self.loss.normalization
         slots = self.draft_loss.slots
         if form == "local_count":
             slots = torch.ones_like(slots)
-        weights = torch.tensor(
-            [micro_batch.weight(slots) for micro_batch in micro_batches],
-            dtype=torch.float64,
-            device=self.device,
-        )
-        if form in ("local", "local_count"):
-            return (weights * len(micro_batches) * self.dp_group.size()).tolist()
-        if self.dp_group.size() > 1:
+        own = [micro_batch.weight(slots) for micro_batch in micro_batches]
+        weights = to_device(torch.tensor(own, dtype=torch.float64), self.device)
+        is_local = form in ("local", "local_count")
+        if is_local:
+            weights = weights * self.dp_group.size()
+        elif self.dp_group.size() > 1:
             dist.all_reduce(weights, group=self.dp_group)
         if form == "global_step":
-            weights = weights.sum().expand(len(micro_batches))
+            weights = weights.sum().expand(len(own))
         else:
-            weights = weights * len(micro_batches)
-        return weights.tolist()
+            weights = weights * len(own)
+        return list(weights.float().unbind())
 
     def _forward_backward(
-        self, micro_batch: MicroBatch, divisor: float, metrics: MetricSums
+        self, micro_batch: MicroBatch, divisor: Tensor, metrics: MetricSums
     ) -> None:
         loss = self.forward_step(micro_batch, self.model, metrics)
         if loss is not None:

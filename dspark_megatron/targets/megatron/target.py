@@ -11,6 +11,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor, nn
 
 from dspark_megatron.config import require
+from dspark_megatron.ops.transfer import to_device
 from dspark_megatron.targets.base import Target, TargetStates
 from dspark_megatron.targets.megatron.frozen_gpt import FrozenGPT, output_logits
 from dspark_megatron.targets.megatron.taps import whole_rows
@@ -115,7 +116,7 @@ class MegatronTarget(FrozenGPT, Target):
 
     def _forward(self, input_ids: Tensor) -> Tensor:
         """[s, b, h], or [s/tp, b, h] with sequence parallelism, of the padded input."""
-        padded = self._padded(input_ids.to(self.device))
+        padded = self._padded(to_device(input_ids, self.device))
         positions = torch.arange(padded.shape[1], device=self.device).expand_as(padded)
         hidden = self.model(input_ids=padded, position_ids=positions, attention_mask=None)
         return hidden.detach()
