@@ -34,7 +34,7 @@ ROOM_MAY_IMPORT = {
     "model": {"ops"},
     "targets": {"ops"},
     "data": set(),
-    "conversion": {"model"},
+    "conversion": {"ops", "model"},
     "evaluation": {"ops", "model", "targets", "data"},
     "training": {"ops", "model", "targets", "data", "conversion", "evaluation"},
     # A plan adds up what all rooms would take; only entry points and tools ask for one.

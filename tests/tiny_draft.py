@@ -78,8 +78,8 @@ class CachedStates(StatesSource):
 
     lockstep = False
 
-    def __init__(self, samples):
-        self.samples = samples
+    def __init__(self, samples, device):
+        self.samples, self.device = samples, device
 
     def states(self, input_ids, lengths=None, samples=()):
         rows = []
@@ -96,7 +96,7 @@ class CachedStates(StatesSource):
                     for x in (self.samples.taps, self.samples.last_hidden)
                 ]
             )
-        return TargetStates(*(torch.stack(x) for x in zip(*rows, strict=True)))
+        return TargetStates(*(torch.stack(x).to(self.device) for x in zip(*rows, strict=True)))
 
 
 def target_head(shape):
@@ -142,7 +142,7 @@ def make_step(runtime, model, samples, loss=None):
     return GradientStep(
         loss or LossConfig(chunk_rows=4),
         wrapped,
-        CachedStates(samples),
+        CachedStates(samples, runtime.device),
         tp_group=runtime.tp_group,
         dp_group=runtime.dp_group,
         device=runtime.device,

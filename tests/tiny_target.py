@@ -23,23 +23,27 @@ def make_target(
     hidden_size: int = 32,
     heads: int = 8,
     kv_heads: int = 4,
+    head_dim: int = 8,
+    num_layers: int = 4,
+    intermediate_size: int = 48,
+    vocab_size: int = VOCAB_SIZE,
 ):
-    """Save a random target of 4 layers; returns its folder."""
+    """Save a random target; returns its folder."""
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-    tokenizer = tiny_tokenizer(VOCAB_SIZE)
+    tokenizer = tiny_tokenizer(vocab_size)
     config_class, model_class = {
         "qwen3": (Qwen3Config, Qwen3ForCausalLM),
         "llama": (LlamaConfig, LlamaForCausalLM),
     }[model_type]
     config = config_class(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         hidden_size=hidden_size,
-        intermediate_size=48,
-        num_hidden_layers=4,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        head_dim=8,
+        head_dim=head_dim,
         max_position_embeddings=256,
         tie_word_embeddings=tie,
         initializer_range=0.2,

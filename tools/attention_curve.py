@@ -6,6 +6,7 @@ mask costs A * B * (S + A * B). A part of `benchmark_step.py --attention-curve`.
 Shapes: A anchors, B slots, S context tokens, a query heads, g key/value heads, d head width.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from functools import partial
@@ -29,17 +30,28 @@ FIT_FORMATS = {"variant": "", "time ~ A^": ".2f", "memory ~ A^": ".2f", "R2 of t
 class AttentionInputs:
     """Queries, keys and values of evenly spread anchors, as the model has them."""
 
+    NAMES = "query", "context key", "context value", "block key", "block value"
+
     def __init__(
-        self, shape: DraftShape, anchors: int, context: int, device: torch.device, **options: Any
+        self,
+        heads: tuple[int, int, int],
+        slots: int,
+        anchors: int,
+        context: int,
+        device: torch.device,
+        *,
+        dtype: torch.dtype = torch.float32,
+        **options: Any,
     ) -> None:
-        """options: which backend of ours, and its group size."""
+        """heads: how many of queries, how many of keys and values, and their width. options: which
+        backend of ours, and its group size."""
 
         def normal(*size: int) -> Tensor:
-            return torch.randn(*size, generator=generator).to(device).requires_grad_()
+            return torch.randn(*size, generator=generator).to(device, dtype).requires_grad_()
 
         generator = torch.Generator().manual_seed(anchors)
-        slots, kv = shape.block_size, (shape.num_key_value_heads, shape.head_dim)
-        self.query = normal(anchors, slots, shape.num_attention_heads, shape.head_dim)
+        query_heads, *kv = heads
+        self.query = normal(anchors, slots, query_heads, heads[-1])
         self.context_kv = normal(context, *kv), normal(context, *kv)
         self.block_kv = normal(anchors, slots, *kv), normal(anchors, slots, *kv)
         positions = (torch.arange(anchors) * context) // anchors + 1
@@ -49,11 +61,25 @@ class AttentionInputs:
         self.attention = partial(block_attention, context_ranges=ranges, **sizes, **options)
         self.mask = context_mask(positions, context, slots).to(device)  # [A*B, S + A*B]
 
-    def ours(self) -> None:
-        """Its masks included: they are made once for all layers."""
-        self._backward(self.attention()(self.query, self.context_kv, self.block_kv))
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        """By NAMES."""
+        return self.query, *self.context_kv, *self.block_kv
 
-    def dense(self) -> None:
+    def in_fp32(self) -> "AttentionInputs":
+        """The same numbers."""
+        twin, pairs = copy.copy(self), (self.context_kv, self.block_kv)
+        twin.query = self.query.detach().float().requires_grad_()
+        twin.context_kv, twin.block_kv = (
+            tuple(x.detach().float().requires_grad_() for x in pair) for pair in pairs
+        )
+        return twin
+
+    def ours(self) -> tuple[Tensor, ...]:
+        """Output and gradients. Its masks included: they are made once for all layers."""
+        return self._backward(self.attention()(self.query, self.context_kv, self.block_kv))
+
+    def dense(self) -> tuple[Tensor, ...]:
         """One call over all blocks; the mask is there already."""
         share = self.query.shape[2] // self.block_kv[0].shape[2]
         keys, values = (
@@ -61,10 +87,15 @@ class AttentionInputs:
             for context, block in zip(self.context_kv, self.block_kv, strict=True)
         )  # [S + A*B, a, d]
         sides = (x.transpose(0, 1)[None] for x in (self.query.flatten(0, 1), keys, values))
-        self._backward(F.scaled_dot_product_attention(*sides, attn_mask=self.mask))
+        out = F.scaled_dot_product_attention(*sides, attn_mask=self.mask)
+        return self._backward(out[0].transpose(0, 1).reshape(self.query.shape))
 
-    def _backward(self, out: Tensor) -> None:
-        torch.autograd.grad(out.sum(), (self.query, *self.context_kv, *self.block_kv))
+    def _backward(self, out: Tensor) -> tuple[Tensor, ...]:
+        """The output alone without gradients."""
+        if not out.requires_grad:
+            return (out,)
+        upstream = torch.linspace(-1, 1, out.numel(), device=out.device).view(out.shape)
+        return out, *torch.autograd.grad(out, self.leaves, upstream.to(out.dtype))
 
 
 def attention_curve(
@@ -80,7 +111,8 @@ def attention_curve(
     AttentionInputs."""
     calls: dict[tuple[int, str], Callable] = {}
     for count in anchors:
-        inputs = AttentionInputs(shape, count, context, device, **options)
+        heads = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
+        inputs = AttentionInputs(heads, shape.block_size, count, context, device, **options)
         calls |= {(count, "ours"): inputs.ours, (count, "dense mask"): inputs.dense}
     peaks = {case: benchmarking.peak_memory(call, device) for case, call in calls.items()}
     seconds = benchmarking.interleaved_seconds(calls, device, rounds=rounds)

@@ -24,18 +24,20 @@ class Problem:
     """Inputs of the loss for one tensor-parallel size: the same numbers at each, cut to ranks."""
 
     def __init__(self, args: argparse.Namespace, group: dist.ProcessGroup, device) -> None:
-        generator = torch.Generator().manual_seed(args.seed)
+        generator = torch.Generator(device).manual_seed(args.seed)
         dtype = benchmarking.DTYPES[args.dtype]
 
         def normal(rows: int, columns: int, scale: float = 1.0) -> Tensor:
-            return (torch.randn(rows, columns, generator=generator) * scale).to(device, dtype)
+            made = torch.randn(rows, columns, generator=generator, device=device)
+            return made.mul_(scale).to(dtype)
 
         self.group, self.device = group, device
         self.hidden = normal(args.rows, args.hidden).requires_grad_()
         self.latent = normal(args.rows, args.rank).requires_grad_()
         self.teacher_hidden = normal(args.rows, args.hidden)
-        self.labels = torch.randint(0, args.vocab, (args.rows,), generator=generator).to(device)
-        self.weights = 0.5 + torch.rand(args.rows, generator=generator).to(device)
+        place = dict(generator=generator, device=device)
+        self.labels = torch.randint(0, args.vocab, (args.rows,), **place)
+        self.weights = 0.5 + torch.rand(args.rows, **place)
         self.shard = VocabShard.of_group(args.vocab, args.vocab, group)
         columns = slice(self.shard.vocab_start_index, self.shard.vocab_end_index)
         # Logits of a spread of about 3, as a trained model has.

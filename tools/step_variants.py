@@ -163,12 +163,16 @@ class OurStep:
         )
 
     def __call__(self, item: Item) -> float:
+        return self.gradients(item).means(self.step.draft_loss.weights)["loss"]
+
+    def gradients(self, item: Item) -> MetricSums:
+        """The step without a look at its loss, for which the host would wait."""
         ids, loss_mask = item.sample
         blocks = draft_blocks([ids], [loss_mask], [item.anchors], self.slots)
         self.target.prepared = item.states
         metrics = MetricSums.zeros(self.slots, self.device)
         self.step.run([MicroBatch(ids[None], [len(ids)], blocks)], metrics)
-        return metrics.means(self.step.draft_loss.weights)["loss"]
+        return metrics
 
 
 class PreparedTarget(StatesSource):
@@ -188,10 +192,10 @@ def build_draft(
     place = dict(tp_group=runtime.tp_group, device=runtime.device)
     draft = DSparkDraftModel(shape, **place, params_dtype=dtype, **options)
     draft.init_weights(seed=1, std=0.02)
-    generator = torch.Generator().manual_seed(2)
-    size = shape.vocab_size, shape.hidden_size
+    generator = torch.Generator(runtime.device).manual_seed(2)
+    size, place = (shape.vocab_size, shape.hidden_size), dict(device=runtime.device)
     mine = slice(draft.vocab_shard.vocab_start_index, draft.vocab_shard.vocab_end_index)
-    embed, head = (torch.randn(size, generator=generator)[mine] for _ in range(2))
+    embed, head = (torch.randn(size, generator=generator, **place)[mine] for _ in range(2))
     # Logits of a spread of about 3, as a trained model has.
     draft.load_frozen_replicas(embed * 0.02, head * 3 * shape.hidden_size**-0.5)
     return draft

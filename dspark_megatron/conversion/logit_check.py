@@ -17,6 +17,8 @@ from dspark_megatron.conversion.fill_draft import fill_draft
 from dspark_megatron.conversion.names import EMBEDDING, LM_HEAD
 from dspark_megatron.conversion.sources import CheckpointSource
 from dspark_megatron.model.draft_model import FROZEN_REPLICAS, DSparkDraftModel
+from dspark_megatron.ops.anchors import draft_blocks
+from dspark_megatron.ops.device_blocks import DeviceBlocks
 from dspark_megatron.shape import DraftShape
 from dspark_megatron.storage.target_weights import shared_matrices
 
@@ -83,16 +85,13 @@ def _results(
 def _forward(draft: DSparkDraftModel) -> Iterator[tuple[str, Tensor]]:
     shape = draft.shape
     generator = torch.Generator().manual_seed(0)
-    taps = torch.randn(TOKENS, len(shape.target_layer_ids) * shape.hidden_size, generator=generator)
+    width = len(shape.target_layer_ids) * shape.hidden_size
+    taps = torch.randn(1, TOKENS, width, generator=generator)
+    size = (TOKENS + 1 + shape.block_size,)
+    ids = torch.randint(0, shape.vocab_size, size, generator=generator)
     anchors = torch.tensor([1, TOKENS // 2, TOKENS])
-    size = (len(anchors), shape.block_size)
-    out = draft(
-        taps,
-        torch.arange(TOKENS),
-        torch.randint(0, shape.vocab_size, size, generator=generator),
-        anchors[:, None] + torch.arange(shape.block_size),
-        [(0, anchor) for anchor in anchors.tolist()],
-    )
+    blocks = draft_blocks([ids], [torch.ones_like(ids)], [anchors], shape.block_size)
+    out = draft(taps, DeviceBlocks.of(blocks, taps.device))
     weights = draft.head_weights()
     logits = out.hidden @ weights.lm_head.t()
     if out.latents is not None:

@@ -46,15 +46,17 @@ class FlexBlockAttention:
             for context, block in zip(context_kv, block_kv, strict=True)
         )
         rows = query.flatten(0, 1).transpose(0, 1)[None]  # [1, a/tp, n*k, d]
-        attend = _compiled() if query.is_cuda else flex_attention
+        attend = compiled_flex() if query.is_cuda else flex_attention
         out = attend(rows, key, value, block_mask=self.mask, enable_gqa=True)
         return out[0].transpose(0, 1).reshape(query.shape)
 
 
 @functools.cache
-def _compiled() -> Callable[..., Tensor]:
-    """Without compilation FlexAttention makes all scores."""
-    return torch.compile(flex_attention)
+def compiled_flex(backend: str = "inductor") -> Callable[..., Tensor]:
+    """Without compilation FlexAttention makes all scores. `dynamic`: one compilation serves
+    contexts of all lengths. `fullgraph`: where it does not, and PyTorch's limit of recompilations
+    is hit, that is an error, not a silent return to all scores."""
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True, backend=backend)
 
 
 def _block_mask(context: Tensor, slots: int, context_length: int) -> BlockMask:

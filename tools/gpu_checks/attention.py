@@ -1,0 +1,86 @@
+"""Block attention: both backends against the dense mask, then time, memory and recompilations."""
+
+from functools import partial
+
+import benchmarking
+import torch
+from attention_curve import AttentionInputs
+from torch._dynamo.utils import counters
+
+from gpu_checks.context import Context, check_close
+
+BACKENDS = "sdpa", "flex"
+# Another order of sums, and bf16 scores that are rounded before the softmax.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+MOST_COMPILATIONS = 6
+"""Of FlexAttention, forward and backward, over all lengths."""
+
+
+def check(context: Context) -> None:
+    for backend in BACKENDS:
+        for dtype in TOLERANCE:
+            for context_length in (40, 333) if context.tiny else (300, 1024, 2050):
+                _check_values(context, backend, dtype, context_length)
+    lengths = (64, 128) if context.tiny else (1024, 4096, 16384)
+    for length in lengths:
+        context.figures[f"speed, context {length}"] = _speed(context, length)
+    if not _trains(context, "flex"):
+        return
+    context.figures["compilations"] = made = _compilations(context)
+    assert made <= MOST_COMPILATIONS, (
+        f"FlexAttention was compiled {made} times for 30 lengths, at most {MOST_COMPILATIONS} are "
+        "expected"
+    )
+
+
+def _trains(context: Context, backend: str) -> bool:
+    """FlexAttention has no backward pass on CPUs."""
+    return backend == "sdpa" or context.device.type == "cuda"
+
+
+def _inputs(
+    context: Context, backend: str, context_length: int, dtype: torch.dtype, anchors: int
+) -> AttentionInputs:
+    heads = (4, 2, 16) if context.tiny else (32, 8, 128)
+    options = dict(backend=backend, group_size=16, dtype=dtype)
+    return AttentionInputs(heads, 7, anchors, context_length, context.device, **options)
+
+
+def _check_values(context: Context, backend: str, dtype: torch.dtype, context_length: int) -> None:
+    inputs = _inputs(context, backend, context_length, dtype, anchors=32)
+    expected = inputs.in_fp32().dense()
+    for leaf in inputs.leaves:
+        leaf.requires_grad_(_trains(context, backend))
+    found = inputs.ours()
+    for name, got, want in zip(("output", *inputs.NAMES), found, expected, strict=False):
+        label = f"{name} ({backend}, {str(dtype)[6:]}, context {context_length})"
+        check_close(context, label, got, want, TOLERANCE[dtype])
+
+
+def _speed(context: Context, context_length: int) -> list[dict[str, float | str]]:
+    anchors = 16 if context.tiny else 512
+    calls = {}
+    for backend in BACKENDS:
+        if _trains(context, backend):
+            inputs = _inputs(context, backend, context_length, torch.bfloat16, anchors)
+            calls[backend] = inputs.ours
+    if context_length <= 4096:  # scores of the dense mask grow with the square of the anchors
+        calls["dense mask"] = inputs.dense
+    peaks = {
+        name: benchmarking.peak_memory(c, context.device, repeats=1) for name, c in calls.items()
+    }
+    rounds = 1 if context.tiny else 10
+    seconds = benchmarking.interleaved_seconds(calls, context.device, rounds=rounds)
+    return [
+        {"variant": name, "ms": 1e3 * seconds[name], "MiB": peaks[name] / benchmarking.MIB}
+        for name in calls
+    ]
+
+
+def _compilations(context: Context) -> int:
+    """Graphs that are made for 30 contexts of different lengths."""
+    before = counters["stats"]["unique_graphs"]
+    make = partial(_inputs, context, "flex", dtype=torch.bfloat16, anchors=512)
+    for i in range(30):
+        make(context_length=1000 + 97 * i).ours()
+    return counters["stats"]["unique_graphs"] - before
