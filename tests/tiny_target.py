@@ -23,6 +23,7 @@ def make_target(
     hidden_size: int = 32,
     heads: int = 8,
     kv_heads: int = 4,
+    head_dim: int = 8,
 ):
     """Save a random target of 4 layers; returns its folder."""
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -39,7 +40,7 @@ def make_target(
         num_hidden_layers=4,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        head_dim=8,
+        head_dim=head_dim,
         max_position_embeddings=256,
         tie_word_embeddings=tie,
         initializer_range=0.2,
