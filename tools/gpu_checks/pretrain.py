@@ -34,8 +34,8 @@ EXAMPLE = ROOT / "examples" / "megatron_lm" / "pretrain_dspark.py"
 STEPS, TINY_STEPS = 20, 4
 SAME_WEIGHTS = 1e-3
 """Relative difference of two losses in bf16 with equal weights: other sums, in another order."""
-AFTER_UPDATES = 3e-2
-"""After updates that have rounded gradients of bf16 differently; what is trained falls by more."""
+AFTER_UPDATES = 1e-2
+"""After updates from gradients that were rounded differently; 0.1% was seen on a CPU at step 20."""
 SECONDS = 240
 """Longest time of one process."""
 
@@ -73,7 +73,10 @@ def _settings(context: "Context") -> dict[str, Any]:
     sizes = {} if context.tiny else dict(hidden_size=256, heads=4, kv_heads=2, head_dim=64)
     target = make_target(context.folder / "target", **sizes)
     chats = make_chats(context.folder / "chats.jsonl")
-    return tiny_settings(target, chats, context.folder / "ours")
+    settings = tiny_settings(target, chats, context.folder / "ours")
+    if not context.tiny:
+        settings["optimizer"]["lr"] = 1e-3  # ten times that, and rounding alone moves a loss by 2%
+    return settings
 
 
 def _pretrain(
