@@ -1,5 +1,5 @@
-"""What `pretrain()` is made of, from Megatron-Core's 0.19 wheel, runs a draft; `pretrain()` itself
-asks for a GPU."""
+"""Megatron-LM's `pretrain()`, from Megatron-Core's 0.19 wheel, trains a draft. What it asks a GPU
+for is answered from outside."""
 
 import contextlib
 import importlib.util
@@ -9,9 +9,12 @@ import queue
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
+import megatron_on_cpu
 import pytest
 import torch
 from test_megatron_lm import (
@@ -23,134 +26,92 @@ from test_megatron_lm import (
     our_steps,
     trained,
 )
+from tiny_pretrain import OPTIMIZER, command_line
 
 from dspark_megatron.config import ConfigError
 from dspark_megatron.config_file import load_config
+from dspark_megatron.conversion.export import export_checkpoint
+from dspark_megatron.conversion.megatron_checkpoint import CheckpointReader, find_checkpoint
+from dspark_megatron.conversion.verify import verify_folder
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "megatron_lm"
+ROOT = Path(__file__).parents[1]
+EXAMPLE = ROOT / "examples" / "megatron_lm"
+sys.path.append(str(ROOT / "tools"))  # a folder of scripts, not a package
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("megatron.training") is None, reason="needs Megatron-Core 0.19's wheel"
+    importlib.util.find_spec("megatron.training") is None
+    or importlib.util.find_spec("triton") is None,
+    reason="needs Megatron-Core 0.19's wheel and triton, which it imports",
 )
-
-
-def command_line(tiny_run, save, *more, tp=1, iterations=8):
-    """Of a launch script: Megatron's arguments and the draft's."""
-    model = tiny_run["model"]
-    ids = map(str, model["target_layer_ids"])
-    return [
-        *("--tokenizer-model", tiny_run["target"]["path"]),
-        *("--data-path", *tiny_run["data"]["train_files"]),
-        *("--num-layers", "4", "--hidden-size", "32", "--num-attention-heads", "8"),
-        *("--seq-length", "48", "--max-position-embeddings", "256"),
-        *("--micro-batch-size", "2", "--global-batch-size", "8"),
-        *("--train-iters", str(iterations), "--lr", "1e-2", "--lr-decay-style", "constant"),
-        *("--adam-eps", "1e-3", "--weight-decay", "0", "--eval-iters", "0"),
-        *("--eval-interval", "1000"),
-        *("--adam-beta2", "0.999", "--clip-grad", "1.0", "--seed", "1234"),
-        *("--transformer-impl", "local", "--disable-gloo-process-groups"),
-        *("--no-gradient-accumulation-fusion", "--use-distributed-optimizer"),
-        *("--tensor-model-parallel-size", str(tp), "--calculate-per-token-loss"),
-        *("--save", str(save), "--save-interval", "2", "--log-interval", "1"),
-        *("--dspark-num-layers", "2", "--dspark-block-size", "3", "--dspark-num-anchors", "6"),
-        *("--dspark-target-layer-ids", *ids),
-        *("--dspark-mask-token-id", str(model["mask_token_id"]), "--dspark-markov-rank", "8"),
-        *("--dspark-loss-chunk-rows", "32", "--no-dspark-data-show-sample"),
-        *more,
-    ]
 
 
 @contextlib.contextmanager
 def as_launched(runtime, line):
-    """With torchrun's environment; with an answer to what Megatron asks after the GPU; without the
-    Makefile that the wheel lacks, having what it makes; and saving without a process that serves a
-    queue, which would outlive a killed rank."""
-    from megatron.core.datasets import utils
+    """With torchrun's environment and what a GPU would answer; and saving without a process that
+    serves a queue, which would outlive a killed rank."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
-    from megatron.training import arguments
 
     place = {"RANK": str(runtime.rank), "WORLD_SIZE": str(runtime.world_size)}
-    argv = ["pretrain_dspark.py", *line]
     with (
         mock.patch.dict(os.environ, place),
-        mock.patch.object(sys, "argv", argv),
-        mock.patch.object(arguments, "get_device_arch_version", return_value=10),
-        mock.patch.object(utils, "compile_helpers"),
+        mock.patch.object(sys, "argv", ["pretrain_dspark.py", *line]),
         mock.patch.object(filesystem_async, "_results_queue", queue.Queue()),
+        megatron_on_cpu.answers(),
     ):
         yield
 
 
-def pretraining_steps(runtime, line, steps):
-    """As `pretrain()` does, but for what it asks a GPU for: means and weights after each step."""
+@contextlib.contextmanager
+def globals_of_one_run():
+    """Megatron's and ours are for one run a process."""
     from megatron.core import num_microbatches_calculator, rerun_state_machine
-    from megatron.core.distributed import finalize_model_grads
-    from megatron.core.enums import ModelType
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.utils import get_model_config, unwrap_model
     from megatron.training import global_vars, training
-    from megatron.training.argument_utils import pretrain_cfg_container_from_args
-    from megatron.training.arguments import parse_and_validate_args
-    from megatron.training.initialize import initialize_megatron
 
-    from dspark_megatron import megatron_lm
     from dspark_megatron.megatron_lm import pretraining
-    from dspark_megatron.megatron_lm.arguments import ARGS_DEFAULTS
 
-    with as_launched(runtime, line), contextlib.ExitStack() as ending:
-        args = parse_and_validate_args(
-            extra_args_provider=megatron_lm.add_dspark_args, args_defaults=ARGS_DEFAULTS
-        )
-        for forget in (
-            pretraining._this_run.cache_clear,
-            global_vars.destroy_global_vars,
-            num_microbatches_calculator.destroy_num_microbatches_calculator,
-        ):
-            ending.callback(forget)
-        forget_reruns = rerun_state_machine.destroy_rerun_state_machine
-        forget_reruns()  # of a loop that did not initialize it
-        initialize_megatron(allow_no_cuda=True)
-        ending.callback(forget_reruns)
-        model, optimizer, scheduler = training.setup_model_and_optimizer(
-            ModelType.encoder_or_decoder,
-            model_provider_func=megatron_lm.model_provider,
-            cfg_container=pretrain_cfg_container_from_args(args),
-            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-        )
-        iterator, _, _ = training.build_train_valid_test_data_iterators(
-            megatron_lm.datasets_provider
-        )
-        config = get_model_config(model[0])
-        config.grad_scale_func = optimizer.scale_loss
-        config.finalize_model_grads_func = finalize_model_grads
-        draft, done = unwrap_model(model[0]), []
-        for iteration in range(args.iteration, args.iteration + steps):
-            means, *_ = training.train_step(
-                megatron_lm.forward_step,
-                iterator,
-                model,
-                optimizer,
-                scheduler,
-                config,
-                get_forward_backward_func(),
-                iteration=iteration,
-            )
-            args.consumed_train_samples += args.global_batch_size
-            means = {name: value.item() for name, value in means.items()}
-            done.append((means, trained(draft)))
-            if (iteration + 1) % args.save_interval == 0:
-                training.save_checkpoint(iteration + 1, model, optimizer, scheduler, 0)
-        return done
+    rerun_state_machine.destroy_rerun_state_machine()  # of a loop that did not initialize it
+    try:
+        # A rank that has seen a run sums one number more at the start of the next.
+        with mock.patch.dict(training._STARTUP_TIMESTAMPS):
+            yield
+    finally:
+        pretraining._this_run.cache_clear()
+        global_vars.destroy_global_vars()
+        num_microbatches_calculator.destroy_num_microbatches_calculator()
+        rerun_state_machine.destroy_rerun_state_machine()
 
 
-def test_steps_of_megatrons_train_step(pool, tiny_run, tmp_path):
-    """Its schedule of the learning rate is one step behind ours: a constant one is the same."""
-    constant = {"warmup_ratio": 0.0, "min_lr_ratio": 1.0}
-    config = config_of(tiny_run, tmp_path / "ours", 2, 2, optimizer=constant)
-    expected = pool.run(our_steps, world=4, tp=2, config=config)
-    line = command_line(tiny_run, tmp_path / "theirs", tp=2)
-    got = pool.run(pretraining_steps, world=4, tp=2, line=line, steps=STEPS)
+def pretrain_steps(runtime, line):
+    """Means and weights after each step of `pretrain()`, as the example calls it."""
+    from megatron.core.utils import unwrap_model
+    from megatron.training import training
+
+    train_step, done = training.train_step, []
+
+    def recorded(forward_step, iterator, model, *rest, **more):
+        result = train_step(forward_step, iterator, model, *rest, **more)
+        means = {name: value.item() for name, value in result[0].items()}
+        done.append((means, trained(unwrap_model(model[0]))))
+        return result
+
+    with (
+        as_launched(runtime, line),
+        globals_of_one_run(),
+        mock.patch.object(training, "train_step", recorded),
+    ):
+        try:
+            megatron_on_cpu.run_script(EXAMPLE / "pretrain_dspark.py")
+        except SystemExit as end:  # of --exit-interval
+            assert not end.code
+    return done
+
+
+@pytest.mark.parametrize("world, tp", [(1, 1), (4, 2)])
+def test_pretrain_makes_the_steps_of_our_loop(pool, tiny_run, tmp_path, world, tp):
+    config = config_of(tiny_run, tmp_path / "ours", 2, tp, optimizer=OPTIMIZER)
+    expected = pool.run(our_steps, world=world, tp=tp, config=config)
+    line = command_line(tiny_run, tmp_path / "theirs", iterations=STEPS, tp=tp)
+    got = pool.run(pretrain_steps, world=world, tp=tp, line=line)
     for mine, theirs in zip(got, expected, strict=True):
         assert_same_steps(mine, theirs, rel=2e-6, abs=2e-6)
 
@@ -162,18 +123,17 @@ def first_weights(runtime, config):
     return trained(build_run_draft(check_run(config, runtime.world_size), runtime, is_new=True))
 
 
-def test_a_checkpoint_of_megatrons_continues_and_is_known_to_our_tools(pool, tiny_run, tmp_path):
+def test_a_checkpoint_of_pretrain_continues_and_is_known_to_our_tools(pool, tiny_run, tmp_path):
     """It holds the draft alone. With bf16, since Megatron cannot load its distributed optimizer for
     fp32 weights."""
-    from dspark_megatron.conversion.megatron_checkpoint import CheckpointReader, find_checkpoint
-
     run = dict(world=2, tp=2)
-    save = tmp_path / "run"
-    line = command_line(tiny_run, tmp_path / "whole", "--bf16", tp=2)
-    whole = pool.run(pretraining_steps, **run, line=line, steps=4)
-    line = command_line(tiny_run, save, "--bf16", "--load", str(save), tp=2)
-    first = pool.run(pretraining_steps, **run, line=line, steps=2)
-    then = pool.run(pretraining_steps, **run, line=line, steps=2)
+    save, target = tmp_path / "run", tiny_run["target"]["path"]
+    of_run = partial(command_line, tiny_run, iterations=4, tp=2)
+    whole = pool.run(pretrain_steps, **run, line=of_run(tmp_path / "whole", "--bf16"))
+    line = of_run(save, "--bf16", "--load", str(save))
+    first = pool.run(pretrain_steps, **run, line=[*line, "--exit-interval", "2"])
+    then = pool.run(pretrain_steps, **run, line=line)
+    assert len(first[0]) == len(then[0]) == 2
     for rank in range(2):
         for got, expected in zip(first[rank] + then[rank], whole[rank], strict=True):
             torch.testing.assert_close(got, expected, rtol=0, atol=0)
@@ -187,15 +147,16 @@ def test_a_checkpoint_of_megatrons_continues_and_is_known_to_our_tools(pool, tin
     config = config_of(tiny_run, tmp_path / "next", 2, 2, train=start)
     for weights, rank in zip(pool.run(first_weights, **run, config=config), whole, strict=True):
         torch.testing.assert_close(weights, rank[-1][1], rtol=0, atol=0)
-    other = ["--dspark-num-anchors", "5"]
+    export = export_checkpoint(save, target, tmp_path / "export")
+    assert any("equals the checkpoint's" in said for said in verify_folder(export, checkpoint=save))
     with pytest.raises(AssertionError, match="num_anchors: 6 there, 5 here"):
-        pool.run(pretraining_steps, **run, line=line + other, steps=1)
+        pool.run(pretrain_steps, **run, line=[*line, "--dspark-num-anchors", "5"])
 
 
 def test_another_architecture_than_the_targets_is_refused(pool, tiny_run, tmp_path):
-    line = command_line(tiny_run, tmp_path, "--num-layers", "6")
+    line = command_line(tiny_run, tmp_path, "--num-layers", "6", iterations=1)
     with pytest.raises(AssertionError, match="--num-layers is 6 and must be the target's .4."):
-        pool.run(pretraining_steps, world=1, tp=1, line=line, steps=1)
+        pool.run(pretrain_steps, world=1, tp=1, line=line)
 
 
 def test_the_launch_script_parses(tmp_path):
@@ -211,7 +172,7 @@ def test_the_launch_script_parses(tmp_path):
     stand_in = tmp_path / "torchrun"
     stand_in.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     stand_in.chmod(0o755)
-    place = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "MEGATRON_LM": "Megatron-LM"}
+    place = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     script = EXAMPLE / "train_qwen3_32b.sh"
     line = subprocess.run([script], env=place, capture_output=True, text=True, check=True)
     options, program, *line = line.stdout.splitlines()[1:]
@@ -248,13 +209,79 @@ def test_the_signature_of_this_version():
     assert PROVIDERS.items() <= given.items()
 
 
-def test_a_wheel_without_a_makefile_is_known_before_the_launch():
-    from dspark_megatron import megatron_lm
+def test_a_wheel_has_what_the_makefile_makes(tmp_path):
+    """Nothing is made or written; a checkout, which has a Makefile, is made as ever."""
+    from megatron.core.datasets import utils
 
-    with pytest.raises(ConfigError, match="must have a Makefile"):
-        megatron_lm.launch_pretrain(
-            datasets_provider=megatron_lm.datasets_provider,
-            model_provider=megatron_lm.model_provider,
-            forward_step=megatron_lm.forward_step,
-            extra_args_provider=megatron_lm.add_dspark_args,
-        )
+    from dspark_megatron.megatron_lm.launch import built_helper
+
+    made = mock.Mock()
+    with (
+        mock.patch.object(utils, "compile_helpers", made),
+        mock.patch.object(utils, "__file__", str(tmp_path / "utils.py")),
+    ):
+        with built_helper():
+            utils.compile_helpers()
+        assert not made.called and utils.compile_helpers is made
+        assert not any(tmp_path.iterdir())
+        (tmp_path / "Makefile").write_text("all:\n")
+        with built_helper():
+            utils.compile_helpers()
+        assert made.called
+
+
+def test_neither_a_helper_nor_a_makefile_is_known_before_the_launch(tmp_path):
+    from megatron.core.datasets import utils
+
+    from dspark_megatron.megatron_lm.launch import built_helper
+
+    with (
+        mock.patch.object(utils, "__file__", str(tmp_path / "utils.py")),
+        mock.patch.object(importlib.util, "find_spec", return_value=None),
+        pytest.raises(ConfigError, match="must have helpers_cpp, or the Makefile"),
+    ):
+        built_helper().__enter__()
+
+
+# The check that runs all this on a GPU
+
+
+def context_of(folder):
+    return SimpleNamespace(device=torch.device("cpu"), folder=folder, figures={}, tiny=True)
+
+
+def test_the_check_runs_pretrain_in_processes_of_its_own(tmp_path):
+    from gpu_checks import pretrain
+
+    context = context_of(tmp_path)
+    pretrain.check(context)
+    figures = context.figures
+    assert list(figures["losses"]) == [1, 2, 3, 4] and list(figures["resumed"]["losses"]) == [3, 4]
+    assert figures["resumed"]["relative_difference"] == {"with_equal_weights": 0, "largest": 0}
+    assert figures["our_loop"]["relative_difference"]["largest"] < 1e-3
+    assert "vLLM: loads" in figures["export"]
+
+
+def test_the_check_says_what_it_lacks(tmp_path):
+    from gpu_checks import pretrain
+    from gpu_checks.context import Skip
+
+    with (
+        mock.patch.object(importlib.util, "find_spec", return_value=None),
+        pytest.raises(Skip, match="megatron-core 0.* without megatron.training"),
+    ):
+        pretrain.check(context_of(tmp_path))
+
+
+def test_the_check_tells_a_failure_in_one_sentence(tmp_path):
+    from gpu_checks import pretrain
+
+    context = context_of(tmp_path)
+    with pytest.raises(AssertionError, match="whole ended with code 1 .* ValueError: no such GPU"):
+        pretrain._run(context, "whole", ["-c", "raise ValueError('no such GPU')"])
+    compare = partial(pretrain._assert_close, context, "resumed", first=3, last=4)
+    with pytest.raises(AssertionError, match="must have steps 3 to 4 and has .1, 2."):
+        compare({1: 2.0, 2: 1.9}, {3: 1.8, 4: 1.7})
+    compare({3: 1.8, 4: 1.71}, {3: 1.8, 4: 1.7})
+    with pytest.raises(AssertionError, match="loss of step 3 is 1.810000, that of pretrain"):
+        compare({3: 1.81, 4: 1.7}, {3: 1.8, 4: 1.7})

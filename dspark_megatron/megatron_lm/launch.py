@@ -1,16 +1,18 @@
 """Calling Megatron's `pretrain()`, whose signature differs between versions.
 
-Not run on a GPU here, and it runs nowhere else: it asks for CUDA at its start. The choice of its
-arguments is tested against the signatures of megatron-core 0.17 to 0.19, what it is given against
-the parts of 0.19 that it is made of.
+It asks for CUDA at its start and was not run on a GPU here. That of 0.19 was run to its end on a
+CPU with such questions answered from outside (`tests/megatron_on_cpu.py`); the choice of its
+arguments is tested against the signatures of megatron-core 0.17 to 0.19.
 """
 
+import contextlib
+import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron.core import datasets
+from megatron.core.datasets import utils
 
 from dspark_megatron.config import require
 from dspark_megatron.megatron_lm.arguments import ARGS_DEFAULTS
@@ -28,7 +30,6 @@ def launch_pretrain(
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
 
-    _check_makefile()
     loadable_adam.install()
     providers = dict(
         train_valid_test_dataset_provider=datasets_provider,
@@ -37,7 +38,8 @@ def launch_pretrain(
         forward_step_func=forward_step,
     )
     parsing = dict(extra_args_provider=extra_args_provider, args_defaults=ARGS_DEFAULTS)
-    pretrain(**pretrain_arguments(pretrain, providers, parsing, _parsed_config))
+    with built_helper():
+        pretrain(**pretrain_arguments(pretrain, providers, parsing, _parsed_config))
 
 
 def pretrain_arguments(
@@ -60,11 +62,23 @@ def _parsed_config(**parsing: Any) -> Any:
     return pretrain_cfg_container_from_args(parse_and_validate_args(**parsing))
 
 
-def _check_makefile() -> None:
-    folder = Path(datasets.__file__).parent
-    require(
-        (folder / "Makefile").is_file(),
-        f"{folder} must have a Makefile: pretrain() runs it at its start, and wheels of "
-        "megatron-core lack it; put a checkout of Megatron-LM on PYTHONPATH, or write the file "
-        "with the one line 'all:', since wheels have what it makes",
-    )
+@contextlib.contextmanager
+def built_helper() -> Iterator[None]:
+    """Within it `pretrain()` starts from a wheel as well.
+
+    At its start it runs `make` in the folder of Megatron's C++ helper for data sets. A wheel has
+    the helper built and no Makefile: then its call of `make` does nothing. No file is written.
+    """
+    build, folder = utils.compile_helpers, Path(utils.__file__).parent
+    if not (folder / "Makefile").is_file():
+        require(
+            importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None,
+            f"{folder} must have helpers_cpp, or the Makefile with which pretrain() builds it at "
+            "its start, and has neither; install a wheel of megatron-core, or put a checkout of "
+            "Megatron-LM on PYTHONPATH",
+        )
+        utils.compile_helpers = lambda: None
+    try:
+        yield
+    finally:
+        utils.compile_helpers = build

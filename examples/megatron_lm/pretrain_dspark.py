@@ -1,7 +1,7 @@
 """Train a DSpark drafter in Megatron-LM's loop, in the place of `pretrain_gpt.py`.
 
 The arguments are Megatron's and a group of `--dspark-*`; docs/megatron_lm.md has a launch script.
-Needs a GPU, as `pretrain()` does.
+Needs a GPU, as `pretrain()` does; not run on one yet.
 """
 
 from dspark_megatron.megatron_lm import (

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # examples/qwen3-32b.yaml for Megatron-LM's pretrain(): one node of 8 GPUs, 4 of them tensor-parallel.
-# MEGATRON_LM is a checkout of Megatron-LM. Not run on GPUs yet.
+# Megatron-LM is that of the installed megatron-core, or the checkout MEGATRON_LM. Not run on GPUs yet.
 set -euo pipefail
 
-export PYTHONPATH="${MEGATRON_LM:?must be the folder of a Megatron-LM checkout}${PYTHONPATH:+:$PYTHONPATH}"
+if [ -n "${MEGATRON_LM:-}" ]; then
+  export PYTHONPATH="$MEGATRON_LM${PYTHONPATH:+:$PYTHONPATH}"
+fi
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 
 target=(  # its architecture, as in its own launch script; the weights are read from TARGET
