@@ -18,7 +18,7 @@ setup(
     install_requires=[
         "torch>=2.7",
         "megatron-core>=0.16,<0.20",
-        "transformers>=5.18",  # native tensor parallelism by DistributedConfig
+        "transformers>=5.17",  # 5.20 and 5.23 split targets in more ways: docs/architecture.md
         "numpy",
         "safetensors>=0.5",
         "pyyaml",

@@ -6,6 +6,7 @@ import functools
 from dataclasses import dataclass, field
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
@@ -37,6 +38,11 @@ class TargetSplit:
         return self.shards > 1
 
     @property
+    def copies(self) -> int:
+        """How often the whole target is there, whether on one rank or on several."""
+        return self.dp_size // self.shards
+
+    @property
     def expert_shards(self) -> int:
         """Ranks that share the weights of the same experts."""
         return self.tp_size * self.shards // self.ep_size
@@ -45,13 +51,14 @@ class TargetSplit:
         """Transformers' form of it; None where every rank holds the whole target."""
         if self.tp_size == self.shards == 1:
             return None
-        sharding = {"fsdp_size": self.shards} if self.shards > 1 else {}
-        return DistributedConfig(
-            tp_size=self.tp_size,
-            dp_replicate_size=self.dp_size // self.shards,
-            ep_size=self.ep_size,
-            **sharding,
-        )
+        sizes = {
+            "tp_size": self.tp_size,
+            "fsdp_size": self.shards,
+            "dp_replicate_size": self.copies,
+            "ep_size": self.ep_size,
+        }
+        # Sizes of 1 are left out: an older Transformers does not know all of them.
+        return DistributedConfig(**{name: size for name, size in sizes.items() if size > 1})
 
 
 def meta_target(target_config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -77,6 +84,7 @@ def _built(described: _Described, dtype: torch.dtype) -> PreTrainedModel:
 
 def check_target_split(target_config: PretrainedConfig, split: TargetSplit) -> None:
     """ConfigError unless Transformers can split this family's weights so."""
+    _check_version(split)
     if split.tp_size == split.ep_size == 1:
         return
     model = meta_target(target_config, torch.bfloat16)
@@ -85,12 +93,39 @@ def check_target_split(target_config: PretrainedConfig, split: TargetSplit) -> N
         split.tp_size == 1 or bool(model.tp_plan),
         f"Transformers has no tensor-parallel plan for the target's family ({family}); set "
         "parallel.tensor_parallel=1 and split it with target.shard_across_data_parallel"
-        + (" and parallel.expert_parallel" if model.ep_plan else ""),
+        + (" and parallel.expert_parallel" if _version() >= _EXPERTS and model.ep_plan else ""),
     )
     if split.ep_size > 1:
         _check_experts(model, split)
     else:
         _check_packed(model, split.tp_size)
+
+
+_COPIES, _EXPERTS = (5, 23), (5, 20)
+"""The Transformers that can load several copies of a split target; and one that can spread experts,
+or split by tensor parallelism and shards at once. What is left works since 5.17."""
+
+
+def _version() -> tuple[int, ...]:
+    return tuple(int(part) for part in transformers.__version__.split(".")[:2])
+
+
+def _check_version(split: TargetSplit) -> None:
+    one_copy = split.tp_size * split.shards
+    require(
+        one_copy == 1 or split.copies == 1 or _version() >= _COPIES,
+        f"Transformers {transformers.__version__} cannot load several copies of a split target, "
+        f"here {split.copies} of {one_copy} ranks each (parallel.tensor_parallel {split.tp_size} x "
+        f"target.shard_across_data_parallel {split.shards}); install transformers>=5.23 (it needs "
+        f"Python 3.11), or split one copy over all {one_copy * split.copies} ranks",
+    )
+    require(
+        split.ep_size == 1 and 1 in (split.tp_size, split.shards) or _version() >= _EXPERTS,
+        f"Transformers {transformers.__version__} can split a target in one way only, and here are "
+        f"parallel.tensor_parallel {split.tp_size}, target.shard_across_data_parallel "
+        f"{split.shards} and parallel.expert_parallel {split.ep_size}; install transformers>=5.20, "
+        "or leave one of the first two above 1 and the rest at 1",
+    )
 
 
 def _check_experts(model: PreTrainedModel, split: TargetSplit) -> None:
