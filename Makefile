@@ -9,7 +9,7 @@ CORE_TESTS := tests/test_draft_model.py tests/test_training.py \
 	tests/test_megatron_names.py tests/test_layer_spec.py \
 	tests/test_megatron_lm.py tests/test_megatron_pretrain.py
 
-.PHONY: quickstart test test-core lint format clean
+.PHONY: quickstart test test-core gpu-check lint format clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python examples/quickstart/quickstart.py
@@ -19,6 +19,11 @@ test: $(VENV)/.installed
 
 test-core: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not commands" $(CORE_TESTS)
+
+# From a plain checkout, with the Python that has PyTorch for the GPU; WHEELS=DIR: made by
+# tools/gpu_wheels.sh DIR where there is a network, for a machine without one.
+gpu-check:
+	$(PYTHON) tools/gpu_check.py $(if $(WHEELS),--wheels $(WHEELS))
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -21,7 +21,8 @@ TIMEOUT_SECONDS = 300
 
 
 class RankPool:
-    def __init__(self) -> None:
+    def __init__(self, ranks: int = MAX_RANKS) -> None:
+        self._ranks = ranks
         self._processes: list[Any] = []
         self._pipes: list[Any] = []
         self._layout: tuple[int, int] | None = None
@@ -67,7 +68,7 @@ class RankPool:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._store = dist.TCPStore("localhost", 0, None, True, wait_for_workers=False)
-        for rank in range(MAX_RANKS):
+        for rank in range(self._ranks):
             ours, theirs = context.Pipe()
             arguments = (rank, self._store.port, theirs)
             process = context.Process(target=_serve, args=arguments)

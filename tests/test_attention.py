@@ -2,14 +2,18 @@
 
 import math
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from tiny_draft import SHAPE, build_tiny_draft, make_samples, sample_logits
 from tiny_target import tiny_config
+from torch._dynamo.utils import counters
+from torch.nn.attention.flex_attention import flex_attention
 
 from dspark_megatron.config import ConfigError
+from dspark_megatron.ops import flex_block_attention
 from dspark_megatron.ops.block_attention import block_attention
 from dspark_megatron.ops.context_ranges import ContextRanges
 from dspark_megatron.ops.flex_block_attention import TILE, FlexBlockAttention
@@ -167,6 +171,30 @@ def test_a_draft_on_flex_equals_one_on_groups(pool, tp):
     [groups, *_] = pool.run(draft_hidden, world=tp, tp=tp, backend="sdpa")
     assert flex[1] == [FlexBlockAttention.__name__] and groups[1] != flex[1]
     torch.testing.assert_close(flex[0], groups[0], rtol=1e-5, atol=2e-6)
+
+
+def flex_at_lengths(attend, lengths):
+    """Calls for contexts of these lengths, each with anchors of its own."""
+    for length in lengths:
+        case = Case(length, [range(1, length, 3)])
+        query, *sides = (leaf.detach() for leaf in inputs(case))
+        with mock.patch.object(flex_block_attention, "flex_attention", attend):
+            attention(case, "flex")(query, tuple(sides[:2]), tuple(sides[2:]))
+
+
+def test_a_compilation_of_flex_serves_all_lengths():
+    """Of more than a tile. Where PyTorch's limit of recompilations is hit, that is an error and no
+    return to all scores."""
+    torch._dynamo.reset()
+    counters.clear()
+    flex_block_attention.compiled_flex.cache_clear()
+    flex_at_lengths(flex_block_attention.compiled_flex("eager"), range(300, 900, 60))
+    # A second one is made where sizes that were equal by chance at first are so no more.
+    assert counters["stats"]["unique_graphs"] <= 2
+    static = torch.compile(flex_attention, dynamic=False, fullgraph=True, backend="eager")
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        flex_at_lengths(static, range(300, 900, 60))
+    torch._dynamo.reset()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA, flex trains")

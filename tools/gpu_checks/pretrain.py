@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from benchmarking import TESTS  # before the modules of the tests, which it makes importable
-from gpu_checks.context import Skip
 from tiny_pretrain import OPTIMIZER, TRAIN, command_line
 from tiny_target import make_chats, make_target, tiny_settings
 
 from dspark_megatron.conversion.export import export_checkpoint
 from dspark_megatron.conversion.verify import verify_folder
+from gpu_checks.context import Skip
 
 if TYPE_CHECKING:
     from gpu_checks.context import Context

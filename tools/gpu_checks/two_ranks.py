@@ -22,7 +22,7 @@ NO_COLLECTIVE = "ProcessGroupGloo", "not supported", "not implemented", "No back
 
 
 def check(context: Context) -> None:
-    pool = RankPool()
+    pool = RankPool(2)
     try:
         [whole] = pool.run(step, world=1, tp=1, sequence_parallel=False)
         for split in (False, True):
