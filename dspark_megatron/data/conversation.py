@@ -11,7 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dspark_megatron.config import ConfigError, require
-from dspark_megatron.data.chat_template import WAY_OUT, ChatTemplate
+from dspark_megatron.data.answer_ends import up_to_first_stop
+from dspark_megatron.data.answers import WAY_OUT, AnswerRules
+from dspark_megatron.data.chat_template import ChatTemplate
 from dspark_megatron.data.chats import chat_of, is_cut_short, shown
 from dspark_megatron.data.reasoning import ReasoningMask
 from dspark_megatron.data.tokens import check_offsets, tokenize, tokens_inside
@@ -34,6 +36,7 @@ class ConversationEncoder:
 
     `vocab_size`: rows of the target's embedding; every id must be below it.
     `reasoning_tags`: reasoning of answers between these is not learnt; null: it is.
+    `rules`: where answers begin and end.
     """
 
     def __init__(
@@ -41,9 +44,11 @@ class ConversationEncoder:
         tokenizer: PreTrainedTokenizerBase,
         vocab_size: int,
         reasoning_tags: tuple[str, str] | None = None,
+        rules: AnswerRules | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
+        self._rules = rules or AnswerRules()
         self.reasoning = ReasoningMask(*reasoning_tags) if reasoning_tags else None
 
     def encode(self, record: dict) -> list[Sample]:
@@ -78,7 +83,7 @@ class ConversationEncoder:
     @cached_property
     def _template(self) -> ChatTemplate:
         """Made at the first chat: a file of ids needs no template."""
-        return ChatTemplate(self._tokenizer, self.reasoning)
+        return ChatTemplate(self._tokenizer, self.reasoning, self._rules)
 
     def _encode_chat(self, record: dict) -> list[tuple[list[int], list[bool]]]:
         chat = chat_of(record)
@@ -91,7 +96,7 @@ class ConversationEncoder:
         encodings = self._template.encode(chat)
         marks = [sum(mask) for _, mask in encodings]
         require(
-            any(marks) or self.reasoning is not None,
+            any(marks) or self.reasoning is not None or chat.cut_short,
             f"the chat has an assistant turn, but the chat template marks none of its "
             f"{len(encodings[0][0])} tokens as the assistant's; {WAY_OUT}",
         )
@@ -110,12 +115,13 @@ class ConversationEncoder:
         prompt, text = record["prompt"], record["prompt"] + record["completion"]
         token_ids, offsets = tokenize(self._tokenizer, text, add_special_tokens=True)
         mask = tokens_inside(offsets, [(len(prompt), len(text))], len(text))
-        if self.reasoning is not None:
-            mask = self.reasoning.hide(text, offsets, mask)
         if token_ids[-1:] == [eos]:  # written out in the completion, or added by the tokenizer
-            token_ids, mask = token_ids[:-1], mask[:-1]
-        end = [] if cut_short else [eos]
-        return token_ids + end, mask + [True] * len(end)
+            token_ids, offsets, mask = token_ids[:-1], offsets[:-1], mask[:-1]
+        answer = up_to_first_stop(token_ids, mask, self._rules.stop_ids)
+        end = [] if cut_short or answer != mask else [eos]
+        if self.reasoning is not None:
+            answer = self.reasoning.hide(text, offsets, answer)
+        return token_ids + end, answer + [True] * len(end)
 
     def _sample(self, token_ids: list[int], mask: list[bool]) -> Sample:
         self._check_vocabulary(token_ids)
