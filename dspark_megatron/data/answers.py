@@ -67,7 +67,7 @@ class Rendering(NamedTuple):
         if not self.prompt.startswith(self.base) or shared < len(self.base):
             raise self.not_comparable()
         for text in map(str.strip, texts):
-            for begun in range(min(len(text) - 1, shared - len(self.base)), 0, -1):
+            for begun in range(min(len(text), shared - len(self.base)), 0, -1):
                 if self.after.startswith(text, shared - begun):
                     return shared - begun
         return shared
@@ -85,7 +85,8 @@ def written_answer(
     rendering: Rendering, message: dict, tags: Tags, *, cut_short: bool = False
 ) -> Answer:
     """What the target saw and wrote of an assistant's message. cut_short: the answer ran into a
-    limit; calls of tools are not part of it then. ConfigError where the rendering does not show what is the answer's."""
+    limit; calls of tools are not part of it then. ConfigError where the rendering does not show
+    what is the answer's."""
     said, opens = Said.of(message, tags), rendering.opens(tags)
     if opens and cut_short and said.reasoning is None:
         said = Said.of(message, tags, opened=True)

@@ -38,13 +38,16 @@ def not_written(
 def _span(
     text: str, marked: list[Span], pieces: list[str], tags: Tags, position: int
 ) -> Span | None:
-    """From the first piece of a message to the last, if they begin in a marked part."""
+    """From the first piece of a message to the last, if they begin in a marked part; empty where it
+    has none."""
     for start, end in marked:
         if end <= position:
             continue
         start = max(start, position)
         lead = white_space_and(tags).match(text, start).end()
         spans = find_pieces(text, pieces, start, lead)
+        if not pieces:  # calls of tools, or nothing
+            return lead, lead
         if spans and spans[0][0] < end:
             return spans[0][0], spans[-1][1]
     return None

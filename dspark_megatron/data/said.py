@@ -8,7 +8,7 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 
 class Tags(NamedTuple):
-    """What reasoning begins and ends with in the text that a model writes."""
+    """What reasoning begins and ends with in the text that a model writes, white space aside."""
 
     opening: str = "<think>"
     closing: str = "</think>"

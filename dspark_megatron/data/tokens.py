@@ -3,7 +3,7 @@
 Shapes: s tokens of the text.
 """
 
-from itertools import groupby
+from itertools import accumulate, groupby
 
 from transformers import PreTrainedTokenizerBase
 
@@ -34,6 +34,14 @@ def tokenize(
     except TypeError as error:  # the tokenizer's answer to a lone surrogate
         raise ConfigError(f"the text is not valid Unicode: {error}") from error
     return encoded["input_ids"], encoded["offset_mapping"]
+
+
+def spelled_out(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> tuple[str, list[Span]]:
+    """Tokens one by one as text, and the range of each: [s] pairs. Letters of several tokens are
+    lost."""
+    texts = tokenizer.batch_decode([[i] for i in token_ids], clean_up_tokenization_spaces=False)
+    ends = list(accumulate(map(len, texts)))
+    return "".join(texts), list(zip([0, *ends], ends, strict=False))
 
 
 def tokens_inside(offsets: list[Span], spans: list[Span], text_length: int) -> list[bool]:
