@@ -79,6 +79,13 @@ def answers():
 END = "<|im_end|>⟧"
 
 
+def up_to_the_cut(texts):
+    """Of one sample; what the template puts behind a cut is context that nothing reads."""
+    [text] = texts
+    assert text.count("⟧") == 1
+    return text.partition("⟧")[0] + "⟧"
+
+
 @pytest.mark.parametrize(
     ("template", "expected"),
     [
@@ -141,7 +148,7 @@ def test_a_cut_answer_learns_what_was_written_and_no_end(answers, template):
             "\n\n", "\n" * (2 - (template == "closed"))
         )
         if template != "marked":
-            assert text.endswith("⟧") and text.startswith(f"{seen}⟦")
+            assert text.startswith(f"{seen}⟦")
 
 
 @pytest.mark.parametrize("template", ["block", "dropped", "closed", "marked"])
@@ -149,34 +156,34 @@ def test_a_cut_answer_learns_what_was_written_and_no_end(answers, template):
 def test_reasoning_that_came_to_no_end_learns_no_closing_tag(answers, template, reason):
     """Servers give it a key of its own, and templates close it."""
     record = {**told("", reasoning_content=WHY), "finish_reason": reason}
-    [text] = answers(record, template)
-    assert text.partition("⟧")[0].endswith(f"<think>\n⟦{WHY}") or text.startswith(
-        f"⟦<think>\n{WHY}⟧"
-    )
+    text = up_to_the_cut(answers(record, template))
+    assert text.replace("⟦", "") == f"<think>\n{WHY}⟧" and "⟦" in text
 
 
 def test_a_cut_answer_without_reasoning_keeps_the_block_as_context(answers):
     record = {**told("hello th"), "finish_reason": "length"}
-    assert answers(record, "block") == ["<think>\n\n</think>\n\n⟦hello th⟧"]
-    assert answers(record, "prefix") == ["<|thought|><thought|>⟦hello th⟧"]
-    assert answers(record, "channel") == ["⟦[final]hello th⟧"]
-    assert answers(record, "dropped") == ["<think>\n⟦hello th⟧"]  # it was still reasoning
+    assert up_to_the_cut(answers(record, "block")) == "<think>\n\n</think>\n\n⟦hello th⟧"
+    assert up_to_the_cut(answers(record, "prefix")) == "<|thought|><thought|>⟦hello th⟧"
+    assert up_to_the_cut(answers(record, "channel")) == "⟦[final]hello th⟧"
+    assert (
+        up_to_the_cut(answers(record, "dropped")) == "<think>\n⟦hello th⟧"
+    )  # it was still reasoning
 
 
 def test_words_that_stand_in_the_markup_too(answers):
     """An end is looked for behind the header, not in it nor in the end of the turn."""
     for word in ("t", "think", "assistant", "end", "<"):
         record = {**told(word), "finish_reason": "length"}
-        assert answers(record, "block") == [f"<think>\n\n</think>\n\n⟦{word}⟧"]
-        assert answers(record, "plain") == [f"⟦{word}⟧"]
+        assert up_to_the_cut(answers(record, "block")) == f"<think>\n\n</think>\n\n⟦{word}⟧"
+        assert up_to_the_cut(answers(record, "plain")) == f"⟦{word}⟧"
         assert answers(told(word), "closed") == [f"<think></think>⟦{word}{END}"]
         assert answers(told(word), "prefix") == [f"<|thought|><thought|>⟦{word}{END}"]
 
 
 def test_white_space_of_the_answer_is_learnt_as_far_as_the_template_keeps_it(answers):
     record = {**told("  hello \n"), "finish_reason": "length"}
-    assert answers(record, "plain") == ["⟦  hello \n⟧".removesuffix("\n")]
-    assert answers(record, "prefix") == ["<|thought|><thought|>⟦hello⟧"]
+    assert up_to_the_cut(answers(record, "plain")) == "⟦  hello \n⟧"
+    assert up_to_the_cut(answers(record, "prefix")) == "<|thought|><thought|>⟦hello⟧"
 
 
 def test_every_turn_is_as_the_target_saw_it(answers):

@@ -181,7 +181,8 @@ def test_an_answer_keeps_the_tokens_that_the_target_saw_and_wrote(
     rest = [{k: row[k] for k in row if k not in ("input_ids", "loss_mask")} for row in answered]
     assert bare == rest
     again = write_lines(tmp_path / "again.jsonl", [json.dumps(row) for row in answered])
-    options = ("--temperature=3", "--messages-only")  # old tokens go with the old answer
+    # Old tokens go with the old answer.
+    options = ("--temperature=3", "--messages-only")
     assert read_rows(run(target, again, tmp_path / "bare2.jsonl", *options)) == bare
 
 

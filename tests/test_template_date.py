@@ -87,6 +87,12 @@ def test_the_day_is_that_of_the_first_start(tmp_path):
     cached.config.data.template_date = None
     assert fixed(cached) == "2026-01-04"  # its checkpoints are of that day
     assert fixed(plan_of(run), cache=cache) == "2026-01-03"  # a cache that is gone on with
+    newest = run / "checkpoints" / "iter_0000002"
+    newest.mkdir(parents=True)
+    (newest / "dspark.json").write_text('{"template_date": "2026-01-07"}')
+    (newest.parent / "latest_checkpointed_iteration.txt").write_text("2")
+    assert fixed(plan_of(run)) == "2026-01-07"
+    (newest / "dspark.json").unlink()
     (run / "config.yaml").unlink()
     (run / "dspark.json").write_text('{"template_date": "2026-01-05"}')  # Megatron's loop
     assert fixed(plan_of(run)) == "2026-01-05"
@@ -163,7 +169,7 @@ def test_a_cache_of_another_day_is_refused_with_words_on_the_clock(tiny_run):
     runtime = SimpleNamespace(is_main=False, device=None)
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(target_cache, "open_cache", lambda plan: Cache())
-        with pytest.raises(ConfigError, match="reads the clock, .* template_date to 2026-03-05"):
+        with pytest.raises(ConfigError, match="reads the clock, .*template_date to 2026-03-05"):
             target_cache.cached_target(plan, runtime, data)
 
 

@@ -38,6 +38,8 @@ class Answer(NamedTuple):
     """The chat up to where the target began to write."""
     wrote: str
     """With the end of the turn, unless it was cut."""
+    rest: str = ""
+    """What the template put there after a cut; nobody wrote it."""
 
 
 class Rendering(NamedTuple):
@@ -104,7 +106,7 @@ def written_answer(
         return Answer(rendering.prompt, "".join(said.content))
     seen, begin = _rendered(rendering, place, tags)
     end = len(rendering.after) if has_end else place.end
-    return Answer(seen, rendering.after[begin:end])
+    return Answer(seen, rendering.after[begin:end], rendering.after[end:])
 
 
 class _Place(NamedTuple):

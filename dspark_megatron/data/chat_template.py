@@ -29,6 +29,8 @@ class Rendered(NamedTuple):
     text: str
     answers: list[Span]
     """Where the assistant wrote it."""
+    end: int
+    """Where it stopped writing."""
 
 
 class ChatTemplate:
@@ -88,7 +90,9 @@ class ChatTemplate:
     def _encode_part(self, part: Rendered) -> tuple[list[int], list[bool]]:
         token_ids, offsets = self.tokenize(part.text)
         mask = tokens_inside(offsets, part.answers, len(part.text))
-        mask = self._ends.trim(token_ids, mask)
+        length = sum(end <= part.end for _, end in offsets)
+        mask = self._ends.trim(token_ids[:length], mask[:length])
+        mask += [False] * (len(token_ids) - length)
         return token_ids, self._without_reasoning(part.text, offsets, mask)
 
     def _encode_marked(self, chat: Chat) -> tuple[list[int], list[bool]]:
@@ -131,8 +135,9 @@ class ChatTemplate:
             earlier = []
             if parts and answer.seen.startswith(parts[-1].text):
                 earlier = parts.pop().answers
-            text = answer.seen + answer.wrote
-            parts.append(Rendered(text, [*earlier, (len(answer.seen), len(text))]))
+            end = len(answer.seen) + len(answer.wrote)
+            answers = [*earlier, (len(answer.seen), end)]
+            parts.append(Rendered("".join(answer), answers, end))
         return parts
 
     def _apply(self, messages: list[dict], options: dict[str, Any], **how: Any) -> Any:

@@ -28,10 +28,9 @@ def not_written(
             hidden.append(lead)
         elif closing and said.reasoning.strip():
             hidden.append((lead[0], lead[1] - len(rest.lstrip())))
-        if is_cut:
-            hidden.append((position, len(text)))
-        elif said.ends_in_reasoning(tags):
-            hidden.append((position, run[1]))
+        if is_cut or said.ends_in_reasoning(tags):  # the stop token behind the marks included
+            later = [start for start, _ in marked if start > position]
+            hidden.append((position, min(later, default=len(text))))
     return hidden
 
 

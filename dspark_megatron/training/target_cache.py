@@ -79,7 +79,7 @@ def cached_target(plan: RunPlan, runtime: Runtime, data: ConversationDataset) ->
     there, here = cache.facts.get("data", {}), data_facts(plan)
     hints = differences(there, here) if there else []
     if hint := clock_hint(there, here):
-        hints = [*hints, hint.strip()]
+        hints = [*hints, hint.strip(" .")]
     return CachedTarget(cache, data, device=runtime.device, hints=hints)
 
 

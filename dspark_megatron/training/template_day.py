@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from dspark_megatron.config import ConfigError
-from dspark_megatron.conversion.megatron_checkpoint import META
+from dspark_megatron.conversion.megatron_checkpoint import META, iteration_folder, latest_iteration
 from dspark_megatron.data.template_date import reads_clock
 from dspark_megatron.targets.cache_files import MANIFEST, UNFINISHED
 from dspark_megatron.training.setup import RunPlan
@@ -57,9 +57,15 @@ def clock_hint(there: dict[str, Any], here: dict[str, Any]) -> str:
 
 
 def _of_run(folder: Path) -> str | None:
-    """What the config or the checkpoints' description in a run's folder says."""
-    found = _read(folder / "config.yaml", yaml.safe_load).get("data") or {}
-    return found.get("template_date") or _read(folder / META, json.loads).get("template_date")
+    """What its newest checkpoint says, its config (before the first checkpoint), or what Megatron's
+    loop keeps beside its checkpoints."""
+    found = []
+    if (iteration := latest_iteration(folder / "checkpoints")) is not None:
+        newest = iteration_folder(folder / "checkpoints", iteration)
+        found.append(_read(newest / META, json.loads))
+    found.append(_read(folder / "config.yaml", yaml.safe_load).get("data") or {})
+    found.append(_read(folder / META, json.loads))
+    return next((day for facts in found if (day := facts.get("template_date"))), None)
 
 
 def _of_cache(folder: Path) -> str | None:
