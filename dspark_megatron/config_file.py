@@ -1,6 +1,7 @@
 """A config from a YAML file of sections, changed by `section.key=value` overrides; strict."""
 
 import dataclasses
+import datetime
 import difflib
 import types
 import typing
@@ -106,5 +107,7 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
             pass
     elif type(value) is kind:
         return value
+    elif kind is str and type(value) is datetime.date:
+        return value.isoformat()  # YAML makes a date of an unquoted 2026-01-31
     kind_name = str(kind) if typing.get_origin(kind) else kind.__name__
     raise ConfigError(f"{name} must be of type {kind_name}, got {value!r}")

@@ -29,15 +29,21 @@ def main(argv: list[str] | None = None) -> None:
 def _evaluate(job: Any, config: Any) -> None:
     import torch
 
+    from dspark_megatron.data.answers import AnswerRules
     from dspark_megatron.data.prompts import load_prompts
     from dspark_megatron.evaluation.estimate import EstimateSettings
     from dspark_megatron.evaluation.run import all_figures, estimates, evaluate_prompts
     from dspark_megatron.training.runtime import main_ranks_folder, start
+    from dspark_megatron.training.template_day import fix_template_day
 
     settings = config.evaluate
     plan = _checked_plan(config, job.world_size)
+    fix_template_day(plan, job.main_ranks)
     limits = settings.max_prompts, settings.max_prompt_length
-    files = {path: load_prompts(path, plan.tokenizer, *limits) for path in settings.prompt_files}
+    rules = AnswerRules(template_date=config.data.template_date)
+    files = {
+        path: load_prompts(path, plan.tokenizer, *limits, rules) for path in settings.prompt_files
+    }
     checkpoint = _checkpoint(plan)
     cut = _scheduled_cut(settings, plan.shape.block_size, checkpoint)
     output = _claim_outputs(config)

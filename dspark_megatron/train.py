@@ -55,7 +55,9 @@ def run(arguments: argparse.Namespace, stop: "StopRequests") -> None:
             shards_target = plan.target_split.lockstep
         runtime = start(job, config.parallel.tensor_parallel, shards_target=shards_target)
         from dspark_megatron.training.loop import train
+        from dspark_megatron.training.template_day import fix_template_day
 
+        fix_template_day(plan, job.main_ranks)
         train(plan, runtime, stop)
 
 

@@ -100,7 +100,10 @@ class Handler(BaseHTTPRequestHandler):
             call = self.server.bodies[0]["messages"][1]["tool_calls"][0]
             message, reason = {"content": None, "tool_calls": [call]}, "tool_calls"
         choice = {"message": message, "finish_reason": "length" if "long" in text else reason}
-        self.reply(200, {"choices": [choice], "usage": {"completion_tokens": 7}})
+        ids = {}
+        if self.server.bodies[-1].get("return_token_ids") and "old" not in text:
+            choice["token_ids"], ids = [3, 4], {"prompt_token_ids": [1, 2]}
+        self.reply(200, {"choices": [choice], "usage": {"completion_tokens": 7}, **ids})
 
 
 @pytest.fixture
@@ -141,6 +144,13 @@ def test_answers_in_input_order_with_bounded_concurrency(server, run):
     assert turns[-1]["reasoning_content"] == "hm"
     assert [row["finish_reason"] for row in rows] == ["stop"] * 20 + ["length", "stop"]
     assert 1 < server.most_busy <= 3
+
+
+def test_token_ids_are_asked_for_and_kept(server, run):
+    code, rows, said = run("one", "an old server", options=["--token-ids", "--leave-out-failed"])
+    assert server.bodies[0]["return_token_ids"] is True
+    assert [(row["input_ids"], row["loss_mask"]) for row in rows] == [([1, 2, 3, 4], [0, 0, 1, 1])]
+    assert code == 1 and "1 times no token ids: the server does not tell" in said.err
 
 
 def test_a_request_has_nothing_that_was_not_asked_for(server, run):

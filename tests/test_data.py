@@ -215,12 +215,6 @@ def test_words_after_the_last_special_token_stay_supervised(tokenizer) -> None:
     assert supervised_text(tokenizer, sample) == "one<|mask|>two\n"
 
 
-def test_a_generation_prompt_that_the_answer_lacks_is_refused(tokenizer) -> None:
-    tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n", "assistant\n<think>")
-    with pytest.raises(ConfigError, match=r"'<think>' against 'hello.*input_ids and loss_mask"):
-        encode(tokenizer, chat("hi", "hello"))
-
-
 @pytest.mark.parametrize("tag", ["{% generation %}", "{%- generation -%}", "{%+generation%}"])
 def test_a_template_that_marks_nothing_is_refused(tokenizer, tag: str) -> None:
     end = "{% endgeneration %}"
@@ -255,7 +249,11 @@ def with_message(message: object) -> dict:
     ("record", "message"),
     [
         ({"text": "hi"}, r'one of "messages", .*\[\'text\'\]'),
-        ({**chat("hi", "hello"), **tokens([1], [1])}, 'one of "messages"'),
+        (
+            {**chat("hi", "hello"), **tokens([1], [1])},
+            '"input_ids" must be the tokens of "messages"',
+        ),
+        ({"conversations": [], **tokens([1], [1])}, 'one of "messages"'),
         ({"messages": []}, r"at least one message, not \[\]"),
         ({"messages": "hi"}, "at least one message, not 'hi'"),
         (with_message("hi"), "message 0 must be an object"),

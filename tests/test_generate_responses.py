@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from types import ModuleType
 
@@ -14,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dspark_megatron.data.chat_prompts import make_prompt
 from dspark_megatron.data.chat_template import ChatTemplate
+from dspark_megatron.data.conversation import ConversationEncoder
 
 TOOL = Path(__file__).parents[1] / "tools" / "generate_responses.py"
 WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "sun", "moon", "sea"]
@@ -153,6 +155,53 @@ def test_an_answer_is_cut_or_stopped_and_bears_no_special_token(
     answered = read_rows(run(target, prompts, tmp_path / "out.jsonl", "--temperature", "3"))
     assert {row["finish_reason"] for row in answered} == {"stop", "length"}
     assert not any(word in row["messages"][-1]["content"] for row in answered for word in SPECIAL)
+
+
+def test_an_answer_keeps_the_tokens_that_the_target_saw_and_wrote(
+    target: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """So it trains whatever the template makes of it, and teaches what was written."""
+    answered = read_rows(run(target, prompts, tmp_path / "out.jsonl", "--temperature", "3"))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(target)
+    asked = tool.read_prompts(prompts, ChatTemplate(tokenizer))
+    encoder = ConversationEncoder(tokenizer, len(tokenizer))
+    tokenizer.chat_template = "{{ raise_exception('not asked') }}"
+    for row, (_, prompt_ids) in zip(answered, asked, strict=True):
+        [sample] = encoder.encode(row)
+        seen = sample.input_ids[~sample.loss_mask].tolist()
+        written = sample.input_ids[sample.loss_mask].tolist()
+        assert seen + written == sample.input_ids.tolist() and seen == prompt_ids
+        assert (written[-1] == tokenizer.eos_token_id) == (row["finish_reason"] == "stop")
+        text = tokenizer.decode(written, skip_special_tokens=True)
+        assert text == row["messages"][-1]["content"]
+
+    bare = read_rows(
+        run(target, prompts, tmp_path / "bare.jsonl", "--temperature=3", "--messages-only")
+    )
+    rest = [{k: row[k] for k in row if k not in ("input_ids", "loss_mask")} for row in answered]
+    assert bare == rest
+    again = write_lines(tmp_path / "again.jsonl", [json.dumps(row) for row in answered])
+    # Old tokens go with the old answer.
+    options = ("--temperature=3", "--messages-only")
+    assert read_rows(run(target, again, tmp_path / "bare2.jsonl", *options)) == bare
+
+
+def test_a_template_that_reads_the_clock_has_one_day(
+    target: Path, prompts: Path, tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(target)
+    args = tool.parse_arguments(arguments(target, prompts, tmp_path / "out.jsonl"))
+    partial = tmp_path / "out.jsonl.partial"
+    assert tool.template_day(args, tokenizer, partial) is None
+    tokenizer.chat_template = "{{ strftime_now('%Y') }}" + tokenizer.chat_template
+    assert tool.template_day(args, tokenizer, partial) == date.today().isoformat()
+    args.template_date = tool.template_day(args, tokenizer, partial)
+    assert tool.run_settings(args, [])["template_date"] == args.template_date
+    args.template_date = None
+    partial.write_text('{"template_date": "2026-03-05"}\n')
+    assert tool.template_day(args, tokenizer, partial) == "2026-03-05"
+    error = refusal(target, prompts, tmp_path / "out.jsonl", "--template-date", "5 March")
+    assert "--template-date (5 March) must be like 2026-01-31" in error
 
 
 def test_an_old_answer_is_replaced_and_other_keys_are_kept(target: Path, tmp_path: Path) -> None:

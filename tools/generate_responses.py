@@ -11,7 +11,8 @@ vLLM takes it from the model's generation_config.json.
 Each input line is {"messages": [...]} ending with a user turn (or a tool's); an assistant turn at
 the end is dropped and answered anew. Each output line is the same object with the answer appended,
 and "finish_reason": "stop", or "length" where --max-new-tokens cut the answer. "tools" and
-"chat_template_kwargs" of a line are used.
+"chat_template_kwargs" of a line are used. "input_ids" and "loss_mask" are the very tokens that the
+target saw and wrote (with --endpoint, if --token-ids asks for them); training takes these.
 
 Finished answers are kept in OUTPUT.partial; the same command continues there after a kill, and asks
 an endpoint again for what had no answer. The exit code is 1 while a prompt has none.
@@ -27,6 +28,7 @@ import os
 import random
 import sys
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,8 @@ from transformers import (
 )
 
 from dspark_megatron.config import ConfigError, require
+from dspark_megatron.config.data import is_day
+from dspark_megatron.data.answers import AnswerRules
 from dspark_megatron.data.chat_endpoint import (
     ChatEndpoint,
     NoAnswer,
@@ -54,9 +58,11 @@ from dspark_megatron.data.chat_template import ChatTemplate
 from dspark_megatron.data.response_file import (
     Answer,
     append_answers,
+    first_settings,
     open_partial,
     write_responses,
 )
+from dspark_megatron.data.template_date import reads_clock
 from dspark_megatron.seeds import derived_seed
 from dspark_megatron.storage.target_folder import stop_token_ids
 
@@ -105,18 +111,20 @@ class Answerer:
         torch.manual_seed(seed)
         with torch.inference_mode():
             tokens = self.model.generate(ids, attention_mask=mask)  # [b, s + t]
-        return [self._decode(row) for row in tokens[:, ids.shape[1] :].tolist()]
+        written = tokens[:, ids.shape[1] :].tolist()
+        return [self._answer(prompt, row) for prompt, row in zip(prompts, written, strict=True)]
 
-    def _decode(self, generated: list[int]) -> Answer:
+    def _answer(self, prompt: list[int], generated: list[int]) -> Answer:
         """t ids, perhaps with a stop token and padding at their end, to an answer."""
         end = next((place for place, token in enumerate(generated) if token in self.stops), None)
         content = self.tokenizer.decode(
             generated[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         if end is not None:
-            return Answer(content, "stop", end)
+            return Answer(content, "stop", end, None, prompt, generated[: end + 1])
         # The cut may fall inside a character of several tokens; its first bytes decode to U+FFFD.
-        return Answer(content.rstrip("\ufffd"), "length", len(generated))
+        content = content.rstrip("\ufffd")
+        return Answer(content, "length", len(generated), None, prompt, generated)
 
 
 def batch_seed(seed: int, batch: int) -> int:
@@ -140,8 +148,10 @@ def load_pretrained(kind: Any, target: Path, **options: Any) -> Any:
 def generate_responses(args: argparse.Namespace) -> list[Answer]:
     """Answer the prompts of `args.input` with the target and write `args.output`."""
     tokenizer = load_pretrained(AutoTokenizer, args.target)
-    prompts = read_prompts(args.input, ChatTemplate(tokenizer))
     partial = partial_file(args.output)
+    args.template_date = template_day(args, tokenizer, partial)
+    rules = AnswerRules(template_date=args.template_date)
+    prompts = read_prompts(args.input, ChatTemplate(tokenizer, rules=rules))
     answers = open_partial(partial, run_settings(args, prompts))
 
     model = load_pretrained(AutoModelForCausalLM, args.target, dtype=args.dtype)
@@ -154,6 +164,8 @@ def generate_responses(args: argparse.Namespace) -> list[Answer]:
                 continue
             batch = [prompts[index].input_ids for index in indices]
             made = answerer.answer(batch, batch_seed(args.seed, number))
+            if args.messages_only:
+                made = [answer._replace(prompt_ids=None, token_ids=None) for answer in made]
             answers |= zip(indices, made, strict=True)
             append_answers(partial, {index: answers[index] for index in indices})
             progress.update(len(indices))
@@ -176,7 +188,19 @@ def run_settings(args: argparse.Namespace, prompts: list[Prompt]) -> dict:
         return {**settings, **request_settings(args)}
     names = ("dtype", "temperature", "max_new_tokens", "batch_size", "seed")
     chosen = {name: getattr(args, name) for name in names}
+    younger = {name: getattr(args, name) for name in ("messages_only", "template_date")}
+    chosen |= {name: value for name, value in younger.items() if value}
     return {"target": str(args.target), "prompts_sha256": digest, **chosen}
+
+
+def template_day(
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, partial: Path
+) -> str | None:
+    """The day for a chat template that reads the clock: as given, or that of the run which left a
+    partial file, or today; None for any other template."""
+    if not reads_clock(tokenizer.chat_template):
+        return None
+    return args.template_date or first_settings(partial).get("template_date") or str(date.today())
 
 
 def ask_endpoint(args: argparse.Namespace) -> tuple[list[Answer], list[NoAnswer | None]]:
@@ -223,6 +247,8 @@ def request_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The sampling parameters of every request."""
     given = {name: getattr(args, name) for name in SENT_IF_GIVEN}
     given = {name: value for name, value in given.items() if value is not None}
+    if args.token_ids:
+        given["return_token_ids"] = True
     return {"temperature": args.temperature, "max_tokens": args.max_new_tokens, **given}
 
 
@@ -258,6 +284,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the random numbers; each batch has its own")
     here = parser.add_argument_group("with --target").add_argument
     here("--batch-size", type=int, default=16, help="prompts answered at once")
+    here("--messages-only", action="store_true", help="leave token ids out of the output")
+    here("--template-date", help="YYYY-MM-DD, for a chat template that reads the clock; today")
     here("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: as saved")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     here("--device", default=device, help="default: cuda if there is a GPU, else cpu")
@@ -272,6 +300,7 @@ def add_endpoint_arguments(add: Callable[..., Any]) -> None:
     add("--retries", type=int, default=5, help="after a 429, 5xx, timeout or broken connection")
     add("--retry-delay", type=float, default=1, help="seconds before the first; doubled each time")
     add("--api-key-variable", default="OPENAI_API_KEY", help="environment variable with the key")
+    add("--token-ids", action="store_true", help="ask for token ids and keep them (vLLM, SGLang)")
     add("--leave-out-failed", action="store_true", help="write the output without failed prompts")
     for name in SENT_IF_GIVEN:
         kind = int if name == "top_k" else float
@@ -284,7 +313,10 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name, bound in least.items():
         value = getattr(args, name)
         require(bound <= value < math.inf, f"{name} must be finite and >= {bound}, not {value}")
+    day = args.template_date
+    require(day is None or is_day(day), f"--template-date ({day}) must be like 2026-01-31")
     if args.endpoint is None:
+        require(not args.token_ids, "--token-ids needs --endpoint; --target keeps them anyway")
         sent = [name for name in SENT_IF_GIVEN if getattr(args, name) is not None]
         require(not sent, f"{', '.join(sent)} need --endpoint; --target samples the plain softmax")
         return

@@ -26,11 +26,13 @@ def inspect(args: argparse.Namespace) -> str:
     from dspark_megatron.training.data_report import describe_data
     from dspark_megatron.training.run_data import load_run_data
     from dspark_megatron.training.setup import check_run
+    from dspark_megatron.training.template_day import fix_template_day
 
     config = load_config(args.config, args.overrides)
     layout = config.parallel
     ranks = layout.tensor_parallel * max(1, config.target.shard_across_data_parallel)
     plan = check_run(config, max(ranks, layout.expert_parallel))  # the smallest job that it allows
+    fix_template_day(plan, lambda choose: choose())
     data = config.data
     entries = config.evaluate.heldout_files if args.held_out else data.train_files
     require(bool(entries), "evaluate.heldout_files is empty; name files, or leave out --held-out")

@@ -1,7 +1,9 @@
 """The section `data`."""
 
+import contextlib
 import math
 from dataclasses import dataclass, field
+from datetime import date
 
 from dspark_megatron.config.rules import one_of, require
 
@@ -20,7 +22,12 @@ class DataConfig:
     """Reasoning inside answers: `keep` (learnt like all else) or `mask` (read, but not learnt).
     Lines with `input_ids` and indexed datasets are left as they are."""
     reasoning_tags: list[str] = field(default_factory=lambda: ["<think>", "</think>"])
-    """What reasoning begins and ends with in the text that the target writes."""
+    """What reasoning begins and ends with in the text that the target writes. An answer without
+    reasoning does not learn the empty block that a chat template puts before it."""
+    template_date: str | None = None
+    """The day (YYYY-MM-DD) that a chat template which reads the clock is given, the same on every
+    rank. null: that of the run's first start, which its config.yaml keeps; with a cache of states
+    that of the cache."""
     max_length: int = 4096
     """Tokens kept of a sample; the rest is cut off."""
     min_loss_tokens: int | None = None
@@ -45,9 +52,19 @@ class DataConfig:
             f"data.reasoning_tags ({self.reasoning_tags}) must be two texts: what reasoning begins "
             "and what it ends with",
         )
+        require(
+            self.template_date is None or is_day(self.template_date),
+            f"data.template_date ({self.template_date!r}) must be a day such as 2026-01-31 or null",
+        )
         require(self.max_length >= 2, f"data.max_length ({self.max_length}) must be >= 2")
         require(
             self.min_loss_tokens is None or self.min_loss_tokens >= 1,
             f"data.min_loss_tokens ({self.min_loss_tokens}) must be >= 1, "
             "or null for 2 * block_size",
         )
+
+
+def is_day(text: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return date.fromisoformat(text).isoformat() == text
+    return False

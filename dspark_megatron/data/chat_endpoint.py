@@ -70,7 +70,7 @@ class ChatEndpoint:
         try, or once `stop` is set."""
         for tries in range(self.retries + 1):
             try:
-                return _answer_of(self._request("/chat/completions", {"model": self.model, **body}))
+                return self._answer({"model": self.model, **body})
             except NoAnswer as error:
                 if not error.passing or tries == self.retries:
                     raise
@@ -78,6 +78,12 @@ class ChatEndpoint:
                 if stop.wait(min(error.delay or delay, LONGEST_DELAY)):
                     raise
         raise AssertionError("the last try returns or raises")
+
+    def _answer(self, body: dict[str, Any]) -> Answer:
+        answer = _answer_of(self._request("/chat/completions", body))
+        if body.get("return_token_ids") and not answer.sample():
+            raise NoAnswer("no token ids", "the server does not tell those of prompt and answer")
+        return answer
 
     def _request(self, path: str, body: dict | None = None) -> dict[str, Any]:
         request = urllib.request.Request(self.url.rstrip("/") + path)
@@ -132,7 +138,8 @@ def _answer_of(response: dict[str, Any]) -> Answer:
         raise NoAnswer("no content", f"finish_reason {finish_reason}")
     parts = {"reasoning_content": reasoning, "tool_calls": calls}
     parts = {name: value for name, value in parts.items() if value}
-    return Answer(content or "", finish_reason, tokens, parts or None)
+    prompt_ids, token_ids = response.get("prompt_token_ids"), choice.get("token_ids")
+    return Answer(content or "", finish_reason, tokens, parts or None, prompt_ids, token_ids)
 
 
 def ask_all(

@@ -1,28 +1,26 @@
 """Chats through the tokenizer's template: their text, their tokens, and which the model wrote.
 
 Two ways to know the assistant's tokens. A template with `{% generation %}` says so itself (unless
-the tokenizer trims spaces). Any other is rendered turn by turn: what the assistant's turn adds to
-the text is the assistant's. Where such a template renders earlier turns differently when more
-follows (some drop old reasoning), a chat becomes several samples, each as the target saw it.
+the tokenizer trims spaces). Any other is rendered turn by turn, and answers.py tells what the
+target saw and wrote. Where such a template renders earlier turns differently when more follows
+(some drop old reasoning), a chat becomes several samples, each as the target saw it.
 """
 
-import os
 import re
-from itertools import groupby
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from dspark_megatron.config import ConfigError
+from dspark_megatron.data.answer_ends import AnswerEnds
+from dspark_megatron.data.answers import AnswerRules, Rendering, written_answer
 from dspark_megatron.data.chats import Chat
+from dspark_megatron.data.marked_answers import not_written
 from dspark_megatron.data.reasoning import ReasoningMask
-from dspark_megatron.data.tokens import Span, check_offsets, tokenize, tokens_inside
+from dspark_megatron.data.template_date import on_day
+from dspark_megatron.data.tokens import Span, check_offsets, spans_of, tokenize, tokens_inside
 
 GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-WAY_OUT = (
-    "give lines with input_ids and loss_mask, or a chat template with {% generation %} around "
-    "the assistant's text"
-)
 
 
 class Rendered(NamedTuple):
@@ -31,12 +29,15 @@ class Rendered(NamedTuple):
     text: str
     answers: list[Span]
     """Where the assistant wrote it."""
+    end: int
+    """Where it stopped writing."""
 
 
 class ChatTemplate:
     """A tokenizer's chat template, inspected once.
 
-    `reasoning`: takes reasoning out of what is to be learnt; null: it stays.
+    `reasoning`: takes reasoning out of what is to be learnt; null: it stays. `rules`: where answers
+    begin and end.
     Raises ConfigError for a tokenizer without a template or without character offsets.
     """
 
@@ -44,6 +45,7 @@ class ChatTemplate:
         self,
         tokenizer: PreTrainedTokenizerBase,
         reasoning: ReasoningMask | None = None,
+        rules: AnswerRules | None = None,
     ) -> None:
         check_offsets(tokenizer)
         try:
@@ -54,12 +56,10 @@ class ChatTemplate:
                 "target's folder; training lines may have input_ids and loss_mask instead"
             ) from error
         self._tokenizer = tokenizer
-        self._reasoning = reasoning
+        self._reasoning, self._rules = reasoning, rules or AnswerRules()
         marked = GENERATION_TAG.search(template) is not None
         self._marks_generation = marked and not _trims_spaces(tokenizer)
-        added = tokenizer.added_tokens_decoder.items()
-        self._special_ids = {i for i, token in added if token.special}
-        self._special_ids.update(tokenizer.all_special_ids)
+        self._ends = AnswerEnds(tokenizer, self._rules.stop_ids)
 
     def render(
         self,
@@ -70,10 +70,7 @@ class ChatTemplate:
     ) -> str:
         """The chat as text; `options` go to the template. ConfigError when it refuses the chat."""
         options = {**(options or {}), "add_generation_prompt": add_generation_prompt}
-        try:
-            return self._tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        except Exception as error:  # a template is foreign code and may raise anything
-            raise _template_error(error) from error
+        return self._apply(messages, options, tokenize=False)
 
     def tokenize(self, text: str) -> tuple[list[int], list[Span]]:
         """Ids and character ranges of a rendered chat: [s] and [s] pairs."""
@@ -84,82 +81,75 @@ class ChatTemplate:
         several where the template rewrites earlier turns, each up to another assistant turn.
 
         The end-of-turn token counts as written, but not that of a last answer that was cut short;
-        white space that the template puts after it does not.
+        what the template puts after it does not.
         """
         if self._marks_generation and not chat.given:
-            return [self._finished(*self._encode_marked(chat), chat.cut_short)]
-        parts = self._assistant_parts(chat)
-        last = len(parts) - 1
-        return [
-            self._finished(*self._encode_part(part), chat.cut_short and i == last)
-            for i, part in enumerate(parts)
-        ]
+            return [self._encode_marked(chat)]
+        return [self._encode_part(part) for part in self._assistant_parts(chat)]
 
     def _encode_part(self, part: Rendered) -> tuple[list[int], list[bool]]:
         token_ids, offsets = self.tokenize(part.text)
         mask = tokens_inside(offsets, part.answers, len(part.text))
+        length = sum(end <= part.end for _, end in offsets)
+        mask = self._ends.trim(token_ids[:length], mask[:length])
+        mask += [False] * (len(token_ids) - length)
         return token_ids, self._without_reasoning(part.text, offsets, mask)
 
     def _encode_marked(self, chat: Chat) -> tuple[list[int], list[bool]]:
-        try:
-            encoded = self._tokenizer.apply_chat_template(
-                chat.messages,
-                tokenize=True,
-                return_dict=True,
-                return_assistant_tokens_mask=True,
-                **chat.template_options,
-            )
-        except Exception as error:
-            raise _template_error(error) from error
-        mask = [bool(written) for written in encoded["assistant_masks"]]
-        if self._reasoning is not None:
-            text = self.render(chat.messages, chat.template_options)
-            mask = self._without_reasoning(text, self.tokenize(text)[1], mask)
-        return encoded["input_ids"], mask
+        encoded = self._apply(
+            chat.messages,
+            chat.template_options,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        token_ids, marks = encoded["input_ids"], [bool(m) for m in encoded["assistant_masks"]]
+        text = self.render(chat.messages, chat.template_options)
+        _, offsets = self.tokenize(text)
+        marked, tags = spans_of(offsets, marks), self._rules.tags
+        hidden = not_written(text, marked, chat.messages, tags, cut_short=chat.cut_short)
+        inside = tokens_inside(offsets, hidden, len(text))
+        mask = self._ends.trim(token_ids, marks)
+        mask = [written and not out for written, out in zip(mask, inside, strict=True)]
+        return token_ids, self._without_reasoning(text, offsets, mask)
 
     def _without_reasoning(self, text: str, offsets: list[Span], mask: list[bool]) -> list[bool]:
         return mask if self._reasoning is None else self._reasoning.hide(text, offsets, mask)
 
-    def _finished(
-        self, token_ids: list[int], mask: list[bool], cut_short: bool
-    ) -> tuple[list[int], list[bool]]:
-        mask = self._without_space_after_end_of_turn(token_ids, mask)
-        if cut_short and any(mask):
-            last = len(mask) - 1 - mask[::-1].index(True)
-            mask[last] = token_ids[last] not in self._special_ids
-        return token_ids, mask
-
     def _assistant_parts(self, chat: Chat) -> list[Rendered]:
         """The chat up to its last assistant turn to be learnt, in one part while each turn adds
-        to the text of the one before. ConfigError where a turn does not add to its own prompt."""
+        to the text of the one before."""
         messages, options = chat.messages, chat.template_options
         parts: list[Rendered] = []
         for turn in range(chat.given, len(messages)):
             if messages[turn]["role"] != "assistant":
                 continue
-            before = self.render(messages[:turn], options, add_generation_prompt=True)
-            after = self.render(messages[: turn + 1], options)
-            _check_nested(before, after, turn)
+            prompt = self.render(messages[:turn], options, add_generation_prompt=True)
+            after = base = self.render(messages[: turn + 1], options)
+            if not after.startswith(prompt):
+                base = self.render(messages[:turn], options)
+            is_cut = chat.cut_short and turn == len(messages) - 1
+            answer = written_answer(
+                Rendering(base, prompt, after), messages[turn], self._rules.tags, cut_short=is_cut
+            )
             earlier = []
-            if parts and before.startswith(parts[-1].text):
+            if parts and answer.seen.startswith(parts[-1].text):
                 earlier = parts.pop().answers
-            parts.append(Rendered(after, [*earlier, (len(before), len(after))]))
+            end = len(answer.seen) + len(answer.wrote)
+            answers = [*earlier, (len(answer.seen), end)]
+            parts.append(Rendered("".join(answer), answers, end))
         return parts
 
-    def _without_space_after_end_of_turn(
-        self, token_ids: list[int], mask: list[bool]
-    ) -> list[bool]:
-        """ChatML's "\\n" after `<|im_end|>` belongs to the turn, but no model ever writes it."""
-        kept, start = [], 0
-        for written, run in groupby(mask):
-            end = start + len(list(run))
-            special = [i for i in range(start, end) if token_ids[i] in self._special_ids]
-            cut = special[-1] + 1 if written and special else end
-            if self._tokenizer.decode(token_ids[cut:end]).strip():
-                cut = end  # words follow: the last special token does not end the turn
-            kept += [written] * (cut - start) + [False] * (end - cut)
-            start = end
-        return kept
+    def _apply(self, messages: list[dict], options: dict[str, Any], **how: Any) -> Any:
+        """What `apply_chat_template` makes of a chat; ConfigError when the template refuses it."""
+        options = {**options, **how}
+        if self._rules.template_date is not None:
+            template = self._tokenizer.get_chat_template(tools=options.get("tools"))
+            options["chat_template"] = on_day(template, self._rules.template_date)
+        try:
+            return self._tokenizer.apply_chat_template(messages, **options)
+        except Exception as error:  # a template is foreign code and may raise anything
+            raise _template_error(error) from error
 
 
 def _trims_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -168,17 +158,6 @@ def _trims_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
     with a space marks all that follows."""
     encoded = tokenizer("a  ", add_special_tokens=False, return_offsets_mapping=True)
     return sum(end - start for start, end in encoded["offset_mapping"]) < 3
-
-
-def _check_nested(before: str, after: str, turn: int) -> None:
-    if after.startswith(before):
-        return
-    same = len(os.path.commonprefix([before, after]))
-    raise ConfigError(
-        f"the chat template renders message {turn} (assistant) otherwise than its own prompt for "
-        f"it: {before[same:][:40]!r} against {after[same:][:40]!r} after {same} equal characters, "
-        f"so the assistant's tokens cannot be found by comparing; {WAY_OUT}"
-    )
 
 
 def _template_error(error: Exception) -> ConfigError:

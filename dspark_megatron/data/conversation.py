@@ -11,13 +11,17 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dspark_megatron.config import ConfigError, require
-from dspark_megatron.data.chat_template import WAY_OUT, ChatTemplate
-from dspark_megatron.data.chats import chat_of, is_cut_short, shown
+from dspark_megatron.data.answer_ends import up_to_first_stop
+from dspark_megatron.data.answers import WAY_OUT, AnswerRules
+from dspark_megatron.data.chat_template import ChatTemplate
+from dspark_megatron.data.chats import chat_of, checked_messages, is_cut_short, shown
 from dspark_megatron.data.reasoning import ReasoningMask
-from dspark_megatron.data.tokens import check_offsets, tokenize, tokens_inside
+from dspark_megatron.data.said import Said, Tags
+from dspark_megatron.data.tokens import check_offsets, spelled_out, tokenize, tokens_inside
 
 FORMS = ("messages", "conversations", "completion", "input_ids")
-"""The key that tells a line's form; a line has exactly one of them."""
+"""The key that tells a line's form; a line has exactly one of them, but for an answered chat with
+the very tokens of its target, which has `messages` and `input_ids`."""
 
 
 class Sample(NamedTuple):
@@ -34,6 +38,7 @@ class ConversationEncoder:
 
     `vocab_size`: rows of the target's embedding; every id must be below it.
     `reasoning_tags`: reasoning of answers between these is not learnt; null: it is.
+    `rules`: where answers begin and end.
     """
 
     def __init__(
@@ -41,9 +46,11 @@ class ConversationEncoder:
         tokenizer: PreTrainedTokenizerBase,
         vocab_size: int,
         reasoning_tags: tuple[str, str] | None = None,
+        rules: AnswerRules | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
+        self._rules = rules or AnswerRules()
         self.reasoning = ReasoningMask(*reasoning_tags) if reasoning_tags else None
 
     def encode(self, record: dict) -> list[Sample]:
@@ -57,12 +64,14 @@ class ConversationEncoder:
         """
         forms = [key for key in FORMS if key in record]
         require(
-            len(forms) == 1,
+            len(forms) == 1 or forms == ["messages", "input_ids"],
             'a line must have one of "messages", "conversations", "completion" with "prompt", and '
             f'"input_ids" with "loss_mask"; it has the keys {sorted(record)}',
         )
         if forms == ["input_ids"]:
             encodings = [_checked_tokens(record)]
+        elif "input_ids" in forms:
+            encodings = [self._encode_answered(record)]
         elif forms == ["completion"] and _is_text(record):
             encodings = [self._encode_text(record)]
         else:
@@ -78,7 +87,7 @@ class ConversationEncoder:
     @cached_property
     def _template(self) -> ChatTemplate:
         """Made at the first chat: a file of ids needs no template."""
-        return ChatTemplate(self._tokenizer, self.reasoning)
+        return ChatTemplate(self._tokenizer, self.reasoning, self._rules)
 
     def _encode_chat(self, record: dict) -> list[tuple[list[int], list[bool]]]:
         chat = chat_of(record)
@@ -91,11 +100,33 @@ class ConversationEncoder:
         encodings = self._template.encode(chat)
         marks = [sum(mask) for _, mask in encodings]
         require(
-            any(marks) or self.reasoning is not None,
+            any(marks) or self.reasoning is not None or chat.cut_short,
             f"the chat has an assistant turn, but the chat template marks none of its "
             f"{len(encodings[0][0])} tokens as the assistant's; {WAY_OUT}",
         )
         return encodings
+
+    def _encode_answered(self, record: dict) -> tuple[list[int], list[bool]]:
+        """A chat with the tokens that its target saw and wrote, as tools/generate_responses.py
+        keeps them: no template, but reasoning may be masked as in any chat."""
+        token_ids, mask = _checked_tokens(record)
+        self._check_vocabulary(token_ids)
+        answer = [i for i, written in zip(token_ids, mask, strict=True) if written]
+        text = self._tokenizer.decode(
+            answer, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        answers = [m for m in checked_messages(record["messages"]) if m["role"] == "assistant"]
+        pieces = [piece for last in answers[-1:] for piece in Said.of(last, Tags()).pieces()]
+        missing = [piece for piece in pieces if piece.strip() not in text]
+        require(
+            not missing,
+            '"input_ids" must be the tokens of "messages", and what "loss_mask" marks of them is '
+            f"{shown(text)}, without {shown(missing[:1])}; the tokens are of another tokenizer or "
+            'the messages were changed: take "input_ids" and "loss_mask" out of the line',
+        )
+        if self.reasoning is None:
+            return token_ids, mask
+        return token_ids, self.reasoning.hide(*spelled_out(self._tokenizer, token_ids), mask)
 
     def _encode_text(self, record: dict) -> tuple[list[int], list[bool]]:
         """Prompt and completion as they are, as TRL does: no template, but the special tokens that
@@ -110,12 +141,13 @@ class ConversationEncoder:
         prompt, text = record["prompt"], record["prompt"] + record["completion"]
         token_ids, offsets = tokenize(self._tokenizer, text, add_special_tokens=True)
         mask = tokens_inside(offsets, [(len(prompt), len(text))], len(text))
-        if self.reasoning is not None:
-            mask = self.reasoning.hide(text, offsets, mask)
         if token_ids[-1:] == [eos]:  # written out in the completion, or added by the tokenizer
-            token_ids, mask = token_ids[:-1], mask[:-1]
-        end = [] if cut_short else [eos]
-        return token_ids + end, mask + [True] * len(end)
+            token_ids, offsets, mask = token_ids[:-1], offsets[:-1], mask[:-1]
+        answer = up_to_first_stop(token_ids, mask, self._rules.stop_ids)
+        end = [] if cut_short or answer != mask else [eos]
+        if self.reasoning is not None:
+            answer = self.reasoning.hide(text, offsets, answer)
+        return token_ids + end, answer + [True] * len(end)
 
     def _sample(self, token_ids: list[int], mask: list[bool]) -> Sample:
         self._check_vocabulary(token_ids)
@@ -157,4 +189,4 @@ def _checked_tokens(record: dict) -> tuple[list[int], list[bool]]:
             raise ConfigError(f"input_ids[{position}] must be an integer, not {shown(token_id)}")
         if learn not in (0, 1):
             raise ConfigError(f"loss_mask[{position}] must be 0 or 1, not {shown(learn)}")
-    return token_ids, mask
+    return token_ids, list(map(bool, mask))

@@ -6,7 +6,7 @@ Shapes: n kept samples, t tokens of all of them, s tokens of one.
 import hashlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dspark_megatron.config import ConfigError
+from dspark_megatron.data.answers import AnswerRules
 from dspark_megatron.data.blend import Shares, share_out
 from dspark_megatron.data.conversation import ConversationEncoder, Sample
 from dspark_megatron.data.jsonl import errors_at, read_jsonl
@@ -37,6 +38,8 @@ class SampleRules:
     """Whether a loss mask [s] has an anchor with something to learn."""
     reasoning_tags: tuple[str, str] | None = None
     """Reasoning of answers between these is not learnt; null: it is."""
+    answers: AnswerRules = field(default_factory=AnswerRules)
+    """Where answers begin and end."""
 
 
 @dataclass(kw_only=True)
@@ -139,7 +142,7 @@ def load_samples(
     Raises ConfigError for a malformed line (naming `file:line`) and when no sample is kept.
     """
     files = [find_files(entry) for entry in entries]  # a missing one is known before the work
-    encoder = ConversationEncoder(tokenizer, vocab_size, rules.reasoning_tags)
+    encoder = ConversationEncoder(tokenizer, vocab_size, rules.reasoning_tags, rules.answers)
     packed, report, sizes = _PackedSamples(), DropReport(), []
     for group in files:
         kept_before = report.kept

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from dspark_megatron.config import ConfigError, require
+from dspark_megatron.data.answers import AnswerRules
 from dspark_megatron.data.chat_template import ChatTemplate
 from dspark_megatron.data.chats import checked_messages, template_options
 from dspark_megatron.data.jsonl import errors_at, read_jsonl
@@ -25,6 +26,7 @@ def load_prompts(
     tokenizer: PreTrainedTokenizerBase,
     max_prompts: int | None,
     max_prompt_length: int,
+    rules: AnswerRules | None = None,
 ) -> list[Prompt]:
     """The first `max_prompts` (null: all) prompts of a JSONL file, through the chat template.
 
@@ -33,7 +35,7 @@ def load_prompts(
     for a malformed line and for a prompt of more than `max_prompt_length` tokens; and for a file
     without prompts.
     """
-    template = ChatTemplate(tokenizer)
+    template = ChatTemplate(tokenizer, rules=rules)
     prompts = []
     for number, record in islice(read_jsonl(path), max_prompts):
         with errors_at(path, number):

@@ -1,8 +1,6 @@
 """Reasoning inside answers: `<think>...</think>`, or whatever the target's tags are."""
 
-from itertools import groupby
-
-from dspark_megatron.data.tokens import Span, tokens_inside
+from dspark_megatron.data.tokens import Span, spans_of, tokens_inside
 
 
 class ReasoningMask:
@@ -19,22 +17,12 @@ class ReasoningMask:
 
     def hide(self, text: str, offsets: list[Span], mask: list[bool]) -> list[bool]:
         """The mask of a text's tokens without those of reasoning. [s] -> [s]."""
-        spans = [part for run in _runs(offsets, mask) for part in _reasoning(text, run, self._tags)]
+        answers = spans_of(offsets, mask)
+        spans = [part for answer in answers for part in _reasoning(text, answer, self._tags)]
         inside = tokens_inside(offsets, spans, len(text))
         kept = [written and not hidden for written, hidden in zip(mask, inside, strict=True)]
         self.hidden_tokens += sum(mask) - sum(kept)
         return kept
-
-
-def _runs(offsets: list[Span], mask: list[bool]) -> list[Span]:
-    """The text of each run of supervised tokens."""
-    spans, start = [], 0
-    for written, run in groupby(mask):
-        end = start + len(list(run))
-        if written:
-            spans.append((offsets[start][0], offsets[end - 1][1]))
-        start = end
-    return spans
 
 
 def _reasoning(text: str, run: Span, tags: tuple[str, str]) -> list[Span]:

@@ -8,6 +8,9 @@ from typing import NamedTuple
 from dspark_megatron.config import require
 from dspark_megatron.data.jsonl import read_jsonl
 
+SAMPLE_KEYS = ("input_ids", "loss_mask")
+"""Tokens of a line; those of an answer that is replaced go with it."""
+
 
 class Answer(NamedTuple):
     content: str
@@ -17,10 +20,21 @@ class Answer(NamedTuple):
     """Length in tokens; the end-of-turn token may be counted or not."""
     parts: dict | None = None
     """What else the turn has: `reasoning_content`, `tool_calls`."""
+    prompt_ids: list[int] | None = None
+    """The tokens that the model saw, if they are known."""
+    token_ids: list[int] | None = None
+    """Those that it wrote, with the one that ended its turn; likewise."""
 
     def turn(self) -> dict:
         """The answer as a message of the chat."""
         return {"role": "assistant", "content": self.content, **(self.parts or {})}
+
+    def sample(self) -> dict:
+        """The answer as it is trained on; empty where the tokens are not known."""
+        if self.token_ids is None or self.prompt_ids is None:
+            return {}
+        mask = [0] * len(self.prompt_ids) + [1] * len(self.token_ids)
+        return {"input_ids": self.prompt_ids + self.token_ids, "loss_mask": mask}
 
 
 def json_line(value: dict) -> bytes:
@@ -38,6 +52,13 @@ def append_line(path: Path, value: dict) -> None:
 def append_answers(path: Path, answers: dict[int, Answer]) -> None:
     """Keep answers, by index of their prompt, in a partial file."""
     append_line(path, {index: answer._asdict() for index, answer in answers.items()})
+
+
+def first_settings(path: Path) -> dict:
+    """The settings of an earlier run in its partial file; empty where there is none."""
+    if not path.is_file():
+        return {}
+    return next((line for _, line in read_jsonl(path)), {})
 
 
 def open_partial(path: Path, settings: dict) -> dict[int, Answer]:
@@ -71,5 +92,6 @@ def write_responses(output: Path, records: list[dict], answers: dict[int, Answer
                 answer = answers[index]
                 messages = [*record["messages"], answer.turn()]
                 chat = {"messages": messages, "finish_reason": answer.finish_reason}
-                file.write(json_line({**record, **chat}))
+                kept = {key: record[key] for key in record if key not in SAMPLE_KEYS}
+                file.write(json_line({**kept, **chat, **answer.sample()}))
     os.replace(temporary, output)

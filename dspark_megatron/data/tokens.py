@@ -3,6 +3,8 @@
 Shapes: s tokens of the text.
 """
 
+from itertools import accumulate, groupby
+
 from transformers import PreTrainedTokenizerBase
 
 from dspark_megatron.config import ConfigError, require
@@ -34,6 +36,14 @@ def tokenize(
     return encoded["input_ids"], encoded["offset_mapping"]
 
 
+def spelled_out(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> tuple[str, list[Span]]:
+    """Tokens one by one as text, and the range of each: [s] pairs. Letters of several tokens are
+    lost."""
+    texts = tokenizer.batch_decode([[i] for i in token_ids], clean_up_tokenization_spaces=False)
+    ends = list(accumulate(map(len, texts)))
+    return "".join(texts), list(zip([0, *ends], ends, strict=False))
+
+
 def tokens_inside(offsets: list[Span], spans: list[Span], text_length: int) -> list[bool]:
     """Whether each token starts inside a span of the text. [s] pairs -> [s]."""
     inside = bytearray(text_length)
@@ -46,3 +56,19 @@ def tokens_inside(offsets: list[Span], spans: list[Span], text_length: int) -> l
         position = start if end > start else start - 1
         mask.append(position >= 0 and bool(inside[position]))
     return mask
+
+
+def runs(mask: list[bool]) -> list[Span]:
+    """Half-open ranges of tokens that are set."""
+    found, start = [], 0
+    for is_set, run in groupby(mask):
+        end = start + len(list(run))
+        if is_set:
+            found.append((start, end))
+        start = end
+    return found
+
+
+def spans_of(offsets: list[Span], mask: list[bool]) -> list[Span]:
+    """The text of each run of tokens that are set."""
+    return [(offsets[start][0], offsets[end - 1][1]) for start, end in runs(mask)]

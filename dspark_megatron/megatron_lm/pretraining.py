@@ -6,12 +6,13 @@ Megatron wraps and saves the draft alone; the frozen target is beside it.
 import json
 import math
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dspark_megatron.config import Config, require
@@ -31,6 +32,7 @@ from dspark_megatron.training.run_identity import export_settings, run_identity
 from dspark_megatron.training.runtime import Runtime, main_ranks_folder
 from dspark_megatron.training.setup import check_run, check_training_device
 from dspark_megatron.training.states_source import states_source
+from dspark_megatron.training.template_day import fix_template_day
 
 _MOST_TOKENS = 2**31 - 1
 """Megatron counts the tokens of a step in 32 bits."""
@@ -46,6 +48,7 @@ class DraftPretraining:
         self.plan = plan = check_run(config, runtime.world_size)
         check_batch_size(config.train, plan.dp_size)
         check_training_device(config)
+        fix_template_day(plan, _main_ranks)
         if not config.target.is_cached:
             check_quantization(plan.target_config, plan.target_split)
         self.runtime = runtime
@@ -79,6 +82,13 @@ class DraftPretraining:
             unit=self._unit,
             ratios=metrics.ratios(self._step.draft_loss.weights),
         )
+
+
+def _main_ranks(make: Callable[[], str]) -> str:
+    """What `make` returns on the main rank. One broadcast of an object."""
+    made = [make() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(made, 0)
+    return made[0]
 
 
 def tokens_per_weight(most: float) -> float:

@@ -32,6 +32,7 @@ from dspark_megatron.conversion.megatron_checkpoint import (
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.storage.checkpoint_metadata import read_metadata
 from dspark_megatron.training.output import replace_text
+from dspark_megatron.training.template_day import clock_hint
 
 _SHARDING = {
     # The only type of the distributed optimizer that loads at another TP and DP size.
@@ -159,9 +160,11 @@ def check_same_run(folder: Path, meta: dict[str, Any]) -> None:
         elif key in saved and saved[key] != value:
             different.append(f"{key}: {saved[key]!r} there, {value!r} here")
     if different:
+        of_data = ("data_fingerprint", "template_date")
+        hint = clock_hint(saved, meta) if any(d.startswith(of_data) for d in different) else ""
         raise ConfigError(
             f"checkpoint {folder} belongs to another run: {'; '.join(different)}. "
-            "Use another train.output_dir, or the settings of that run"
+            f"Use another train.output_dir, or the settings of that run.{hint}"
         )
 
 

@@ -1,6 +1,7 @@
 """The samples of a run: files read by the rules of its config."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,18 +11,23 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch import Tensor
 
 from dspark_megatron.config import Config, ConfigError, require
+from dspark_megatron.data.answers import AnswerRules
 from dspark_megatron.data.dataset import ConversationDataset, SampleRules, load_samples
+from dspark_megatron.data.said import Tags
 from dspark_megatron.ops.anchors import BlockRules, has_block
+from dspark_megatron.storage.target_folder import stop_token_ids
 from dspark_megatron.training.setup import RunPlan
 
 
 def sample_rules(config: Config) -> SampleRules:
-    """What training makes of a sample."""
+    """What training makes of a sample, the target's stop tokens aside."""
     data, rules = config.data, BlockRules.of(config.loss)
+    tags = Tags(*map(str.strip, data.reasoning_tags))
     return SampleRules(
         max_length=data.max_length,
         min_loss_tokens=config.min_loss_tokens,
         reasoning_tags=tuple(data.reasoning_tags) if data.reasoning == "mask" else None,
+        answers=AnswerRules(tags=tags, template_date=data.template_date),
         has_block=partial(has_block, block_size=config.model.block_size, rules=rules),
     )
 
@@ -34,11 +40,14 @@ def load_run_data(
     show_progress: bool = False,
 ) -> ConversationDataset:
     """The samples of these entries of data.train_files or evaluate.heldout_files."""
+    rules = sample_rules(plan.config)
+    stop_ids = frozenset(stop_token_ids(plan.config.target.path, plan.tokenizer))
+    rules = replace(rules, answers=replace(rules.answers, stop_ids=stop_ids))
     return load_samples(
         entries,
         plan.tokenizer,
         plan.shape.vocab_size,
-        sample_rules(plan.config),
+        rules,
         weights=weights,
         read_indexed=read_indexed,
         show_progress=show_progress,

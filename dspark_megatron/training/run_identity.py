@@ -4,6 +4,7 @@ from dataclasses import asdict
 from typing import Any
 
 from dspark_megatron.training.setup import RunPlan, draft_identity
+from dspark_megatron.training.template_day import template_day
 
 _NO_MATHEMATICS = ("preset", "chunk_rows", "memory_budget_mb", "compile")
 """Keys of the loss section that a run may change on its way. What a preset stands for is written
@@ -12,9 +13,10 @@ out in the other keys."""
 
 def run_identity(plan: RunPlan) -> dict[str, Any]:
     """What a checkpoint must share with a run that continues it, the data aside."""
-    loss = asdict(plan.config.loss)
+    loss, day = asdict(plan.config.loss), template_day(plan)
     return {
         **draft_identity(plan),
+        **({"template_date": day} if day else {}),
         "seed": plan.config.train.seed,
         "num_anchors": plan.config.model.num_anchors,
         "loss": {name: value for name, value in loss.items() if name not in _NO_MATHEMATICS},

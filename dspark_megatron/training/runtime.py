@@ -11,7 +11,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from dspark_megatron.config import ConfigError, require
 from dspark_megatron.training import cpu_support, loadable_adam
 
 _FAILURE_KEY = "dspark_failure"
+_MAIN_RANKS_KEY = "dspark_main_ranks"
 _CHECK_SECONDS = 1.0
 
 
@@ -84,6 +85,13 @@ class Launch:
         """A job of this process only, whatever the environment says."""
         store = dist.HashStore()
         return cls(0, 1, 0, store, store)
+
+    def main_ranks(self, make: Callable[[], str]) -> str:
+        """What `make` returns on the main rank, on every rank; before there are process groups.
+        Every rank calls it, at most once in a job."""
+        if self.rank == 0:
+            self.store.set(_MAIN_RANKS_KEY, make())
+        return self.store.get(_MAIN_RANKS_KEY).decode()
 
 
 @contextlib.contextmanager

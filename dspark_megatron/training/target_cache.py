@@ -15,6 +15,7 @@ from dspark_megatron.targets.cache_files import CacheReader, differences, read_m
 from dspark_megatron.targets.cached_target import CachedTarget
 from dspark_megatron.training.runtime import Runtime
 from dspark_megatron.training.setup import RunPlan
+from dspark_megatron.training.template_day import clock_hint, template_day
 
 
 def target_facts(plan: RunPlan) -> dict[str, Any]:
@@ -38,7 +39,9 @@ def row_facts(plan: RunPlan) -> dict[str, Any]:
 
 def data_facts(plan: RunPlan) -> dict[str, Any]:
     """What decides on the tokens of a sample."""
+    day = template_day(plan)
     return {
+        **({"template_date": day} if day else {}),
         "max_length": plan.config.data.max_length,
         "min_loss_tokens": plan.config.min_loss_tokens,
         "tokenizer": _digest(_tokenizer_text(plan.tokenizer)),
@@ -75,6 +78,8 @@ def cached_target(plan: RunPlan, runtime: Runtime, data: ConversationDataset) ->
         print(f"{cache.path} does not say of which weights it is: not checked", flush=True)
     there, here = cache.facts.get("data", {}), data_facts(plan)
     hints = differences(there, here) if there else []
+    if hint := clock_hint(there, here):
+        hints = [*hints, hint.strip(" .")]
     return CachedTarget(cache, data, device=runtime.device, hints=hints)
 
 
