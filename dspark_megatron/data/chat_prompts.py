@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 from dspark_megatron.config import ConfigError, require
 from dspark_megatron.data.chat_template import ChatTemplate
-from dspark_megatron.data.chats import checked_messages, template_options
+from dspark_megatron.data.chats import Chat, checked_messages, template_options
 from dspark_megatron.data.jsonl import errors_at, read_jsonl
 from dspark_megatron.data.response_file import json_line
+from dspark_megatron.data.spellings import in_first_spelling
 
 
 class Prompt(NamedTuple):
@@ -45,5 +46,5 @@ def make_prompt(record: dict, template: ChatTemplate | None) -> Prompt:
         raise ConfigError(f"the line is not valid Unicode: {error}") from error
     if template is None:
         return Prompt(record, [])
-    text = template.render(messages, options, add_generation_prompt=True)
+    text = in_first_spelling(Chat(messages, options), template.render_prompt)
     return Prompt(record, template.tokenize(text)[0])

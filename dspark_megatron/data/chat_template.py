@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from dspark_megatron.config import ConfigError
 from dspark_megatron.data.chats import Chat
 from dspark_megatron.data.reasoning import ReasoningMask
+from dspark_megatron.data.rendered import LeftOut, check_rendered
 from dspark_megatron.data.tokens import Span, check_offsets, tokenize, tokens_inside
 
 GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -56,6 +57,7 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._reasoning = reasoning
         marked = GENERATION_TAG.search(template) is not None
+        self._knows_developer = "developer" in template
         self._marks_generation = marked and not _trims_spaces(tokenizer)
         added = tokenizer.added_tokens_decoder.items()
         self._special_ids = {i for i, token in added if token.special}
@@ -68,12 +70,48 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = False,
     ) -> str:
-        """The chat as text; `options` go to the template. ConfigError when it refuses the chat."""
+        """The chat as text; `options` go to the template. ConfigError when it refuses the chat,
+        LeftOut when the text lacks something that the chat says."""
+        text = self._render(messages, options, add_generation_prompt)
+        last = len(messages) - 1
+        answers = range(0) if add_generation_prompt else range(last, last + 1)
+        check_rendered(text, messages, options or {}, answers=answers)
+        return text
+
+    def render_prompt(self, chat: Chat) -> str:
+        """The chat as text, up to where the assistant begins to write."""
+        return self.render(chat.messages, chat.template_options, add_generation_prompt=True)
+
+    def _render(
+        self, messages: list[dict], options: dict[str, Any] | None, add_generation_prompt: bool
+    ) -> str:
         options = {**(options or {}), "add_generation_prompt": add_generation_prompt}
         try:
-            return self._tokenizer.apply_chat_template(messages, tokenize=False, **options)
+            return self._tokenizer.apply_chat_template(
+                self._with_known_roles(messages), tokenize=False, **options
+            )
         except Exception as error:  # a template is foreign code and may raise anything
             raise _template_error(error) from error
+
+    def _with_known_roles(self, messages: list[dict]) -> list[dict]:
+        """`developer` as `system`, its older name, where the template does not speak of it."""
+        if self._knows_developer:
+            return messages
+        return [
+            {**message, "role": "system"} if message["role"] == "developer" else message
+            for message in messages
+        ]
+
+    def _says_all_at_once(self, chat: Chat) -> bool:
+        """Whether the whole chat has every answer as it was written."""
+        try:
+            text = self._render(chat.messages, chat.template_options, False)
+            check_rendered(
+                text, chat.messages, chat.template_options, answers=range(len(chat.messages))
+            )
+        except LeftOut:
+            return False
+        return True
 
     def tokenize(self, text: str) -> tuple[list[int], list[Span]]:
         """Ids and character ranges of a rendered chat: [s] and [s] pairs."""
@@ -82,11 +120,12 @@ class ChatTemplate:
     def encode(self, chat: Chat) -> list[tuple[list[int], list[bool]]]:
         """Ids of the rendered chat and whether the assistant wrote them, to be learnt: [s] and [s];
         several where the template rewrites earlier turns, each up to another assistant turn.
+        Of the chat's spellings the first that the template renders whole.
 
         The end-of-turn token counts as written, but not that of a last answer that was cut short;
         white space that the template puts after it does not.
         """
-        if self._marks_generation and not chat.given:
+        if self._marks_generation and not chat.given and self._says_all_at_once(chat):
             return [self._finished(*self._encode_marked(chat), chat.cut_short)]
         parts = self._assistant_parts(chat)
         last = len(parts) - 1
@@ -103,7 +142,7 @@ class ChatTemplate:
     def _encode_marked(self, chat: Chat) -> tuple[list[int], list[bool]]:
         try:
             encoded = self._tokenizer.apply_chat_template(
-                chat.messages,
+                self._with_known_roles(chat.messages),
                 tokenize=True,
                 return_dict=True,
                 return_assistant_tokens_mask=True,

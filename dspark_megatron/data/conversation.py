@@ -12,8 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from dspark_megatron.config import ConfigError, require
 from dspark_megatron.data.chat_template import WAY_OUT, ChatTemplate
-from dspark_megatron.data.chats import chat_of, is_cut_short, shown
+from dspark_megatron.data.chats import chat_of, is_cut_short
+from dspark_megatron.data.normalize import shown
 from dspark_megatron.data.reasoning import ReasoningMask
+from dspark_megatron.data.spellings import in_first_spelling
 from dspark_megatron.data.tokens import check_offsets, tokenize, tokens_inside
 
 FORMS = ("messages", "conversations", "completion", "input_ids")
@@ -88,7 +90,7 @@ class ConversationEncoder:
             f'no message has the role "assistant" (roles: {", ".join(roles)}), so there is '
             "nothing to learn; answer the prompts first, or remove the line",
         )
-        encodings = self._template.encode(chat)
+        encodings = in_first_spelling(chat, self._template.encode)
         marks = [sum(mask) for _, mask in encodings]
         require(
             any(marks) or self.reasoning is not None,

@@ -8,8 +8,9 @@ from transformers import PreTrainedTokenizerBase
 
 from dspark_megatron.config import ConfigError, require
 from dspark_megatron.data.chat_template import ChatTemplate
-from dspark_megatron.data.chats import checked_messages, template_options
+from dspark_megatron.data.chats import Chat, checked_messages, template_options
 from dspark_megatron.data.jsonl import errors_at, read_jsonl
+from dspark_megatron.data.spellings import in_first_spelling
 
 
 class Prompt(NamedTuple):
@@ -37,8 +38,8 @@ def load_prompts(
     prompts = []
     for number, record in islice(read_jsonl(path), max_prompts):
         with errors_at(path, number):
-            messages, options = _prompt_messages(record), template_options(record)
-            text = template.render(messages, options, add_generation_prompt=True)
+            chat = Chat(_prompt_messages(record), template_options(record))
+            text = in_first_spelling(chat, template.render_prompt)
             input_ids, _ = template.tokenize(text)
             require(
                 len(input_ids) <= max_prompt_length,
