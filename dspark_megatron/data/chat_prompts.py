@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dspark_megatron.config import ConfigError, require
+from dspark_megatron.data.bad_lines import BadLines
 from dspark_megatron.data.chat_template import ChatTemplate
 from dspark_megatron.data.chats import Chat, checked_messages, template_options
-from dspark_megatron.data.jsonl import errors_at, read_jsonl
+from dspark_megatron.data.file_forms import lines_of
+from dspark_megatron.data.jsonl import parse_line
 from dspark_megatron.data.response_file import json_line
 from dspark_megatron.data.spellings import in_first_spelling
 
@@ -20,11 +22,12 @@ class Prompt(NamedTuple):
 
 def read_prompts(path: Path, template: ChatTemplate | None) -> list[Prompt]:
     """The prompts of a JSONL file, without ids if a server applies the template; ConfigError,
-    naming `file:line`, for a line that is none."""
-    prompts = []
-    for number, record in read_jsonl(path):
-        with errors_at(path, number):
-            prompts.append(make_prompt(record, template))
+    naming each `file:line`, for lines that are none."""
+    prompts, bad_lines = [], BadLines()
+    for number, line in lines_of(path):
+        with bad_lines.at(path, number):
+            prompts.append(make_prompt(parse_line(line), template))
+    bad_lines.check(len(prompts) + len(bad_lines), None)
     require(bool(prompts), f"{path} must hold at least one prompt and has no lines")
     return prompts
 

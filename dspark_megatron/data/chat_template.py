@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from dspark_megatron.config import ConfigError
 from dspark_megatron.data.chats import Chat
 from dspark_megatron.data.reasoning import ReasoningMask
-from dspark_megatron.data.rendered import LeftOut, check_rendered
+from dspark_megatron.data.rendered import LeftOut, NotRendered, check_rendered
 from dspark_megatron.data.tokens import Span, check_offsets, tokenize, tokens_inside
 
 GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -220,8 +220,8 @@ def _check_nested(before: str, after: str, turn: int) -> None:
     )
 
 
-def _template_error(error: Exception) -> ConfigError:
-    return ConfigError(
+def _template_error(error: Exception) -> NotRendered:
+    return NotRendered(
         f"the chat template refuses this chat: {type(error).__name__}: {error}; "
         "change the messages or the template"
     )

@@ -20,18 +20,26 @@ REASONING_TAGS = re.compile(
 tag, or the tag itself, as its model does."""
 
 
-class LeftOut(ConfigError):
-    """The chat template leaves something out that the chat says.
+class NotRendered(ConfigError):
+    """The chat template fails on the chat.
 
-    `found`: how much of what the chat says was found before it.
+    `found`: how much of what the chat says was seen to be rendered before.
     """
+
+    def __init__(self, message: str, found: int = -1) -> None:
+        super().__init__(message)
+        self.found = found
+
+
+class LeftOut(NotRendered):
+    """The chat template leaves something out that the chat says."""
 
     def __init__(self, what: str, text: str, found: int) -> None:
         super().__init__(
             f"the chat template leaves out {what}: {shown(text)} must stand in what it makes of "
-            "the chat; change the line or the template"
+            "the chat; change the line or the template",
+            found,
         )
-        self.found = found
 
 
 def check_rendered(
@@ -41,7 +49,7 @@ def check_rendered(
     of the messages, and the tools.
 
     `answers`: messages whose reasoning must stand, too; templates may drop that of earlier turns.
-    A system text at the start may stand anywhere: some templates put it before the last question.
+    System texts may stand anywhere: some templates put them before the last question.
     """
     position, count = 0, 0
     for number, message in enumerate(messages):
@@ -54,21 +62,32 @@ def check_rendered(
                 raise LeftOut(f"{what} of {who}", spellings[0], count)
             ends.append(end)
             count += 1
-        if number or message["role"] not in ("system", "developer"):
+        if message["role"] not in ("system", "developer"):
             position = max(ends)
     for said in _said_by_tools(options.get("tools", [])):
         if not any(spelled in text for spelled in said):
             raise LeftOut("the line's tools", said[0], count)
-    for arguments in _objects(messages):
-        if repr(arguments) in text:
-            raise LeftOut("the JSON of a call's arguments", json.dumps(arguments), count)
+    for message in messages:
+        _check_no_data(text, message)
 
 
-def _objects(messages: list[dict]) -> list[dict]:
-    """Arguments of calls: a template that wants them as text prints an object as Python does."""
-    calls = [call["function"] for message in messages for call in message.get("tool_calls", [])]
-    found = [call["arguments"] for call in calls if call["arguments"]]
-    return [arguments for arguments in found if isinstance(arguments, dict)]
+def _check_no_data(text: str, message: dict) -> None:
+    """A template that wants text prints data as Python writes it, or as JSON."""
+    for call in message.get("tool_calls", []):
+        arguments = call["function"]["arguments"]
+        if arguments and isinstance(arguments, dict) and repr(arguments) in text:
+            raise NotRendered(
+                f"the chat template prints a call's arguments as Python does: {shown(arguments)}; "
+                "change the template"
+            )
+    for part in message["content"] if isinstance(message["content"], list) else []:
+        key = part["type"]
+        plain = re.match(r"[ -~]*?(?=['\"\\]|[^ -~]|$)", part[key].strip()).group()
+        if re.search(rf"""['"]{key}['"]: *['"]\s*{re.escape(plain)}""", text):
+            raise NotRendered(
+                f"the chat template prints parts as data, not their text: {shown(part)}; "
+                "change the template"
+            )
 
 
 def _said(message: dict, *, with_reasoning: bool) -> Iterator[tuple[str, list[str]]]:

@@ -1,11 +1,12 @@
 """Other spellings of a chat, for templates that want them.
 
-Templates disagree on what they read: the text of a message or its parts, which key reasoning
-stands under, the newer role `developer`, a call's arguments as an object or as JSON text, tools with or without their wrapping.
+Templates disagree on what they read: the text of a message or its parts, the key of reasoning, the
+role `developer`, a call's arguments as an object or as JSON text, tools with or without a wrapping.
 Which one a template wants shows in what it renders: the first spelling that is rendered whole.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from functools import reduce
 from itertools import product
@@ -14,7 +15,7 @@ from typing import TypeVar
 from dspark_megatron.config import ConfigError
 from dspark_megatron.data.chats import Chat
 from dspark_megatron.data.normalize import REASONING_KEYS
-from dspark_megatron.data.rendered import LeftOut
+from dspark_megatron.data.rendered import NotRendered
 
 Step = Callable[[Chat], Chat]
 Result = TypeVar("Result")
@@ -29,7 +30,11 @@ def in_first_spelling(chat: Chat, use: Callable[[Chat], Result]) -> Result:
             return use(spelled)
         except ConfigError as error:
             errors.append(error)
-    raise max(errors, key=lambda error: error.found if isinstance(error, LeftOut) else -1)
+    raise max(errors, key=_rendered)
+
+
+def _rendered(error: ConfigError) -> float:
+    return error.found if isinstance(error, NotRendered) else math.inf
 
 
 def spellings(chat: Chat) -> Iterator[Chat]:
