@@ -92,5 +92,13 @@ def rows() -> list[str]:
     return [f"| {' | '.join(row)} |" for row in table]
 
 
+def write() -> None:
+    page = Path(__file__).parents[1] / "docs" / "data.md"
+    text = page.read_text(encoding="utf-8")
+    table = "\n".join(rows()) + "\n"
+    text = re.sub(r"(?m)^\| template \|.*\n(\|.*\n)*", lambda _: table, text)
+    page.write_text(text, encoding="utf-8")
+
+
 if __name__ == "__main__":
-    print("\n".join(rows()))
+    write() if "--write" in sys.argv else print("\n".join(rows()))

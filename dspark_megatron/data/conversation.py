@@ -85,9 +85,10 @@ class ConversationEncoder:
     def _encode_chat(self, record: dict) -> list[tuple[list[int], list[bool]]]:
         chat = chat_of(record)
         roles = [message["role"] for message in chat.messages[chat.given :]]
+        after = f" after the first {chat.given}, which are context" if chat.given else ""
         require(
             "assistant" in roles,
-            f'no message has the role "assistant" (roles: {", ".join(roles)}), so there is '
+            f'no message has the role "assistant"{after} (roles: {", ".join(roles)}), so there is '
             "nothing to learn; answer the prompts first, or remove the line",
         )
         encodings = in_first_spelling(chat, self._template.encode)
