@@ -1,7 +1,11 @@
 """The table of docs/data.md: what becomes of six chats with the templates of chat_templates.py.
 
-python tests/template_table.py     # prints its rows
+python tests/template_table.py [--write]     # prints it, or puts it into the page
 """
+
+import re
+import sys
+from pathlib import Path
 
 from chat_templates import TEMPLATES
 from tiny import tiny_tokenizer

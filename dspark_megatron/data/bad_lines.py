@@ -31,7 +31,7 @@ class Reason:
 
 
 class BadLines:
-    """What was wrong with lines; errors that differ in numbers or quoted values are of one kind."""
+    """What was wrong with lines; errors that differ in values alone are of one kind."""
 
     def __init__(self) -> None:
         self._reasons: dict[str, Reason] = {}
@@ -49,7 +49,7 @@ class BadLines:
             self._add(f"{path}:{number}", str(error), str(error.__cause__))
 
     def _add(self, place: str, error: str, without_place: str) -> None:
-        kind = re.sub(r"'[^']*'|\d+", "", without_place)[:60]
+        kind = re.sub(r"'[^']*'|\([^)]*\)|\d+", "", without_place)[:60]
         reason = self._reasons.get(kind)
         if reason is None:
             self._reasons[kind] = Reason(error)

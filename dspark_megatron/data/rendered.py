@@ -75,10 +75,11 @@ def _check_no_data(text: str, message: dict) -> None:
     """A template that wants text prints data as Python writes it, or as JSON."""
     for call in message.get("tool_calls", []):
         arguments = call["function"]["arguments"]
-        if arguments and isinstance(arguments, dict) and repr(arguments) in text:
+        data = arguments if isinstance(arguments, dict) else call["function"]
+        if data and repr(data) in text:
             raise NotRendered(
-                f"the chat template prints a call's arguments as Python does: {shown(arguments)}; "
-                "change the template"
+                f"the chat template prints a call as Python does: {shown(data)}; change the "
+                "template"
             )
     for part in message["content"] if isinstance(message["content"], list) else []:
         key = part["type"]
