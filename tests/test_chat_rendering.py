@@ -9,6 +9,8 @@ from test_data import GENERATION_TEMPLATE, VOCAB_SIZE, supervised_text
 from tiny import CHATML_TEMPLATE, tiny_tokenizer
 
 from dspark_megatron.config import ConfigError
+from dspark_megatron.data.chat_prompts import make_prompt
+from dspark_megatron.data.chat_template import ChatTemplate
 from dspark_megatron.data.conversation import ConversationEncoder
 from dspark_megatron.data.prompts import load_prompts
 
@@ -240,6 +242,16 @@ def test_prompts_are_checked_and_spelled_as_chats_are(tmp_path):
         load_prompts(path, tokenizer, None, 999)
     assert "prompts.jsonl:1: the chat template leaves out the line's tools" in str(error.value)
     assert "prompts.jsonl:3: " in str(error.value)
+
+
+def test_an_answered_prompt_is_learnt_as_it_was_asked(learnt):
+    """Roles and the line's system text are in the messages that a server gets, and on disk."""
+    tokenizer = tiny_tokenizer(VOCAB_SIZE)
+    line = {"system": "Be kind.", "messages": [message("human", "Peru?"), ANSWER]}
+    record, ids = make_prompt(line, ChatTemplate(tokenizer))
+    assert record == {"messages": [message("system", "Be kind."), message("user", "Peru?")]}
+    [(whole, _)] = learnt([*record["messages"], ANSWER])
+    assert whole.startswith(tokenizer.decode(ids)) and whole == learnt(line)[0][0]
 
 
 # Chats that begin with the assistant

@@ -59,15 +59,20 @@ def chat_messages(record: dict) -> list[dict]:
     """`messages`, or `conversations` of `from` and `value` (or of `role` and `content`), after the
     line's `system` text if it has one."""
     name = "messages" if "messages" in record else "conversations"
-    turns, system = record[name], record.get("system")
+    turns = record[name]
     if isinstance(turns, list):
         turns = [_message_of_turn(position, turn) for position, turn in enumerate(turns)]
+    return system_turn(record) + checked_messages(turns, name)
+
+
+def system_turn(record: dict) -> list[dict]:
+    """The line's `system` text as a message, if it has one."""
+    system = record.get("system")
     require(
         system is None or isinstance(system, str),
         f'"system" must be a string, not {shown(system)}',
     )
-    before = [{"role": "system", "content": system}] if system else []
-    return before + checked_messages(turns, name)
+    return [{"role": "system", "content": system}] if system else []
 
 
 def _message_of_turn(position: int, turn: object) -> object:

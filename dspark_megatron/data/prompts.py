@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from dspark_megatron.config import ConfigError, require
 from dspark_megatron.data.bad_lines import BadLines
 from dspark_megatron.data.chat_template import ChatTemplate
-from dspark_megatron.data.chats import Chat, checked_messages, template_options
+from dspark_megatron.data.chats import Chat, chat_messages, template_options
 from dspark_megatron.data.file_forms import lines_of
 from dspark_megatron.data.jsonl import parse_line
 from dspark_megatron.data.spellings import in_first_spelling
@@ -62,7 +62,7 @@ def _prompt(record: dict, template: ChatTemplate, max_length: int) -> Prompt:
 def _prompt_messages(record: dict) -> list[dict]:
     """The chat of a line, ending with a turn to be answered."""
     if "messages" in record:
-        messages = checked_messages(record["messages"])
+        messages = chat_messages(record)
         if messages[-1]["role"] == "assistant":
             messages = messages[:-1]
         require(
