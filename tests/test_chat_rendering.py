@@ -122,6 +122,13 @@ def test_two_different_reasonings_are_refused(learnt):
         learnt([QUESTION, {**ANSWER, "reasoning": "a", "reasoning_content": "b"}], "qwen3")
 
 
+@pytest.mark.parametrize("switch", [{"weight": 0}, {"train": False}, {"loss": 0.5}])
+def test_turns_that_are_switched_off_are_not_learnt_in_silence(learnt, switch):
+    with pytest.raises(ConfigError, match="has .* and every turn of the assistant is learnt"):
+        learnt([QUESTION, {**ANSWER, **switch}, QUESTION, ANSWER])
+    assert learnt([QUESTION, {**ANSWER, "weight": 1, "train": True}])
+
+
 # Tool calls
 
 

@@ -30,6 +30,9 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 TEXT_PARTS = ("text", "input_text", "output_text")
 """Types of parts that are text."""
 
+LOSS_SWITCHES = ("weight", "loss", "train", "training")
+"""Where other trainers' files say which turns are learnt."""
+
 
 def normalized(position: int, message: object, name: str = "message") -> dict:
     """A message with a `role`, a `content` that is a string, and of all else what is not empty;
@@ -42,6 +45,12 @@ def normalized(position: int, message: object, name: str = "message") -> dict:
     role = ROLES.get(message["role"].lower(), message["role"])
     who = f"{name} {position} ({role})"
     rest = {key: value for key, value in message.items() if not _is_empty(value)}
+    off = [f"{key}: {rest[key]}" for key in LOSS_SWITCHES if rest.get(key, True) not in (True, 1)]
+    require(
+        not off or role != "assistant",
+        f"{who} has {', '.join(off)}, and every turn of the assistant is learnt; give what is not "
+        'to be learnt as "prompt" and the rest as "completion"',
+    )
     for key in ("role", "content", "tool_calls", "function_call"):
         rest.pop(key, None)
     rest = _with_one_reasoning(who, rest)
