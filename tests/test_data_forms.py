@@ -72,7 +72,7 @@ def test_sharegpt_is_the_chat_of_its_turns(learnt):
     [
         (turns(("human", "hi"), ("robot", "x")), "turn 1 is \"from\" 'robot', .* one of human,"),
         (turns(("human", "hi"), ("gpt", None)), r'turn 1 \(gpt\) must have a "value"'),
-        ({"conversations": []}, '"conversations" must be a list of at least one turn'),
+        ({"conversations": []}, '"conversations" must be a list of at least one message'),
         ({"conversations": [{"value": "x"}]}, 'message 0 must be an object with a string "role"'),
         ({**turns(("human", "hi")), "system": 3}, '"system" must be a string, not 3'),
         ({**chat("hi", "x"), "tools": "[{"}, '"tools" must be a list or the JSON text'),

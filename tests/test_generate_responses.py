@@ -324,7 +324,7 @@ def test_a_finished_output_is_not_overwritten(
         ('{"conversations": []}', '"messages" must be a list'),
         ('{"messages": []}', "at least one message"),
         ('{"messages": [{"role": "assistant", "content": "hi"}]}', "must end with a user turn"),
-        ('{"messages": [{"role": "human", "content": "hi"}]}', "must end with a user turn"),
+        ('{"messages": [{"role": "critic", "content": "hi"}]}', "must end with a user turn"),
         ('{"messages": [{"content": "hi"}]}', 'message 0 .* "role"'),
         ('{"messages": [{"role": "user", "content": null}]}', 'message 0 .* "content"'),
         ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "surrogates not allowed"),

@@ -39,12 +39,14 @@ def rendered(template, day="2026-03-05"):
 @pytest.mark.parametrize("directive", ["%Y-%m-%d", "%d %b %Y", "%B %-d, %Y", "%A %j", "%H:%M"])
 def test_a_template_reads_the_day_that_it_is_given(directive):
     expected = date(2026, 3, 5).strftime(directive)
-    assert rendered("{{ strftime_now('" + directive + "') }}") == expected
+    said = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert rendered("{{ strftime_now('" + directive + "') }}" + said) == expected + "hihello"
     inside = (
         "{% macro today() %}{{ strftime_now(f) }}{% endmacro %}{% set f = '" + directive + "' %}"
     )
     nested = "{% for m in messages[:1] %}{{ today() if strftime_now is defined }}{% endfor %}"
-    assert rendered(inside.replace("(f)", f"('{directive}')") + nested) == expected
+    template = inside.replace("(f)", f"('{directive}')") + nested + said
+    assert rendered(template) == expected + "hihello"
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ class DataConfig:
     """Training conversations."""
 
     train_files: list[str] = field(default_factory=list)
-    """JSONL files of chats, completions or token ids, prefixes of Megatron indexed datasets,
-    folders and globs of these; docs/training.md has the forms."""
+    """JSONL files (also packed, or JSON arrays) of chats, completions or token ids, prefixes of
+    Megatron indexed datasets, folders and globs of these; docs/data.md has the forms."""
     weights: list[float] = field(default_factory=list)
     """For each entry of train_files, the share that it fills of an epoch's samples, against the
     others'; empty: every sample comes once an epoch."""
@@ -32,6 +32,10 @@ class DataConfig:
     """Tokens kept of a sample; the rest is cut off."""
     min_loss_tokens: int | None = None
     """Supervised tokens that a sample needs after truncation; null means 2 * block_size."""
+    skip_bad_lines: float = 0.0
+    """Share of the lines that may be left out since they cannot be used (malformed, or not rendered
+    whole by the chat template), such as 0.01; they are counted and listed by reason. 0: any of them
+    ends the run before it starts, with the same list."""
     group_by_length: bool = False
     """Deal the samples of a step out to micro-batches by length, so that less is padded. The step
     learns from the same samples."""
@@ -55,6 +59,11 @@ class DataConfig:
         require(
             self.template_date is None or is_day(self.template_date),
             f"data.template_date ({self.template_date!r}) must be a day such as 2026-01-31 or null",
+        )
+        require(
+            0 <= self.skip_bad_lines < 1,
+            f"data.skip_bad_lines ({self.skip_bad_lines:g}) must be a share of the lines, in "
+            "[0, 1), such as 0.01 for one in a hundred",
         )
         require(self.max_length >= 2, f"data.max_length ({self.max_length}) must be >= 2")
         require(

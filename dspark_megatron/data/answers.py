@@ -60,6 +60,10 @@ class Rendering(NamedTuple):
         """Whether the prompt begins the reasoning."""
         return self.prompt.rstrip().endswith(tags.opening)
 
+    def closes(self, tags: Tags) -> bool:
+        """Whether the prompt ends the reasoning: no target that saw it reasons then."""
+        return self.prompt.rstrip().endswith(tags.closing)
+
     def header_end(self, texts: list[str]) -> int:
         """Where the answer begins in `after`: where the prompt ends, or the part of it that both
         share. One of `texts` that begins like the end of the prompt is the answer's."""
@@ -96,7 +100,8 @@ def written_answer(
     if said.reasoning is not None:
         if said.written is None and opens and not place.shows_reasoning:
             said = said.joined(tags)
-        if said.written is not None and not (rendering.nested and place.shows_reasoning):
+        shown = rendering.nested and place.shows_reasoning
+        if said.written is not None and not shown and not rendering.closes(tags):
             return _continued(rendering, place._replace(said=said), tags, cut_short=cut_short)
         if not place.shows_reasoning:  # a template that knows of no reasoning beside the content
             said = said.without_reasoning()

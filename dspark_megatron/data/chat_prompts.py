@@ -4,10 +4,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dspark_megatron.config import ConfigError, require
+from dspark_megatron.data.bad_lines import BadLines
 from dspark_megatron.data.chat_template import ChatTemplate
-from dspark_megatron.data.chats import checked_messages, template_options
-from dspark_megatron.data.jsonl import errors_at, read_jsonl
+from dspark_megatron.data.chats import Chat, checked_messages, system_turn, template_options
+from dspark_megatron.data.file_forms import lines_of
+from dspark_megatron.data.jsonl import parse_line
 from dspark_megatron.data.response_file import json_line
+from dspark_megatron.data.spellings import in_first_spelling
 
 
 class Prompt(NamedTuple):
@@ -19,25 +22,30 @@ class Prompt(NamedTuple):
 
 def read_prompts(path: Path, template: ChatTemplate | None) -> list[Prompt]:
     """The prompts of a JSONL file, without ids if a server applies the template; ConfigError,
-    naming `file:line`, for a line that is none."""
-    prompts = []
-    for number, record in read_jsonl(path):
-        with errors_at(path, number):
-            prompts.append(make_prompt(record, template))
+    naming each `file:line`, for lines that are none."""
+    prompts, bad_lines = [], BadLines()
+    for number, line in lines_of(path):
+        with bad_lines.at(path, number):
+            prompts.append(make_prompt(parse_line(line), template))
+    bad_lines.check(len(prompts) + len(bad_lines), None)
     require(bool(prompts), f"{path} must hold at least one prompt and has no lines")
     return prompts
 
 
 def make_prompt(record: dict, template: ChatTemplate | None) -> Prompt:
     messages = checked_messages(record.get("messages"))
+    system, written = system_turn(record), record["messages"]
+    record = {key: value for key, value in record.items() if key != "system"}
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     require(
         bool(messages) and messages[-1]["role"] in ("user", "tool"),
         "the chat must end with a user turn or a tool's (an answer may follow it)",
     )
-    # As they were written: a server wants the arguments of tool calls as text.
-    record = {**record, "messages": record["messages"][: len(messages)]}
+    # As they were written, but for the names of roles: a server wants arguments of calls as text.
+    pairs = zip(written, messages, strict=False)
+    asked = [{**message, "role": known["role"]} for message, known in pairs]
+    record = {**record, "messages": system + asked}
     options = template_options(record)
     try:
         json_line(record)  # better known now than when the output is written
@@ -45,5 +53,5 @@ def make_prompt(record: dict, template: ChatTemplate | None) -> Prompt:
         raise ConfigError(f"the line is not valid Unicode: {error}") from error
     if template is None:
         return Prompt(record, [])
-    text = template.render(messages, options, add_generation_prompt=True)
+    text = in_first_spelling(Chat(system + messages, options), template.render_prompt)
     return Prompt(record, template.tokenize(text)[0])

@@ -17,6 +17,7 @@ from dspark_megatron.data.answers import AnswerRules, Rendering, written_answer
 from dspark_megatron.data.chats import Chat
 from dspark_megatron.data.marked_answers import not_written
 from dspark_megatron.data.reasoning import ReasoningMask
+from dspark_megatron.data.rendered import LeftOut, NotRendered, check_rendered
 from dspark_megatron.data.template_date import on_day
 from dspark_megatron.data.tokens import Span, check_offsets, spans_of, tokenize, tokens_inside
 
@@ -58,6 +59,7 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._reasoning, self._rules = reasoning, rules or AnswerRules()
         marked = GENERATION_TAG.search(template) is not None
+        self._knows_developer = "developer" in template
         self._marks_generation = marked and not _trims_spaces(tokenizer)
         self._ends = AnswerEnds(tokenizer, self._rules.stop_ids)
 
@@ -68,9 +70,47 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = False,
     ) -> str:
-        """The chat as text; `options` go to the template. ConfigError when it refuses the chat."""
+        """The chat as text; `options` go to the template. ConfigError when it refuses the chat,
+        LeftOut when the text lacks something that the chat says."""
+        text = self._render(messages, options, add_generation_prompt)
+        last = len(messages) - 1
+        answers = range(0) if add_generation_prompt else range(last, last + 1)
+        check_rendered(text, messages, options or {}, answers=answers)
+        return text
+
+    def render_prompt(self, chat: Chat) -> str:
+        """The chat as text, up to where the assistant begins to write."""
+        return self.render(chat.messages, chat.template_options, add_generation_prompt=True)
+
+    def _render(
+        self,
+        messages: list[dict],
+        options: dict[str, Any] | None,
+        add_generation_prompt: bool = False,
+    ) -> str:
+        """Without a look at what it lacks."""
         options = {**(options or {}), "add_generation_prompt": add_generation_prompt}
         return self._apply(messages, options, tokenize=False)
+
+    def _with_known_roles(self, messages: list[dict]) -> list[dict]:
+        """`developer` as `system`, its older name, where the template does not speak of it."""
+        if self._knows_developer:
+            return messages
+        return [
+            {**message, "role": "system"} if message["role"] == "developer" else message
+            for message in messages
+        ]
+
+    def _says_all_at_once(self, chat: Chat) -> bool:
+        """Whether the whole chat has every answer as it was written."""
+        try:
+            text = self._render(chat.messages, chat.template_options)
+            check_rendered(
+                text, chat.messages, chat.template_options, answers=range(len(chat.messages))
+            )
+        except LeftOut:
+            return False
+        return True
 
     def tokenize(self, text: str) -> tuple[list[int], list[Span]]:
         """Ids and character ranges of a rendered chat: [s] and [s] pairs."""
@@ -79,11 +119,12 @@ class ChatTemplate:
     def encode(self, chat: Chat) -> list[tuple[list[int], list[bool]]]:
         """Ids of the rendered chat and whether the assistant wrote them, to be learnt: [s] and [s];
         several where the template rewrites earlier turns, each up to another assistant turn.
+        Of the chat's spellings the first that the template renders whole.
 
         The end-of-turn token counts as written, but not that of a last answer that was cut short;
         what the template puts after it does not.
         """
-        if self._marks_generation and not chat.given:
+        if self._marks_generation and not chat.given and self._says_all_at_once(chat):
             return [self._encode_marked(chat)]
         return [self._encode_part(part) for part in self._assistant_parts(chat)]
 
@@ -125,19 +166,21 @@ class ChatTemplate:
             if messages[turn]["role"] != "assistant":
                 continue
             prompt = self.render(messages[:turn], options, add_generation_prompt=True)
-            after = base = self.render(messages[: turn + 1], options)
+            after = base = self._render(messages[: turn + 1], options)
             if not after.startswith(prompt):
-                base = self.render(messages[:turn], options)
+                base = self._render(messages[:turn], options)
             is_cut = chat.cut_short and turn == len(messages) - 1
             answer = written_answer(
                 Rendering(base, prompt, after), messages[turn], self._rules.tags, cut_short=is_cut
             )
+            text = "".join(answer)
+            check_rendered(text, messages[: turn + 1], options, answers=range(turn, turn + 1))
             earlier = []
             if parts and answer.seen.startswith(parts[-1].text):
                 earlier = parts.pop().answers
             end = len(answer.seen) + len(answer.wrote)
             answers = [*earlier, (len(answer.seen), end)]
-            parts.append(Rendered("".join(answer), answers, end))
+            parts.append(Rendered(text, answers, end))
         return parts
 
     def _apply(self, messages: list[dict], options: dict[str, Any], **how: Any) -> Any:
@@ -147,7 +190,7 @@ class ChatTemplate:
             template = self._tokenizer.get_chat_template(tools=options.get("tools"))
             options["chat_template"] = on_day(template, self._rules.template_date)
         try:
-            return self._tokenizer.apply_chat_template(messages, **options)
+            return self._tokenizer.apply_chat_template(self._with_known_roles(messages), **options)
         except Exception as error:  # a template is foreign code and may raise anything
             raise _template_error(error) from error
 
@@ -160,8 +203,8 @@ def _trims_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
     return sum(end - start for start, end in encoded["offset_mapping"]) < 3
 
 
-def _template_error(error: Exception) -> ConfigError:
-    return ConfigError(
+def _template_error(error: Exception) -> NotRendered:
+    return NotRendered(
         f"the chat template refuses this chat: {type(error).__name__}: {error}; "
         "change the messages or the template"
     )

@@ -14,9 +14,11 @@ from dspark_megatron.config import ConfigError, require
 from dspark_megatron.data.answer_ends import up_to_first_stop
 from dspark_megatron.data.answers import WAY_OUT, AnswerRules
 from dspark_megatron.data.chat_template import ChatTemplate
-from dspark_megatron.data.chats import chat_of, checked_messages, is_cut_short, shown
+from dspark_megatron.data.chats import chat_of, checked_messages, is_cut_short
+from dspark_megatron.data.normalize import shown
 from dspark_megatron.data.reasoning import ReasoningMask
 from dspark_megatron.data.said import Said, Tags
+from dspark_megatron.data.spellings import in_first_spelling
 from dspark_megatron.data.tokens import check_offsets, spelled_out, tokenize, tokens_inside
 
 FORMS = ("messages", "conversations", "completion", "input_ids")
@@ -92,12 +94,13 @@ class ConversationEncoder:
     def _encode_chat(self, record: dict) -> list[tuple[list[int], list[bool]]]:
         chat = chat_of(record)
         roles = [message["role"] for message in chat.messages[chat.given :]]
+        after = f" after the first {chat.given}, which are context" if chat.given else ""
         require(
             "assistant" in roles,
-            f'no message has the role "assistant" (roles: {", ".join(roles)}), so there is '
+            f'no message has the role "assistant"{after} (roles: {", ".join(roles)}), so there is '
             "nothing to learn; answer the prompts first, or remove the line",
         )
-        encodings = self._template.encode(chat)
+        encodings = in_first_spelling(chat, self._template.encode)
         marks = [sum(mask) for _, mask in encodings]
         require(
             any(marks) or self.reasoning is not None or chat.cut_short,

@@ -15,11 +15,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dspark_megatron.config import ConfigError
+from dspark_megatron.config import ConfigError, require
 from dspark_megatron.data.answers import AnswerRules
+from dspark_megatron.data.bad_lines import BadLines
 from dspark_megatron.data.blend import Shares, share_out
 from dspark_megatron.data.conversation import ConversationEncoder, Sample
-from dspark_megatron.data.jsonl import errors_at, read_jsonl
+from dspark_megatron.data.file_forms import lines_of
+from dspark_megatron.data.jsonl import parse_line
 from dspark_megatron.data.sources import DataFile, find_files
 
 ReadIndexed = Callable[[Path], Iterable[Tensor]]
@@ -40,6 +42,10 @@ class SampleRules:
     """Reasoning of answers between these is not learnt; null: it is."""
     answers: AnswerRules = field(default_factory=AnswerRules)
     """Where answers begin and end."""
+    mask_token_id: int | None = None
+    """The token that stands for unknown ones, so that no sample may have it; null: not known."""
+    skip_bad_lines: float = 0.0
+    """Share of the lines that may be left out since they cannot be used."""
 
 
 @dataclass(kw_only=True)
@@ -61,13 +67,17 @@ class DropReport:
     """Chats that became several samples, since the chat template rewrites earlier turns."""
     reasoning_tokens: int | None = None
     """Tokens of reasoning that are not learnt, before truncation; null: it is learnt."""
+    lines: int = 0
+    """Lines and documents that were read, the bad ones included."""
+    bad_lines: BadLines = field(default_factory=BadLines)
+    """Left out, since they cannot be used."""
 
     @property
     def read(self) -> int:
         return self.kept + self.too_few_loss_tokens + self.no_anchor
 
     def describe(self) -> str:
-        """All counts in one line."""
+        """All counts in one line; lines that were left out by reason in further ones."""
         split = f"; {self.split_chats:,} chats were split by turns" if self.split_chats else ""
         hidden = ""
         if self.reasoning_tokens is not None:
@@ -76,7 +86,15 @@ class DropReport:
             f"data: kept {self.kept:,} of {self.read:,} samples with {self.total_tokens:,} tokens, "
             f"{self.loss_tokens:,} of them supervised; dropped {self.too_few_loss_tokens:,} with "
             f"too few supervised tokens and {self.no_anchor:,} without an anchor; "
-            f"cut {self.truncated:,} to the largest length{split}{hidden}"
+            f"cut {self.truncated:,} to the largest length{split}{hidden}{self._left_out()}"
+        )
+
+    def _left_out(self) -> str:
+        if not self.bad_lines:
+            return ""
+        return (
+            f"; left out {len(self.bad_lines):,} of {self.lines:,} lines that cannot be used:\n"
+            + self.bad_lines.describe()
         )
 
 
@@ -139,7 +157,8 @@ def load_samples(
 
     `weights`: shares of an epoch that the entries fill; null: every sample comes once an epoch.
     `read_indexed`: how to read indexed datasets; null: there must be none.
-    Raises ConfigError for a malformed line (naming `file:line`) and when no sample is kept.
+    Raises ConfigError for lines that cannot be used (all of them by reason, naming `file:line`), if
+    they are more than may be left out, and when no sample is kept.
     """
     files = [find_files(entry) for entry in entries]  # a missing one is known before the work
     encoder = ConversationEncoder(tokenizer, vocab_size, rules.reasoning_tags, rules.answers)
@@ -147,11 +166,16 @@ def load_samples(
     for group in files:
         kept_before = report.kept
         for file in group:
-            for samples in _read(file, encoder, read_indexed, show_progress):
+            for number, line in _read(file, read_indexed, show_progress):
+                report.lines += 1
+                samples: list[Sample] = []
+                with report.bad_lines.at(file.path, number):
+                    samples = _samples(line, encoder, rules)
                 report.split_chats += len(samples) > 1
                 for sample in samples:
                     packed.add(sample, rules, report)
         sizes.append(report.kept - kept_before)
+    report.bad_lines.check(report.lines, rules.skip_bad_lines)
     if encoder.reasoning is not None:
         report.reasoning_tokens = encoder.reasoning.hidden_tokens
     if not report.kept:
@@ -161,24 +185,31 @@ def load_samples(
 
 
 def _read(
-    file: DataFile,
-    encoder: ConversationEncoder,
-    read_indexed: ReadIndexed | None,
-    show_progress: bool,
-) -> Iterator[list[Sample]]:
-    """The samples of each line or document of a file."""
-    shown = {"desc": file.path.name, "unit": " samples", "disable": not show_progress}
+    file: DataFile, read_indexed: ReadIndexed | None, show_progress: bool
+) -> Iterator[tuple[int, object]]:
+    """The lines of a file, or the documents, which have no lines: by number from 0."""
     if file.indexed:
         assert read_indexed is not None, f"no reader for the indexed dataset {file.path}"
-        for number, token_ids in enumerate(tqdm(read_indexed(file.path), **shown)):
-            with errors_at(file.path, number):  # documents have no lines: their number, from 0
-                samples = [encoder.encode_document(token_ids)]
-            yield samples
-        return
-    for number, record in tqdm(read_jsonl(file.path), **shown):
-        with errors_at(file.path, number):
-            samples = encoder.encode(record)
-        yield samples
+        lines: Iterable[tuple[int, object]] = enumerate(read_indexed(file.path))
+    else:
+        lines = lines_of(file.path)
+    yield from tqdm(lines, desc=file.path.name, unit=" samples", disable=not show_progress)
+
+
+def _samples(line: object, encoder: ConversationEncoder, rules: SampleRules) -> list[Sample]:
+    """The samples of a line or document, as long as they are. ConfigError if it cannot be used."""
+    if isinstance(line, Tensor):
+        samples = [encoder.encode_document(line)]
+    else:
+        samples = encoder.encode(parse_line(line))
+    for sample in samples:
+        count = sample.input_ids[: rules.max_length].tolist().count(rules.mask_token_id)
+        require(
+            not count,
+            f"model.mask_token_id ({rules.mask_token_id}) stands {count} times in this line, and "
+            "the draft takes it for an unknown token; choose one that never occurs in the data",
+        )
+    return samples
 
 
 def _nothing_kept(

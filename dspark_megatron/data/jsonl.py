@@ -6,23 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dspark_megatron.config import ConfigError
-
-
-def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
-    """The objects of a file with their line numbers (from 1); blank lines are skipped.
-
-    Reads as it goes. Raises ConfigError for a file that cannot be read, and, naming `file:line`,
-    for a line that is not a JSON object in UTF-8.
-    """
-    try:
-        with open(path, "rb") as file:  # bytes: only "\n" ends a line
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    with errors_at(path, number):
-                        record = _parse(line)
-                    yield number, record
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+from dspark_megatron.data.file_forms import lines_of
 
 
 @contextmanager
@@ -34,9 +18,22 @@ def errors_at(path: str | Path, number: int) -> Iterator[None]:
         raise ConfigError(f"{path}:{number}: {error}") from error
 
 
-def _parse(line: bytes) -> dict:
+def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
+    """The objects of a file with their line numbers (from 1); blank lines are skipped.
+
+    Reads as it goes; a JSON array is read whole, its items are the lines. Raises ConfigError for a
+    file that cannot be read and, naming `file:line`, for a line that is no JSON object in UTF-8.
+    """
+    for number, line in lines_of(path):
+        with errors_at(path, number):
+            record = parse_line(line)
+        yield number, record
+
+
+def parse_line(line: object) -> dict:
+    """The object of a line's bytes, or of an array's item; ConfigError for anything else."""
     try:
-        record = json.loads(line)
+        record = json.loads(line) if isinstance(line, bytes) else line
     except ValueError as error:  # malformed JSON, or bytes that are not UTF-8
         raise ConfigError(f"not valid JSON: {error}") from error
     if not isinstance(record, dict):

@@ -8,9 +8,12 @@ from transformers import PreTrainedTokenizerBase
 
 from dspark_megatron.config import ConfigError, require
 from dspark_megatron.data.answers import AnswerRules
+from dspark_megatron.data.bad_lines import BadLines
 from dspark_megatron.data.chat_template import ChatTemplate
-from dspark_megatron.data.chats import checked_messages, template_options
-from dspark_megatron.data.jsonl import errors_at, read_jsonl
+from dspark_megatron.data.chats import Chat, chat_messages, template_options
+from dspark_megatron.data.file_forms import lines_of
+from dspark_megatron.data.jsonl import parse_line
+from dspark_megatron.data.spellings import in_first_spelling
 
 
 class Prompt(NamedTuple):
@@ -31,31 +34,37 @@ def load_prompts(
     """The first `max_prompts` (null: all) prompts of a JSONL file, through the chat template.
 
     A line has `messages` (an assistant turn at the end is dropped), `turns` (strings; the first is
-    used) or `prompt` (a string), looked for in this order. Raises ConfigError, naming `file:line`,
-    for a malformed line and for a prompt of more than `max_prompt_length` tokens; and for a file
-    without prompts.
+    used) or `prompt` (a string), looked for in this order. Raises ConfigError, naming each
+    `file:line`, for malformed lines and prompts of more than `max_prompt_length` tokens; and for a
+    file without prompts.
     """
-    template = ChatTemplate(tokenizer, rules=rules)
-    prompts = []
-    for number, record in islice(read_jsonl(path), max_prompts):
-        with errors_at(path, number):
-            messages, options = _prompt_messages(record), template_options(record)
-            text = template.render(messages, options, add_generation_prompt=True)
-            input_ids, _ = template.tokenize(text)
-            require(
-                len(input_ids) <= max_prompt_length,
-                f"the prompt has {len(input_ids)} tokens, more than evaluate.max_prompt_length "
-                f"({max_prompt_length}); raise it or remove the line",
-            )
-        prompts.append(Prompt(input_ids, text))
+    template, bad_lines = ChatTemplate(tokenizer, rules=rules), BadLines()
+    prompts, lines = [], 0
+    for number, line in islice(lines_of(path), max_prompts):
+        lines += 1
+        with bad_lines.at(path, number):
+            prompts.append(_prompt(parse_line(line), template, max_prompt_length))
+    bad_lines.check(lines, None)
     require(bool(prompts), f"{path} must hold at least one prompt and has no lines")
     return prompts
+
+
+def _prompt(record: dict, template: ChatTemplate, max_length: int) -> Prompt:
+    chat = Chat(_prompt_messages(record), template_options(record))
+    text = in_first_spelling(chat, template.render_prompt)
+    input_ids, _ = template.tokenize(text)
+    require(
+        len(input_ids) <= max_length,
+        f"the prompt has {len(input_ids)} tokens, more than evaluate.max_prompt_length "
+        f"({max_length}); raise it or remove the line",
+    )
+    return Prompt(input_ids, text)
 
 
 def _prompt_messages(record: dict) -> list[dict]:
     """The chat of a line, ending with a turn to be answered."""
     if "messages" in record:
-        messages = checked_messages(record["messages"])
+        messages = chat_messages(record)
         if messages[-1]["role"] == "assistant":
             messages = messages[:-1]
         require(

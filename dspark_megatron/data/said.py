@@ -3,8 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-"""Where servers put the reasoning that they take out of an answer."""
+from dspark_megatron.data.normalize import REASONING_KEYS
 
 
 class Tags(NamedTuple):
@@ -33,12 +32,14 @@ class Said:
         for key in REASONING_KEYS:
             if isinstance(message.get(key), str) and message[key].strip():
                 return cls(_texts(content), message[key], has_calls=has_calls)
-        if isinstance(content, str):
-            head, closing, rest = content.partition(tags.closing)
-            begins = head.lstrip().startswith(tags.opening)
-            if begins or opened or (closing and tags.opening not in head):
-                reasoning = head.lstrip().removeprefix(tags.opening)
-                return cls([rest], reasoning, content, has_calls)
+        if isinstance(content, list):
+            thinking = [part["thinking"] for part in content if "thinking" in part]
+            return cls(_texts(content), "".join(thinking) or None, has_calls=has_calls)
+        head, closing, rest = content.partition(tags.closing)
+        begins = head.lstrip().startswith(tags.opening)
+        if begins or opened or (closing and tags.opening not in head):
+            reasoning = head.lstrip().removeprefix(tags.opening)
+            return cls([rest], reasoning, content, has_calls)
         return cls(_texts(content), has_calls=has_calls)
 
     def joined(self, tags: Tags) -> "Said":

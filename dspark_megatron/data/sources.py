@@ -6,6 +6,10 @@ from typing import NamedTuple
 
 from dspark_megatron.config import ConfigError, require
 
+NAMES = ("*.jsonl", "*.jsonl.gz", "*.jsonl.bz2", "*.jsonl.xz", "*.idx")
+"""Files that a folder stands for."""
+FOREIGN_NAMES = ("*.parquet", "*.arrow", "*.zst")
+
 
 class DataFile(NamedTuple):
     path: Path
@@ -16,12 +20,10 @@ class DataFile(NamedTuple):
 
 def find_files(entry: str | Path) -> list[DataFile]:
     """The files of an entry, by name: a JSONL file, the prefix of an indexed dataset, a folder
-    (its `*.jsonl` and `*.idx`) or a glob of these. ConfigError when there is none."""
+    (its files of NAMES) or a glob of these. ConfigError when there is none."""
     path = Path(entry)
     if path.is_dir():
-        found = sorted([*path.glob("*.jsonl"), *path.glob("*.idx")])
-        require(bool(found), f"the data folder {path} must hold *.jsonl or *.idx files")
-        return [_data_file(file) for file in found]
+        return _files_of_folder(path)
     if path.is_file() or Path(f"{path}.idx").is_file():
         return [_data_file(path)]
     matches = sorted(glob.glob(str(entry), recursive=True))
@@ -32,6 +34,19 @@ def find_files(entry: str | Path) -> list[DataFile]:
     )
     files = [file for match in matches for file in find_files(match)]
     return list(dict.fromkeys(files))  # a glob may match both files of an indexed dataset
+
+
+def _files_of_folder(path: Path) -> list[DataFile]:
+    """ConfigError, too, for a folder of which data would be passed over."""
+    foreign = sorted(file.name for name in FOREIGN_NAMES for file in path.glob(name))
+    require(
+        not foreign,
+        f"the data folder {path} has {len(foreign)} files of data that are not read "
+        f"({', '.join(foreign[:3])}); write them as JSONL, or name the files that are meant",
+    )
+    found = sorted(file for name in NAMES for file in path.glob(name))
+    require(bool(found), f"the data folder {path} must hold {', '.join(NAMES)} files")
+    return [_data_file(file) for file in found]
 
 
 def _data_file(path: Path) -> DataFile:

@@ -26,6 +26,8 @@ def sample_rules(config: Config) -> SampleRules:
     return SampleRules(
         max_length=data.max_length,
         min_loss_tokens=config.min_loss_tokens,
+        mask_token_id=config.model.mask_token_id,
+        skip_bad_lines=data.skip_bad_lines,
         reasoning_tags=tuple(data.reasoning_tags) if data.reasoning == "mask" else None,
         answers=AnswerRules(tags=tags, template_date=data.template_date),
         has_block=partial(has_block, block_size=config.model.block_size, rules=rules),
