@@ -162,6 +162,11 @@ def test_arguments_that_a_template_prints_as_python_are_refused(learnt):
     )
     [(_, text)] = learnt([QUESTION, calling({"city": "Oslo"})], chatml(of_text))
     assert text == 'weather {"city": "Oslo"}<|im_end|>'
+    of_text_in_json = of_text.replace(
+        "c.function.arguments", "(c.function.arguments + '') | tojson"
+    )
+    with pytest.raises(ConfigError, match="leaves out the call of weather of message 1"):
+        learnt([QUESTION, calling({"city": "Oslo"})], chatml(of_text_in_json))
 
 
 @pytest.mark.parametrize("tools", [[TOOL], [{"type": "function", "function": TOOL}]])
@@ -182,6 +187,8 @@ def test_tools_have_the_wrapping_that_the_template_wants(learnt, tools):
         ([QUESTION, ANSWER], "llama-3", {"tools": [TOOL]}, "the line's tools: 'weather'"),
         ([QUESTION, calling("{}")], "llama-3", {}, r"a call of message 1 \(assistant\): 'weather'"),
         ([QUESTION, {**ANSWER, "reasoning": "Easy."}], "llama-3.1", {}, "the reasoning of messa"),
+        ([QUESTION, {**ANSWER, "refusal": "No."}], "qwen3", {}, "the refusal of message 1"),
+        ([QUESTION, ANSWER], "llama-3", {"tools": [{"type": "web"}]}, "the line's tools: 'type'"),
         ([QUESTION, {**ANSWER, "reasoning": "Easy."}], "lfm2", {}, "the reasoning of message 1"),
         ([QUESTION, message("assistant", "<think>Easy.</think>Lima.")], "deepseek-v3.1", {},
          "the text of message 1 .assistant.: 'Easy.'"),

@@ -119,7 +119,6 @@ class ChatTemplate:
     def encode(self, chat: Chat) -> list[tuple[list[int], list[bool]]]:
         """Ids of the rendered chat and whether the assistant wrote them, to be learnt: [s] and [s];
         several where the template rewrites earlier turns, each up to another assistant turn.
-        Of the chat's spellings the first that the template renders whole.
 
         The end-of-turn token counts as written, but not that of a last answer that was cut short;
         what the template puts after it does not.

@@ -102,11 +102,14 @@ def _said(message: dict, *, with_reasoning: bool) -> Iterator[tuple[str, list[st
     for part in parts if with_reasoning else parts[-1:]:
         if part.strip():
             yield "the text", _spelled(part)
+    if isinstance(message.get("refusal"), str):
+        yield "the refusal", _spelled(message["refusal"])
     for call in message.get("tool_calls", []):
-        function = call["function"]
-        yield "a call", [function["name"]]
-        for said in _leaves(function["arguments"]):
-            yield f"the call of {function['name']}", said
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        yield "a call", [name]
+        # Text is JSON already: JSON of it would be another text.
+        for said in [[arguments]] if isinstance(arguments, str) else _leaves(arguments):
+            yield f"the call of {name}", said
 
 
 def _text_and_reasoning(message: dict) -> tuple[str, str]:
@@ -126,7 +129,7 @@ def _spelled(text: str) -> list[str]:
 
 
 def _leaves(value: object) -> Iterator[list[str]]:
-    """Keys and values of a call's arguments, or their text."""
+    """Keys and values of data."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield _spelled(key)
@@ -141,13 +144,16 @@ def _leaves(value: object) -> Iterator[list[str]]:
 
 
 def _said_by_tools(tools: list) -> Iterator[list[str]]:
-    """What a template must say of tools: names, what they do, names of their parameters."""
+    """What a template must say of tools: names, what they do, names of their parameters; all of a
+    tool in another form."""
     for tool in tools:
         function = tool.get("function", tool) if isinstance(tool, dict) else tool
-        if not isinstance(function, dict) or "name" not in function:
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             yield from _leaves(function)
             continue
         yield [function["name"]]
-        yield _spelled(function.get("description") or "")
-        properties = (function.get("parameters") or {}).get("properties") or {}
-        yield from map(_spelled, properties)
+        yield from _leaves(function.get("description", ""))
+        parameters = function.get("parameters")
+        properties = parameters.get("properties") if isinstance(parameters, dict) else None
+        if isinstance(properties, dict):
+            yield from map(_spelled, properties)
