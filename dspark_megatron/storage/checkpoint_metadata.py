@@ -1,8 +1,10 @@
 """The `.metadata` of PyTorch's distributed checkpoints, which is pickled: read with the classes
-that belong in it and no others, since a pickle can otherwise run whatever it likes.
+that belong in it and no others, since a pickle can otherwise run whatever it likes. By it the other
+files of a checkpoint are seen to be whole before any of them is opened.
 """
 
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from dspark_megatron.config import ConfigError, require
 
+META = "dspark.json"
+"""Beside the tensors of our own checkpoints: what they are."""
 _DCP = "torch.distributed.checkpoint"
 _PLANS = ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
 _ENTRIES = ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING")
@@ -46,10 +50,64 @@ def read_metadata(checkpoint: Path) -> Metadata:
     return metadata
 
 
+def check_shards(checkpoint: Path, metadata: Metadata) -> None:
+    """ConfigError that names the first file that is not there or has not the size that it was saved
+    with. Reads nothing."""
+    sizes: dict[str, int] = {}
+    for stored in metadata.storage_data.values():
+        end = stored.offset + stored.length
+        sizes[stored.relative_path] = max(end, sizes.get(stored.relative_path, 0))
+    for name, size in sorted(sizes.items()):
+        file = checkpoint / name
+        found = file.stat().st_size if file.is_file() else None
+        if found is None:
+            raise unusable(file, f"is missing; it had {size:,} bytes")
+        if found != size:
+            how = "is cut short" if found < size else "is another file"
+            raise unusable(file, f"{how}: it has {found:,} bytes, and was saved with {size:,}")
+
+
+def check_whole(checkpoint: Path) -> None:
+    """ConfigError unless all is there that Megatron-Core loads of a checkpoint."""
+    metadata = read_metadata(checkpoint)
+    check_shards(checkpoint, metadata)
+    if not (checkpoint / "metadata.json").is_file():
+        raise unusable(checkpoint / "metadata.json", "is missing")
+    common = checkpoint / "common.pt"
+    is_apart = not any(name.startswith("common_state/") for name in metadata.state_dict_metadata)
+    if is_apart and not common.is_file():
+        raise unusable(common, "is missing")
+    if is_apart and not zipfile.is_zipfile(common):
+        raise unusable(common, "is cut short, or no file of PyTorch's")
+
+
 def damaged(path: Path, error: BaseException) -> ConfigError:
+    """Of a checkpoint's folder or a file in it, which could not be read."""
     reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    return ConfigError(
-        f"{path} is damaged or incomplete ({reason}); copy it again or use another iteration"
+    return unusable(path, f"is damaged or incomplete ({reason})")
+
+
+def unusable(path: Path, how: str) -> ConfigError:
+    """The error that says how a checkpoint's folder, or a file in it, is not as it was saved, and
+    what else there is."""
+    return ConfigError(f"{path} {how}; {_way_out(path if path.is_dir() else path.parent)}")
+
+
+def _way_out(checkpoint: Path) -> str:
+    beside = sorted(
+        folder.name
+        for folder in checkpoint.parent.glob("iter_*")
+        if (folder / ".metadata").is_file() and folder != checkpoint
+    )
+    if not (checkpoint / META).is_file():  # Megatron-LM's own
+        return "copy it again or use another iteration"
+    if not beside:
+        return "copy it again; there is no other checkpoint beside it"
+    newest = int(beside[-1].removeprefix("iter_"))
+    return (
+        f"copy it again, or use another checkpoint of the run (there: {', '.join(beside)}): "
+        f"train.resume_from={newest} continues from that one, evaluate.checkpoint or --iteration "
+        "names it to other commands"
     )
 
 
