@@ -31,7 +31,12 @@ from dspark_megatron.conversion.safetensors_writer import (
     parse_size,
     write_safetensors,
 )
-from dspark_megatron.conversion.sidecar import SIDECAR, carry_sidecar, check_sidecar
+from dspark_megatron.conversion.sidecar import (
+    SIDECAR,
+    carry_sidecar,
+    check_sidecar,
+    is_of_same_draft,
+)
 from dspark_megatron.conversion.sources import DraftSource
 from dspark_megatron.conversion.target_match import (
     not_finite,
@@ -206,7 +211,7 @@ def _check_nothing_lost(output_dir: Path, neighbours: Path) -> None:
     own, carried = output_dir / SIDECAR, neighbours / SIDECAR
     card = output_dir / "README.md"
     lost = []
-    if own.is_file() and (not carried.is_file() or own.read_bytes() != carried.read_bytes()):
+    if own.is_file() and not (carried.is_file() and is_of_same_draft(own, carried)):
         lost.append(f"{SIDECAR}, which is not that of {neighbours}")
     if card.is_file() and not is_unedited(card.read_text(encoding="utf-8", errors="replace")):
         lost.append(f"{card.name}, which was edited")

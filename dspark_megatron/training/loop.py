@@ -68,17 +68,26 @@ def train(plan: RunPlan, runtime: Runtime, stop: StopRequests) -> None:
     dist.barrier()
     resume_from = checkpoint_to_resume(plan, output_dir / "checkpoints", runtime)
     if state := finished_state(plan, resume_from, output_dir, runtime):
-        if runtime.is_main:
-            write_status(output_dir, "completed")
-            print(finished_text(state, plan.config.train), flush=True)
-        return
+        return finish_again(plan, runtime, output_dir, state)
     agree(start_facts(plan, resume_from))
     if plan.config.target.is_cached:
         open_cache(plan)  # refused before the data are read
     draft = build_run_draft(plan, runtime, is_new=resume_from is None)
     heldout = HeldOut.load(plan, runtime)
     dataset = load_data(plan, runtime)
+    if resume_from is not None:
+        check_same_run(resume_from, {"data_fingerprint": dataset.fingerprint})
+        end, state = RunEnd.of(plan.config.train, len(dataset)), read_state(resume_from)
+        if end.is_reached(state):
+            return finish_again(plan, runtime, output_dir, end.describe(state))
     Trainer(plan, runtime, dataset, output_dir, resume_from, draft, heldout).run(stop)
+
+
+def finish_again(plan: RunPlan, runtime: Runtime, output_dir: Path, state: str) -> None:
+    """Say that the run had reached its end before this start."""
+    if runtime.is_main:
+        write_status(output_dir, "completed")
+        print(finished_text(state, plan.config.train), flush=True)
 
 
 class Trainer:
@@ -99,10 +108,7 @@ class Trainer:
         self.checkpoints = output_dir / "checkpoints"
         self.output_dir = output_dir
         identity = {**run_identity(plan), "data_fingerprint": dataset.fingerprint}
-        self.state = RunState(0, 0)
-        if resume_from is not None:
-            check_same_run(resume_from, identity)
-            self.state = read_state(resume_from)
+        self.state = RunState(0, 0) if resume_from is None else read_state(resume_from)
         self.end = RunEnd.of(config.train, len(dataset))
         self.iterations = self.end.last_iteration(self.state)
         self.meta = {"format": FORMAT, **identity, **export_settings(plan)}
