@@ -603,7 +603,7 @@ def test_the_same_export_and_import_may_be_written_again(tmp_path, target):
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match="of other weights or settings; give --force"):
         export(run, target, out)
-    with pytest.raises(ConfigError, match="is there already and holds something else"):
+    with pytest.raises(ConfigError, match="is there already and not empty"):
         import_(out, target, tmp_path / "imported")
 
 

@@ -175,12 +175,20 @@ def lengthen(path):
 
 
 DAMAGE = [
-    ("__0_0.distcp", cut, "__0_0.distcp is cut short: it has "),
-    ("__0_0.distcp", Path.unlink, "__0_0.distcp is missing; it had "),
-    ("__0_0.distcp", lengthen, "__0_0.distcp is another file: it has "),
-    ("common.pt", cut, "common.pt is cut short"),
-    ("common.pt", Path.unlink, "common.pt is missing"),
-    ("metadata.json", Path.unlink, "metadata.json is missing"),
+    ("__0_0.distcp", cut, "__0_0.distcp is damaged or incomplete (EOFError: cut short: it has "),
+    (
+        "__0_0.distcp",
+        Path.unlink,
+        "__0_0.distcp is damaged or incomplete (FileNotFoundError: it had ",
+    ),
+    (
+        "__0_0.distcp",
+        lengthen,
+        "__0_0.distcp is damaged or incomplete (EOFError: of another save: it has ",
+    ),
+    ("common.pt", cut, "common.pt is damaged or incomplete (EOFError: cut short"),
+    ("common.pt", Path.unlink, "common.pt is damaged or incomplete (FileNotFoundError"),
+    ("metadata.json", Path.unlink, "metadata.json is damaged or incomplete (FileNotFoundError"),
     (".metadata", cut, ".metadata is damaged or incomplete"),
     ("dspark.json", cut, "dspark.json is damaged or incomplete"),
 ]
@@ -199,7 +207,11 @@ def test_a_damaged_checkpoint_names_the_file_and_the_way_out(
 
 def test_the_way_out_of_a_damaged_checkpoint_works(pool, tiny_run, run):
     cut(run / "checkpoints" / "iter_0000003" / "__0_0.distcp")
-    train_on(pool, config_of(tiny_run, run, resume_from=2))
+    config = config_of(tiny_run, run, resume_from=2)
+    pool.run(run_until_stopped, world=1, tp=1, config=config, steps=1)
+    assert (latest(run), resumed_from(run)) == (3, 2)
+    cut(run / "checkpoints" / "iter_0000003" / "__0_0.distcp")  # again
+    train_on(pool, config)
     assert (latest(run), status(run)) == (6, "completed\n")
 
 
@@ -222,8 +234,8 @@ def test_all_other_readers_of_a_checkpoint_name_the_file_too(pool, tiny_run, run
     cut(shard)
     new = config_of(tiny_run, tmp_path / "new", initial_checkpoint=str(run))
     for function, config in ((start_from, new), (evaluated_checkpoint, config_of(tiny_run, run))):
-        with pytest.raises(AssertionError, match="__0_0.distcp is cut short"):
+        with pytest.raises(AssertionError, match="__0_0.distcp is damaged or incomplete"):
             train_on(pool, config, function)
-    with pytest.raises(ConfigError, match="__0_0.distcp is cut short") as error:
+    with pytest.raises(ConfigError, match="__0_0.distcp is damaged or incomplete") as error:
         CheckpointReader(find_checkpoint(run))  # export, verify
     assert "evaluate.checkpoint or --iteration" in str(error.value)

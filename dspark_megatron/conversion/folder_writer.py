@@ -29,6 +29,7 @@ from dspark_megatron.conversion.new_folder import new_folder
 from dspark_megatron.conversion.safetensors_writer import (
     TensorSpec,
     parse_size,
+    plan_files,
     write_safetensors,
 )
 from dspark_megatron.conversion.sidecar import (
@@ -94,6 +95,7 @@ def write_draft_folder(
     config_text = json.dumps(config, indent=2) + "\n"
     names = hugging_face_shapes(shape, shared_weights=bool(shared))
     sizes = {layout.to_name(name): size for name, size in names.items()}
+    specs = {name: TensorSpec(size, dtype) for name, size in sizes.items()}
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         return map(
@@ -103,7 +105,7 @@ def write_draft_folder(
 
     if _holds_earlier_export(output_dir) and not options.force:
         require(
-            _has_weights(output_dir, config_text, sizes, tensors()),
+            _is_same(output_dir, config_text, plan_files(specs, shard_limit), tensors()),
             f"{output_dir} holds an earlier export, of other weights or settings; give --force to "
             "replace it",
         )
@@ -122,7 +124,6 @@ def write_draft_folder(
         )
         _write_text(folder / "README.md", card)
         carry_sidecar(source.neighbours(), folder)
-        specs = {name: TensorSpec(size, dtype) for name, size in sizes.items()}
         write_safetensors(folder, tensors(), specs, shard_limit)
     return output_dir
 
@@ -186,16 +187,20 @@ def _holds_earlier_export(output_dir: Path) -> bool:
     return True
 
 
-def _has_weights(
-    folder: Path, config_text: str, names: Iterable[str], tensors: Iterable[tuple[str, Tensor]]
+def _is_same(
+    folder: Path,
+    config_text: str,
+    files: dict[str, dict[str, TensorSpec]],
+    tensors: Iterable[tuple[str, Tensor]],
 ) -> bool:
-    """Whether an earlier export has this config and these tensors, so that nothing is lost when it
-    is written again."""
+    """Whether an earlier export has this config and these tensors in these files, so that nothing
+    is lost when it is written again."""
+    places = {name: folder / file for file, part in files.items() for name in part}
     try:
         there = SafetensorsFolder(folder)
         return (
             (folder / "config.json").read_text(encoding="utf-8") == config_text
-            and there.files.keys() == set(names)
+            and there.files == places
             and all(_equal(there.tensor(name), tensor) for name, tensor in tensors)
         )
     except (ConfigError, OSError, ValueError):  # damaged: what it was is not known

@@ -92,7 +92,7 @@ def import_folder(
     if run.exists() and not (run.is_dir() and not any(run.iterdir())):
         require(
             _holds_import(run, meta, shape, get, source.dtype(), padded),
-            f"{run} is there already and holds something else; choose a new run folder",
+            f"{run} is there already and not empty; choose a new run folder",
         )
         return iteration_folder(run / "checkpoints", 0)
     try:

@@ -61,53 +61,48 @@ def check_shards(checkpoint: Path, metadata: Metadata) -> None:
         file = checkpoint / name
         found = file.stat().st_size if file.is_file() else None
         if found is None:
-            raise unusable(file, f"is missing; it had {size:,} bytes")
+            raise damaged(file, FileNotFoundError(f"it had {size:,} bytes when it was saved"))
         if found != size:
-            how = "is cut short" if found < size else "is another file"
-            raise unusable(file, f"{how}: it has {found:,} bytes, and was saved with {size:,}")
+            how = "cut short" if found < size else "of another save"
+            text = f"{how}: it has {found:,} bytes, and had {size:,} when it was saved"
+            raise damaged(file, EOFError(text))
 
 
 def check_whole(checkpoint: Path) -> None:
     """ConfigError unless all is there that Megatron-Core loads of a checkpoint."""
     metadata = read_metadata(checkpoint)
     check_shards(checkpoint, metadata)
-    if not (checkpoint / "metadata.json").is_file():
-        raise unusable(checkpoint / "metadata.json", "is missing")
-    common = checkpoint / "common.pt"
-    is_apart = not any(name.startswith("common_state/") for name in metadata.state_dict_metadata)
-    if is_apart and not common.is_file():
-        raise unusable(common, "is missing")
-    if is_apart and not zipfile.is_zipfile(common):
-        raise unusable(common, "is cut short, or no file of PyTorch's")
+    others, common = [checkpoint / "metadata.json"], checkpoint / "common.pt"
+    if not any(name.startswith("common_state/") for name in metadata.state_dict_metadata):
+        others.append(common)  # where it is not among the tensors
+    for file in others:
+        if not file.is_file():
+            raise damaged(file, FileNotFoundError("it is not there"))
+    if common in others and not zipfile.is_zipfile(common):
+        raise damaged(common, EOFError("cut short, or no file of PyTorch's"))
 
 
 def damaged(path: Path, error: BaseException) -> ConfigError:
-    """Of a checkpoint's folder or a file in it, which could not be read."""
+    """The error that names a checkpoint's folder, or a file in it, which is not as it was saved,
+    and says what else there is."""
     reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    return unusable(path, f"is damaged or incomplete ({reason})")
-
-
-def unusable(path: Path, how: str) -> ConfigError:
-    """The error that says how a checkpoint's folder, or a file in it, is not as it was saved, and
-    what else there is."""
-    return ConfigError(f"{path} {how}; {_way_out(path if path.is_dir() else path.parent)}")
+    way_out = _way_out(path if path.is_dir() else path.parent)
+    return ConfigError(f"{path} is damaged or incomplete ({reason}); copy it again or {way_out}")
 
 
 def _way_out(checkpoint: Path) -> str:
-    beside = sorted(
+    others = sorted(
         folder.name
         for folder in checkpoint.parent.glob("iter_*")
         if (folder / ".metadata").is_file() and folder != checkpoint
     )
-    if not (checkpoint / META).is_file():  # Megatron-LM's own
-        return "copy it again or use another iteration"
-    if not beside:
-        return "copy it again; there is no other checkpoint beside it"
-    newest = int(beside[-1].removeprefix("iter_"))
+    if not others or not (checkpoint / META).is_file():  # the latter: Megatron-LM's own
+        return "use another iteration"
+    newest = int(others[-1].removeprefix("iter_"))
     return (
-        f"copy it again, or use another checkpoint of the run (there: {', '.join(beside)}): "
-        f"train.resume_from={newest} continues from that one, evaluate.checkpoint or --iteration "
-        "names it to other commands"
+        f"use another iteration of the run (there: {', '.join(others)}): "
+        f"train.resume_from={newest} continues from that one, evaluate.checkpoint or "
+        "--iteration names it to other commands"
     )
 
 

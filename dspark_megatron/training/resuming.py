@@ -37,7 +37,8 @@ def checkpoint_to_resume(plan: RunPlan, checkpoints: Path, runtime: Runtime) -> 
 
 
 def _chosen(config: Config, checkpoints: Path) -> Path | None:
-    """The newest one; with train.resume_from that one, until the run has gone on from there."""
+    """The newest one; with train.resume_from that one, until the run has gone on from there and
+    has a whole checkpoint of that."""
     train = config.train
     if not train.resume:
         return None
@@ -48,6 +49,7 @@ def _chosen(config: Config, checkpoints: Path) -> Path | None:
     try:
         newest = iteration_folder(checkpoints, latest_iteration(checkpoints) or 0)
         if read_meta(newest).get("resumed_from") == train.resume_from:
+            check_whole(newest)
             return newest
     except ConfigError:  # what is wrong with the newest may be why another one is named
         pass
