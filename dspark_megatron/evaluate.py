@@ -22,8 +22,12 @@ def main(argv: list[str] | None = None) -> None:
 
     with launch() as job:
         from dspark_megatron.config_file import load_config
+        from dspark_megatron.training.agreement import agree_at_launch
+        from dspark_megatron.training.rank_facts import launch_facts
 
-        _evaluate(job, load_config(arguments.config, arguments.overrides))
+        config = load_config(arguments.config, arguments.overrides)
+        agree_at_launch(job, launch_facts(config, command="evaluate"))
+        _evaluate(job, config)
 
 
 def _evaluate(job: Any, config: Any) -> None:
@@ -33,6 +37,8 @@ def _evaluate(job: Any, config: Any) -> None:
     from dspark_megatron.data.prompts import load_prompts
     from dspark_megatron.evaluation.estimate import EstimateSettings
     from dspark_megatron.evaluation.run import all_figures, estimates, evaluate_prompts
+    from dspark_megatron.training.agreement import agree
+    from dspark_megatron.training.rank_facts import prompt_facts, target_facts
     from dspark_megatron.training.runtime import main_ranks_folder, start
     from dspark_megatron.training.template_day import fix_template_day
 
@@ -50,6 +56,7 @@ def _evaluate(job: Any, config: Any) -> None:
     runtime = start(job, config.parallel.tensor_parallel)
     if checkpoint is not None:  # a run that goes on may have saved another one meanwhile
         checkpoint = main_ranks_folder(checkpoint, runtime)
+    agree(target_facts(plan) | prompt_facts(files) | _file_facts(settings, checkpoint))
     first_prompt = torch.tensor([files[settings.prompt_files[0]][0].input_ids])
     decoder, iteration = _build_decoder(plan, runtime, checkpoint, first_prompt, cut)
     results = evaluate_prompts(
@@ -102,6 +109,7 @@ def _checked_plan(config: Any, world_size: int) -> Any:
 def _checkpoint(plan: Any) -> Path | None:
     """The checkpoint that is evaluated; None for the untrained draft."""
     from dspark_megatron.conversion.megatron_checkpoint import BEST, find_checkpoint
+    from dspark_megatron.storage.checkpoint_metadata import check_whole
     from dspark_megatron.training.checkpointing import check_same_run
     from dspark_megatron.training.setup import draft_identity
 
@@ -110,8 +118,21 @@ def _checkpoint(plan: Any) -> Path | None:
         return None
     run = settings.checkpoint or plan.config.train.output_dir
     folder = find_checkpoint(run, BEST if settings.best else None)
+    check_whole(folder)
     check_same_run(folder, draft_identity(plan))
     return folder
+
+
+def _file_facts(settings: Any, checkpoint: Path | None) -> dict[str, str]:
+    """What else is read, for ranks to compare."""
+    from dspark_megatron.conversion.sidecar import SIDECAR
+    from dspark_megatron.training.rank_facts import file_digest, folder_facts
+
+    return {
+        **folder_facts("the checkpoint", checkpoint),
+        "evaluate.sps_table's content": file_digest(Path(settings.sps_table)),
+        "evaluate.temperatures' content": file_digest(Path(settings.temperatures) / SIDECAR),
+    }
 
 
 def _scheduled_cut(settings: Any, block_size: int, checkpoint: Path | None) -> Any:
@@ -153,7 +174,9 @@ def _build_decoder(
     from dspark_megatron.evaluation.decoding import Decoder, Sampling
     from dspark_megatron.storage.target_folder import stop_token_ids
     from dspark_megatron.targets.teacher_check import check_teacher_logits
+    from dspark_megatron.training.agreement import agree
     from dspark_megatron.training.checkpointing import load_checkpoint
+    from dspark_megatron.training.rank_facts import draft_facts
     from dspark_megatron.training.setup import (
         build_draft,
         build_target,
@@ -167,6 +190,7 @@ def _build_decoder(
         iteration = load_checkpoint(checkpoint, draft, optimizer=None).iteration
     elif warm_start := WarmStart.open(plan):
         warm_start.load(draft, tp_group=runtime.tp_group)
+    agree(draft_facts(draft, runtime.tp_group.rank()))
     target = build_target(plan, runtime)
     target_head = load_target_head(plan, draft, target)
     if plan.config.target.check_teacher_logits:

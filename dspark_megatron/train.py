@@ -37,9 +37,13 @@ def run(arguments: argparse.Namespace, stop: "StopRequests") -> None:
         from dspark_megatron.config_file import load_config
         from dspark_megatron.shape import check_batch_size
         from dspark_megatron.targets.quantization import check_quantization
+        from dspark_megatron.training.agreement import agree_at_launch
+        from dspark_megatron.training.rank_facts import launch_facts
         from dspark_megatron.training.setup import check_run, check_training_device
 
         config = load_config(arguments.config, arguments.overrides)
+        facts = launch_facts(config, command="train", dry_run=arguments.dry_run)
+        agree_at_launch(job, facts)
         if arguments.dry_run:
             from dspark_megatron.planning.dry_run import describe_run
 

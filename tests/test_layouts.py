@@ -586,6 +586,40 @@ def test_what_was_made_in_an_export_is_not_replaced(tmp_path, target):
     export(run, target, out, force=True)
 
 
+def test_the_same_export_and_import_may_be_written_again(tmp_path, target):
+    run, out = write_checkpoint(tmp_path / "run", VANILLA), tmp_path / "out"
+    export(run, target, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    export(run, target, out)
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+    for other in ({"dtype": torch.bfloat16}, {"shared_weights": False}):
+        with pytest.raises(ConfigError, match="of other weights or settings; give --force"):
+            export(run, target, out, **other)
+    imported = import_(out, target, tmp_path / "imported")
+    assert import_(out, target, tmp_path / "imported") == imported
+
+    tensors = load_file(out / "model.safetensors")
+    tensors["fc.weight"][0, 0] += 1
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="of other weights or settings; give --force"):
+        export(run, target, out)
+    with pytest.raises(ConfigError, match="is there already and not empty"):
+        import_(out, target, tmp_path / "imported")
+
+
+def test_a_newer_calibration_of_the_same_checkpoint_takes_the_place_of_an_older(tmp_path, target):
+    run, out = write_checkpoint(tmp_path / "run", VANILLA), tmp_path / "out"
+    of = {"iteration": 100, "checkpoint": "run/checkpoints/iter_0000100"}
+    for temperature in (2.0, 3.0):
+        sidecar = {"temperatures": [temperature] * VANILLA.block_size, **of}
+        (run / "dspark_sts.json").write_text(json.dumps(sidecar))
+        export(run, target, out)
+        assert json.loads((out / "dspark_sts.json").read_text()) == sidecar
+    (out / "dspark_sts.json").write_text(json.dumps({**sidecar, "iteration": 50}))
+    with pytest.raises(ConfigError, match="would delete its dspark_sts.json"):
+        export(run, target, out, force=True)
+
+
 def test_the_card_has_what_is_known(tmp_path, target):
     run = write_checkpoint(tmp_path / "run", SHAPES["gated"])
     figures = {"heldout.jsonl": {"prompts": 5, "tau": 3.25}}

@@ -371,6 +371,7 @@ def test_deepspec_layout_holds_every_state(pool, run, caches, tmp_path):
     assert_same_curve(*both, rel=0)
     shard = output / manifest["shards"][-1]["file_name"]
     os.truncate(shard, 10)
+    config = cached(run, "from_damaged", output)
     with pytest.raises(AssertionError, match="ends before what samples.idx says of it"):
         pool.run(run_training, **place, config=config)
     (output / "samples.idx").unlink()

@@ -140,9 +140,14 @@ def main(argv: list[str] | None = None) -> None:
         from dspark_megatron.config_file import load_config
         from dspark_megatron.evaluation.serving.sps_table import write_sps_table
         from dspark_megatron.targets.quantization import check_quantization
+        from dspark_megatron.training.agreement import agree, agree_at_launch
+        from dspark_megatron.training.rank_facts import launch_facts, target_facts
         from dspark_megatron.training.setup import check_decodes, check_run
 
-        plan = check_run(load_config(args.config, args.overrides), job.world_size)
+        config = load_config(args.config, args.overrides)
+        own = {k: v for k, v in vars(args).items() if k not in ("config", "overrides")}
+        agree_at_launch(job, launch_facts(config, command="measure_sps", **own))
+        plan = check_run(config, job.world_size)
         check_decodes(plan.config)
         require(
             plan.config.target.provider == "huggingface",
@@ -152,6 +157,7 @@ def main(argv: list[str] | None = None) -> None:
         check_quantization(plan.target_config, plan.target_split)
         check(args, plan)
         runtime = start(job, plan.config.parallel.tensor_parallel)
+        agree(target_facts(plan))
         table = measure(plan, runtime, args)
         if runtime.is_main:
             print(show(table, args.batch_tokens))

@@ -34,15 +34,20 @@ def main(argv: list[str] | None = None) -> None:
 
     with launch() as job:
         from dspark_megatron.targets.quantization import check_quantization
+        from dspark_megatron.training.agreement import agree, agree_at_launch
+        from dspark_megatron.training.rank_facts import launch_facts, target_facts
         from dspark_megatron.training.setup import check_run
         from dspark_megatron.training.template_day import fix_template_day
 
         config, output = checked_config(args)
+        own = {name: getattr(args, name) for name in ("output", "dtype", "format", "shard_mib")}
+        agree_at_launch(job, launch_facts(config, command="prepare_target_cache", **own))
         plan = check_run(config, job.world_size)
         fix_template_day(plan, job.main_ranks, cache=output)
         check_quantization(plan.target_config, plan.target_split)
         tensor_parallel = config.parallel.tensor_parallel
         runtime = start(job, tensor_parallel, shards_target=plan.target_split.lockstep)
+        agree(target_facts(plan))
         prepare(plan, runtime, output, args)
 
 

@@ -12,9 +12,9 @@ class TrainConfig:
     output_dir: str = ""
     """Folder of the run: metrics, TensorBoard, checkpoints, exports."""
     iterations: int | None = None
-    """Optimizer steps. Give this or `epochs`."""
+    """Optimizer steps, whatever their batch sizes. Give this or `epochs`."""
     epochs: float | None = None
-    """Passes over the kept samples. Give this or `iterations`."""
+    """Passes over the kept samples, whatever the batch sizes. Give this or `iterations`."""
     micro_batch_size: int = 1
     """Samples of one forward pass on one data-parallel rank."""
     global_batch_size: int = 8
@@ -36,6 +36,9 @@ class TrainConfig:
     """Checkpoints kept, beside the best; older ones are deleted after a newer one is complete."""
     resume: bool = True
     """Continue from the newest checkpoint of output_dir when there is one."""
+    resume_from: int | None = None
+    """Continue from the checkpoint of this iteration of output_dir instead, and from the newest
+    again once the run has saved one from there. Null: the newest."""
     initial_checkpoint: str = ""
     """Weights to start from, with a fresh optimizer: a run, its checkpoint, an import, or the
     folder of a draft in any layout. Not looked at when the run continues."""
@@ -55,6 +58,11 @@ class TrainConfig:
         for name in ("micro_batch_size", "global_batch_size", "log_every", "save_every"):
             positive(f"train.{name}", getattr(self, name))
         positive("train.keep_last", self.keep_last)
+        require(
+            self.resume_from is None or (self.resume and self.resume_from >= 0),
+            f"train.resume_from ({self.resume_from}) must be the iteration (>= 0) of a checkpoint, "
+            f"with train.resume=true (it is {str(self.resume).lower()})",
+        )
         if self.exit_duration_minutes is not None:
             positive("train.exit_duration_minutes", self.exit_duration_minutes)
         one_of("train.dtype", self.dtype, ("bfloat16", "float32"))

@@ -5,7 +5,7 @@ draft always gives the same bytes.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,9 +29,15 @@ from dspark_megatron.conversion.new_folder import new_folder
 from dspark_megatron.conversion.safetensors_writer import (
     TensorSpec,
     parse_size,
+    plan_files,
     write_safetensors,
 )
-from dspark_megatron.conversion.sidecar import SIDECAR, carry_sidecar, check_sidecar
+from dspark_megatron.conversion.sidecar import (
+    SIDECAR,
+    carry_sidecar,
+    check_sidecar,
+    is_of_same_draft,
+)
 from dspark_megatron.conversion.sources import DraftSource
 from dspark_megatron.conversion.target_match import (
     not_finite,
@@ -39,6 +45,7 @@ from dspark_megatron.conversion.target_match import (
     target_problems,
 )
 from dspark_megatron.shape import DraftShape
+from dspark_megatron.storage.safetensors_folder import SafetensorsFolder
 from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.storage.target_weights import SharedMatrix, shared_matrices
 
@@ -55,7 +62,7 @@ class WriteOptions:
     shared_weights: bool = True
     """Include the target's embedding and LM head where they belong to the layout."""
     force: bool = False
-    """Replace an earlier export."""
+    """Replace an earlier export of other weights or settings."""
     target_name: str | None = None
     """The target as users find it, such as a hub id; None: its folder's name."""
     target_checkpoint: str | Path = ""
@@ -85,12 +92,26 @@ def write_draft_folder(
     iteration = history.get("iterations") or None
     checkpoint = source.path if iteration else None
     with_temperatures = check_sidecar(source.neighbours(), shape.block_size, iteration, checkpoint)
-    _check_output(output_dir, options.force)
+    config_text = json.dumps(config, indent=2) + "\n"
+    names = hugging_face_shapes(shape, shared_weights=bool(shared))
+    sizes = {layout.to_name(name): size for name, size in names.items()}
+    specs = {name: TensorSpec(size, dtype) for name, size in sizes.items()}
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        return map(
+            lambda item: (layout.to_name(item[0]), _cast(*item, dtype)),  # keeps none of them
+            _tensors(source, shared),
+        )
+
+    if _holds_earlier_export(output_dir) and not options.force:
+        require(
+            _is_same(output_dir, config_text, plan_files(specs, shard_limit), tensors()),
+            f"{output_dir} holds an earlier export, of other weights or settings; give --force to "
+            "replace it",
+        )
     _check_nothing_lost(output_dir, source.neighbours())
     with new_folder(output_dir) as folder:
-        _write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-        names = hugging_face_shapes(shape, shared_weights=bool(shared))
-        sizes = {layout.to_name(name): size for name, size in names.items()}
+        _write_text(folder / "config.json", config_text)
         verdicts = engine_verdicts(config, sizes, target_config=target_config)
         card = model_card(
             source.description,
@@ -103,12 +124,7 @@ def write_draft_folder(
         )
         _write_text(folder / "README.md", card)
         carry_sidecar(source.neighbours(), folder)
-        specs = {name: TensorSpec(size, dtype) for name, size in sizes.items()}
-        tensors = map(
-            lambda item: (layout.to_name(item[0]), _cast(*item, dtype)),  # keeps none of them
-            _tensors(source, shared),
-        )
-        write_safetensors(folder, tensors, specs, shard_limit)
+        write_safetensors(folder, tensors(), specs, shard_limit)
     return output_dir
 
 
@@ -154,22 +170,45 @@ def _write_text(path: Path, text: str) -> None:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from error
 
 
-def _check_output(output_dir: Path, force: bool) -> None:
-    """Only an empty folder is written to; with `force` also one that holds nothing but what an
-    export writes."""
+def _holds_earlier_export(output_dir: Path) -> bool:
+    """False where it is empty. ConfigError where it holds anything but what an export writes."""
     try:
         names = {path.name for path in output_dir.iterdir()} if output_dir.exists() else set()
     except OSError as error:
         raise ConfigError(f"cannot write to {output_dir}: {error.strerror}") from error
     if not names:
-        return
+        return False
     foreign = names - WRITTEN - {path.name for path in output_dir.glob("model*.safetensors")}
     require(
         not foreign and _holds_draft(output_dir),
         f"{output_dir} is not empty and no earlier export alone (also there: "
         f"{', '.join(sorted(foreign)) or 'the config of no draft'}); choose another folder",
     )
-    require(force, f"{output_dir} holds an earlier export; give --force to replace it")
+    return True
+
+
+def _is_same(
+    folder: Path,
+    config_text: str,
+    files: dict[str, dict[str, TensorSpec]],
+    tensors: Iterable[tuple[str, Tensor]],
+) -> bool:
+    """Whether an earlier export has this config and these tensors in these files, so that nothing
+    is lost when it is written again."""
+    places = {name: folder / file for file, part in files.items() for name in part}
+    try:
+        there = SafetensorsFolder(folder)
+        return (
+            (folder / "config.json").read_text(encoding="utf-8") == config_text
+            and there.files == places
+            and all(_equal(there.tensor(name), tensor) for name, tensor in tensors)
+        )
+    except (ConfigError, OSError, ValueError):  # damaged: what it was is not known
+        return False
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 def _check_nothing_lost(output_dir: Path, neighbours: Path) -> None:
@@ -177,7 +216,7 @@ def _check_nothing_lost(output_dir: Path, neighbours: Path) -> None:
     own, carried = output_dir / SIDECAR, neighbours / SIDECAR
     card = output_dir / "README.md"
     lost = []
-    if own.is_file() and (not carried.is_file() or own.read_bytes() != carried.read_bytes()):
+    if own.is_file() and not (carried.is_file() and is_of_same_draft(own, carried)):
         lost.append(f"{SIDECAR}, which is not that of {neighbours}")
     if card.is_file() and not is_unedited(card.read_text(encoding="utf-8", errors="replace")):
         lost.append(f"{card.name}, which was edited")

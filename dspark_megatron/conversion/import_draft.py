@@ -23,6 +23,8 @@ from dspark_megatron.conversion.megatron_checkpoint import (
     FORMAT,
     META,
     TRACKER,
+    CheckpointReader,
+    find_checkpoint,
     iteration_folder,
 )
 from dspark_megatron.conversion.names import (
@@ -61,17 +63,14 @@ def import_folder(
 
     tensor_parallel: the size that it is meant for: checked, and the vocabulary is padded as such a
     run does it; the checkpoint loads at other sizes, too. Raises ConfigError, before anything is
-    written, for a folder that is no draft of this target, and when output_dir is not empty.
+    written, for a folder that is no draft of this target, and when output_dir holds anything but an
+    import of the same draft.
     """
     draft = open_draft_folder(input_dir, target_dir, layout, target_checkpoint=target_checkpoint)
     source, shape = FolderSource(draft), draft.shape
     check_draft_split(shape, tensor_parallel)
     check_sidecar(draft.path, shape.block_size)
     run = Path(output_dir).resolve()
-    require(
-        not run.exists() or (run.is_dir() and not any(run.iterdir())),
-        f"{run} is there already and not empty; choose a new run folder",
-    )
     meta = {
         "format": FORMAT,
         "shape": shape.to_dict(),
@@ -89,11 +88,17 @@ def import_folder(
         raise_if_any(not_finite(name, tensor), str(draft.path))
         return tensor
 
+    padded = padded_vocab_size(shape.vocab_size, tensor_parallel)
+    if run.exists() and not (run.is_dir() and not any(run.iterdir())):
+        require(
+            _holds_import(run, meta, shape, get, source.dtype(), padded),
+            f"{run} is there already and not empty; choose a new run folder",
+        )
+        return iteration_folder(run / "checkpoints", 0)
     try:
         with new_folder(run) as folder:
             checkpoint = iteration_folder(folder / "checkpoints", 0)
             checkpoint.mkdir(parents=True)
-            padded = padded_vocab_size(shape.vocab_size, tensor_parallel)
             _write_tensors(checkpoint, shape, get, source.dtype(), padded)
             (checkpoint / "metadata.json").write_text(json.dumps(BACKEND))
             torch.save({}, checkpoint / "common.pt")
@@ -105,6 +110,25 @@ def import_folder(
             raise cause from None
         raise ConfigError(f"cannot write {run}: {cause}; nothing was kept") from error
     return iteration_folder(run / "checkpoints", 0)
+
+
+def _holds_import(
+    run: Path,
+    meta: dict[str, Any],
+    shape: DraftShape,
+    get: Callable[[str], Tensor],
+    dtype: torch.dtype,
+    padded_vocab_size: int,
+) -> bool:
+    """Whether a folder is what an earlier import of the same draft wrote."""
+    try:
+        reader = CheckpointReader(find_checkpoint(run))
+    except ConfigError:
+        return False
+    return reader.meta == meta and all(
+        torch.equal(reader.tensor(name), tensor.to(dtype))
+        for name, tensor in to_megatron(shape, get, padded_vocab_size)
+    )
 
 
 def _write_tensors(

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from dspark_megatron.config import require
 from dspark_megatron.shape import DraftShape
-from dspark_megatron.storage.checkpoint_metadata import damaged
+from dspark_megatron.storage.checkpoint_metadata import META, damaged
 from dspark_megatron.storage.torch_dist_folder import TorchDistFolder
 
 FORMAT = 1
-META = "dspark.json"
 TRACKER = "latest_checkpointed_iteration.txt"
 BEST_TRACKER = "best_checkpointed_iteration.txt"
 BEST = "best"

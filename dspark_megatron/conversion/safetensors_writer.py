@@ -49,7 +49,7 @@ def write_safetensors(
     are mixed, wide ones first keep all aligned.) ValueError when they come otherwise. ConfigError
     when the disk has no room or refuses to write; what is written by then is left there.
     """
-    files = _plan_files(specs, max_shard_size)
+    files = plan_files(specs, max_shard_size)
     _check_space(folder, sum(spec.nbytes for spec in specs.values()))
     stream = iter(tensors)
     for file_name, part in files.items():
@@ -75,7 +75,7 @@ def parse_size(size: int | str) -> int:
     return int(float(match[1]) * base ** " KMGT".index(match[2] or " "))
 
 
-def _plan_files(
+def plan_files(
     specs: dict[str, TensorSpec], max_shard_size: int
 ) -> dict[str, dict[str, TensorSpec]]:
     """The tensors of every file."""

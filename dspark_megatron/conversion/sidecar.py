@@ -60,6 +60,20 @@ def same_checkpoint(first: str | Path, second: str | Path) -> bool:
     return Path(first).parts[-3:] == Path(second).parts[-3:]
 
 
+def is_of_same_draft(own: Path, other: Path) -> bool:
+    """Whether two sidecars are equal, or calibrations of the same checkpoint, of which a newer one
+    takes the place of an older."""
+    if own.read_bytes() == other.read_bytes():
+        return True
+    try:
+        one, two = (json.loads(file.read_text(encoding="utf-8")) for file in (own, other))
+        return one["iteration"] == two["iteration"] and same_checkpoint(
+            one["checkpoint"], two["checkpoint"]
+        )
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
 def read_temperatures(
     folder: Path,
     block_size: int,

@@ -22,12 +22,14 @@ from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.shape import check_batch_size
 from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.targets.quantization import check_quantization
+from dspark_megatron.training.agreement import agree
 from dspark_megatron.training.checkpointing import check_same_run
 from dspark_megatron.training.forward_step import ForwardStep
 from dspark_megatron.training.loop import build_run_draft, load_data
 from dspark_megatron.training.metrics import MetricSums
 from dspark_megatron.training.micro_batches import MicroBatch, MicroBatches
 from dspark_megatron.training.output import replace_text
+from dspark_megatron.training.rank_facts import draft_facts, launch_facts, target_facts
 from dspark_megatron.training.run_identity import export_settings, run_identity
 from dspark_megatron.training.runtime import Runtime, main_ranks_folder
 from dspark_megatron.training.setup import check_run, check_training_device
@@ -52,9 +54,11 @@ class DraftPretraining:
         if not config.target.is_cached:
             check_quantization(plan.target_config, plan.target_split)
         self.runtime = runtime
+        agree(launch_facts(config, command="pretrain") | target_facts(plan))
         self.draft = build_run_draft(plan, runtime, is_new=is_new)
         self.dataset = load_data(plan, runtime)
         self._batches = MicroBatches(config, self.dataset, dp_group=runtime.dp_group)
+        agree(draft_facts(self.draft, runtime.tp_group.rank()))
         target = states_source(plan, runtime, self.dataset, self.draft)
         place = dict(tp_group=runtime.tp_group, device=runtime.device)
         self._step = ForwardStep(config.loss, self.draft, target, **place)

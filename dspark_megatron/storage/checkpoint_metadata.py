@@ -1,8 +1,10 @@
 """The `.metadata` of PyTorch's distributed checkpoints, which is pickled: read with the classes
-that belong in it and no others, since a pickle can otherwise run whatever it likes.
+that belong in it and no others, since a pickle can otherwise run whatever it likes. By it the other
+files of a checkpoint are seen to be whole before any of them is opened.
 """
 
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from dspark_megatron.config import ConfigError, require
 
+META = "dspark.json"
+"""Beside the tensors of our own checkpoints: what they are."""
 _DCP = "torch.distributed.checkpoint"
 _PLANS = ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
 _ENTRIES = ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING")
@@ -46,10 +50,59 @@ def read_metadata(checkpoint: Path) -> Metadata:
     return metadata
 
 
+def check_shards(checkpoint: Path, metadata: Metadata) -> None:
+    """ConfigError that names the first file that is not there or has not the size that it was saved
+    with. Reads nothing."""
+    sizes: dict[str, int] = {}
+    for stored in metadata.storage_data.values():
+        end = stored.offset + stored.length
+        sizes[stored.relative_path] = max(end, sizes.get(stored.relative_path, 0))
+    for name, size in sorted(sizes.items()):
+        file = checkpoint / name
+        found = file.stat().st_size if file.is_file() else None
+        if found is None:
+            raise damaged(file, FileNotFoundError(f"it had {size:,} bytes when it was saved"))
+        if found != size:
+            how = "cut short" if found < size else "of another save"
+            text = f"{how}: it has {found:,} bytes, and had {size:,} when it was saved"
+            raise damaged(file, EOFError(text))
+
+
+def check_whole(checkpoint: Path) -> None:
+    """ConfigError unless all is there that Megatron-Core loads of a checkpoint."""
+    metadata = read_metadata(checkpoint)
+    check_shards(checkpoint, metadata)
+    others, common = [checkpoint / "metadata.json"], checkpoint / "common.pt"
+    if not any(name.startswith("common_state/") for name in metadata.state_dict_metadata):
+        others.append(common)  # where it is not among the tensors
+    for file in others:
+        if not file.is_file():
+            raise damaged(file, FileNotFoundError("it is not there"))
+    if common in others and not zipfile.is_zipfile(common):
+        raise damaged(common, EOFError("cut short, or no file of PyTorch's"))
+
+
 def damaged(path: Path, error: BaseException) -> ConfigError:
+    """The error that names a checkpoint's folder, or a file in it, which is not as it was saved,
+    and says what else there is."""
     reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    return ConfigError(
-        f"{path} is damaged or incomplete ({reason}); copy it again or use another iteration"
+    way_out = _way_out(path if path.is_dir() else path.parent)
+    return ConfigError(f"{path} is damaged or incomplete ({reason}); copy it again or {way_out}")
+
+
+def _way_out(checkpoint: Path) -> str:
+    others = sorted(
+        folder.name
+        for folder in checkpoint.parent.glob("iter_*")
+        if (folder / ".metadata").is_file() and folder != checkpoint
+    )
+    if not others or not (checkpoint / META).is_file():  # the latter: Megatron-LM's own
+        return "use another iteration"
+    newest = int(others[-1].removeprefix("iter_"))
+    return (
+        f"use another iteration of the run (there: {', '.join(others)}): "
+        f"train.resume_from={newest} continues from that one, evaluate.checkpoint or "
+        "--iteration names it to other commands"
     )
 
 

@@ -21,17 +21,20 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from dspark_megatron.storage.checkpoint_metadata import damaged, read_metadata
+from dspark_megatron.storage.checkpoint_metadata import check_shards, damaged, read_metadata
 
 
 class TorchDistFolder:
     """Reads the metadata once; files are opened when something is asked of them."""
 
     def __init__(self, path: str | Path) -> None:
-        """ConfigError when its metadata is not there, not whole, or holds foreign classes."""
+        """ConfigError when its metadata is not there, not whole, or holds foreign classes, and when
+        a file is missing or of another size."""
         self.path = Path(path)
         self._storage = _Storage(self.path)
-        stored = self._storage.read_metadata().state_dict_metadata.items()
+        metadata = self._storage.read_metadata()
+        check_shards(self.path, metadata)
+        stored = metadata.state_dict_metadata.items()
         self._tensors: dict[str, TensorStorageMetadata] = {
             name: entry for name, entry in stored if isinstance(entry, TensorStorageMetadata)
         }

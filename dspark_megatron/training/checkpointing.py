@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from torch.distributed.checkpoint.api import CheckpointException
 
 from dspark_megatron.config import ConfigError, LossConfig
 from dspark_megatron.conversion.megatron_checkpoint import (
@@ -30,7 +31,8 @@ from dspark_megatron.conversion.megatron_checkpoint import (
     read_meta,
 )
 from dspark_megatron.model.draft_model import DSparkDraftModel
-from dspark_megatron.storage.checkpoint_metadata import read_metadata
+from dspark_megatron.storage.checkpoint_metadata import check_whole, damaged
+from dspark_megatron.storage.torch_dist_folder import cause_of
 from dspark_megatron.training.output import replace_text
 from dspark_megatron.training.template_day import clock_hint
 
@@ -123,9 +125,14 @@ def track_best(checkpoints: Path, best: BestEstimate | None) -> None:
 
 
 def load_checkpoint(folder: Path, model: DSparkDraftModel, optimizer: Any | None) -> RunState:
-    """Fill the model, and the optimizer if given, from a checkpoint of any parallel layout."""
-    read_metadata(folder)  # Megatron-Core would unpickle it unseen
-    loaded = dist_checkpointing.load(_sharded_state(model, optimizer, is_loading=True), str(folder))
+    """Fill the model, and the optimizer if given, from a checkpoint of any parallel layout.
+    Collective over the world."""
+    check_whole(folder)  # Megatron-Core would unpickle its metadata unseen
+    try:
+        state = _sharded_state(model, optimizer, is_loading=True)
+        loaded = dist_checkpointing.load(state, str(folder))
+    except CheckpointException as error:
+        raise damaged(folder, cause_of(error)) from error
     result = model.load_state_dict(loaded["model"], strict=False)
     if result.missing_keys or result.unexpected_keys:
         raise ConfigError(
@@ -136,6 +143,11 @@ def load_checkpoint(folder: Path, model: DSparkDraftModel, optimizer: Any | None
         _keep_settings(optimizer, loaded["optimizer"])
         with torch.no_grad():  # the fp32 optimizer copies into views of leaf parameters
             optimizer.load_state_dict(loaded["optimizer"])
+    return read_state(folder)
+
+
+def read_state(folder: Path) -> RunState:
+    """Where the run stood when it saved this checkpoint."""
     meta = read_meta(folder)
     best = BestEstimate(**meta["best"]) if meta.get("best") else None
     return RunState(meta["iteration"], meta["consumed_samples"], tuple(meta["open_metrics"]), best)

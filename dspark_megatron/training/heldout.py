@@ -10,7 +10,9 @@ from dspark_megatron.data.sources import check_apart
 from dspark_megatron.evaluation.estimate import EstimateSettings, estimate_acceptance
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.targets.base import Target
+from dspark_megatron.training.agreement import agree
 from dspark_megatron.training.checkpointing import BestEstimate, RunState
+from dspark_megatron.training.rank_facts import data_facts
 from dspark_megatron.training.reporter import Reporter
 from dspark_megatron.training.run_data import load_run_data
 from dspark_megatron.training.runtime import Runtime
@@ -41,6 +43,7 @@ class HeldOut:
         files = config.evaluate.heldout_files
         check_apart(config.data.train_files, files)
         dataset = load_run_data(plan, files, show_progress=runtime.is_main)
+        agree(data_facts("evaluate.heldout_files", files, dataset))
         if runtime.is_main:
             print(f"held-out {dataset.report.describe()}", flush=True)
         return cls(plan, runtime, dataset)

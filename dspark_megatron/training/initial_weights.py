@@ -44,7 +44,7 @@ class InitialWeights:
             f"train.initial_checkpoint {path} is not a folder; give a run or its checkpoint, or "
             "the folder of a draft",
         )
-        if (path / "config.json").is_file():
+        if is_draft_folder(path):
             facts = TargetFacts.of(plan.target_config, plan.config.target.path)
             folder = DraftFolder(path, target=facts)
             _check_shape(folder.shape, plan.shape, path)
@@ -71,6 +71,16 @@ class InitialWeights:
             load_checkpoint(self.path, draft, None)
         else:
             fill_draft(draft, self.folder.tensor, tp_group=tp_group)
+
+
+def is_draft_folder(path: Path) -> bool:
+    """And not a run or a checkpoint."""
+    return (path / "config.json").is_file()
+
+
+def initial_folder(path: Path) -> Path:
+    """The folder that a start from this path reads."""
+    return path if is_draft_folder(path) else find_checkpoint(path)
 
 
 def _reads_values() -> bool:

@@ -1,6 +1,5 @@
 """The training run: start, steps, checkpoints, end."""
 
-import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -8,21 +7,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dspark_megatron.config import Config, require
-from dspark_megatron.conversion.megatron_checkpoint import (
-    FORMAT,
-    iteration_folder,
-    latest_iteration,
-    read_meta,
-)
+from dspark_megatron.conversion.megatron_checkpoint import FORMAT, iteration_folder
 from dspark_megatron.data.dataset import ConversationDataset
 from dspark_megatron.data.show import describe_sample
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.targets.packing import RowPlanner
+from dspark_megatron.training.agreement import agree
 from dspark_megatron.training.checkpointing import (
     RunState,
     check_same_run,
     load_checkpoint,
+    read_state,
     save_checkpoint,
     track_best,
 )
@@ -37,10 +32,22 @@ from dspark_megatron.training.optimizer import (
 )
 from dspark_megatron.training.output import claim_output, write_config, write_status
 from dspark_megatron.training.padding import describe_padding
+from dspark_megatron.training.rank_facts import (
+    data_facts,
+    draft_facts,
+    start_facts,
+    target_facts,
+)
 from dspark_megatron.training.reporter import Reporter
+from dspark_megatron.training.resuming import (
+    checkpoint_to_resume,
+    finished_state,
+    finished_text,
+)
 from dspark_megatron.training.run_data import load_run_data
+from dspark_megatron.training.run_end import RunEnd
 from dspark_megatron.training.run_identity import export_settings, run_identity
-from dspark_megatron.training.runtime import Runtime, main_ranks_folder
+from dspark_megatron.training.runtime import Runtime
 from dspark_megatron.training.setup import (
     RunPlan,
     build_draft,
@@ -53,18 +60,34 @@ from dspark_megatron.training.warm_start import WarmStart
 
 
 def train(plan: RunPlan, runtime: Runtime, stop: StopRequests) -> None:
-    """Train until the last iteration or until a rank is to stop; every rank calls it."""
+    """Train until the run's end or until a rank is to stop; every rank calls it."""
+    agree(target_facts(plan))
     output_dir = Path(plan.config.train.output_dir)
     if runtime.is_main:
         claim_output(output_dir, plan.config)
     dist.barrier()
-    resume_from = _checkpoint_to_resume(plan, output_dir / "checkpoints", runtime)
+    resume_from = checkpoint_to_resume(plan, output_dir / "checkpoints", runtime)
+    if state := finished_state(plan, resume_from, output_dir, runtime):
+        return finish_again(plan, runtime, output_dir, state)
+    agree(start_facts(plan, resume_from))
     if plan.config.target.is_cached:
         open_cache(plan)  # refused before the data are read
     draft = build_run_draft(plan, runtime, is_new=resume_from is None)
     heldout = HeldOut.load(plan, runtime)
     dataset = load_data(plan, runtime)
+    if resume_from is not None:
+        check_same_run(resume_from, {"data_fingerprint": dataset.fingerprint})
+        end, state = RunEnd.of(plan.config.train, len(dataset)), read_state(resume_from)
+        if end.is_reached(state):
+            return finish_again(plan, runtime, output_dir, end.describe(state))
     Trainer(plan, runtime, dataset, output_dir, resume_from, draft, heldout).run(stop)
+
+
+def finish_again(plan: RunPlan, runtime: Runtime, output_dir: Path, state: str) -> None:
+    """Say that the run had reached its end before this start."""
+    if runtime.is_main:
+        write_status(output_dir, "completed")
+        print(finished_text(state, plan.config.train), flush=True)
 
 
 class Trainer:
@@ -84,11 +107,12 @@ class Trainer:
         self.settings = config.train
         self.checkpoints = output_dir / "checkpoints"
         self.output_dir = output_dir
-        self.iterations = _iterations(config, len(dataset))
         identity = {**run_identity(plan), "data_fingerprint": dataset.fingerprint}
-        if resume_from is not None:
-            check_same_run(resume_from, identity)
+        self.state = RunState(0, 0) if resume_from is None else read_state(resume_from)
+        self.end = RunEnd.of(config.train, len(dataset))
+        self.iterations = self.end.last_iteration(self.state)
         self.meta = {"format": FORMAT, **identity, **export_settings(plan)}
+        self.meta |= {"num_samples": len(dataset), "resumed_from": self.settings.resume_from}
         if runtime.is_main:
             write_config(output_dir, config)
             write_status(output_dir, "running")
@@ -100,12 +124,15 @@ class Trainer:
         self.target = states_source(plan, runtime, dataset, self.draft)
         self.model = wrap_data_parallel(self.draft, config.optimizer)
         self.optimizer = build_optimizer(config.optimizer, self.model, plan.dtype)
-        self.scheduler = build_scheduler(config.optimizer, self.optimizer, self.iterations)
-        self.state = RunState(0, 0)
+        unit = self.end.progress_of_a_step
+        self.scheduler = build_scheduler(
+            config.optimizer, self.optimizer, self.end.steps, unit=unit
+        )
         if resume_from is not None:
             self.state = self._resumed(resume_from)
-            self.scheduler.step(self.state.iteration)
-            self._say(f"continuing from {resume_from} of {self.iterations} iterations")
+            self.scheduler.step(self.end.progress(self.state))
+            self._say(f"continuing from {resume_from}: {self.end.describe(self.state)}")
+        agree(draft_facts(self.draft, runtime.tp_group.rank()))
         self.step = GradientStep(
             config.loss,
             self.model,
@@ -116,16 +143,16 @@ class Trainer:
         )
 
     def run(self, stop: StopRequests) -> None:
-        """Steps until the last iteration, saving on the way, at the end and on a stop."""
+        """Steps until the run's end, saving on the way, at the end and on a stop."""
         reporter = self._reporter()
         metrics, clock = self._open_metrics(), time.perf_counter()
         limit = self.settings.exit_duration_minutes
         # Signals only: with a limit shorter than its start, a requeued run would never get on.
         reason = self._agreed(stop.reason(None))
-        while not reason and self.state.iteration < self.iterations:
+        while not reason and not self.end.is_reached(self.state):
             grad_norm = self._train_step(metrics)
             iteration = self.state.iteration
-            last = iteration == self.iterations
+            last = self.end.is_reached(self.state)
             if reporter is not None:
                 reporter.step()
             if last or iteration % self.settings.log_every == 0:
@@ -146,15 +173,17 @@ class Trainer:
 
     def _report_end(self, reason: StopReason) -> None:
         """On the main rank, after the last save."""
-        if self.state.iteration == self.iterations:
+        state = self.end.describe(self.state)
+        if self.end.is_reached(self.state):
             write_status(self.output_dir, "completed")
+            self._say(f"completed: {state}")
             return
         write_status(self.output_dir, "stopped")
         limit = f"its time limit of {self.settings.exit_duration_minutes} minutes"
         cause = "a signal" if reason == StopReason.SIGNAL else limit
         self._say(
-            f"stopped by {cause} after iteration {self.state.iteration} of {self.iterations}; "
-            "nothing is lost: the same command continues from there"
+            f"stopped by {cause} after {state}; nothing is lost: the same command continues from "
+            "there"
         )
 
     def _train_step(self, metrics: MetricSums) -> float:
@@ -162,7 +191,7 @@ class Trainer:
         micro_batches = self.batches.of_step(self.state.consumed_samples)
         self.optimizer.zero_grad()
         self.step.run(micro_batches, metrics)
-        self.scheduler.step(1)
+        self.scheduler.step(self.end.progress_of_a_step)
         _, grad_norm, _ = self.optimizer.step()
         consumed = self.state.consumed_samples + self.settings.global_batch_size
         self.state = RunState(self.state.iteration + 1, consumed, best=self.state.best)
@@ -242,25 +271,6 @@ class Trainer:
             print(text, flush=True)
 
 
-def _checkpoint_to_resume(plan: RunPlan, checkpoints: Path, runtime: Runtime) -> Path | None:
-    """The newest checkpoint, if it is to be continued; checked before any data is read.
-
-    The main rank decides for all.
-    """
-    iteration = latest_iteration(checkpoints) if plan.config.train.resume else None
-    newest = None if iteration is None else iteration_folder(checkpoints, iteration)
-    folder = main_ranks_folder(newest, runtime)
-    if folder is None:
-        return None
-    require(
-        not read_meta(folder).get("weights_only"),
-        f"{folder} holds imported weights without an optimizer: it cannot be continued; set "
-        "train.initial_checkpoint to it and train.output_dir to a new folder",
-    )
-    check_same_run(folder, run_identity(plan))
-    return folder
-
-
 def build_run_draft(plan: RunPlan, runtime: Runtime, *, is_new: bool) -> DSparkDraftModel:
     """The draft, before anything slow: its layers may be the user's own. A new run's has the
     weights that it is to start from."""
@@ -276,19 +286,15 @@ def build_run_draft(plan: RunPlan, runtime: Runtime, *, is_new: bool) -> DSparkD
 
 
 def load_data(plan: RunPlan, runtime: Runtime) -> ConversationDataset:
-    """The training samples; the main rank says what became of the files' lines."""
+    """The training samples, the same on all ranks; the main rank says what became of the files'
+    lines."""
     data = plan.config.data
     dataset = load_run_data(
         plan, data.train_files, weights=data.weights, show_progress=runtime.is_main
     )
+    agree(data_facts("data.train_files", data.train_files, dataset))
     if runtime.is_main:
         print(dataset.report.describe(), flush=True)
         if data.show_sample:
             print(describe_sample(dataset[0], plan.tokenizer), flush=True)
     return dataset
-
-
-def _iterations(config: Config, num_samples: int) -> int:
-    if config.train.iterations is not None:
-        return config.train.iterations
-    return max(1, math.ceil(config.train.epochs * num_samples / config.train.global_batch_size))

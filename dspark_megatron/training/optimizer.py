@@ -49,24 +49,24 @@ def build_optimizer(config: OptimizerConfig, model: Any, dtype: torch.dtype) -> 
 
 
 def build_scheduler(
-    config: OptimizerConfig, optimizer: MegatronOptimizer, iterations: int
+    config: OptimizerConfig, optimizer: MegatronOptimizer, steps: int, *, unit: int = 1
 ) -> OptimizerParamScheduler:
-    """Linear warm-up over `int(warmup_ratio * iterations)` steps, then cosine to the minimum.
+    """Linear warm-up over `int(warmup_ratio * steps)` steps, then cosine to the minimum.
 
-    Stepped before the optimizer, so the first rate is peak / warm-up steps, and the state is
-    nothing but the number of steps taken.
+    Stepped before the optimizer by `unit` each time, so the first rate is peak / warm-up steps, and
+    the state is nothing but how far the run is.
     """
-    warmup = min(int(config.warmup_ratio * iterations), iterations - 1)
+    warmup = min(int(config.warmup_ratio * steps), steps - 1)
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=config.lr,
         min_lr=config.lr * config.min_lr_ratio,
-        lr_warmup_steps=warmup,
-        lr_decay_steps=iterations,
+        lr_warmup_steps=unit * warmup,
+        lr_decay_steps=unit * steps,
         lr_decay_style="cosine",
         start_wd=config.weight_decay,
         end_wd=config.weight_decay,
-        wd_incr_steps=iterations,
+        wd_incr_steps=unit * steps,
         wd_incr_style="constant",
     )

@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import logging
 import os
+import socket
 import sys
 import threading
 import traceback
@@ -14,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -109,7 +111,7 @@ def launch() -> Iterator[Launch]:
     try:
         yield job
     except ConfigError as error:
-        _fail(job, f"error: {error}")
+        _fail(job, f"error: {error}{_whose(job)}")
     except BaseException as error:
         if isinstance(error, SystemExit) and not error.code:
             raise
@@ -131,6 +133,13 @@ def prepare_megatron() -> None:
     logging.getLogger("megatron").setLevel(logging.ERROR)
     cpu_support.install()
     loadable_adam.install()
+
+
+def _whose(job: Launch) -> str:
+    """Which node an error is of, where there are several and each has files of its own."""
+    if os.environ.get("LOCAL_WORLD_SIZE", str(job.world_size)) == str(job.world_size):
+        return ""
+    return f" (rank {job.rank} on {socket.gethostname()})"
 
 
 def _fail(job: Launch, message: str) -> None:
@@ -163,14 +172,20 @@ def _watch(job: Launch, done: threading.Event) -> None:
 def main_ranks_folder(folder: Path | None, runtime: "Runtime") -> Path | None:
     """The main rank's folder on every rank: a file system may show its files late to other nodes.
     One broadcast of an object. ConfigError where a rank does not see it."""
-    chosen = [folder]
-    dist.broadcast_object_list(chosen, 0)
+    chosen = from_main_rank(folder)
     require(
-        chosen[0] is None or chosen[0].is_dir(),
-        f"rank {runtime.rank} does not see {chosen[0]}, which the main rank reads; runs must be on "
-        "a file system that all nodes share",
+        chosen is None or chosen.is_dir(),
+        f"rank {runtime.rank} does not see {chosen}, which the main rank reads; runs must be on a "
+        "file system that all nodes share",
     )
-    return chosen[0]
+    return chosen
+
+
+def from_main_rank(value: Any) -> Any:
+    """The main rank's value on every rank. One broadcast of an object."""
+    values = [value]
+    dist.broadcast_object_list(values, 0)
+    return values[0]
 
 
 def order_kernels(tensor_parallel: int, *, shards_target: bool) -> None:

@@ -44,7 +44,7 @@ def data_facts(plan: RunPlan) -> dict[str, Any]:
         **({"template_date": day} if day else {}),
         "max_length": plan.config.data.max_length,
         "min_loss_tokens": plan.config.min_loss_tokens,
-        "tokenizer": _digest(_tokenizer_text(plan.tokenizer)),
+        "tokenizer": _digest(tokenizer_text(plan.tokenizer)),
         "chat_template": _digest(str(plan.tokenizer.chat_template)),
     }
 
@@ -93,7 +93,8 @@ def _wrong(plan: RunPlan, there: dict[str, Any]) -> list[str]:
     return differences(there, {name: here[name] for name in here if name in there})
 
 
-def _tokenizer_text(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    """All that decides which tokens a text has."""
     if tokenizer.is_fast:
         return tokenizer.backend_tokenizer.to_str()
     return str(sorted(tokenizer.get_vocab().items()))

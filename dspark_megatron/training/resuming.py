@@ -1,0 +1,90 @@
+"""Which checkpoint a run continues from, and whether anything is left to do from there: known
+before data and target are read."""
+
+from pathlib import Path
+
+from dspark_megatron.config import Config, ConfigError, TrainConfig, require
+from dspark_megatron.config_file import load_config
+from dspark_megatron.conversion.megatron_checkpoint import (
+    find_checkpoint,
+    iteration_folder,
+    latest_iteration,
+    read_meta,
+)
+from dspark_megatron.storage.checkpoint_metadata import check_whole
+from dspark_megatron.training.checkpointing import check_same_run, read_state
+from dspark_megatron.training.run_end import RunEnd
+from dspark_megatron.training.run_identity import run_identity
+from dspark_megatron.training.runtime import Runtime, from_main_rank, main_ranks_folder
+from dspark_megatron.training.setup import RunPlan
+
+
+def checkpoint_to_resume(plan: RunPlan, checkpoints: Path, runtime: Runtime) -> Path | None:
+    """The checkpoint to continue from, if there is one, seen to be whole and of this run as far as
+    that needs no data. The main rank decides for all."""
+    chosen = None
+    if runtime.is_main and (chosen := _chosen(plan.config, checkpoints)) is not None:
+        require(
+            not read_meta(chosen).get("weights_only"),
+            f"{chosen} holds imported weights without an optimizer: it cannot be continued; set "
+            "train.initial_checkpoint to it and train.output_dir to a new folder",
+        )
+        check_whole(chosen)
+    folder = main_ranks_folder(chosen, runtime)
+    if folder is not None:
+        check_same_run(folder, run_identity(plan))
+    return folder
+
+
+def _chosen(config: Config, checkpoints: Path) -> Path | None:
+    """The newest one; with train.resume_from that one, until the run has gone on from there and
+    has a whole checkpoint of that."""
+    train = config.train
+    if not train.resume:
+        return None
+    if train.resume_from is None:
+        newest = latest_iteration(checkpoints)
+        return None if newest is None else iteration_folder(checkpoints, newest)
+    named = find_checkpoint(checkpoints, train.resume_from)
+    try:
+        newest = iteration_folder(checkpoints, latest_iteration(checkpoints) or 0)
+        if read_meta(newest).get("resumed_from") == train.resume_from:
+            check_whole(newest)
+            return newest
+    except ConfigError:  # what is wrong with the newest may be why another one is named
+        pass
+    return named
+
+
+def finished_state(
+    plan: RunPlan, folder: Path | None, output_dir: Path, runtime: Runtime
+) -> str | None:
+    """How far the run of a checkpoint is, if nothing is left to do; None where something is, or
+    that is not known before the data are read. The main rank decides for all: one broadcast."""
+    state = _finished_state(plan.config, folder, output_dir) if runtime.is_main else None
+    return from_main_rank(state)
+
+
+def _finished_state(config: Config, folder: Path | None, output_dir: Path) -> str | None:
+    if folder is None or not _has_data_of(output_dir, config):
+        return None
+    num_samples = read_meta(folder).get("num_samples")
+    if config.train.epochs is not None and num_samples is None:  # of an older version
+        return None
+    end, state = RunEnd.of(config.train, num_samples or 0), read_state(folder)
+    return end.describe(state) if end.is_reached(state) else None
+
+
+def _has_data_of(output_dir: Path, config: Config) -> bool:
+    """Whether the run was last started with the same data section. With another one the data are
+    read, to see whether they are the same."""
+    try:
+        return load_config(output_dir / "config.yaml").data == config.data
+    except ConfigError:
+        return False
+
+
+def finished_text(state: str, train: TrainConfig) -> str:
+    """What is said of a run that had reached its end before it was started."""
+    key = "train.iterations" if train.iterations is not None else "train.epochs"
+    return f"completed before: {state}; nothing is left to do, and a larger {key} would continue it"
