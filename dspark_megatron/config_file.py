@@ -99,6 +99,9 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
             return [
                 _convert(f"{name}[{i}]", v, typing.get_args(kind)[0]) for i, v in enumerate(value)
             ]
+    elif typing.get_origin(kind) is dict:
+        if isinstance(value, dict):
+            return value
     elif kind is float and not isinstance(value, bool):
         try:
             return float(value)  # YAML 1.1 reads 6e-4 as a string

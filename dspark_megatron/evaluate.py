@@ -76,7 +76,7 @@ def _checked_plan(config: Any, world_size: int) -> Any:
         "target.provider=huggingface",
     )
     plan = check_run(config, world_size)
-    check_decodes(config)
+    check_decodes(plan, config.evaluate.batch_size)
     check_quantization(plan.target_config, plan.target_split)
     require(
         target_shards(config.target, plan.dp_size) == 1,

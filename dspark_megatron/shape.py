@@ -11,9 +11,7 @@ from dspark_megatron.config import (
     TrainConfig,
     require,
 )
-
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Those that do not change with the sequence length."""
+from dspark_megatron.draft_rope import draft_rope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +51,7 @@ def draft_shape(model: ModelConfig, target_config: Any) -> DraftShape:
     Raises ConfigError when a rule between the config and the target does not hold.
     """
     text = target_config.get_text_config()
+    _check_facts(text)
     _check_layer_ids(model.target_layer_ids, text.num_hidden_layers)
     _check_mask_token(model.mask_token_id, text)
     heads, kv_heads, head_dim = _draft_heads(model, text)
@@ -66,7 +65,7 @@ def draft_shape(model: ModelConfig, target_config: Any) -> DraftShape:
         head_dim=head_dim,
         vocab_size=text.vocab_size,
         rms_norm_eps=getattr(text, "rms_norm_eps", 1e-6),
-        rope_parameters=_rope_parameters(text),
+        rope_parameters=draft_rope(model.rope_parameters, text),
         max_position_embeddings=text.max_position_embeddings,
         num_target_layers=text.num_hidden_layers,
         target_layer_ids=tuple(model.target_layer_ids),
@@ -84,11 +83,13 @@ def _draft_heads(model: ModelConfig, text: Any) -> tuple[int, int, int]:
     such heads."""
     names = ("num_attention_heads", "num_key_value_heads", "head_dim")
     chosen = [getattr(model, name) for name in names]
-    if _has_latent_attention(text):
+    without_heads = getattr(text, "num_attention_heads", None) is None
+    if _has_latent_attention(text) or without_heads:
+        whose = "the target" if without_heads else "the target's latent attention (MLA)"
         require(
             None not in chosen,
-            "the target's latent attention (MLA) has no key/value heads that the draft could take "
-            f"over; set model.{', model.'.join(names)}, for example to "
+            f"{whose} has no key/value heads that the draft could take over; set "
+            f"model.{', model.'.join(names)}, for example to "
             f"{max(1, text.hidden_size // 128)}, 8 and 128",
         )
     heads = chosen[0] or text.num_attention_heads
@@ -99,6 +100,17 @@ def _draft_heads(model: ModelConfig, text: Any) -> tuple[int, int, int]:
     )
     head_dim = chosen[2] or getattr(text, "head_dim", None) or text.hidden_size // heads
     return heads, kv_heads, head_dim
+
+
+def _check_facts(text: Any) -> None:
+    """What every target's config must say."""
+    names = ("hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings")
+    missing = [name for name in names if type(getattr(text, name, None)) is not int]
+    require(
+        not missing,
+        f"the target's config ({text.model_type}) must say its {' and '.join(missing)}; put "
+        f"{'them' if len(missing) > 1 else 'it'} into its config.json",
+    )
 
 
 def _has_latent_attention(text: Any) -> bool:
@@ -277,24 +289,3 @@ def _check_mask_token(mask_token_id: int | None, text: Any) -> None:
     )
     special = {"pad": text.pad_token_id, "eos": text.eos_token_id}
     check_special_tokens(mask_token_id, special)
-
-
-def _rope_parameters(text: Any) -> dict[str, Any]:
-    """The target's RoPE as a plain dict, without what the Qwen3-style draft does not apply."""
-    rope = dict(getattr(text, "rope_parameters", None) or {})
-    # Where layers of several kinds have their own, the draft, whose attention is full, takes that.
-    rope = dict(rope.get("full_attention", rope))
-    require(
-        "rope_theta" in rope,
-        "the target's config has no single rope_parameters with rope_theta "
-        f"(found keys {sorted(rope)}); its positions are not the draft's RoPE",
-    )
-    for key in ("type", "partial_rotary_factor", "mrope_section", "mrope_interleaved"):
-        rope.pop(key, None)
-    rope.setdefault("rope_type", "default")
-    require(
-        rope["rope_type"] in ROPE_TYPES,
-        f"the target's rope_type ({rope['rope_type']!r}) must be one of {', '.join(ROPE_TYPES)}: "
-        "the others change with the sequence length",
-    )
-    return rope

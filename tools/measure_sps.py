@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
         from dspark_megatron.training.setup import check_decodes, check_run
 
         plan = check_run(load_config(args.config, args.overrides), job.world_size)
-        check_decodes(plan.config)
+        check_decodes(plan, max([1, *args.requests]))
         require(
             plan.config.target.provider == "huggingface",
             "steps are measured with a key/value cache, which target.provider "
