@@ -46,9 +46,7 @@ FAMILIES = {
         "logits_scaling": 1.0,
     },
     "lfm2": dict(layer_types=["conv", "full_attention"] * 2, block_ff_dim=48),
-    "lfm2_moe": dict(
-        layer_types=["conv", "full_attention"] * 2, **EXPERTS, num_dense_layers=1
-    ),
+    "lfm2_moe": dict(layer_types=["conv", "full_attention"] * 2, **EXPERTS, num_dense_layers=1),
 }
 """What each has beside SIZES."""
 

@@ -140,9 +140,11 @@ def main(argv: list[str] | None = None) -> None:
         from dspark_megatron.config_file import load_config
         from dspark_megatron.evaluation.serving.sps_table import write_sps_table
         from dspark_megatron.targets.quantization import check_quantization
+        from dspark_megatron.training.known_draft import with_some_draft
         from dspark_megatron.training.setup import check_decodes, check_run
 
-        plan = check_run(load_config(args.config, args.overrides), job.world_size)
+        config = with_some_draft(load_config(args.config, args.overrides, trains=False))
+        plan = check_run(config, job.world_size)
         check_decodes(plan, max([1, *args.requests]))
         require(
             plan.config.target.provider == "huggingface",

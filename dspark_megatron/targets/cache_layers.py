@@ -1,5 +1,5 @@
-"""What a family keeps of a sequence from token to token, by its config alone: keys and values, which
-can be cut, or states, which cannot."""
+"""What a family keeps of a sequence from token to token, by its config alone: keys and values, from
+which tokens can be cut, or states, from which they cannot."""
 
 from typing import Any
 
@@ -51,8 +51,9 @@ def check_pieces(target_config: PretrainedConfig, way_out: str) -> None:
 def check_decoding(target_config: PretrainedConfig, batch_size: int) -> None:
     """ConfigError unless drafts can be taken back from so many sequences at once."""
     check_pieces(
-        target_config, "such a target can be trained for, but not decoded with: evaluate in a "
-        "serving engine, and use evaluate.every for estimates while training"
+        target_config,
+        "such a target can be trained for, but not decoded with: evaluate in a "
+        "serving engine, and use evaluate.every for estimates while training",
     )
     other = {type(x).__name__ for x in _layers(target_config) if type(x) not in _MOVED}
     require(

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from dspark_megatron import transformer_engine
-from dspark_megatron.config import Config, ConfigError, ModelConfig, require
+from dspark_megatron.config import Config, ModelConfig, require
 from dspark_megatron.conversion.draft_tensors import check_draft_tensors
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.model.layer_specs import layer_spec
