@@ -1,5 +1,6 @@
 """The draft's dimensions, derived from the target's own config, and every rule between the two."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -83,29 +84,48 @@ def _draft_heads(model: ModelConfig, text: Any) -> tuple[int, int, int]:
     such heads."""
     names = ("num_attention_heads", "num_key_value_heads", "head_dim")
     chosen = [getattr(model, name) for name in names]
-    without_heads = getattr(text, "num_attention_heads", None) is None
-    if _has_latent_attention(text) or without_heads:
-        whose = "the target" if without_heads else "the target's latent attention (MLA)"
-        require(
-            None not in chosen,
-            f"{whose} has no key/value heads that the draft could take over; set "
-            f"model.{', model.'.join(names)}, for example to "
-            f"{max(1, text.hidden_size // 128)}, 8 and 128",
-        )
+    several = [name for name in names if len(layer_values(text, name)) > 1]
+    why = ""
+    if _has_latent_attention(text):
+        why = "the target's latent attention (MLA) has no key/value heads"
+    elif not layer_values(text, "num_attention_heads"):
+        why = "the target has no attention heads"
+    elif several:
+        why = f"the target's layers differ in {' and '.join(several)}, so it has no heads"
+    require(
+        not why or None not in chosen,
+        f"{why} that the draft could take over; set model.{', model.'.join(names)}, for example to "
+        f"{max(1, text.hidden_size // 128)}, 8 and 128",
+    )
+    if why:
+        return _divided(*chosen)
     heads = chosen[0] or text.num_attention_heads
     kv_heads = chosen[1] or getattr(text, "num_key_value_heads", None) or heads
+    head_dim = chosen[2] or getattr(text, "head_dim", None) or text.hidden_size // heads
+    return _divided(heads, kv_heads, head_dim)
+
+
+def _divided(heads: int, kv_heads: int, head_dim: int) -> tuple[int, int, int]:
     require(
         heads % kv_heads == 0,
         f"query heads ({heads}) must be divisible by key/value heads ({kv_heads})",
     )
-    head_dim = chosen[2] or getattr(text, "head_dim", None) or text.hidden_size // heads
     return heads, kv_heads, head_dim
+
+
+def layer_values(text: Any, name: str) -> set[Any]:
+    """What a text config says of a key: nothing, one value, or several where layers differ."""
+    try:
+        found = {getattr(text, name, None)}
+    except RuntimeError:  # Transformers': asked of the whole, it is said of each layer
+        found = {getattr(layer, name, None) for layer in text.per_layer_config}
+    return found - {None}
 
 
 def _check_facts(text: Any) -> None:
     """What every target's config must say."""
     names = ("hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings")
-    missing = [name for name in names if type(getattr(text, name, None)) is not int]
+    missing = [name for name in names if len(layer_values(text, name)) != 1]
     require(
         not missing,
         f"the target's config ({text.model_type}) must say its {' and '.join(missing)}; put "
@@ -151,11 +171,12 @@ def check_layout(config: Config, shape: DraftShape, target_config: Any, world_si
 
 
 def _target_splits(target: TargetConfig, text: Any) -> dict[str, int]:
-    splits = {"the target's query heads": text.num_attention_heads}
+    heads = layer_values(text, "num_attention_heads")
+    splits = {"the target's query heads": math.gcd(*heads)} if heads else {}
     # Megatron-Core splits a key/value head where there are more ranks.
-    if not _has_latent_attention(text) and target.provider != "megatron":
-        kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        splits["the target's key/value heads"] = kv_heads
+    if heads and not _has_latent_attention(text) and target.provider != "megatron":
+        kv_heads = layer_values(text, "num_key_value_heads") or heads
+        splits["the target's key/value heads"] = math.gcd(*kv_heads)
     return splits
 
 

@@ -21,8 +21,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from dspark_megatron.config import ConfigError, require
 from dspark_megatron.storage.safetensors_folder import SafetensorsFolder, open_safetensors
 
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
-HEADS = ("lm_head.weight",)
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embeddings.weight")
+EMBEDDINGS += ("embed_in.weight",)
+HEADS = ("lm_head.weight", "embed_out.weight")
 
 
 def load_target_config(target_dir: str | Path) -> PretrainedConfig:
@@ -173,7 +174,7 @@ def target_fingerprint(folder: str | Path) -> str:
 def _pick(names: list[str], endings: tuple[str, ...]) -> list[str]:
     """Names with such an ending. The main model's own comes before those of its parts (a layer for
     multi-token prediction may carry a copy)."""
-    for prefix in ("", "model.", "transformer."):
+    for prefix in ("", "model.", "transformer.", "backbone."):
         exact = [name for name in names if name in [prefix + ending for ending in endings]]
         if exact:
             return exact

@@ -22,7 +22,7 @@ _ROWS = 64
 """Of the vocabulary in a trial of the head."""
 _MOST = 10**8
 """Parameters of a model for a trial, at most: a vision tower would be larger."""
-_LOGIT_KEYS = re.compile("logit|softcap|soft_cap|lm_head|dim_model_base")
+_LOGIT_KEYS = re.compile("^(final_)?logits?_|lm_head|dim_model_base")
 
 
 def model_class(target_config: PretrainedConfig) -> type[PreTrainedModel]:
