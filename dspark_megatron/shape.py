@@ -14,6 +14,9 @@ from dspark_megatron.config import (
 )
 from dspark_megatron.draft_rope import draft_rope
 
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""What families call the number of their experts."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DraftShape:
@@ -141,7 +144,7 @@ def _dense_width(text: Any) -> int:
     """Width of the target's dense FFN layers."""
     width, hidden_size = getattr(text, "intermediate_size", None), text.hidden_size
     plans = (getattr(text, f"base_model_{kind}_plan", None) or {} for kind in ("tp", "ep"))
-    has_experts = any("experts" in name for plan in plans for name in plan)
+    has_experts = any("experts" in name for plan in plans for name in plan) and _may_have(text)
     of_experts = has_experts and getattr(text, "moe_intermediate_size", None) is None
     require(
         isinstance(width, int) and not of_experts,
@@ -150,6 +153,13 @@ def _dense_width(text: Any) -> int:
         f"model.ffn_hidden_size, for example to 3 x hidden_size = {3 * hidden_size}",
     )
     return width
+
+
+def _may_have(text: Any) -> bool:
+    """False where a family may have experts, and this config says that it has none (Gemma 4)."""
+    said = text.to_dict()
+    counts = [said[name] for name in EXPERTS if name in said]
+    return not counts or any(counts)
 
 
 def check_layout(config: Config, shape: DraftShape, target_config: Any, world_size: int) -> int:

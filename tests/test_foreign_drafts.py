@@ -16,7 +16,9 @@ from dspark_megatron.conversion.import_draft import import_folder
 from dspark_megatron.conversion.layouts import LAYOUTS
 from dspark_megatron.conversion.verify import verify_folder
 
-PLAIN = replace(VANILLA, markov_rank=0, enable_confidence_head=False)
+PLAIN = replace(
+    VANILLA, markov_rank=0, enable_confidence_head=False, confidence_head_with_markov=False
+)
 """A backbone alone, as DFlash has it."""
 DFLASH = {
     "architectures": ["DFlashDraftModel"],

@@ -39,7 +39,8 @@ def dry_run(tmp_path):
     """What `--dry-run` says of a target of that name with these keys."""
 
     def dry_run(name, *keys, **changes):
-        (tmp_path / "config.json").write_text(json.dumps(TARGETS[name] | changes))
+        said = {key: x for key, x in (TARGETS[name] | changes).items() if x is not None}
+        (tmp_path / "config.json").write_text(json.dumps(said))
         config = load_config(None, [f"target.path={tmp_path}", *RUN, *DRAFT, *keys])
         return describe_run(config, 1)
 

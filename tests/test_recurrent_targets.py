@@ -113,9 +113,18 @@ def test_greedy_decoding_is_lossless(pool, tiny_run, tmp_path, family, tp):
         assert fast == slow == own[0, len(ids) :].tolist()
 
 
-@pytest.mark.parametrize("family", ["mamba", "mamba2", "jamba", "recurrent_gemma", "rwkv"])
-def test_families_that_forget_are_refused_by_their_config(family):
-    config = recurrent_config(family)
+@pytest.mark.parametrize(
+    "family, sizes",
+    [
+        ("mamba", {}),
+        ("mamba2", dict(num_heads=8, head_dim=8, n_groups=2)),
+        ("jamba", {}),
+        ("recurrent_gemma", {}),
+        ("rwkv", {}),
+    ],
+)
+def test_families_that_forget_are_refused_by_their_config(family, sizes):
+    config = recurrent_config(family, **sizes)
     assert model_class(config)._is_stateful
     with pytest.raises(ConfigError, match="recurrent states.*not decoded with"):
         check_decoding(config, 1)
