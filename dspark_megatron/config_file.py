@@ -14,12 +14,27 @@ from dspark_megatron.config import Config, ConfigError, require
 from dspark_megatron.loss_presets import check_new_preset, with_preset
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read a YAML file, apply `section.key=value` overrides, check everything.
+def load_config(
+    path: str | Path | None,
+    overrides: list[str] | tuple[str, ...] = (),
+    *,
+    trains: bool = True,
+) -> Config:
+    """Read a YAML file, apply `section.key=value` overrides, check everything; without a file, the
+    overrides alone. trains: false asks for nothing that training alone needs.
 
     Raises ConfigError for an unreadable file, an unknown key (naming the nearest valid one), a
     value of the wrong type, or settings that contradict each other.
     """
+    raw = _sections_of(path) if path is not None else {}
+    changes = nested_overrides(overrides)
+    config = config_from_dict(merged_sections(raw, changes))
+    config.validate(trains=trains)
+    check_new_preset(raw, changes)
+    return config
+
+
+def _sections_of(path: str | Path) -> dict[str, Any]:
     try:
         raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -30,11 +45,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raw is None or isinstance(raw, dict),
         f"{path} must hold sections (a YAML mapping), not a {type(raw).__name__}",
     )
-    changes = nested_overrides(overrides)
-    config = config_from_dict(merged_sections(raw or {}, changes))
-    config.validate()
-    check_new_preset(raw or {}, changes)
-    return config
+    return raw or {}
 
 
 def config_from_dict(raw: dict[str, Any]) -> Config:
@@ -100,6 +111,9 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
             return [
                 _convert(f"{name}[{i}]", v, typing.get_args(kind)[0]) for i, v in enumerate(value)
             ]
+    elif typing.get_origin(kind) is dict:
+        if isinstance(value, dict):
+            return value
     elif kind is float and not isinstance(value, bool):
         try:
             return float(value)  # YAML 1.1 reads 6e-4 as a string

@@ -1,7 +1,8 @@
 """Evaluate a drafter: `torchrun --nproc-per-node N -m dspark_megatron.evaluate --config FILE ...`.
 
-Decodes prompt files by real speculative decoding with the target and reports tau, acceptance by
-position and speed, as a table and as JSON.
+Of the config it needs the target, the prompts and a checkpoint, which knows its draft. Decodes
+prompt files by real speculative decoding with the target and reports tau, acceptance by position
+and speed, as a table and as JSON.
 """
 
 import argparse
@@ -11,7 +12,7 @@ from typing import Any
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Evaluate a DSpark drafter.")
-    parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser.add_argument("--config", help="YAML file of a run; or give its keys as overrides")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser.parse_intermixed_args(argv)
 
@@ -25,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
         from dspark_megatron.training.agreement import agree_at_launch
         from dspark_megatron.training.rank_facts import launch_facts
 
-        config = load_config(arguments.config, arguments.overrides)
+        config = load_config(arguments.config, arguments.overrides, trains=False)
         agree_at_launch(job, launch_facts(config, command="evaluate"))
         _evaluate(job, config)
 
@@ -42,6 +43,7 @@ def _evaluate(job: Any, config: Any) -> None:
     from dspark_megatron.training.runtime import main_ranks_folder, start
     from dspark_megatron.training.template_day import fix_template_day
 
+    config, checkpoint = _with_checkpoint(config)
     settings = config.evaluate
     plan = _checked_plan(config, job.world_size)
     fix_template_day(plan, job.main_ranks)
@@ -50,7 +52,7 @@ def _evaluate(job: Any, config: Any) -> None:
     files = {
         path: load_prompts(path, plan.tokenizer, *limits, rules) for path in settings.prompt_files
     }
-    checkpoint = _checkpoint(plan)
+    _check_checkpoint(plan, checkpoint)
     cut = _scheduled_cut(settings, plan.shape.block_size, checkpoint)
     output = _claim_outputs(config)
     runtime = start(job, config.parallel.tensor_parallel)
@@ -62,8 +64,11 @@ def _evaluate(job: Any, config: Any) -> None:
     results = evaluate_prompts(
         decoder, files, settings, dp_group=runtime.dp_group, show_progress=runtime.is_main
     )
+    ties = _ties(decoder, files, results, settings)
     facts = _facts(plan, checkpoint, iteration)
     figures = all_figures(results, plan.shape.block_size)
+    for name, count in ties.items():
+        figures[name]["ties_with_plain"] = count
     if runtime.is_main:
         _write(config, facts, files, results, figures, output)
     if cut is None:  # the estimate is of whole drafts
@@ -75,12 +80,11 @@ def _evaluate(job: Any, config: Any) -> None:
         _report(settings, facts, figures, output)
 
 
-def _checked_plan(config: Any, world_size: int) -> Any:
-    """The run's plan; ConfigError when its draft cannot be evaluated like this."""
+def _with_checkpoint(config: Any) -> tuple[Any, Path | None]:
+    """The config with what the checkpoint knows, and the checkpoint; None for the untrained draft.
+    ConfigError where there is nothing to evaluate, or nothing to decode with."""
     from dspark_megatron.config import require
-    from dspark_megatron.shape import target_shards
-    from dspark_megatron.targets.quantization import check_quantization
-    from dspark_megatron.training.setup import check_decodes, check_run
+    from dspark_megatron.training.known_draft import evaluated_checkpoint, with_draft_of
 
     require(bool(config.evaluate.prompt_files), "evaluate.prompt_files is empty; name a JSONL file")
     require(
@@ -88,8 +92,29 @@ def _checked_plan(config: Any, world_size: int) -> Any:
         "evaluation decodes with the target, and a cache has no states of new tokens; set "
         "target.provider=huggingface",
     )
+    checkpoint = evaluated_checkpoint(config)
+    if checkpoint is None:
+        require(
+            bool(config.train.output_dir or config.evaluate.output),
+            "evaluate.output is missing: an untrained draft has no folder to write into; name a "
+            "JSON file",
+        )
+        return config, None
+    config = with_draft_of(config, checkpoint)
+    if not config.train.output_dir:  # results go beside the checkpoint's run
+        config.train.output_dir = str(checkpoint.parent.parent)
+    return config, checkpoint
+
+
+def _checked_plan(config: Any, world_size: int) -> Any:
+    """The run's plan; ConfigError when its draft cannot be evaluated like this."""
+    from dspark_megatron.config import require
+    from dspark_megatron.shape import target_shards
+    from dspark_megatron.targets.quantization import check_quantization
+    from dspark_megatron.training.setup import check_decodes, check_run
+
     plan = check_run(config, world_size)
-    check_decodes(config)
+    check_decodes(plan, config.evaluate.batch_size)
     check_quantization(plan.target_config, plan.target_split)
     require(
         target_shards(config.target, plan.dp_size) == 1,
@@ -106,21 +131,15 @@ def _checked_plan(config: Any, world_size: int) -> Any:
     return plan
 
 
-def _checkpoint(plan: Any) -> Path | None:
-    """The checkpoint that is evaluated; None for the untrained draft."""
-    from dspark_megatron.conversion.megatron_checkpoint import BEST, find_checkpoint
+def _check_checkpoint(plan: Any, checkpoint: Path | None) -> None:
+    """ConfigError for a damaged checkpoint, or one of another target or draft."""
     from dspark_megatron.storage.checkpoint_metadata import check_whole
     from dspark_megatron.training.checkpointing import check_same_run
     from dspark_megatron.training.setup import draft_identity
 
-    settings = plan.config.evaluate
-    if settings.untrained:
-        return None
-    run = settings.checkpoint or plan.config.train.output_dir
-    folder = find_checkpoint(run, BEST if settings.best else None)
-    check_whole(folder)
-    check_same_run(folder, draft_identity(plan))
-    return folder
+    if checkpoint is not None:
+        check_whole(checkpoint)
+        check_same_run(checkpoint, draft_identity(plan))
 
 
 def _file_facts(settings: Any, checkpoint: Path | None) -> dict[str, str]:
@@ -173,6 +192,7 @@ def _build_decoder(
     first_prompt [1, s]: token ids to check the teacher logits on."""
     from dspark_megatron.evaluation.decoding import Decoder, Sampling
     from dspark_megatron.storage.target_folder import stop_token_ids
+    from dspark_megatron.targets.cache_check import check_cache
     from dspark_megatron.targets.teacher_check import check_teacher_logits
     from dspark_megatron.training.agreement import agree
     from dspark_megatron.training.checkpointing import load_checkpoint
@@ -197,11 +217,22 @@ def _build_decoder(
         check_teacher_logits(
             target, plan.config.target.path, target_head, draft.vocab_shard, first_prompt
         )
+    check_cache(target, first_prompt)
     settings = plan.config.evaluate
     stop_ids = stop_token_ids(plan.config.target.path, plan.tokenizer)
     sampling = Sampling(settings.temperature, settings.max_new_tokens, frozenset(stop_ids))
     decoder = Decoder(target, draft, target_head, sampling, batch_size=settings.batch_size, cut=cut)
     return decoder, iteration
+
+
+def _ties(decoder: Any, files: dict, results: dict, settings: Any) -> dict[str, int]:
+    """Greedy answers by file that part from the target's own at a tie; ConfigError for others."""
+    from dspark_megatron.evaluation.lossless import check_lossless
+
+    if settings.temperature > 0 or not settings.compare_plain:
+        return {}
+    ties = check_lossless(decoder, files, results)
+    return {**ties, "all": sum(ties.values())} if len(ties) > 1 else ties
 
 
 def _facts(plan: Any, checkpoint: Path | None, iteration: int) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The draft's dimensions, derived from the target's own config, and every rule between the two."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,9 +12,10 @@ from dspark_megatron.config import (
     TrainConfig,
     require,
 )
+from dspark_megatron.draft_rope import draft_rope
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Those that do not change with the sequence length."""
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""What families call the number of their experts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,7 @@ def draft_shape(model: ModelConfig, target_config: Any) -> DraftShape:
     Raises ConfigError when a rule between the config and the target does not hold.
     """
     text = target_config.get_text_config()
+    _check_facts(text)
     _check_layer_ids(model.target_layer_ids, text.num_hidden_layers)
     _check_mask_token(model.mask_token_id, text)
     heads, kv_heads, head_dim = _draft_heads(model, text)
@@ -66,7 +69,7 @@ def draft_shape(model: ModelConfig, target_config: Any) -> DraftShape:
         head_dim=head_dim,
         vocab_size=text.vocab_size,
         rms_norm_eps=getattr(text, "rms_norm_eps", 1e-6),
-        rope_parameters=_rope_parameters(text),
+        rope_parameters=draft_rope(model.rope_parameters, text),
         max_position_embeddings=text.max_position_embeddings,
         num_target_layers=text.num_hidden_layers,
         target_layer_ids=tuple(model.target_layer_ids),
@@ -84,21 +87,53 @@ def _draft_heads(model: ModelConfig, text: Any) -> tuple[int, int, int]:
     such heads."""
     names = ("num_attention_heads", "num_key_value_heads", "head_dim")
     chosen = [getattr(model, name) for name in names]
+    several = [name for name in names if len(layer_values(text, name)) > 1]
+    why = ""
     if _has_latent_attention(text):
-        require(
-            None not in chosen,
-            "the target's latent attention (MLA) has no key/value heads that the draft could take "
-            f"over; set model.{', model.'.join(names)}, for example to "
-            f"{max(1, text.hidden_size // 128)}, 8 and 128",
-        )
+        why = "the target's latent attention (MLA) has no key/value heads"
+    elif not layer_values(text, "num_attention_heads"):
+        why = "the target has no attention heads"
+    elif several:
+        why = f"the target's layers differ in {' and '.join(several)}, so it has no heads"
+    require(
+        not why or None not in chosen,
+        f"{why} that the draft could take over; set model.{', model.'.join(names)}, for example to "
+        f"{max(1, text.hidden_size // 128)}, 8 and 128",
+    )
+    if why:
+        return _divided(*chosen)
     heads = chosen[0] or text.num_attention_heads
     kv_heads = chosen[1] or getattr(text, "num_key_value_heads", None) or heads
+    head_dim = chosen[2] or getattr(text, "head_dim", None) or text.hidden_size // heads
+    return _divided(heads, kv_heads, head_dim)
+
+
+def _divided(heads: int, kv_heads: int, head_dim: int) -> tuple[int, int, int]:
     require(
         heads % kv_heads == 0,
         f"query heads ({heads}) must be divisible by key/value heads ({kv_heads})",
     )
-    head_dim = chosen[2] or getattr(text, "head_dim", None) or text.hidden_size // heads
     return heads, kv_heads, head_dim
+
+
+def layer_values(text: Any, name: str) -> set[Any]:
+    """What a text config says of a key: nothing, one value, or several where layers differ."""
+    try:
+        found = {getattr(text, name, None)}
+    except RuntimeError:  # Transformers': asked of the whole, it is said of each layer
+        found = {getattr(layer, name, None) for layer in text.per_layer_config}
+    return found - {None}
+
+
+def _check_facts(text: Any) -> None:
+    """What every target's config must say."""
+    names = ("hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings")
+    missing = [name for name in names if len(layer_values(text, name)) != 1]
+    require(
+        not missing,
+        f"the target's config ({text.model_type}) must say its {' and '.join(missing)}; put "
+        f"{'them' if len(missing) > 1 else 'it'} into its config.json",
+    )
 
 
 def _has_latent_attention(text: Any) -> bool:
@@ -109,7 +144,7 @@ def _dense_width(text: Any) -> int:
     """Width of the target's dense FFN layers."""
     width, hidden_size = getattr(text, "intermediate_size", None), text.hidden_size
     plans = (getattr(text, f"base_model_{kind}_plan", None) or {} for kind in ("tp", "ep"))
-    has_experts = any("experts" in name for plan in plans for name in plan)
+    has_experts = any("experts" in name for plan in plans for name in plan) and _may_have(text)
     of_experts = has_experts and getattr(text, "moe_intermediate_size", None) is None
     require(
         isinstance(width, int) and not of_experts,
@@ -118,6 +153,13 @@ def _dense_width(text: Any) -> int:
         f"model.ffn_hidden_size, for example to 3 x hidden_size = {3 * hidden_size}",
     )
     return width
+
+
+def _may_have(text: Any) -> bool:
+    """False where a family may have experts, and this config says that it has none (Gemma 4)."""
+    said = text.to_dict()
+    counts = [said[name] for name in EXPERTS if name in said]
+    return not counts or any(counts)
 
 
 def check_layout(config: Config, shape: DraftShape, target_config: Any, world_size: int) -> int:
@@ -139,11 +181,12 @@ def check_layout(config: Config, shape: DraftShape, target_config: Any, world_si
 
 
 def _target_splits(target: TargetConfig, text: Any) -> dict[str, int]:
-    splits = {"the target's query heads": text.num_attention_heads}
+    heads = layer_values(text, "num_attention_heads")
+    splits = {"the target's query heads": math.gcd(*heads)} if heads else {}
     # Megatron-Core splits a key/value head where there are more ranks.
-    if not _has_latent_attention(text) and target.provider != "megatron":
-        kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        splits["the target's key/value heads"] = kv_heads
+    if heads and not _has_latent_attention(text) and target.provider != "megatron":
+        kv_heads = layer_values(text, "num_key_value_heads") or heads
+        splits["the target's key/value heads"] = math.gcd(*kv_heads)
     return splits
 
 
@@ -277,24 +320,3 @@ def _check_mask_token(mask_token_id: int | None, text: Any) -> None:
     )
     special = {"pad": text.pad_token_id, "eos": text.eos_token_id}
     check_special_tokens(mask_token_id, special)
-
-
-def _rope_parameters(text: Any) -> dict[str, Any]:
-    """The target's RoPE as a plain dict, without what the Qwen3-style draft does not apply."""
-    rope = dict(getattr(text, "rope_parameters", None) or {})
-    # Where layers of several kinds have their own, the draft, whose attention is full, takes that.
-    rope = dict(rope.get("full_attention", rope))
-    require(
-        "rope_theta" in rope,
-        "the target's config has no single rope_parameters with rope_theta "
-        f"(found keys {sorted(rope)}); its positions are not the draft's RoPE",
-    )
-    for key in ("type", "partial_rotary_factor", "mrope_section", "mrope_interleaved"):
-        rope.pop(key, None)
-    rope.setdefault("rope_type", "default")
-    require(
-        rope["rope_type"] in ROPE_TYPES,
-        f"the target's rope_type ({rope['rope_type']!r}) must be one of {', '.join(ROPE_TYPES)}: "
-        "the others change with the sequence length",
-    )
-    return rope

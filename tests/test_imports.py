@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "dspark_megatron"
 LEAVES = {
     "config",
     "config_file",
+    "draft_rope",
     "loss_presets",
     "rms_norm",
     "megatron_names",
@@ -21,11 +22,12 @@ LEAVES = {
 LEAF_MAY_IMPORT = {
     "config": set(),
     "config_file": {"config", "loss_presets"},
+    "draft_rope": {"config"},
     "loss_presets": {"config"},
     "rms_norm": set(),
     "megatron_names": {"config"},
     "seeds": set(),
-    "shape": {"config"},
+    "shape": {"config", "draft_rope"},
     "storage": {"config"},
     "transformer_engine": set(),
 }

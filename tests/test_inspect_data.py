@@ -76,3 +76,17 @@ def test_refusals(inspect):
     assert code == 2 and "heldout_files is empty" in text
     code, text = inspect([(10, 5)], "data.max_length=1")
     assert code == 2 and "data.max_length (1) must be >= 2" in text
+
+
+def test_target_and_data_are_all_it_needs(tiny_run, tmp_path, capsys):
+    """Without a draft, and with the taps and mask token of none."""
+    file = tmp_path / "data.jsonl"
+    file.write_text(json.dumps({"input_ids": [5] * 30, "loss_mask": [0] * 10 + [1] * 20}) + "\n")
+    keys = [f"target.path={tiny_run['target']['path']}", f"data.train_files=[{file}]"]
+    code = tool.main(keys)
+    out, error = capsys.readouterr()
+    assert code == 0 and "kept 1 of 1 samples" in out, error
+    code = tool.main([*keys, "model.block_size=11"])
+    assert code == 2 or "kept 0 of 1" in capsys.readouterr().out  # 22 supervised tokens are wanted
+    assert tool.main(keys[:1]) == 2
+    assert "data.train_files is empty" in capsys.readouterr().err

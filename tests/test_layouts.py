@@ -348,7 +348,7 @@ UNSUPPORTED = {
     "draft_vocab_size": lambda c: c.update(draft_vocab_size=20),
     "'gelu'": lambda c: c.update(hidden_act="gelu"),
     "'gemma4'": lambda c: c.update(model_type="gemma4"),
-    "'dflash'": lambda c: c["dflash_config"].update(projector_type="dflash"),
+    "dspark_bonus_anchor": lambda c: c.update(dspark_bonus_anchor=True),
 }
 
 

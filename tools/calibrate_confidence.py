@@ -81,6 +81,7 @@ def _evaluate(args: argparse.Namespace) -> bool:
     from dspark_megatron import evaluate
     from dspark_megatron.config_file import load_config
     from dspark_megatron.evaluation.output_files import claim_file
+    from dspark_megatron.training.known_draft import evaluated_checkpoint, with_draft_of
 
     require(
         len(args.records) == 1 and args.records[0].parent.is_dir(),
@@ -97,8 +98,11 @@ def _evaluate(args: argparse.Namespace) -> bool:
         "temperatures": "''",
     }
     overrides = [*args.overrides, *(f"evaluate.{key}={value}" for key, value in own.items())]
+    config = load_config(args.config, overrides, trains=False)
+    checkpoint = evaluated_checkpoint(config)
+    config = with_draft_of(config, checkpoint) if checkpoint else config
     require(
-        load_config(args.config, overrides).model.enable_confidence_head,
+        config.model.enable_confidence_head,
         "model.enable_confidence_head is false: there is no head to calibrate",
     )
     claim_file(args.output / "calibration.json", "--output")

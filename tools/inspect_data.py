@@ -1,6 +1,7 @@
 """What a run would train on: lengths, supervised tokens, candidate anchors, padding, what is
 dropped and why, and one decoded sample with the learnt text in green (or ⟦so⟧ where the output is
-no terminal). Reads the config, the data and the target's tokenizer; loads no weights.
+no terminal). Reads the config, the data and the target's tokenizer; loads no weights. Of the config
+it needs the target and the data; the draft is that of the model section, or of a checkpoint.
 
     python tools/inspect_data.py --config run.yaml [--sample 3] [section.key=value ...]
 """
@@ -13,7 +14,7 @@ from dspark_megatron.config import ConfigError, require
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Inspect the training data of a run.")
-    parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser.add_argument("--config", help="YAML file of a run; or give its keys as overrides")
     parser.add_argument("--held-out", action="store_true", help="evaluate.heldout_files instead")
     parser.add_argument("--sample", type=int, default=0, help="which one to show, from 0")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -24,18 +25,22 @@ def inspect(args: argparse.Namespace) -> str:
     from dspark_megatron.config_file import load_config
     from dspark_megatron.data.show import BRACKETS, GREEN, describe_sample
     from dspark_megatron.training.data_report import describe_data
+    from dspark_megatron.training.known_draft import with_some_draft
     from dspark_megatron.training.run_data import load_run_data
     from dspark_megatron.training.setup import check_run
     from dspark_megatron.training.template_day import fix_template_day
 
-    config = load_config(args.config, args.overrides)
+    config = with_some_draft(load_config(args.config, args.overrides, trains=False))
     layout = config.parallel
     ranks = layout.tensor_parallel * max(1, config.target.shard_across_data_parallel)
     plan = check_run(config, max(ranks, layout.expert_parallel))  # the smallest job that it allows
     fix_template_day(plan, lambda choose: choose())
     data = config.data
     entries = config.evaluate.heldout_files if args.held_out else data.train_files
-    require(bool(entries), "evaluate.heldout_files is empty; name files, or leave out --held-out")
+    name, other = "data.train_files", "give --held-out"
+    if args.held_out:
+        name, other = "evaluate.heldout_files", "leave out --held-out"
+    require(bool(entries), f"{name} is empty; name files, or {other}")
     weights = None if args.held_out else data.weights
     dataset = load_run_data(plan, entries, weights=weights, show_progress=sys.stderr.isatty())
     require(

@@ -141,14 +141,16 @@ def main(argv: list[str] | None = None) -> None:
         from dspark_megatron.evaluation.serving.sps_table import write_sps_table
         from dspark_megatron.targets.quantization import check_quantization
         from dspark_megatron.training.agreement import agree, agree_at_launch
+        from dspark_megatron.training.known_draft import with_some_draft
         from dspark_megatron.training.rank_facts import launch_facts, target_facts
         from dspark_megatron.training.setup import check_decodes, check_run
 
-        config = load_config(args.config, args.overrides)
+        config = load_config(args.config, args.overrides, trains=False)
         own = {k: v for k, v in vars(args).items() if k not in ("config", "overrides")}
         agree_at_launch(job, launch_facts(config, command="measure_sps", **own))
+        config = with_some_draft(config)
         plan = check_run(config, job.world_size)
-        check_decodes(plan.config)
+        check_decodes(plan, max([1, *args.requests]))
         require(
             plan.config.target.provider == "huggingface",
             "steps are measured with a key/value cache, which target.provider "

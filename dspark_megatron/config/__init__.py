@@ -48,9 +48,13 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
-    def validate(self) -> None:
+    def validate(self, *, trains: bool = True) -> None:
+        """trains: false leaves out what training alone needs, its data, folder and length."""
         for section in dataclasses.fields(self):
             getattr(self, section.name).validate()
+        if trains:
+            self.data.check_given()
+            self.train.check_given()
         loss = self.loss
         terms = ["ce_loss_alpha", "l1_loss_alpha", "tvd_loss_alpha", "kl_loss_alpha"]
         if self.model.enable_confidence_head:

@@ -42,8 +42,11 @@ class DataConfig:
     show_sample: bool = True
     """Print one decoded sample with its loss mask at start."""
 
-    def validate(self) -> None:
+    def check_given(self) -> None:
+        """What training needs."""
         require(bool(self.train_files), "data.train_files is empty; name at least one JSONL file")
+
+    def validate(self) -> None:
         require(
             len(self.weights) in (0, len(self.train_files))
             and all(0 < weight < math.inf for weight in self.weights),

@@ -1,6 +1,7 @@
 """The section `model`."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from dspark_megatron.config.rules import one_of, positive, require
 
@@ -38,6 +39,9 @@ class ModelConfig:
     """Width of one attention head of the draft."""
     initializer_range: float = 0.02
     """Standard deviation of the initial weights; biases start at zero, norms at one."""
+    rope_parameters: dict[str, Any] | None = None
+    """RoPE of the draft, in Transformers' words, for example `{rope_theta: 10000.0}`: `rope_type`
+    is `default`, `linear`, `llama3` or `yarn`. Null: the target's, if it is one of these."""
     initialize_from_target_layers: list[int] = field(default_factory=list)
     """For each draft layer the target's layer (0-based) whose attention, MLP and norms it starts
     from, where the shapes agree; empty: all weights are random. Not looked at when the run

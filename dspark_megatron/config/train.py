@@ -45,13 +45,16 @@ class TrainConfig:
     tensorboard: bool = True
     """Write TensorBoard events to output_dir/tensorboard."""
 
-    def validate(self) -> None:
+    def check_given(self) -> None:
+        """What training needs."""
         require(bool(self.output_dir), "train.output_dir is missing")
         require(
             (self.iterations is None) != (self.epochs is None),
             f"give exactly one of train.iterations ({self.iterations}) "
             f"and train.epochs ({self.epochs})",
         )
+
+    def validate(self) -> None:
         for name in ("iterations", "epochs"):
             if getattr(self, name) is not None:
                 positive(f"train.{name}", getattr(self, name))

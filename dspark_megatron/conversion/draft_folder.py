@@ -16,7 +16,7 @@ from dspark_megatron.config import ConfigError, require
 from dspark_megatron.conversion.engine_reading import AUX
 from dspark_megatron.conversion.foreign_configs import TargetFacts
 from dspark_megatron.conversion.hf_config import description_of_config
-from dspark_megatron.conversion.layouts import LAYOUTS, detect_layout
+from dspark_megatron.conversion.layouts import LAYOUTS, check_dspark, detect_layout
 from dspark_megatron.conversion.names import (
     EMBEDDING,
     LM_HEAD,
@@ -43,6 +43,7 @@ class DraftFolder:
         self.files = SafetensorsFolder(self.path)
         raw = self.files.shapes
         try:
+            check_dspark(self.config, raw)
             self.layout = detect_layout(self.config, raw) if layout == "auto" else LAYOUTS[layout]
             canonical = self.layout.from_config(self.config, target)
             unsupported = _unsupported(canonical, raw)
@@ -159,10 +160,9 @@ def _unsupported(config: dict[str, Any], names: Any) -> list[str]:
             "model_type", "qwen3"
         )
         != "qwen3",
-        f"the projector {nested.get('projector_type')!r} instead of 'dspark'": nested.get(
-            "projector_type", "dspark"
-        )
-        != "dspark",
+        "blocks whose anchor is not drafted from (dspark_bonus_anchor)": config.get(
+            "dspark_bonus_anchor"
+        ),
     }
     return [f"{rule}: not supported, and not to be left out" for rule, hit in rules.items() if hit]
 

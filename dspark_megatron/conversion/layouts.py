@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from dspark_megatron.config import ConfigError
+from dspark_megatron.config import ConfigError, require
 from dspark_megatron.conversion import foreign_configs
 
 Config = dict[str, Any]
@@ -37,6 +37,11 @@ class Layout:
         return _renamed(name, ((theirs, ours) for ours, theirs in self.renames))
 
 
+FOREIGN = ("layers.0.attention_conv.", "candidate_selector.", "prefix_gru.", "lilicorr.")
+FOREIGN += ("midlayer.", "medusa_head.", "eagle_module.", "mtp.")
+"""Beginnings of tensor names of DFlash2, Domino, LiLiCorr, EAGLE, Medusa and MTP drafts."""
+OTHERS = ("eagle", "medusa", "mtp", "peagle")
+"""In names of architectures."""
 OLD_PREFIXES = ("model.", "logit_head.")
 """A wrapper around the whole draft, and SpecForge's around its heads."""
 
@@ -73,6 +78,44 @@ LAYOUTS = {
         ),
     )
 }
+
+
+def check_dspark(config: Config, names: Iterable[str]) -> None:
+    """ConfigError for a draft of another kind, by its config and tensor names: its tensors may fit,
+    and it would still compute something else."""
+    nested = config.get("dflash_config") or {}
+    names = list(names)
+    kinds = {
+        "speculators_model_type": config.get("speculators_model_type", "dspark"),
+        "speculators_config.algorithm": (config.get("speculators_config") or {}).get(
+            "algorithm", "dspark"
+        ),
+        "dflash_config.projector_type": nested.get("projector_type", "dspark"),
+    }
+    other = next((f"{key} {kind!r}" for key, kind in kinds.items() if kind != "dspark"), None)
+    foreign = [n for n in names if n.startswith(FOREIGN)]
+    if foreign:
+        other = other or f"tensors {foreign[0]}{', ...' * (len(foreign) > 1)}"
+    require(
+        other is None,
+        f"this is no DSpark draft: it has {other}; train a DSpark draft for its target, or take "
+        "one of DeepSpec, speculators, ModelOpt or SpecForge",
+    )
+    architecture = str((config.get("architectures") or [""])[0])
+    is_marked = nested.get("projector_type") == "dspark" or "use_confidence_head" in nested
+    has_heads = any("markov_w1." in name or "confidence_" in name for name in names)
+    require(
+        "DFlash" not in architecture or is_marked or has_heads,
+        f"this is a DFlash draft ({architecture} without dflash_config.projector_type 'dspark' and "
+        "without a Markov head), and no DSpark draft: its slot 0 repeats the anchor, and each slot "
+        "predicts one token earlier than DSpark's, so it would draft wrong tokens here whatever "
+        "keys are added; train a DSpark draft for its target",
+    )
+    require(
+        not any(kind in architecture.lower() for kind in OTHERS),
+        f"this is no DSpark draft: its architecture is {architecture}; train a DSpark draft for "
+        "its target",
+    )
 
 
 def detect_layout(config: Config, names: Iterable[str]) -> Layout:

@@ -6,17 +6,12 @@ both are there they must say the same.
 import math
 from typing import Any
 
-from transformers import Qwen3Config
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
-
-from dspark_megatron.config import ConfigError, require
-from dspark_megatron.shape import ROPE_TYPES
+from dspark_megatron.config import require
+from dspark_megatron.draft_rope import NOT_APPLIED, ROPE_TYPES, SCALED_FROM, computable
 
 Config = dict[str, Any]
 
 SPELLINGS = ("rope_parameters", "rope_scaling")
-NOT_APPLIED = ("partial_rotary_factor", "mrope_section", "mrope_interleaved")
-"""What comes over from targets' configs, and the draft's RoPE does not do."""
 
 
 def rope_of_config(config: Config) -> Config:
@@ -42,7 +37,7 @@ def rope_of_config(config: Config) -> Config:
         f"rope_type ({rope['rope_type']!r}) must be one of {', '.join(ROPE_TYPES)}; others are not "
         "this project's draft",
     )
-    return _computable({**rope, "rope_theta": theta})
+    return computable({**rope, "rope_theta": theta}, "config.json has")
 
 
 def rope_differences(config: Config) -> list[str]:
@@ -74,22 +69,7 @@ def _scaling(config: Config, key: str) -> Config:
     given = given if isinstance(given, dict) else {}
     rope = {k: v for k, v in given.items() if k not in (*NOT_APPLIED, "type")}
     rope.setdefault("rope_type", given.get("type", "default"))
-    if rope["rope_type"] in ("llama3", "yarn"):  # as Transformers completes them
+    if rope["rope_type"] in SCALED_FROM:  # as Transformers completes them
         if (length := config.get("max_position_embeddings")) is not None:
             rope.setdefault("original_max_position_embeddings", length)
-    return rope
-
-
-def _computable(rope: Config) -> Config:
-    """The same; ConfigError if Transformers' Qwen3, which every engine follows, cannot make it."""
-    try:
-        config = Qwen3Config(
-            hidden_size=64, num_attention_heads=1, head_dim=64, rope_parameters=dict(rope)
-        )
-        finite = bool(Qwen3RotaryEmbedding(config).inv_freq.isfinite().all())
-    except Exception as error:  # whatever a value of a wrong kind leads to
-        raise ConfigError(
-            f"config.json has a RoPE that cannot be computed: {rope} ({error})"
-        ) from error
-    require(finite, f"config.json has a RoPE without finite frequencies: {rope}")
     return rope

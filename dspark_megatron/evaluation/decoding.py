@@ -107,11 +107,14 @@ class Decoder:
             seconds += time.perf_counter() - start
         return Decoded(generations, seconds)
 
+    def target_logits(self, last_hidden: Tensor) -> Tensor:
+        """[b, q, h] -> [b, q, v], whole on every rank. One all-gather of logits."""
+        logits = last_hidden.to(self.target_head.dtype) @ self.target_head.t()
+        return gather_vocab(logits, self.draft.shape.vocab_size, tp_group=self.tp_group)
+
     def target_probs(self, last_hidden: Tensor) -> Tensor:
         """[b, q, h] -> fp32 [b, q, v], whole on every rank. One all-gather of logits."""
-        logits = last_hidden.to(self.target_head.dtype) @ self.target_head.t()
-        logits = gather_vocab(logits, self.draft.shape.vocab_size, tp_group=self.tp_group)
-        return probabilities(logits, self.sampling.temperature)
+        return probabilities(self.target_logits(last_hidden), self.sampling.temperature)
 
     def agree(self, numbers: Tensor) -> Tensor:
         """Tensor-parallel rank 0's values on every rank, in place. One broadcast."""

@@ -32,6 +32,8 @@ def _cells(name: str, figures: dict[str, Any], greedy: bool) -> dict[str, str]:
     }
     if greedy:
         cells["= plain"] = f"{figures.get('identical_to_plain', '-')}/{figures['prompts']}"
+        if ties := figures.get("ties_with_plain"):
+            cells["= plain"] += f" ({ties} at a tie)"
     return cells
 
 

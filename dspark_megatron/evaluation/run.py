@@ -34,6 +34,11 @@ class FileResult:
         """Answers with drafts, in the order of the prompts."""
         return _in_order(self.speculative)
 
+    @property
+    def plain_generations(self) -> list[Generation]:
+        """Answers of the target alone; only where it was compared."""
+        return _in_order(self.plain)
+
     def figures(self, block_size: int) -> dict[str, Any]:
         found = acceptance(self.generations, block_size)
         return {**found, **comparison(self.speculative, self.plain)}

@@ -10,6 +10,8 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
+import yaml
+
 from dspark_megatron.config import Config, require
 from dspark_megatron.config_file import config_from_dict
 from dspark_megatron.megatron_names import ARGUMENTS, settings
@@ -124,8 +126,16 @@ def _parsing(kind: Any) -> dict[str, Any]:
         return {"nargs": "+", "type": typing.get_args(kind)[0]}
     if isinstance(kind, types.UnionType):
         kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
-        return {"type": _or_null(kind)}
+        return {"type": _or_null(_mapping if typing.get_origin(kind) is dict else kind)}
     return {"type": kind}
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    """YAML's, as in an override."""
+    found = yaml.safe_load(text)
+    if not isinstance(found, dict):
+        raise ValueError(f"{text} is no mapping")
+    return found
 
 
 def _or_null(kind: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -10,7 +10,7 @@ from dspark_megatron.planning.memory import RankMemory, rank_memory
 from dspark_megatron.planning.traffic import step_traffic
 from dspark_megatron.shape import check_batch_size, check_layout, draft_shape
 from dspark_megatron.targets.split import TargetSplit, check_target_split
-from dspark_megatron.training.setup import RunPlan
+from dspark_megatron.training.setup import RunPlan, check_family
 
 GIB = 2**30
 SEARCHED = (
@@ -112,6 +112,7 @@ def layouts(
         "layouts are compared for target.provider=huggingface only, and it is megatron; leave it "
         "out, or look at one layout with --dry-run",
     )
+    check_family(base, target_config)
     shape, found, refused = draft_shape(base.model, target_config), [], {}
     for config in _configs(base, machine, fixed):
         tp = config.parallel.tensor_parallel

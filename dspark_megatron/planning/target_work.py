@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from dspark_megatron.shape import layer_values
 from dspark_megatron.targets.passes import Passes
 from dspark_megatron.targets.split import TargetSplit, meta_target, split_dimension, style_of
 
@@ -120,7 +121,7 @@ def _attention_width(text: Any) -> int:
     that is being rotated. Latent attention at its end: queries before, with and after rotation,
     keys and values before and after they are put together, the output before and after it is put
     in order."""
-    heads = text.num_attention_heads
+    heads = _heads(text)
     if _is_latent(text):
         width = text.qk_nope_head_dim + text.qk_rope_head_dim
         return heads * (4 * width + 3 * text.v_head_dim)
@@ -130,7 +131,7 @@ def _attention_width(text: Any) -> int:
 
 def _query_width(text: Any) -> int:
     width = text.qk_nope_head_dim + text.qk_rope_head_dim if _is_latent(text) else _head_dim(text)
-    return text.num_attention_heads * width
+    return _heads(text) * width
 
 
 def _cached(text: Any, attention_parts: int) -> int:
@@ -144,12 +145,18 @@ def _is_latent(text: Any) -> bool:
     return getattr(text, "kv_lora_rank", None) is not None
 
 
+def _heads(text: Any) -> int:
+    """The most of any layer; 0 for a family without attention."""
+    return max(layer_values(text, "num_attention_heads"), default=0)
+
+
 def _kv_heads(text: Any) -> int:
-    return getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return max(layer_values(text, "num_key_value_heads"), default=_heads(text))
 
 
 def _head_dim(text: Any) -> int:
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    own = layer_values(text, "head_dim")
+    return max(own) if own else text.hidden_size // max(1, _heads(text))
 
 
 def _expert_width(text: Any, split: TargetSplit, dtype: torch.dtype) -> int:

@@ -1,29 +1,96 @@
 """What is read straight from the target's folder: its config, single tensors, its fingerprint."""
 
 import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from dspark_megatron.config import ConfigError, require
 from dspark_megatron.storage.safetensors_folder import SafetensorsFolder, open_safetensors
 
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
-HEADS = ("lm_head.weight",)
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embeddings.weight")
+EMBEDDINGS += ("embed_in.weight",)
+HEADS = ("lm_head.weight", "embed_out.weight")
 
 
 def load_target_config(target_dir: str | Path) -> PretrainedConfig:
-    """The target's `config.json`; only a folder will do, never a hub name."""
-    require(
-        (Path(target_dir) / "config.json").is_file(),
-        f"the target's folder {target_dir} must hold a config.json",
-    )
+    """The target's `config.json`; only a folder will do, never a hub name, and only of a class that
+    Transformers has itself: code of the folder is never run."""
+    file = Path(target_dir) / "config.json"
+    require(file.is_file(), f"the target's folder {target_dir} must hold a config.json")
+    _check_class(file)
     try:
-        return AutoConfig.from_pretrained(target_dir, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"Transformers cannot read {target_dir}/config.json: {error}") from error
+        return AutoConfig.from_pretrained(
+            target_dir, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # each family's class checks its keys in its own way
+        raise ConfigError(f"Transformers cannot read {file}: {_one_line(error)}") from error
+
+
+def load_tokenizer(target_dir: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a target's folder; code of the folder is never run."""
+    try:
+        return AutoTokenizer.from_pretrained(
+            target_dir, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # a damaged file raises whatever its reader does
+        own = _read_json(Path(target_dir) / "tokenizer_config.json").get("auto_map")
+        reason = _one_line(error)
+        if own:
+            reason = (
+                f"its tokenizer_config.json names code of the folder ({own}), which is never run; "
+                "save the tokenizer once in Transformers' own form, with a tokenizer.json and "
+                "without auto_map"
+            )
+        message = f"target.path {target_dir} must hold the target's tokenizer: {reason}"
+        raise ConfigError(message) from error
+
+
+def _check_class(file: Path) -> None:
+    """ConfigError unless Transformers itself has the class of a `config.json`."""
+    config = _read_json(file)
+    family, names = config.get("model_type"), config.get("architectures") or []
+    if family in CONFIG_MAPPING or (not config.get("auto_map") and family is None):
+        return
+    code = ", only code in the folder (auto_map), which is never run" * bool(config.get("auto_map"))
+    public = [kind for kind, own in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if own in names]
+    way_out = "take a newer Transformers, or a target of a family that it has"
+    if public:
+        way_out = (
+            f"but {names[0]} is also Transformers' own class of {public[0]!r}: make a copy of the "
+            f"folder (links will do) whose config.json says model_type {public[0]!r} and has no "
+            "auto_map; the check of logits at start tells whether they are the same"
+        )
+    raise ConfigError(
+        f"{file} is of model_type {family!r}, for which Transformers {transformers.__version__} "
+        f"has no class{code}; {way_out}"
+    )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """What a JSON file holds; nothing if it cannot be read, which its reader will say better."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def stop_token_ids(target_dir: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -107,7 +174,7 @@ def target_fingerprint(folder: str | Path) -> str:
 def _pick(names: list[str], endings: tuple[str, ...]) -> list[str]:
     """Names with such an ending. The main model's own comes before those of its parts (a layer for
     multi-token prediction may carry a copy)."""
-    for prefix in ("", "model.", "transformer."):
+    for prefix in ("", "model.", "transformer.", "backbone."):
         exact = [name for name in names if name in [prefix + ending for ending in endings]]
         if exact:
             return exact

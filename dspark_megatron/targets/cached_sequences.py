@@ -4,9 +4,13 @@ Shorter sequences are padded on the left, as in Transformers' own batched genera
 distance of two columns is the distance of two tokens, which is what its masks of sliding windows
 count, and whatever was rejected stands at the right end.
 
+States of recurrent layers cannot be cut. There what the cache was before the last tokens is kept,
+and those of them that stay are run again.
+
 Shapes: b sequences, w columns (the longest sequence), q new tokens, g key/value heads, d width.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -15,6 +19,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from dspark_megatron.config import ConfigError
+from dspark_megatron.targets.cache_layers import keeps_states
 
 
 class CachedSequences:
@@ -24,6 +29,9 @@ class CachedSequences:
         """config: of the target."""
         self._config = config
         self._cache = _empty_cache(config)
+        self._is_recurrent = keeps_states(config)
+        self._before: tuple[DynamicCache, Tensor] | None = None
+        """Of recurrent layers: the cache before the tokens that came last, and these."""
         self.lengths: list[int] = []
         """Tokens of each sequence that count."""
 
@@ -37,6 +45,11 @@ class CachedSequences:
             arguments["attention_mask"] = (columns >= width - lengths).long()  # [b, w + q]
             arguments["position_ids"] = lengths + torch.arange(tokens, device=device)  # [b, q]
         return arguments
+
+    def remember(self, input_ids: Tensor) -> None:
+        """Called before the forward pass of the next tokens [b, q]."""
+        if self._is_recurrent:
+            self._before = _copied(self._cache), input_ids
 
     def extended(self, tokens: int) -> None:
         """The forward pass has taken in `tokens` more tokens of every sequence."""
@@ -53,15 +66,28 @@ class CachedSequences:
             own.keys = _stacked(own.keys, new.keys)
             own.values = _stacked(own.values, new.values)
 
-    def forget(self, tokens: list[int]) -> None:
-        """Drop the last `tokens` (>= 0) tokens of each sequence."""
+    def forget(self, tokens: list[int]) -> Tensor | None:
+        """Drop the last `tokens` (>= 0) tokens of each sequence. Returns what must then be run
+        again [1, q]: of recurrent layers, the tokens of the last pass that stay."""
+        if self._is_recurrent:
+            return self._restored(tokens)
         width = max(self.lengths)
         self.lengths = [length - n for length, n in zip(self.lengths, tokens, strict=True)]
         if len(set(tokens)) == 1 and max(self.lengths) == width - tokens[0]:
             self._cache.crop(-tokens[0])
-            return
+            return None
         _require_rows(self._cache)
         self._take_columns(width - torch.tensor(tokens))
+        return None
+
+    def _restored(self, tokens: list[int]) -> Tensor | None:
+        (dropped,), (cache, input_ids) = tokens, self._before
+        self._before = None
+        count = input_ids.shape[1]
+        if dropped == 0:
+            return None
+        self._cache, self.lengths = cache, [self.lengths[0] - count]
+        return input_ids[:, : count - dropped] if dropped < count else None
 
     def keep(self, rows: list[int]) -> None:
         """Drop all sequences but these, in this order."""
@@ -95,8 +121,23 @@ def _empty_cache(config: Any) -> DynamicCache:
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicSlidingWindowLayer:
             cache.layers[i] = DynamicLayer()
-    cache.activate_past_recording()
     return cache
+
+
+def _copied(cache: DynamicCache) -> DynamicCache:
+    """Another cache of the same states. Recurrent ones change in place; keys and values do not:
+    more of them make a new tensor."""
+    twin = copy.copy(cache)
+    twin.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in twin.layers:
+        for name, states in vars(layer).items():
+            if isinstance(states, dict):  # by number, where a layer has several
+                setattr(layer, name, {key: _cloned(state) for key, state in states.items()})
+    return twin
+
+
+def _cloned(state: Any) -> Any:
+    return state.clone() if isinstance(state, Tensor) else state
 
 
 def _require_rows(cache: DynamicCache) -> None:

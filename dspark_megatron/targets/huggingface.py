@@ -95,12 +95,16 @@ class HuggingFaceTarget(Target):
 
     def extend(self, input_ids: Tensor, cache: CachedSequences) -> TargetStates:
         tokens = input_ids.shape[1]
+        cache.remember(input_ids)
         states = self._run(input_ids, **cache.arguments(tokens, self.device))
         cache.extended(tokens)
         return states
 
     def forget(self, cache: CachedSequences, tokens: list[int]) -> None:
-        cache.forget(tokens)
+        again = cache.forget(tokens)
+        if again is not None:
+            self.extend(again, cache)
+            cache.forget([0])
 
     def keep(self, cache: CachedSequences, rows: list[int]) -> None:
         cache.keep(rows)

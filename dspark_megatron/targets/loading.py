@@ -16,6 +16,7 @@ def load_base_model(config: TargetConfig, split: TargetSplit) -> PreTrainedModel
         dtype="auto" if config.dtype == "auto" else getattr(torch, config.dtype),
         attn_implementation=config.attention,
         local_files_only=True,
+        trust_remote_code=False,
         distributed_config=split.distributed_config(),
         output_loading_info=True,
         ignore_mismatched_sizes=True,

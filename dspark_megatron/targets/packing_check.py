@@ -28,11 +28,10 @@ def check_packing(target: HuggingFaceTarget, samples: Sequence[Tensor]) -> None:
     lengths = [len(sample) for sample in ids]
     packed = target.packed_states(pad_sequence(ids, batch_first=True), lengths, _rows(target, ids))
     differences = [
-        _difference(_whole(packed)[i, :length], _whole(target.states(ids[i][None]))[0])
+        mean_distance(_whole(packed)[i, :length], _whole(target.states(ids[i][None]))[0])
         for i, length in enumerate(lengths)
     ]
-    # A sum in another order moves fp32 by 1e-6, bf16 by some 1e-2; a leak, most tokens by far more.
-    tolerance = 1e-3 if target.model.dtype == torch.float32 else 0.05
+    tolerance = rounding_of(target.model.dtype)
     require(
         max(differences) <= tolerance,
         f"the target's family ({target.model.config.model_type}) does not keep samples of a packed "
@@ -57,7 +56,13 @@ def _whole(states: TargetStates) -> Tensor:
     return torch.cat(parts, dim=-1).float()
 
 
-def _difference(packed: Tensor, alone: Tensor) -> float:
+def rounding_of(dtype: torch.dtype) -> float:
+    """The most that `mean_distance` may be. A sum in another order moves fp32 by 1e-6, bf16 by some
+    1e-2; a mistake, most tokens by far more."""
+    return 1e-3 if dtype == torch.float32 else 0.05
+
+
+def mean_distance(packed: Tensor, alone: Tensor) -> float:
     """Mean over tokens of the distance in units of the norm, NaN as infinite. Not of the whole: the
     states of a first token may be a thousand times larger than the others'. Both [s, x]."""
     mean = ((packed - alone).norm(dim=-1) / alone.norm(dim=-1)).mean().item()

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
-from dspark_megatron.config import Config, require
+from dspark_megatron.config import Config, ConfigError, require
 from dspark_megatron.shape import target_shards
 
 
@@ -78,8 +78,14 @@ class _Described:
 @functools.lru_cache(maxsize=2)
 def _built(described: _Described, dtype: torch.dtype) -> PreTrainedModel:
     own = copy.deepcopy(described.config)  # a model leaves its type in it
-    with torch.device("meta"):
-        return AutoModel.from_config(own, dtype=dtype)
+    try:
+        with torch.device("meta"):
+            return AutoModel.from_config(own, dtype=dtype)
+    except Exception as error:  # whatever a family's class makes of its own config
+        raise ConfigError(
+            f"Transformers cannot build a target of model_type {own.model_type!r} from its config: "
+            f"{' '.join(str(error).split())}"
+        ) from error
 
 
 def check_target_split(target_config: PretrainedConfig, split: TargetSplit) -> None:

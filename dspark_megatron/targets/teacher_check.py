@@ -16,6 +16,7 @@ from transformers import (
 from dspark_megatron.config import ConfigError
 from dspark_megatron.ops.vocab_parallel import VocabShard
 from dspark_megatron.storage.target_folder import load_target_config
+from dspark_megatron.targets.family import without_layers
 from dspark_megatron.targets.huggingface import HuggingFaceTarget, layer_output
 
 _POSITIONS = 16
@@ -77,21 +78,19 @@ def _last_states(target: HuggingFaceTarget, input_ids: Tensor) -> tuple[Tensor, 
 
 def _without_layers(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     """The language-model class with embedding, final norm and head only, on the CPU."""
-    config = load_target_config(folder)
-    text = config.get_text_config()
-    for part in (config, text):  # what is left of the model is not quantized
-        if hasattr(part, "quantization_config"):
-            del part.quantization_config
-    text.num_hidden_layers = 0
-    if getattr(text, "layer_types", None) is not None:
-        text.layer_types = []
+    config = without_layers(load_target_config(folder))
     is_text_only = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     family = AutoModelForCausalLM if is_text_only else AutoModelForImageTextToText
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # every layer's tensors are reported as unexpected
     try:
         return family.from_pretrained(
-            folder, config=config, dtype=dtype, local_files_only=True, attn_implementation="eager"
+            folder,
+            config=config,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            attn_implementation="eager",
         ).eval()
     finally:
         transformers.logging.set_verbosity(verbosity)

@@ -17,14 +17,10 @@ import torch.distributed as dist
 import transformers
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
-from transformers import (
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from dspark_megatron import transformer_engine
-from dspark_megatron.config import Config, ConfigError, ModelConfig, require
+from dspark_megatron.config import Config, ModelConfig, require
 from dspark_megatron.conversion.draft_tensors import check_draft_tensors
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.model.layer_specs import layer_spec
@@ -39,9 +35,11 @@ from dspark_megatron.shape import (
     padded_vocab_size,
 )
 from dspark_megatron.storage.gpt_checkpoint import GPTCheckpoint
-from dspark_megatron.storage.target_folder import load_target_config, stop_token_ids
+from dspark_megatron.storage.target_folder import load_target_config, load_tokenizer, stop_token_ids
 from dspark_megatron.storage.target_weights import shared_matrices, weights_fingerprint
 from dspark_megatron.targets.base import Target
+from dspark_megatron.targets.cache_layers import check_decoding, check_pieces
+from dspark_megatron.targets.family import check_attention, check_logits
 from dspark_megatron.targets.huggingface import HuggingFaceTarget
 from dspark_megatron.targets.megatron.groups import TargetGroups
 from dspark_megatron.targets.megatron.pipeline import PipelineTarget
@@ -92,6 +90,7 @@ def check_run(config: Config, world_size: int, *, needs_tokenizer: bool = True) 
     """Settings against the target's config and tokenizer; ConfigError if they cannot work.
     needs_tokenizer: false passes over a folder that has none."""
     target_config = load_target_config(config.target.path)
+    check_family(config, target_config)
     shape = draft_shape(config.model, target_config)
     dp_size = check_layout(config, shape, target_config, world_size)
     if config.target.provider == "megatron":
@@ -101,7 +100,7 @@ def check_run(config: Config, world_size: int, *, needs_tokenizer: bool = True) 
     _check_memory_budget(config, shape)
     if not needs_tokenizer and not list(Path(config.target.path).glob("tokenizer*")):
         return RunPlan(config, target_config, shape, None, dp_size)
-    tokenizer = _load_tokenizer(config.target.path)
+    tokenizer = load_tokenizer(config.target.path)
     stops = stop_token_ids(config.target.path, tokenizer)
     special = {"pad": tokenizer.pad_token_id, "eos": stops}
     check_special_tokens(shape.mask_token_id, special)
@@ -141,8 +140,31 @@ def check_training_device(config: Config) -> None:
     )
 
 
-def check_decodes(config: Config) -> None:
-    """ConfigError if the target makes states of whole samples only."""
+def check_family(config: Config, target_config: PretrainedConfig) -> None:
+    """ConfigError for a target whose family works otherwise than the run needs."""
+    target = config.target
+    if config.needs_teacher and target.check_teacher_logits:
+        check_logits(target_config)
+    if target.provider != "huggingface":
+        return
+    check_attention(target_config, target.attention)
+    most, longest = target.max_tokens_per_forward, config.data.max_length
+    if most is not None and most < longest:
+        check_pieces(
+            target_config,
+            f"set target.max_tokens_per_forward (now {most}) to null or at least to "
+            f"data.max_length ({longest})",
+        )
+
+
+def check_decodes(plan: RunPlan, batch_size: int) -> None:
+    """ConfigError if the target makes states of whole samples only, or cannot take drafts of so
+    many sequences back."""
+    config = plan.config
+    if config.target.check_teacher_logits and not config.needs_teacher:
+        check_logits(plan.target_config)
+    if config.target.provider == "huggingface":
+        check_decoding(plan.target_config, batch_size)
     stages = config.parallel.pipeline_parallel
     require(
         stages == 1,
@@ -277,11 +299,3 @@ def _build_megatron_target(
         return PipelineTarget(model, layer_ids, micro_batches_per_run=per_run, **kept)
     most = target.max_tokens_per_forward
     return MegatronTarget(model, layer_ids, max_tokens_per_forward=most, **kept)
-
-
-def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
-        message = f"target.path {path} must hold the target's tokenizer: {error}"
-        raise ConfigError(message) from error

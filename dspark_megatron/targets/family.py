@@ -1,0 +1,119 @@
+"""What a target's family does otherwise than a run can use, known from its config and class alone,
+before any weight is read."""
+
+import contextlib
+import copy
+import re
+
+import torch
+from torch import Tensor
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from dspark_megatron.config import require
+
+_FLAGS = {"sdpa": "_supports_sdpa", "flex_attention": "_supports_flex_attn"}
+_ROWS = 64
+"""Of the vocabulary in a trial of the head."""
+_MOST = 10**8
+"""Parameters of a model for a trial, at most: a vision tower would be larger."""
+_LOGIT_KEYS = re.compile("^(final_)?logits?_|lm_head|dim_model_base")
+
+
+def model_class(target_config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The family's base model. ConfigError where Transformers has none."""
+    kind = type(target_config)
+    require(
+        kind in MODEL_MAPPING,
+        f"Transformers has no base model for a target of model_type {target_config.model_type!r}; "
+        "take a causal language model",
+    )
+    found = MODEL_MAPPING[kind]
+    return found[0] if isinstance(found, tuple) else found
+
+
+def check_attention(target_config: PretrainedConfig, attention: str) -> None:
+    """ConfigError unless the family has this implementation of attention."""
+    flag = "_supports_flash_attn" if "flash" in attention else _FLAGS.get(attention)
+    require(
+        flag is None or getattr(model_class(target_config), flag),
+        f"the target's family ({target_config.model_type}) has no attention of the kind "
+        f"{attention!r} in Transformers; set target.attention=eager",
+    )
+
+
+def check_logits(target_config: PretrainedConfig) -> None:
+    """ConfigError where the family's logits are not `lm_head(last_hidden)`, as the loss makes them:
+    tried on its own class with random weights, no layers and a small vocabulary. A family whose
+    class cannot be tried so is left to the check of the loaded target."""
+    for config in (target_config.get_text_config(), target_config):
+        difference = _logit_difference(config)
+        if difference is not None:
+            break
+    settings = {
+        key: value
+        for key, value in target_config.get_text_config().to_dict().items()
+        if _LOGIT_KEYS.search(key) and value not in (None, False)
+    }
+    said = f" (its config has {settings})" if settings else ""
+    require(
+        difference is None or difference < 1e-3,
+        f"the target's family ({target_config.model_type}) does not make its logits as "
+        f"lm_head(last_hidden){said}, which is what a draft learns from and is decoded with: a "
+        "bias in the head, a logit scale and a soft cap are not supported; take another target",
+    )
+
+
+def _logit_difference(target_config: PretrainedConfig) -> float | None:
+    """Largest difference of the class's logits from its head's product, in units of the largest
+    logit; None where it cannot be told."""
+    if type(target_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return None
+    config = copy.deepcopy(target_config)
+    text = config.get_text_config()
+    text.vocab_size = _ROWS
+    text.pad_token_id = text.bos_token_id = text.eos_token_id = None
+    try:
+        own, product = _logits_of_class(without_layers(config))
+    except Exception:  # a class may need whatever it needs
+        return None
+    return ((own - product).abs().max() / own.abs().max()).item()
+
+
+@torch.no_grad()
+def _logits_of_class(config: PretrainedConfig) -> tuple[Tensor, Tensor]:
+    """Logits of a random model, and the product of its last hidden state and its head."""
+    with torch.device("meta"):
+        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    if size > _MOST:
+        raise ValueError(f"{size} parameters are too many for a trial")
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.normal_(generator=generator)
+    states = []
+    base = model.get_decoder()
+    base = model.model if base is model else base
+    base.register_forward_hook(lambda *call: states.append(call[-1][0]))
+    logits = model(input_ids=torch.arange(_ROWS)[None], use_cache=False).logits
+    return logits, states[0] @ model.get_output_embeddings().weight.t()
+
+
+def without_layers(config: PretrainedConfig) -> PretrainedConfig:
+    """The same config, changed to have no decoder layer and no quantization."""
+    text = config.get_text_config()
+    for part in (config, text):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    text.num_hidden_layers = 0
+    if getattr(text, "layer_types", None) is not None:
+        with contextlib.suppress(AttributeError):  # computed from other keys
+            text.layer_types = []
+    return config
