@@ -40,7 +40,7 @@ class Layout:
 FOREIGN = ("layers.0.attention_conv.", "candidate_selector.", "prefix_gru.", "lilicorr.")
 FOREIGN += ("midlayer.", "medusa_head.", "eagle_module.", "mtp.")
 """Beginnings of tensor names of DFlash2, Domino, LiLiCorr, EAGLE, Medusa and MTP drafts."""
-OTHERS = ("eagle", "medusa", "mtp", "peagle")
+OTHERS = ("eagle", "medusa", "mtp")
 """In names of architectures."""
 OLD_PREFIXES = ("model.", "logit_head.")
 """A wrapper around the whole draft, and SpecForge's around its heads."""
@@ -107,9 +107,9 @@ def check_dspark(config: Config, names: Iterable[str]) -> None:
     require(
         "DFlash" not in architecture or is_marked or has_heads,
         f"this is a DFlash draft ({architecture} without dflash_config.projector_type 'dspark' and "
-        "without a Markov head), and no DSpark draft: its slot 0 repeats the anchor, and each slot "
-        "predicts one token earlier than DSpark's, so it would draft wrong tokens here whatever "
-        "keys are added; train a DSpark draft for its target",
+        "without a Markov head), and no DSpark draft: its slot 0 only carries the anchor, and each "
+        "slot predicts one token earlier than DSpark's, so it would draft wrong tokens here "
+        "whatever keys are added; train a DSpark draft for its target",
     )
     require(
         not any(kind in architecture.lower() for kind in OTHERS),

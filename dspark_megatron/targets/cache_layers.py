@@ -1,21 +1,15 @@
 """What a family keeps of a sequence from token to token, by its config alone: keys and values, from
 which tokens can be cut, or states, from which they cannot."""
 
-from typing import Any
-
 from transformers import DynamicCache, PretrainedConfig
-from transformers.cache_utils import (
-    DummyLayer,
-    DynamicIndexedLayer,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-)
 
 from dspark_megatron.config import ConfigError, require
 from dspark_megatron.targets.family import model_class
 
-_CUT = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer, DummyLayer)
-_MOVED = (DynamicLayer, DynamicSlidingWindowLayer)
+_MOVED = {"DynamicLayer", "DynamicSlidingWindowLayer"}
+"""Layers of Transformers' caches in which sequences can be moved. By name: versions lack some."""
+_CUT = _MOVED | {"DynamicIndexedLayer", "DummyLayer"}
+"""And those that the last tokens can be cut from."""
 RECURRENT = (
     "falcon_h1",
     "granitemoehybrid",
@@ -33,7 +27,7 @@ the tests see. Others (Mamba, Jamba, Bamba, RecurrentGemma, ...) start again fro
 
 def keeps_states(target_config: PretrainedConfig) -> bool:
     """Whether a layer keeps more of a sequence than keys and values."""
-    return any(type(layer) not in _CUT for layer in _layers(target_config))
+    return not _kinds(target_config) <= _CUT
 
 
 def check_pieces(target_config: PretrainedConfig, way_out: str) -> None:
@@ -52,10 +46,10 @@ def check_decoding(target_config: PretrainedConfig, batch_size: int) -> None:
     """ConfigError unless drafts can be taken back from so many sequences at once."""
     check_pieces(
         target_config,
-        "such a target can be trained for, but not decoded with: evaluate in a "
-        "serving engine, and use evaluate.every for estimates while training",
+        "such a target can be trained for, but not decoded with: evaluate in a serving engine, "
+        "and use evaluate.every for estimates while training",
     )
-    other = {type(x).__name__ for x in _layers(target_config) if type(x) not in _MOVED}
+    other = _kinds(target_config) - _MOVED
     require(
         batch_size == 1 or not other,
         f"the target keeps {', '.join(sorted(other))} of a sequence beside keys and values, which "
@@ -64,9 +58,9 @@ def check_decoding(target_config: PretrainedConfig, batch_size: int) -> None:
     )
 
 
-def _layers(target_config: PretrainedConfig) -> list[Any]:
+def _kinds(target_config: PretrainedConfig) -> set[str]:
     try:
-        return DynamicCache(config=target_config).layers
+        return {type(layer).__name__ for layer in DynamicCache(config=target_config).layers}
     except Exception as error:  # a kind of layer that Transformers' caches do not know
         raise ConfigError(
             f"Transformers has no cache for a target of model_type {target_config.model_type!r} "

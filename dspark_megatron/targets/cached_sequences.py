@@ -131,13 +131,16 @@ def _copied(cache: DynamicCache) -> DynamicCache:
     twin.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in twin.layers:
         for name, states in vars(layer).items():
-            if isinstance(states, dict):  # by number, where a layer has several
-                setattr(layer, name, {key: _cloned(state) for key, state in states.items()})
+            if name not in ("keys", "values"):
+                setattr(layer, name, _cloned(states))
     return twin
 
 
-def _cloned(state: Any) -> Any:
-    return state.clone() if isinstance(state, Tensor) else state
+def _cloned(states: Any) -> Any:
+    """A tensor, or several by number."""
+    if isinstance(states, dict):
+        return {key: _cloned(state) for key, state in states.items()}
+    return states.clone() if isinstance(states, Tensor) else states
 
 
 def _require_rows(cache: DynamicCache) -> None:

@@ -3,6 +3,7 @@ before any weight is read."""
 
 import contextlib
 import copy
+import math
 import re
 
 import torch
@@ -82,7 +83,8 @@ def _logit_difference(target_config: PretrainedConfig) -> float | None:
         own, product = _logits_of_class(without_layers(config))
     except Exception:  # a class may need whatever it needs
         return None
-    return ((own - product).abs().max() / own.abs().max()).item()
+    difference = ((own - product).abs().max() / own.abs().max()).item()
+    return difference if math.isfinite(difference) else None
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from dspark_megatron.conversion.foreign_configs import TargetFacts
 from dspark_megatron.conversion.megatron_checkpoint import BEST, CheckpointReader, find_checkpoint
 from dspark_megatron.draft_rope import draft_rope
 from dspark_megatron.shape import DraftShape
-from dspark_megatron.storage.target_folder import load_target_config
+from dspark_megatron.storage.target_folder import load_target_config, load_tokenizer, stop_token_ids
 
 
 def evaluated_checkpoint(config: Config) -> Path | None:
@@ -84,11 +84,13 @@ def _own_rope(config: Config, shape: DraftShape) -> dict[str, Any] | None:
 
 
 def _with_stand_in(config: Config) -> Config:
-    text = load_target_config(config.target.path).get_text_config()
-    tp = config.parallel.tensor_parallel
+    path, tp = config.target.path, config.parallel.tensor_parallel
+    text, tokenizer = load_target_config(path).get_text_config(), load_tokenizer(path)
+    special = {text.pad_token_id, tokenizer.pad_token_id, *stop_token_ids(path, tokenizer)}
+    last = range(text.vocab_size - 1, -1, -1)  # where reserved tokens are
     stand_in = {
         "target_layer_ids": [0],
-        "mask_token_id": text.vocab_size - 1,  # where reserved tokens are
+        "mask_token_id": next(token for token in last if token not in special),
         "ffn_hidden_size": text.hidden_size,
         "num_attention_heads": tp,
         "num_key_value_heads": tp,
