@@ -78,7 +78,7 @@ class CachedStates(StatesSource):
 
     lockstep = False
 
-    def __init__(self, samples, device):
+    def __init__(self, samples, device="cpu"):
         self.samples, self.device = samples, device
 
     def states(self, input_ids, lengths=None, samples=()):
