@@ -129,4 +129,4 @@ def test_a_dense_target_has_no_experts(tiny_run, tmp_path):
 def test_a_family_without_a_tensor_parallel_plan(tiny_run, tmp_path):
     path = make_family(tmp_path / "target", "gpt_oss")
     with pytest.raises(ConfigError, match="no tensor-parallel plan.*gpt_oss.*shard_across"):
-        check_run(config_of(tiny_run, path, 2, 1, 1, model=DRAFT), 2)
+        check_run(config_of(tiny_run, path, 2, 1, 1, attention="eager", model=DRAFT), 2)

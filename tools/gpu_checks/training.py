@@ -21,7 +21,7 @@ CONVERT = "tools/convert_checkpoint.py"
 SAME_CURVE = 3e-2
 """Relative difference of losses in bf16: a GPU adds gradients of embeddings in any order."""
 SECONDS = 120
-"""Longest time of one command."""
+"""Longest time of one command on a GPU."""
 SMOLLM2 = dict(model_type="llama", hidden_size=576, heads=9, kv_heads=3, head_dim=64)
 SMOLLM2 |= dict(num_layers=30, intermediate_size=1536, vocab_size=49152)
 
@@ -110,6 +110,10 @@ def _losses(run: Path) -> dict[int, float]:
     return {row["iteration"]: row["loss"] for row in map(json.loads, lines)}
 
 
+def _limit(context: Context) -> float:
+    return 10 * SECONDS if context.tiny else SECONDS
+
+
 def _command(*arguments: object) -> list[str]:
     return [sys.executable, *map(str, arguments)]
 
@@ -118,7 +122,7 @@ def _run(context: Context, name: str, *arguments: object) -> str:
     """What a command prints. AssertionError if it fails."""
     start = time.perf_counter()
     done = subprocess.run(
-        _command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=SECONDS
+        _command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=_limit(context)
     )
     context.figures[f"seconds, {name}"] = round(time.perf_counter() - start, 1)
     said = (done.stderr.strip() or done.stdout.strip()).splitlines() or ["no output"]
@@ -129,7 +133,7 @@ def _run(context: Context, name: str, *arguments: object) -> str:
 def _kill_after(context: Context, config: Path, iteration: int) -> None:
     """Start training and kill it without warning once it has logged this iteration."""
     command = _command("-m", "dspark_megatron.train", "--config", config)
-    metrics, end = context.folder / "killed" / "metrics.jsonl", time.monotonic() + SECONDS
+    metrics, end = context.folder / "killed" / "metrics.jsonl", time.monotonic() + _limit(context)
     with (context.folder / "killed.log").open("w") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
         while process.poll() is None and time.monotonic() < end:
