@@ -9,7 +9,7 @@ from collections import defaultdict
 from unittest import mock
 
 import torch
-from tiny_draft import make_samples, rank_micro_batches
+from tiny_draft import make_samples, one_collective_at_a_time, rank_micro_batches
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -74,18 +74,6 @@ def meta_runtime(tp, world):
             yield Runtime.joined(META)
         finally:
             parallel_state.destroy_model_parallel()
-
-
-@contextlib.contextmanager
-def one_collective_at_a_time():
-    """PyTorch has no meta form of coalesced collectives, in which Megatron-Core reduces buckets."""
-    from megatron.core.distributed import param_and_grad_buffer
-
-    def apart(*_, **__):
-        return contextlib.nullcontext(mock.Mock())
-
-    with mock.patch.object(param_and_grad_buffer, "_coalescing_manager", apart):
-        yield
 
 
 def step_on_meta(shape, tp, *, loss=None, dtype=torch.bfloat16, **options):

@@ -1,6 +1,8 @@
 """A tiny draft, data and target states for tests of parallel code, and gathering over ranks."""
 
+import contextlib
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import torch
 
@@ -122,7 +124,7 @@ def build_tiny_draft(runtime, shape, dtype=torch.float32, **options):
         if parameter.dim() == 1:  # norms and biases away from their special values
             noise = torch.Generator().manual_seed(sum(map(ord, name)))
             with torch.no_grad():
-                parameter += 0.1 * torch.randn(parameter.shape, generator=noise).to(dtype)
+                parameter += 0.1 * torch.randn(parameter.shape, generator=noise).to(parameter)
     shard = model.vocab_shard
     rows = []
     for matrix in target_head(shape):
@@ -147,6 +149,19 @@ def make_step(runtime, model, samples, loss=None):
         dp_group=runtime.dp_group,
         device=runtime.device,
     )
+
+
+@contextlib.contextmanager
+def one_collective_at_a_time():
+    """Megatron-Core reduces buckets in coalesced collectives, of which PyTorch has no form for meta
+    tensors, nor gloo for CUDA ones."""
+    from megatron.core.distributed import param_and_grad_buffer
+
+    def apart(*_, **__):
+        return contextlib.nullcontext(mock.Mock())
+
+    with mock.patch.object(param_and_grad_buffer, "_coalescing_manager", apart):
+        yield
 
 
 def rank_micro_batches(runtime, samples, block_size, micro_batch_size, loss=None):

@@ -66,10 +66,13 @@ def _block_mask(context: Tensor, slots: int, context_length: int) -> BlockMask:
     own = torch.stack([own_start, own_start + slots], dim=1)  # [n, 2]
     some, whole = _tiles(context, own, slots, context_length + n * slots)
 
+    # By query [n*k]: a captured number would be a symbol in the compiled kernel.
+    context_from, context_to = (ends.repeat_interleave(slots) for ends in context.unbind(1))
+    own_from, own_to = (ends.repeat_interleave(slots) for ends in own.unbind(1))
+
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        block = query // slots
-        in_context = (context[block, 0] <= key) & (key < context[block, 1])
-        return in_context | ((own[block, 0] <= key) & (key < own[block, 1]))
+        in_context = (context_from[query] <= key) & (key < context_to[query])
+        return in_context | ((own_from[query] <= key) & (key < own_to[query]))
 
     return BlockMask.from_kv_blocks(
         *_listed(some & ~whole),

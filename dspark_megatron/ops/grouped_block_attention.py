@@ -14,8 +14,13 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dspark_megatron.ops.context_ranges import ContextRanges
+
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Not cuDNN's, which PyTorch prefers on Hopper: it makes a plan for every length of keys, and the
+groups of every sample have lengths of their own."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +66,13 @@ class GroupedBlockAttention:
         own = [block.flatten(0, 1).split(self.row_counts) for block in block_kv]
         queries = query.flatten(0, 1).split(self.row_counts)
         outputs = []
-        for i, group in enumerate(self.groups):
-            key, value = (
-                torch.cat([*context[group.pieces], block[i]])  # [l, g/tp, d]
-                for context, block in zip(pieces, own, strict=True)
-            )
-            outputs.append(_attend(queries[i], key, value, group.mask))
+        with sdpa_kernel(KERNELS):
+            for i, group in enumerate(self.groups):
+                key, value = (
+                    torch.cat([*context[group.pieces], block[i]])  # [l, g/tp, d]
+                    for context, block in zip(pieces, own, strict=True)
+                )
+                outputs.append(_attend(queries[i], key, value, group.mask))
         return torch.cat(outputs).view_as(query)
 
 

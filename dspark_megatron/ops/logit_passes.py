@@ -25,8 +25,10 @@ PASSES = Passes(
 
 @functools.cache
 def compiled_passes() -> Passes:
-    """The passes, each fused by torch.compile for every shape it meets."""
-    return Passes(*(torch.compile(function, dynamic=False) for function in PASSES))
+    """The passes, each fused by torch.compile for every shape it meets. `fullgraph`: more shapes
+    than PyTorch's limit are an error, not a silent return to passes that are not fused."""
+    options = dict(dynamic=False, fullgraph=True)
+    return Passes(*(torch.compile(function, **options) for function in PASSES))
 
 
 def tiled_passes(tile_rows: int, like: Tensor) -> Passes:

@@ -25,7 +25,7 @@ def run_in_process(
 ) -> dict[str, Any]:
     """Verdict, seconds, error and figures of a check; all its processes are gone afterwards."""
     folder.mkdir(parents=True)
-    log, started = folder / "log.txt", time.monotonic()
+    log, started, timed_out = folder / "log.txt", time.monotonic(), False
     with log.open("w") as output:
         process = subprocess.Popen(
             [*command, "--folder", str(folder)],
@@ -37,11 +37,13 @@ def run_in_process(
         try:
             error = f"ended with code {process.wait(limit)}: {_last_line(log)}"
         except subprocess.TimeoutExpired:
-            error = f"ended by its limit of {limit:.0f} s: {_last_line(log)}"
+            error, timed_out = f"ended by its limit of {limit:.0f} s: {_last_line(log)}", True
         finally:
             _end_session(process)
     # A verdict comes with the check's own word on errors; without one the process died before it.
     result = {"verdict": FAILED, "error": error} | _read(folder / "result.json")
+    if timed_out:
+        result["timed_out"] = True
     result["seconds"] = round(time.monotonic() - started, 1)
     result["figures"] = _read(folder / "figures.json")
     return result
