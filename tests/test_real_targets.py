@@ -93,6 +93,17 @@ def test_code_of_a_folder_is_not_run_and_nothing_is_asked(dry_run, tmp_path, mon
     dry_run("microsoft/Phi-4-mini-instruct", *NEEDS["microsoft/Phi-4-mini-instruct"])
 
 
+def test_a_tokenizer_that_is_code_is_refused_with_the_way_out(dry_run, tmp_path):
+    own = {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps({"auto_map": own, "tokenizer_class": "OwnTokenizer"}))
+    (tmp_path / "tokenization_own.py").write_text("raise AssertionError('code of the folder')\n")
+    keys = NEEDS["deepseek-ai/DeepSeek-V3.1"]
+    with pytest.raises(ConfigError, match="never run; save the tokenizer once") as error:
+        dry_run("moonshotai/Kimi-K2-Instruct", *keys, model_type="deepseek_v3", auto_map=None)
+    assert "trust_remote_code" not in str(error.value)
+
+
 def test_layers_with_other_heads_leave_them_to_the_user(dry_run):
     """Gemma 4 without its soft cap: sizes by layer, and a RoPE that no draft has."""
     name = "google/gemma-4-31B-it"
