@@ -122,7 +122,8 @@ def test_a_json_array_is_read(load, tmp_path, indent):
 
 
 def test_a_byte_order_mark_is_no_text(load):
-    assert len(load([b"\xef\xbb\xbf" + json.dumps(GOOD).encode()])) == 1
+    for content in (GOOD, [GOOD]):
+        assert len(load([b"\xef\xbb\xbf" + json.dumps(content).encode()])) == 1
 
 
 @pytest.mark.parametrize(

@@ -208,11 +208,12 @@ def test_parts_are_never_learnt_as_data(learnt):
 
 
 def test_a_text_must_stand_in_its_order(learnt):
-    """A result that vanishes is not found in the answer that repeats it."""
+    """A result that vanishes is not found in the question that has the same text."""
     without = CHATML_TEMPLATE.replace("in messages %}", "in messages if message.role != 'tool' %}")
-    messages = [QUESTION, ANSWER, message("tool", "3"), message("assistant", "It is 3.")]
+    question = message("user", "Is it 3?")
+    messages = [question, ANSWER, message("tool", "3"), message("assistant", "Yes.")]
     assert learnt(messages)
-    with pytest.raises(ConfigError, match="leaves out the text of message"):
+    with pytest.raises(ConfigError, match="leaves out the text of message 2 .tool.: '3'"):
         learnt(messages, without)
 
 
