@@ -16,11 +16,11 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["dspark_megatron", "dspark_megatron.*"]),
     install_requires=[
-        "torch>=2.7",
+        "torch>=2.11",
         "megatron-core>=0.16,<0.20",
-        "transformers>=5.17",  # 5.20 and 5.23 split targets in more ways: docs/architecture.md
+        "transformers>=5.17",  # newer ones split targets in more ways: docs/architecture.md
         "numpy",
-        "safetensors>=0.5",
+        "safetensors>=0.8",
         "pyyaml",
         "tensorboard",
         "tqdm",
