@@ -8,6 +8,7 @@ from tiny_target import VOCAB_SIZE, make_target, tiny_config
 from dspark_megatron.config import ConfigError
 from dspark_megatron.ops.vocab_parallel import VocabShard
 from dspark_megatron.storage.target_folder import read_rows, shared_weights, target_fingerprint
+from dspark_megatron.training.setup import check_run
 
 IDS = torch.arange(30).view(2, 15) + 40
 
@@ -119,11 +120,12 @@ def test_targets_whose_logits_are_not_the_plain_head(pool, tiny_run, tmp_path, t
         model = t.PhiForCausalLM(t.PhiConfig(**SIZES))
         torch.nn.init.normal_(model.lm_head.bias)
     path = save_target(tmp_path / "target", model)
-    config = tiny_config(
-        tiny_run,
-        target={"path": str(path), "attention": attention},
-        parallel={"tensor_parallel": tp},
-    )
+    target = {"path": str(path), "attention": attention}
+    parallel = {"tensor_parallel": tp}
+    with pytest.raises(ConfigError, match="does not make its logits as"):
+        check_run(tiny_config(tiny_run, target=target, parallel=parallel), tp)
+    target["check_teacher_logits"] = False  # it is called all the same
+    config = tiny_config(tiny_run, target=target, parallel=parallel)
     with pytest.raises(AssertionError, match="own logits are not"):
         pool.run(tapped, world=tp, tp=tp, config=config)
 
