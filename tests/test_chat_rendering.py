@@ -129,6 +129,13 @@ def test_turns_that_are_switched_off_are_not_learnt_in_silence(learnt, switch):
     assert learnt([QUESTION, {**ANSWER, "weight": 1, "train": True}])
 
 
+def test_a_turn_of_the_prompt_may_be_switched_off():
+    """It is context, as the message on others advises."""
+    tokenizer = tiny_tokenizer(VOCAB_SIZE)
+    record = {"prompt": [QUESTION, {**ANSWER, "weight": 0}, QUESTION], "completion": [ANSWER]}
+    assert ConversationEncoder(tokenizer, len(tokenizer)).encode(record)
+
+
 # Tool calls
 
 

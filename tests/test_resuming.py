@@ -226,10 +226,11 @@ def start_from(runtime, config):
 
 
 def evaluated_checkpoint(runtime, config):
-    from dspark_megatron.evaluate import _checkpoint
+    from dspark_megatron.evaluate import _check_checkpoint
+    from dspark_megatron.training.known_draft import evaluated_checkpoint as chosen
     from dspark_megatron.training.setup import check_run
 
-    _checkpoint(check_run(config, runtime.world_size))
+    _check_checkpoint(check_run(config, runtime.world_size), chosen(config))
 
 
 def test_all_other_readers_of_a_checkpoint_name_the_file_too(pool, tiny_run, run, tmp_path):

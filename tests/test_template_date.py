@@ -49,6 +49,17 @@ def test_a_template_reads_the_day_that_it_is_given(directive):
     assert rendered(template) == expected + "hihello"
 
 
+@pytest.mark.parametrize("template", [CLOCK, CHATML_TEMPLATE])
+def test_every_rank_asks_for_the_day(tiny_run, template):
+    """A rank whose template reads no clock would keep the others waiting."""
+    plan = check_run(tiny_config(tiny_run), 1)
+    plan.tokenizer.chat_template = template
+    asked = []
+    fix_template_day(plan, lambda choose: asked.append(choose()) or asked[-1])
+    assert len(asked) == 1
+    assert (plan.config.data.template_date is not None) == (template == CLOCK)
+
+
 @pytest.mark.parametrize(
     "start", ["", "\n", "  ", "  {% set x = 1 %}", "{#- x -#}", "\n{%- set x = 1 %}"]
 )

@@ -100,7 +100,9 @@ def written_answer(
     if said.reasoning is not None:
         if said.written is None and opens and not place.shows_reasoning:
             said = said.joined(tags)
-        shown = rendering.nested and place.shows_reasoning
+        written = said.written or tags.opening
+        begins = opens or written.lstrip().startswith(tags.opening)
+        shown = rendering.nested and place.shows_reasoning and begins
         if said.written is not None and not shown and not rendering.closes(tags):
             return _continued(rendering, place._replace(said=said), tags, cut_short=cut_short)
         if not place.shows_reasoning:  # a template that knows of no reasoning beside the content

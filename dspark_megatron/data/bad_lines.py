@@ -10,6 +10,10 @@ from pathlib import Path
 from dspark_megatron.config import ConfigError
 from dspark_megatron.data.jsonl import errors_at
 
+VALUES = r"""(?<!\w)'[^']*'|(?<=: )"[^"]*"|\([^)]*\)|\d+"""
+"""What errors of one kind differ in: quoted texts, what stands in brackets, numbers."""
+MOST_WITHOUT_SKIPPING = 1000
+"""Bad lines after which a file need not be read to its end, if none may be left out."""
 SHOWN_PLACES = 3
 """Of lines with the same reason, beside the first."""
 SHOWN_REASONS = 20
@@ -49,7 +53,7 @@ class BadLines:
             self._add(f"{path}:{number}", str(error), str(error.__cause__))
 
     def _add(self, place: str, error: str, without_place: str) -> None:
-        kind = re.sub(r"'[^']*'|\([^)]*\)|\d+", "", without_place)[:60]
+        kind = re.sub(VALUES, "", without_place)[:60]
         reason = self._reasons.get(kind)
         if reason is None:
             self._reasons[kind] = Reason(error)
@@ -66,6 +70,11 @@ class BadLines:
             count = sum(reason.count for reason in rest)
             lines.append(f"{count:,} x for {len(rest):,} further reasons")
         return "\n".join(lines)
+
+    def check_early(self, lines: int, allowed: float) -> None:
+        """`check`, once there are so many that the rest of the data does not matter."""
+        if allowed == 0 and len(self) >= MOST_WITHOUT_SKIPPING:
+            self.check(lines, allowed)
 
     def check(self, lines: int, allowed: float | None) -> None:
         """ConfigError, with every reason, if more than this share of so many lines is bad; null:

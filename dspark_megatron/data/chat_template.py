@@ -101,16 +101,16 @@ class ChatTemplate:
             for message in messages
         ]
 
-    def _says_all_at_once(self, chat: Chat) -> bool:
-        """Whether the whole chat has every answer as it was written."""
+    def _whole(self, chat: Chat) -> str | None:
+        """The text of the whole chat, if it has every answer as it was written."""
         try:
             text = self._render(chat.messages, chat.template_options)
             check_rendered(
                 text, chat.messages, chat.template_options, answers=range(len(chat.messages))
             )
         except LeftOut:
-            return False
-        return True
+            return None
+        return text
 
     def tokenize(self, text: str) -> tuple[list[int], list[Span]]:
         """Ids and character ranges of a rendered chat: [s] and [s] pairs."""
@@ -123,8 +123,8 @@ class ChatTemplate:
         The end-of-turn token counts as written, but not that of a last answer that was cut short;
         what the template puts after it does not.
         """
-        if self._marks_generation and not chat.given and self._says_all_at_once(chat):
-            return [self._encode_marked(chat)]
+        if self._marks_generation and not chat.given and (text := self._whole(chat)) is not None:
+            return [self._encode_marked(chat, text)]
         return [self._encode_part(part) for part in self._assistant_parts(chat)]
 
     def _encode_part(self, part: Rendered) -> tuple[list[int], list[bool]]:
@@ -135,17 +135,17 @@ class ChatTemplate:
         mask += [False] * (len(token_ids) - length)
         return token_ids, self._without_reasoning(part.text, offsets, mask)
 
-    def _encode_marked(self, chat: Chat) -> tuple[list[int], list[bool]]:
+    def _encode_marked(self, chat: Chat, text: str) -> tuple[list[int], list[bool]]:
         encoded = self._apply(
             chat.messages,
             chat.template_options,
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"return_offsets_mapping": True},
         )
         token_ids, marks = encoded["input_ids"], [bool(m) for m in encoded["assistant_masks"]]
-        text = self.render(chat.messages, chat.template_options)
-        _, offsets = self.tokenize(text)
+        offsets = encoded["offset_mapping"]
         marked, tags = spans_of(offsets, marks), self._rules.tags
         hidden = not_written(text, marked, chat.messages, tags, cut_short=chat.cut_short)
         inside = tokens_inside(offsets, hidden, len(text))

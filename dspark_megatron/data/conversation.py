@@ -15,7 +15,7 @@ from dspark_megatron.data.answer_ends import up_to_first_stop
 from dspark_megatron.data.answers import WAY_OUT, AnswerRules
 from dspark_megatron.data.chat_template import ChatTemplate
 from dspark_megatron.data.chats import chat_of, checked_messages, is_cut_short
-from dspark_megatron.data.normalize import shown
+from dspark_megatron.data.normalize import check_learnt, shown
 from dspark_megatron.data.reasoning import ReasoningMask
 from dspark_megatron.data.said import Said, Tags
 from dspark_megatron.data.spellings import in_first_spelling
@@ -100,6 +100,8 @@ class ConversationEncoder:
             f'no message has the role "assistant"{after} (roles: {", ".join(roles)}), so there is '
             "nothing to learn; answer the prompts first, or remove the line",
         )
+        for position in range(chat.given, len(chat.messages)):
+            check_learnt(position, chat.messages[position])
         encodings = in_first_spelling(chat, self._template.encode)
         marks = [sum(mask) for _, mask in encodings]
         require(

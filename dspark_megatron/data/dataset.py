@@ -171,6 +171,7 @@ def load_samples(
                 samples: list[Sample] = []
                 with report.bad_lines.at(file.path, number):
                     samples = _samples(line, encoder, rules)
+                report.bad_lines.check_early(report.lines, rules.skip_bad_lines)
                 report.split_chats += len(samples) > 1
                 for sample in samples:
                     packed.add(sample, rules, report)

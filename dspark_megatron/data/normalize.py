@@ -45,12 +45,6 @@ def normalized(position: int, message: object, name: str = "message") -> dict:
     role = ROLES.get(message["role"].lower(), message["role"])
     who = f"{name} {position} ({role})"
     rest = {key: value for key, value in message.items() if not _is_empty(value)}
-    off = [f"{key}: {rest[key]}" for key in LOSS_SWITCHES if rest.get(key, True) not in (True, 1)]
-    require(
-        not off or role != "assistant",
-        f"{who} has {', '.join(off)}, and every turn of the assistant is learnt; give what is not "
-        'to be learnt as "prompt" and the rest as "completion"',
-    )
     for key in ("role", "content", "tool_calls", "function_call"):
         rest.pop(key, None)
     rest = _with_one_reasoning(who, rest)
@@ -60,6 +54,19 @@ def normalized(position: int, message: object, name: str = "message") -> dict:
     if content is None and ("tool_calls" in rest or REASONING_KEYS[0] in rest):
         content = ""
     return {"role": role, "content": _text(who, content), **rest}
+
+
+def check_learnt(position: int, message: dict) -> None:
+    """ConfigError for an assistant's turn to be learnt that says it is not."""
+    off = [
+        f"{key}: {message[key]}" for key in LOSS_SWITCHES if message.get(key, True) not in (True, 1)
+    ]
+    require(
+        not off or message["role"] != "assistant",
+        f"message {position} (assistant) has {', '.join(off)}, and every turn of the assistant is "
+        'learnt; give the turns before the first to be learnt as "prompt" and the rest as '
+        '"completion", or lines with input_ids and loss_mask',
+    )
 
 
 def _is_empty(value: object) -> bool:
@@ -91,6 +98,7 @@ def _text_of_part(who: str, part: object) -> str:
 def _with_one_reasoning(who: str, rest: dict) -> dict:
     """Some servers send the same reasoning under two names."""
     texts = [rest.pop(key) for key in REASONING_KEYS if isinstance(rest.get(key), str)]
+    texts = [text for text in texts if text.strip()]
     require(
         len(set(texts)) < 2,
         f"{who} has different texts as {' and '.join(REASONING_KEYS)}; keep the one that is meant",

@@ -51,14 +51,16 @@ def check_rendered(
     `answers`: messages whose reasoning must stand, too; templates may drop that of earlier turns.
     System texts may stand anywhere: some templates put them before the last question.
     """
+    for message in messages:
+        _check_no_data(text, message)
     position, count = 0, 0
     for number, message in enumerate(messages):
         who = f"message {number} ({message['role']})"
         ends = [position]
         for what, spellings in _said(message, with_reasoning=number in answers):
             found = ((text.find(said, position), len(said)) for said in spellings)
-            end = min((start + length for start, length in found if start >= 0), default=0)
-            if not end:
+            end = min((start + length for start, length in found if start >= 0), default=None)
+            if end is None:
                 raise LeftOut(f"{what} of {who}", spellings[0], count)
             ends.append(end)
             count += 1
@@ -67,8 +69,6 @@ def check_rendered(
     for said in _said_by_tools(options.get("tools", [])):
         if not any(spelled in text for spelled in said):
             raise LeftOut("the line's tools", said[0], count)
-    for message in messages:
-        _check_no_data(text, message)
 
 
 def _check_no_data(text: str, message: dict) -> None:
@@ -76,11 +76,13 @@ def _check_no_data(text: str, message: dict) -> None:
     for call in message.get("tool_calls", []):
         arguments = call["function"]["arguments"]
         data = arguments if isinstance(arguments, dict) else call["function"]
-        if data and repr(data) in text:
-            raise NotRendered(
-                f"the chat template prints a call as Python does: {shown(data)}; change the "
-                "template"
-            )
+        for value in _containers(data):
+            as_json = [json.dumps(value, ensure_ascii=ascii_only) for ascii_only in (False, True)]
+            if repr(value) in text and repr(value) not in as_json:
+                raise NotRendered(
+                    f"the chat template prints a call as Python does: {shown(value)}; change the "
+                    "template"
+                )
     for part in message["content"] if isinstance(message["content"], list) else []:
         key = part["type"]
         plain = re.match(r"[ -~]*?(?=['\"\\]|[^ -~]|$)", part[key].strip()).group()
@@ -89,6 +91,14 @@ def _check_no_data(text: str, message: dict) -> None:
                 f"the chat template prints parts as data, not their text: {shown(part)}; "
                 "change the template"
             )
+
+
+def _containers(value: object) -> Iterator[dict | list]:
+    """A value and all inside it that Python and JSON may write otherwise."""
+    if isinstance(value, dict | list) and value:
+        yield value
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _containers(inner)
 
 
 def _said(message: dict, *, with_reasoning: bool) -> Iterator[tuple[str, list[str]]]:

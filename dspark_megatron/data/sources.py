@@ -8,7 +8,18 @@ from dspark_megatron.config import ConfigError, require
 
 NAMES = ("*.jsonl", "*.jsonl.gz", "*.jsonl.bz2", "*.jsonl.xz", "*.idx")
 """Files that a folder stands for."""
-FOREIGN_NAMES = ("*.parquet", "*.arrow", "*.zst")
+FOREIGN_NAMES = (
+    "*.parquet",
+    "*.arrow",
+    "*.zst",
+    "*.csv",
+    "*.tsv",
+    "*.ndjson",
+    "*.json",
+    "*.json.*",
+)
+NO_DATA = ("dataset_info.json", "dataset_infos.json", "state.json")
+"""What Hugging Face's datasets say of themselves."""
 
 
 class DataFile(NamedTuple):
@@ -38,7 +49,8 @@ def find_files(entry: str | Path) -> list[DataFile]:
 
 def _files_of_folder(path: Path) -> list[DataFile]:
     """ConfigError, too, for a folder of which data would be passed over."""
-    foreign = sorted(file.name for name in FOREIGN_NAMES for file in path.glob(name))
+    found = {file.name for name in FOREIGN_NAMES for file in path.glob(name)}
+    foreign = sorted(found.difference(NO_DATA))
     require(
         not foreign,
         f"the data folder {path} has {len(foreign)} files of data that are not read "

@@ -87,4 +87,4 @@ def _has_data_of(output_dir: Path, config: Config) -> bool:
 def finished_text(state: str, train: TrainConfig) -> str:
     """What is said of a run that had reached its end before it was started."""
     key = "train.iterations" if train.iterations is not None else "train.epochs"
-    return f"completed before: {state}; nothing is left to do, and a larger {key} would continue it"
+    return f"nothing is left to do: the run is at {state}; {key} must ask for more to continue it"

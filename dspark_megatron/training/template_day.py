@@ -29,17 +29,22 @@ def fix_template_day(plan: RunPlan, main_ranks: MainRanks, *, cache: Path | None
     what is continued: `cache`, else the run in train.output_dir, else target.cache. A new run takes
     today's, by the main rank's clock. Every rank calls it."""
     config = plan.config
-    if config.data.template_date is not None or not reads_clock(plan.tokenizer.chat_template):
+    if config.data.template_date is not None:
         return
+    reads = reads_clock(plan.tokenizer.chat_template)
 
     def choose() -> str:
+        if not reads:
+            return ""
         kept = _of_cache(cache) if cache else None
         kept = kept or _of_run(Path(config.train.output_dir))
         if not kept and config.target.is_cached:
             kept = _of_cache(Path(config.target.cache))
         return kept or date.today().isoformat()
 
-    config.data.template_date = main_ranks(choose)
+    day = main_ranks(choose)  # asked for by every rank: their templates are compared later only
+    if reads and day:
+        config.data.template_date = day
 
 
 def clock_hint(there: dict[str, Any], here: dict[str, Any]) -> str:
