@@ -107,11 +107,12 @@ def test_layouts_that_cannot_work(tiny_run, settings, message):
 
 
 def test_decoding_is_refused(tiny_run):
-    from dspark_megatron.training.setup import check_decodes
+    from dspark_megatron.training.setup import check_decodes, check_run
 
     target, parallel = {"provider": "megatron"}, {"pipeline_parallel": 2}
+    plan = check_run(tiny_config(tiny_run, target=target, parallel=parallel), 2)
     with pytest.raises(ConfigError, match="pipeline_parallel .2. must be 1 to decode"):
-        check_decodes(tiny_config(tiny_run, target=target, parallel=parallel))
+        check_decodes(plan, batch_size=1)
 
 
 def test_the_dry_run_counts_what_stages_hold_and_send(tiny_run):
