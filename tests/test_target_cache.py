@@ -402,8 +402,8 @@ def test_what_needs_the_target_says_so(run, tiny_run, tmp_path):
     with pytest.raises(ConfigError, match="needs the target for answers that are not in a cache"):
         evaluate = {"every": 2, "heldout_files": [str(other)]}
         cached(run, "x", "somewhere", evaluate=evaluate)
-    from dspark_megatron.evaluate import _checked_plan
+    from dspark_megatron.evaluate import _with_checkpoint
 
     with pytest.raises(ConfigError, match="a cache has no states of new tokens"):
         prompts = {"prompt_files": [str(other)]}
-        _checked_plan(cached(run, "x", "somewhere", evaluate=prompts), 1)
+        _with_checkpoint(cached(run, "x", "somewhere", evaluate=prompts))
