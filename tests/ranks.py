@@ -18,6 +18,9 @@ import torch.distributed as dist
 
 MAX_RANKS = 4
 TIMEOUT_SECONDS = 300
+MOST_LAYOUTS = 16
+"""Process groups that are made one after another before the ranks start anew: gloo keeps threads of
+groups that are gone, and a thousand of them keep a machine busy."""
 
 
 class RankPool:
@@ -29,10 +32,12 @@ class RankPool:
         self._generation = 0
 
     def run(self, function: Callable, *, world: int, tp: int, **arguments: Any) -> list[Any]:
-        if not self._processes:
-            self._start()
         if self._layout != (world, tp):
             self._layout, self._generation = (world, tp), self._generation + 1
+            if self._generation % MOST_LAYOUTS == 0:
+                self.close()
+        if not self._processes:
+            self._start()
         layout = (world, tp, self._generation)
         # Named, not pickled: a test module is imported under pytest's name for it.
         call = (function.__module__, function.__name__, layout, arguments)
