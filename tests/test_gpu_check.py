@@ -99,6 +99,26 @@ def test_every_check_that_has_ended_is_in_the_file(tmp_path):
     assert [check["name"] for check in report["checks"]] == ["first"]
 
 
+def test_a_folder_of_other_files_is_not_emptied(tmp_path, capsys):
+    kept = tmp_path / "thesis.tex"
+    kept.touch()
+    assert gpu_check.main(["--output", str(tmp_path)]) == 2
+    assert kept.is_file() and "holds files that are not of this command" in capsys.readouterr().err
+
+
+def test_a_second_run_replaces_the_report_of_the_first(tmp_path):
+    for verdict in (FAILED, PASSED):
+        _, report, _ = results(
+            checks={"only": 1}, outcomes=[outcome(verdict)], output=tmp_path / "out"
+        )
+        assert [check["verdict"] for check in report["checks"]] == [verdict]
+
+
+def test_missing_wheels_are_said_in_one_sentence(tmp_path, capsys):
+    assert gpu_check.main(["--wheels", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
+    assert "must hold wheels and has none" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory):
     """All checks but that of pretrain(), which tests/test_megatron_pretrain.py rehearses."""

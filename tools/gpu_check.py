@@ -23,7 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a plain checkout
 from gpu_checks.processes import FAILED, NOT_RUN, run_check, run_in_process
 from gpu_checks.wheels import install_wheels
 
+from dspark_megatron.config import ConfigError, require
+
 ROOT = Path(__file__).resolve().parents[1]
+MARK = ".gpu_check"
+"""A file that stands in every folder of reports."""
 SLOW = 10
 """How much longer than a GPU a busy CPU may take."""
 
@@ -56,12 +60,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     if args.run:
         return run_check(args.run, args.device, args.folder)
-    output = args.output.resolve()
-    shutil.rmtree(output, ignore_errors=True)
-    output.mkdir(parents=True)
+    try:
+        output = claim_output(args.output.resolve())
+        environment = child_environment(args.wheels, output)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     started = time.monotonic()
     report: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "command": " ".join(sys.argv)}
-    environment = child_environment(args.wheels, output)
     report["checks"] = results = []
     for check in CHECKS:
         if args.only and check.name not in args.only:
@@ -96,6 +102,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--run", choices=names, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
+
+
+def claim_output(output: Path) -> Path:
+    """The folder, empty. ConfigError for one that holds something else than an earlier report."""
+    require(
+        not output.exists() or not any(output.iterdir()) or (output / MARK).is_file(),
+        f"--output {output} holds files that are not of this command, which empties its folder; "
+        "name a new one",
+    )
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True)
+    (output / MARK).touch()
+    return output
 
 
 def child_environment(wheels: Path | None, output: Path) -> dict[str, str]:

@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device. A GPU gets it from page-locked memory, in its turn among the kernels
-    that are queued, while the host goes on; from ordinary memory the host would wait for both."""
+    """The tensor on the device. A GPU gets it from page-locked memory, in its turn among the
+    kernels that are queued, and the host goes on; from ordinary memory it would wait for both."""
     if device.type == "cuda" and not tensor.is_cuda:
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
