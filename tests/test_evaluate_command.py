@@ -93,7 +93,7 @@ def evaluate(runtime, config, fault=None):
     if fault == "in the answers":
         cache_check.check_cache = lambda *_: None
     try:
-        command._evaluate(ranks.Launch(0, 1, 0, None, None), config)
+        command._evaluate(ranks.Launch.alone(), config)
     except ConfigError as error:
         return str(error)
     finally:
