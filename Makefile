@@ -4,10 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # What must hold on every supported Megatron-Core; the rest does not depend on its version (`ops/`
 # does not import it).
-CORE_TESTS := tests/test_draft_model.py tests/test_training.py tests/test_device_discipline.py \
-	tests/test_initial_checkpoint.py tests/test_sharded_target.py tests/test_overlap.py \
-	tests/test_megatron_names.py tests/test_layer_spec.py \
-	tests/test_megatron_lm.py tests/test_megatron_pretrain.py
+CORE_TESTS := tests/model/test_draft_model.py tests/model/test_device_discipline.py \
+	tests/model/test_layer_spec.py tests/training/test_training.py tests/training/test_overlap.py \
+	tests/run/test_initial_checkpoint.py tests/targets/test_sharded_target.py tests/megatron_lm
 
 .PHONY: quickstart test test-core gpu-check lint format clean
 

@@ -19,12 +19,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
-    from dspark_megatron.training.runtime import launch
+    from dspark_megatron.run.runtime import launch
 
     with launch() as job:
-        from dspark_megatron.config_file import load_config
-        from dspark_megatron.training.agreement import agree_at_launch
-        from dspark_megatron.training.rank_facts import launch_facts
+        from dspark_megatron.config.loading import load_config
+        from dspark_megatron.run.agreement import agree_at_launch
+        from dspark_megatron.run.rank_facts import launch_facts
 
         config = load_config(arguments.config, arguments.overrides, trains=False)
         agree_at_launch(job, launch_facts(config, command="evaluate"))
@@ -34,14 +34,14 @@ def main(argv: list[str] | None = None) -> None:
 def _evaluate(job: Any, config: Any) -> None:
     import torch
 
-    from dspark_megatron.data.answers import AnswerRules
-    from dspark_megatron.data.prompts import load_prompts
+    from dspark_megatron.data.chats.answers import AnswerRules
+    from dspark_megatron.data.prompts.evaluation import load_prompts
     from dspark_megatron.evaluation.estimate import EstimateSettings
     from dspark_megatron.evaluation.run import all_figures, estimates, evaluate_prompts
-    from dspark_megatron.training.agreement import agree
-    from dspark_megatron.training.rank_facts import prompt_facts, target_facts
-    from dspark_megatron.training.runtime import main_ranks_folder, start
-    from dspark_megatron.training.template_day import fix_template_day
+    from dspark_megatron.run.agreement import agree
+    from dspark_megatron.run.rank_facts import prompt_facts, target_facts
+    from dspark_megatron.run.runtime import main_ranks_folder, start
+    from dspark_megatron.run.template_day import fix_template_day
 
     config, checkpoint = _with_checkpoint(config)
     settings = config.evaluate
@@ -83,12 +83,12 @@ def _evaluate(job: Any, config: Any) -> None:
 def _with_checkpoint(config: Any) -> tuple[Any, Path | None]:
     """The config with what the checkpoint knows, and the checkpoint; None for the untrained draft.
     ConfigError where there is nothing to evaluate, or nothing to decode with."""
-    from dspark_megatron.config import require
-    from dspark_megatron.training.known_draft import evaluated_checkpoint, with_draft_of
+    from dspark_megatron.errors import require
+    from dspark_megatron.run.known_draft import evaluated_checkpoint, with_draft_of
 
     require(bool(config.evaluate.prompt_files), "evaluate.prompt_files is empty; name a JSONL file")
     require(
-        not config.target.is_cached,
+        not config.target.is_stored,
         "evaluation decodes with the target, and a cache has no states of new tokens; set "
         "target.provider=huggingface",
     )
@@ -108,10 +108,10 @@ def _with_checkpoint(config: Any) -> tuple[Any, Path | None]:
 
 def _checked_plan(config: Any, world_size: int) -> Any:
     """The run's plan; ConfigError when its draft cannot be evaluated like this."""
-    from dspark_megatron.config import require
-    from dspark_megatron.shape import target_shards
-    from dspark_megatron.targets.quantization import check_quantization
-    from dspark_megatron.training.setup import check_decodes, check_run
+    from dspark_megatron.errors import require
+    from dspark_megatron.run.check import check_decodes, check_run
+    from dspark_megatron.shape.layout import target_shards
+    from dspark_megatron.targets.huggingface.quantization import check_quantization
 
     plan = check_run(config, world_size)
     check_decodes(plan, config.evaluate.batch_size)
@@ -133,9 +133,9 @@ def _checked_plan(config: Any, world_size: int) -> Any:
 
 def _check_checkpoint(plan: Any, checkpoint: Path | None) -> None:
     """ConfigError for a damaged checkpoint, or one of another target or draft."""
+    from dspark_megatron.run.checkpoints import check_same_run
+    from dspark_megatron.run.identity import draft_identity
     from dspark_megatron.storage.checkpoint_metadata import check_whole
-    from dspark_megatron.training.checkpointing import check_same_run
-    from dspark_megatron.training.setup import draft_identity
 
     if checkpoint is not None:
         check_whole(checkpoint)
@@ -145,7 +145,7 @@ def _check_checkpoint(plan: Any, checkpoint: Path | None) -> None:
 def _file_facts(settings: Any, checkpoint: Path | None) -> dict[str, str]:
     """What else is read, for ranks to compare."""
     from dspark_megatron.conversion.sidecar import SIDECAR
-    from dspark_megatron.training.rank_facts import file_digest, folder_facts
+    from dspark_megatron.run.rank_facts import file_digest, folder_facts
 
     return {
         **folder_facts("the checkpoint", checkpoint),
@@ -158,10 +158,10 @@ def _scheduled_cut(settings: Any, block_size: int, checkpoint: Path | None) -> A
     """The scheduler of the settings, None without one; ConfigError if its files cannot be used."""
     if settings.scheduler == "none":
         return None
-    from dspark_megatron.conversion.megatron_checkpoint import read_meta
     from dspark_megatron.conversion.sidecar import read_temperatures
     from dspark_megatron.evaluation.scheduled_cut import ScheduledCut
     from dspark_megatron.evaluation.serving.sps_table import read_sps_table, sps_of_step
+    from dspark_megatron.storage.training_checkpoint import read_meta
 
     table = read_sps_table(settings.sps_table)
     sps_of_step(table, settings.batch_size, block_size)  # the largest step must be within it
@@ -175,7 +175,7 @@ def _scheduled_cut(settings: Any, block_size: int, checkpoint: Path | None) -> A
 
 def _claim_outputs(config: Any) -> Path:
     """Where the results go; ConfigError if any file could not be written."""
-    from dspark_megatron.evaluation.output_files import claim_file
+    from dspark_megatron.storage.output_files import claim_file
 
     settings = config.evaluate
     output = Path(settings.output or f"{config.train.output_dir}/evaluation.json")
@@ -191,18 +191,13 @@ def _build_decoder(
     """The decoder of a checkpoint folder (null: the untrained draft) and its iteration.
     first_prompt [1, s]: token ids to check the teacher logits on."""
     from dspark_megatron.evaluation.decoding import Decoder, Sampling
+    from dspark_megatron.run.agreement import agree
+    from dspark_megatron.run.build import build_draft, build_target, load_target_head
+    from dspark_megatron.run.checkpoints import load_checkpoint
+    from dspark_megatron.run.initial.warm_start import WarmStart
+    from dspark_megatron.run.rank_facts import draft_facts
     from dspark_megatron.storage.target_folder import stop_token_ids
-    from dspark_megatron.targets.cache_check import check_cache
-    from dspark_megatron.targets.teacher_check import check_teacher_logits
-    from dspark_megatron.training.agreement import agree
-    from dspark_megatron.training.checkpointing import load_checkpoint
-    from dspark_megatron.training.rank_facts import draft_facts
-    from dspark_megatron.training.setup import (
-        build_draft,
-        build_target,
-        load_target_head,
-    )
-    from dspark_megatron.training.warm_start import WarmStart
+    from dspark_megatron.targets.start_checks import check_pieces_agree, check_target_logits
 
     draft = build_draft(plan, runtime).eval()
     iteration = 0
@@ -213,11 +208,11 @@ def _build_decoder(
     agree(draft_facts(draft, runtime.tp_group.rank()))
     target = build_target(plan, runtime)
     target_head = load_target_head(plan, draft, target)
-    if plan.config.target.check_teacher_logits:
-        check_teacher_logits(
+    if plan.config.target.check_logits:
+        check_target_logits(
             target, plan.config.target.path, target_head, draft.vocab_shard, first_prompt
         )
-    check_cache(target, first_prompt)
+    check_pieces_agree(target, first_prompt)
     settings = plan.config.evaluate
     stop_ids = stop_token_ids(plan.config.target.path, plan.tokenizer)
     sampling = Sampling(settings.temperature, settings.max_new_tokens, frozenset(stop_ids))
@@ -251,8 +246,8 @@ def _write(
     config: Any, facts: dict, files: dict, results: dict, figures: dict, output: Path
 ) -> None:
     """What decoding gave, before anything else can fail."""
-    from dspark_megatron.evaluation.output_files import write_json
     from dspark_megatron.evaluation.run import draft_records
+    from dspark_megatron.storage.output_files import write_json
 
     write_json(output, {**facts, "files": figures})
     records = config.evaluate.records
@@ -264,8 +259,8 @@ def _write(
 
 def _report(settings: Any, facts: dict, figures: dict, output: Path) -> None:
     """The table, and the figures with the estimates."""
-    from dspark_megatron.evaluation.output_files import write_json
     from dspark_megatron.evaluation.report import table
+    from dspark_megatron.storage.output_files import write_json
 
     write_json(output, {**facts, "files": figures})
     print(table(figures, greedy=settings.temperature == 0), flush=True)

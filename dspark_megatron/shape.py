@@ -4,15 +4,9 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dspark_megatron.config import (
-    Config,
-    ConfigError,
-    ModelConfig,
-    TargetConfig,
-    TrainConfig,
-    require,
-)
-from dspark_megatron.draft_rope import draft_rope
+from dspark_megatron.config import Config, ModelConfig, TargetConfig, TrainConfig
+from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.shape.rope import draft_rope
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """What families call the number of their experts."""
@@ -172,7 +166,7 @@ def check_layout(config: Config, shape: DraftShape, target_config: Any, world_si
         f"launch a multiple of {tp} processes",
     )
     splits = _draft_splits(shape)
-    if not config.target.is_cached:  # else no rank has the target
+    if not config.target.is_stored:  # else no rank has the target
         splits |= _target_splits(config.target, text)
         target_shards(config.target, world_size // tp)
     _check_splits(splits, tp, world_size)

@@ -31,15 +31,15 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(arguments: argparse.Namespace, stop: "StopRequests") -> None:
-    from dspark_megatron.training.runtime import launch, start
+    from dspark_megatron.run.runtime import launch, start
 
     with launch() as job:
-        from dspark_megatron.config_file import load_config
-        from dspark_megatron.shape import check_batch_size
-        from dspark_megatron.targets.quantization import check_quantization
-        from dspark_megatron.training.agreement import agree_at_launch
-        from dspark_megatron.training.rank_facts import launch_facts
-        from dspark_megatron.training.setup import check_run, check_training_device
+        from dspark_megatron.config.loading import load_config
+        from dspark_megatron.run.agreement import agree_at_launch
+        from dspark_megatron.run.check import check_run, check_training_device
+        from dspark_megatron.run.rank_facts import launch_facts
+        from dspark_megatron.shape.layout import check_batch_size
+        from dspark_megatron.targets.huggingface.quantization import check_quantization
 
         config = load_config(arguments.config, arguments.overrides)
         facts = launch_facts(config, command="train", dry_run=arguments.dry_run)
@@ -54,12 +54,12 @@ def run(arguments: argparse.Namespace, stop: "StopRequests") -> None:
         check_batch_size(config.train, plan.dp_size)
         check_training_device(config)
         shards_target = False
-        if not config.target.is_cached:
+        if not config.target.is_stored:
             check_quantization(plan.target_config, plan.target_split)
             shards_target = plan.target_split.lockstep
         runtime = start(job, config.parallel.tensor_parallel, shards_target=shards_target)
+        from dspark_megatron.run.template_day import fix_template_day
         from dspark_megatron.training.loop import train
-        from dspark_megatron.training.template_day import fix_template_day
 
         fix_template_day(plan, job.main_ranks)
         train(plan, runtime, stop)

@@ -1,5 +1,6 @@
 import pytest
-from ranks import RankPool
+
+from support.ranks import RankPool
 
 
 @pytest.fixture(scope="session")
@@ -13,7 +14,7 @@ def pool():
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
     """Settings of a tiny run; the target and the data are shared, the output is not to be used."""
-    from tiny_target import make_chats, make_target, tiny_settings
+    from support.tiny_target import make_chats, make_target, tiny_settings
 
     folder = tmp_path_factory.mktemp("tiny")
     target = make_target(folder / "target")
@@ -23,6 +24,6 @@ def tiny_run(tmp_path_factory):
 @pytest.fixture(scope="session", autouse=True)
 def megatron_without_a_gpu():
     """The plan builds a draft in the test's own process, on the meta device."""
-    from dspark_megatron.training.runtime import prepare_megatron
+    from dspark_megatron.mcore.prepare import prepare_megatron
 
     prepare_megatron()

@@ -15,12 +15,12 @@ from typing import Any
 import benchmarking  # makes `reference` importable
 import torch
 import torch.nn.functional as F
-from reference import context_mask
 from torch import Tensor
 
 from dspark_megatron.ops.block_attention import block_attention
 from dspark_megatron.ops.context_ranges import ContextRanges
 from dspark_megatron.shape import DraftShape
+from support.reference import context_mask
 
 CURVE_FORMATS = {"anchors": "d", "variant": "", "MiB": ",.1f", "ms": ",.1f"}
 CURVE_FORMATS |= {"ns / ABS": ".3f", "bytes / ABS": ".2f"}

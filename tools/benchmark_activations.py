@@ -15,10 +15,10 @@ import benchmarking
 import torch
 from torch import Tensor
 
-from dspark_megatron.ops.anchors import draft_blocks
-from dspark_megatron.ops.device_blocks import DeviceBlocks
+from dspark_megatron.data.blocks import draft_blocks
+from dspark_megatron.data.device_blocks import DeviceBlocks
+from dspark_megatron.run.runtime import Runtime, launch
 from dspark_megatron.shape import DraftShape
-from dspark_megatron.training.runtime import Runtime, launch
 
 FORMATS = {"tokens": ",d", "tp": "d", "sequence parallel": "", "recompute": "", "MiB": ".1f"}
 FORMATS |= {"of TP 1": ".3f", "of the same without": ".3f", "KiB a token more": ".2f"}

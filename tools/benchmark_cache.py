@@ -20,12 +20,12 @@ from typing import Any
 import benchmarking
 import torch
 
+from dspark_megatron.data.blocks import DEFAULT_RULES
 from dspark_megatron.data.conversation import Sample
-from dspark_megatron.ops.anchors import DEFAULT_RULES
 from dspark_megatron.targets.base import TargetStates
-from dspark_megatron.targets.cache_files import read_manifest
-from dspark_megatron.targets.cached_target import CachedTarget
-from dspark_megatron.targets.row_cache import RowCache, RowLayout
+from dspark_megatron.targets.stored.layout import read_manifest
+from dspark_megatron.targets.stored.safetensors_layout import SafetensorsLayout, SafetensorsStates
+from dspark_megatron.targets.stored.target import StoredStates
 
 HIDDEN, TAPS, TOKENS = 1024, 5, 1024
 BLOCK = 8 * 2**20
@@ -50,14 +50,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def write_cache(folder: Path, samples: list[Sample]) -> None:
-    from dspark_megatron.training.cache_writer import CacheWriter
-    from dspark_megatron.training.runtime import Launch, prepare_megatron, start
+    from dspark_megatron.mcore.prepare import prepare_megatron
+    from dspark_megatron.run.runtime import Launch, start
+    from dspark_megatron.targets.stored.writer import StatesWriter
 
     prepare_megatron()
     runtime = start(Launch.alone(), 1)
-    layout = RowLayout(HIDDEN, TAPS, "bfloat16", 7, DEFAULT_RULES)
-    writer = CacheWriter(layout, samples, folder, {}, shard_bytes=512 * 2**20)
-    writer.write(writer.claim(), RandomTarget(), runtime, micro_batch_size=1)
+    layout = SafetensorsLayout(HIDDEN, TAPS, "bfloat16", 7, DEFAULT_RULES)
+    writer = StatesWriter(layout, samples, folder, {}, shard_bytes=512 * 2**20)
+    groups = dict(tp_group=runtime.tp_group, dp_group=runtime.dp_group)
+    writer.write(writer.claim(), RandomTarget(), micro_batch_size=1, **groups)
     writer.finish()
 
 
@@ -83,8 +85,8 @@ def read_plainly(files: list[Path]) -> None:
 
 
 def read_states(folder: Path, samples: list[Sample]) -> None:
-    cache = RowCache(folder, read_manifest(folder))
-    target = CachedTarget(cache, samples, device=torch.device("cpu"))
+    cache = SafetensorsStates(folder, read_manifest(folder))
+    target = StoredStates(cache, samples, device=torch.device("cpu"))
     for i in torch.randperm(len(samples)).tolist():
         target.states(samples[i].input_ids[None], samples=(i,))
 

@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dspark_megatron.config import LossConfig
+from dspark_megatron.data.blocks import draft_blocks, sample_anchors
 from dspark_megatron.data.conversation import Sample
-from dspark_megatron.ops.anchors import draft_blocks, sample_anchors
 from dspark_megatron.planning.communication import StepSize, draft_collectives, ring_bytes
+from dspark_megatron.run.runtime import Runtime, launch
 from dspark_megatron.shape import DraftShape
-from dspark_megatron.training.runtime import Runtime, launch
 
 FORMATS = {"tp": "d", "sequence parallel": "", "recompute": "", "vocabulary": ",d"}
 FORMATS |= {

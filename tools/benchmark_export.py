@@ -39,7 +39,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from dspark_megatron.conversion.export import export_checkpoint
-from dspark_megatron.conversion.names import hugging_face_shapes, megatron_shapes
+from dspark_megatron.conversion.layouts.names import hugging_face_shapes, megatron_shapes
 from dspark_megatron.shape import DraftShape
 
 DTYPE = torch.bfloat16

@@ -15,11 +15,12 @@ from typing import Any
 
 import benchmarking
 
-from dspark_megatron.config import Config, ConfigError, require
-from dspark_megatron.config_file import load_config
+from dspark_megatron.config import Config
+from dspark_megatron.config.loading import load_config
 from dspark_megatron.data.dataset import ConversationDataset
-from dspark_megatron.targets.packing import RowPlanner
-from dspark_megatron.training.runtime import Runtime, launch, start
+from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.run.runtime import Runtime, launch, start
+from dspark_megatron.targets.huggingface.packing import SequencePacker
 
 VARIANTS = {
     "as they come": (False, False),
@@ -36,7 +37,7 @@ def micro_batches(
     config: Config, dataset: ConversationDataset, steps: int, grouped: bool, runtime: Runtime
 ) -> list:
     """Of the first steps."""
-    from dspark_megatron.training.micro_batches import MicroBatches
+    from dspark_megatron.data.micro_batches import MicroBatches
 
     data = replace(config.data, group_by_length=grouped)
     batches = MicroBatches(replace(config, data=data), dataset, dp_group=runtime.dp_group)
@@ -48,9 +49,10 @@ class Variants:
     """One draft and one target, whose ways of taking samples change."""
 
     def __init__(self, config: Config, runtime: Runtime, steps: int) -> None:
-        from dspark_megatron.training.optimizer import wrap_data_parallel
-        from dspark_megatron.training.run_data import load_run_data
-        from dspark_megatron.training.setup import build_draft, build_target, check_run
+        from dspark_megatron.mcore.optimizer import wrap_data_parallel
+        from dspark_megatron.run.build import build_draft, build_target
+        from dspark_megatron.run.check import check_run
+        from dspark_megatron.run.data import load_run_data
         from dspark_megatron.training.step import GradientStep
 
         plan = check_run(config, runtime.world_size)
@@ -60,8 +62,8 @@ class Variants:
             grouped: micro_batches(config, dataset, steps, grouped, runtime)
             for grouped in (False, True)
         }
-        self.planner = RowPlanner.of(config.target, plan.shape.hidden_size)
-        self.target = build_target(plan, runtime, with_last_hidden=config.needs_teacher)
+        self.planner = SequencePacker.of(config.target, plan.shape.hidden_size)
+        self.target = build_target(plan, runtime, with_last_hidden=config.needs_target_logits)
         self.step = GradientStep(
             config.loss,
             wrap_data_parallel(build_draft(plan, runtime), config.optimizer),
@@ -76,7 +78,7 @@ class Variants:
         return sum(sum(batch.lengths) for batch in self.batches[False])
 
     def run_target(self, grouped: bool, packed: bool) -> None:
-        self.target.row_planner = self.planner if packed else None
+        self.target.packer = self.planner if packed else None
         for batch in self.batches[grouped]:
             self.target.states(batch.input_ids, lengths=batch.lengths)
 
@@ -84,7 +86,7 @@ class Variants:
         """The metrics."""
         from dspark_megatron.training.metrics import MetricSums
 
-        self.target.row_planner = self.planner if packed else None
+        self.target.packer = self.planner if packed else None
         metrics = MetricSums.zeros(self.block_size, self.device)
         self.step.run(self.batches[grouped], metrics)
         return metrics.means(self.step.draft_loss.weights)

@@ -26,13 +26,14 @@ import benchmarking
 import torch
 from transformers import AutoTokenizer
 
-from dspark_megatron.config import ConfigError, LossConfig
-from dspark_megatron.config_file import load_config
+from dspark_megatron.config import LossConfig
+from dspark_megatron.config.loading import load_config
+from dspark_megatron.data.blocks import anchor_seed, sample_anchors
 from dspark_megatron.data.conversation import Sample
 from dspark_megatron.data.dataset import load_samples
-from dspark_megatron.ops.anchors import anchor_seed, sample_anchors
+from dspark_megatron.errors import ConfigError
+from dspark_megatron.run.runtime import Runtime, launch, start
 from dspark_megatron.shape import DraftShape
-from dspark_megatron.training.runtime import Runtime, launch, start
 
 QUICKSTART = "examples/quickstart/quickstart.yaml"
 FORMATS = {"variant": "", "MiB": ",.1f", "memory / plain": ".3f", "ms per sample": ",.1f"}
@@ -74,7 +75,7 @@ def synthetic_samples(args: argparse.Namespace) -> list[Sample]:
 
 def quickstart_samples(args: argparse.Namespace) -> list[Sample]:
     """The first samples of a config's training files, tokenized and cut as training does."""
-    from dspark_megatron.training.run_data import sample_rules
+    from dspark_megatron.run.data import sample_rules
 
     config = load_config(args.config)
     tokenizer = AutoTokenizer.from_pretrained(args.target or config.target.path)

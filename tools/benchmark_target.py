@@ -20,9 +20,9 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from dspark_megatron.config import TargetConfig
 from dspark_megatron.planning.target_work import target_work
-from dspark_megatron.targets.huggingface import HuggingFaceTarget
-from dspark_megatron.targets.split import TargetSplit
-from dspark_megatron.training.runtime import Runtime, launch
+from dspark_megatron.run.runtime import Runtime, launch
+from dspark_megatron.targets.huggingface.split import TargetSplit
+from dspark_megatron.targets.huggingface.target import HuggingFaceTarget
 
 TAPS = (0, 2)
 FORMATS = {"family": "", "dtype": "", "tp": "d", "shared by": "d", "pieces": "d"}

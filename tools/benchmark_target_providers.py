@@ -18,14 +18,14 @@ import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from dspark_megatron.config import TargetConfig
+from dspark_megatron.run.runtime import Runtime, launch
 from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.targets.base import Target
-from dspark_megatron.targets.huggingface import HuggingFaceTarget
+from dspark_megatron.targets.huggingface.split import TargetSplit
+from dspark_megatron.targets.huggingface.target import HuggingFaceTarget
 from dspark_megatron.targets.megatron.groups import TargetGroups
 from dspark_megatron.targets.megatron.source import GPTSource
 from dspark_megatron.targets.megatron.target import MegatronTarget
-from dspark_megatron.targets.split import TargetSplit
-from dspark_megatron.training.runtime import Runtime, launch
 
 TAPS = (0, 2)
 PROVIDERS = ("huggingface", "megatron")

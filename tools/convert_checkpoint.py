@@ -18,16 +18,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dspark_megatron.config import ConfigError, require
 from dspark_megatron.conversion.export import convert_folder, export_checkpoint
 from dspark_megatron.conversion.folder_writer import WriteOptions
-from dspark_megatron.conversion.foreign_configs import TargetFacts
 from dspark_megatron.conversion.import_draft import import_folder
-from dspark_megatron.conversion.layouts import LAYOUTS
-from dspark_megatron.conversion.megatron_checkpoint import BEST
+from dspark_megatron.conversion.layouts.foreign_configs import TargetFacts
+from dspark_megatron.conversion.layouts.table import LAYOUTS
 from dspark_megatron.conversion.verify import verify_folder
+from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.storage.target_weights import weights_fingerprint
+from dspark_megatron.storage.training_checkpoint import BEST
 
 ITERATION_HELP = "a number, or `best`: of the best held-out tau; default: the newest"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -110,13 +110,14 @@ def verify(args: argparse.Namespace) -> Iterator[str]:
 
 def compare(args: argparse.Namespace) -> list[str]:
     """The logits of both sides; needs Megatron-Core and room for one whole draft in fp32."""
-    from dspark_megatron.training.runtime import Launch, prepare_megatron, start
+    from dspark_megatron.mcore.prepare import prepare_megatron
+    from dspark_megatron.run.runtime import Launch, start
 
     prepare_megatron()
     from dspark_megatron.conversion.draft_folder import DraftFolder
     from dspark_megatron.conversion.logit_check import compare_logits
-    from dspark_megatron.conversion.megatron_checkpoint import CheckpointReader, find_checkpoint
     from dspark_megatron.conversion.sources import CheckpointSource
+    from dspark_megatron.storage.training_checkpoint import CheckpointReader, find_checkpoint
 
     runtime = start(Launch.alone(), 1)
     try:

@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from dspark_megatron.config import ConfigError
+from dspark_megatron.errors import ConfigError
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -32,13 +32,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from dspark_megatron.evaluation.output_files import write_files
     from dspark_megatron.evaluation.pages.report_inputs import (
         read_calibration,
         read_evaluation,
         read_simulation,
     )
     from dspark_megatron.evaluation.pages.report_page import report_page
+    from dspark_megatron.storage.output_files import write_files
 
     evaluation = read_evaluation(args.evaluation)
     calibration = args.calibration and read_calibration(args.calibration, evaluation)

@@ -43,27 +43,27 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dspark_megatron.config import ConfigError, require
 from dspark_megatron.config.data import is_day
-from dspark_megatron.data.answers import AnswerRules
-from dspark_megatron.data.chat_endpoint import (
+from dspark_megatron.data.chats.answers import AnswerRules
+from dspark_megatron.data.chats.template import ChatTemplate
+from dspark_megatron.data.chats.template_date import reads_clock
+from dspark_megatron.data.prompts.chat_prompts import Prompt, read_prompts
+from dspark_megatron.data.prompts.endpoint import (
     ChatEndpoint,
     NoAnswer,
     ask_all,
     describe_failures,
     request_body,
 )
-from dspark_megatron.data.chat_prompts import Prompt, read_prompts
-from dspark_megatron.data.chat_template import ChatTemplate
-from dspark_megatron.data.response_file import (
+from dspark_megatron.data.prompts.response_file import (
     Answer,
     append_answers,
     first_settings,
     open_partial,
     write_responses,
 )
-from dspark_megatron.data.template_date import reads_clock
-from dspark_megatron.seeds import derived_seed
+from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.ops.seeds import derived_seed
 from dspark_megatron.storage.target_folder import stop_token_ids
 
 PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")

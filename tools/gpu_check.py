@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a plain checkout
 from gpu_checks.processes import FAILED, NOT_RUN, run_check, run_in_process
 from gpu_checks.wheels import install_wheels
 
-from dspark_megatron.config import ConfigError, require
+from dspark_megatron.errors import ConfigError, require
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = ".gpu_check"

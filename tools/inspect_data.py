@@ -9,7 +9,7 @@ it needs the target and the data; the draft is that of the model section, or of 
 import argparse
 import sys
 
-from dspark_megatron.config import ConfigError, require
+from dspark_megatron.errors import ConfigError, require
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -22,13 +22,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def inspect(args: argparse.Namespace) -> str:
-    from dspark_megatron.config_file import load_config
+    from dspark_megatron.config.loading import load_config
     from dspark_megatron.data.show import BRACKETS, GREEN, describe_sample
-    from dspark_megatron.training.data_report import describe_data
-    from dspark_megatron.training.known_draft import with_some_draft
-    from dspark_megatron.training.run_data import load_run_data
-    from dspark_megatron.training.setup import check_run
-    from dspark_megatron.training.template_day import fix_template_day
+    from dspark_megatron.run.check import check_run
+    from dspark_megatron.run.data import load_run_data
+    from dspark_megatron.run.data_report import describe_data
+    from dspark_megatron.run.known_draft import with_some_draft
+    from dspark_megatron.run.template_day import fix_template_day
 
     config = with_some_draft(load_config(args.config, args.overrides, trains=False))
     layout = config.parallel
@@ -54,7 +54,7 @@ def inspect(args: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    from dspark_megatron.training.runtime import prepare_megatron
+    from dspark_megatron.mcore.prepare import prepare_megatron
 
     prepare_megatron()
     try:

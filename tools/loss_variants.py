@@ -8,7 +8,6 @@ import argparse
 import benchmarking  # makes `reference` importable
 import torch
 import torch.distributed as dist
-from reference import plain_head_loss
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -16,6 +15,7 @@ from dspark_megatron.config import LossConfig
 from dspark_megatron.ops.chunk_budget import chunk_rows
 from dspark_megatron.ops.head_loss import HeadWeights, Objective, head_loss
 from dspark_megatron.ops.vocab_parallel import VocabShard
+from support.reference import plain_head_loss
 
 CE, L1 = 0.1, 0.9
 
@@ -34,7 +34,7 @@ class Problem:
         self.group, self.device = group, device
         self.hidden = normal(args.rows, args.hidden).requires_grad_()
         self.latent = normal(args.rows, args.rank).requires_grad_()
-        self.teacher_hidden = normal(args.rows, args.hidden)
+        self.target_hidden = normal(args.rows, args.hidden)
         place = dict(generator=generator, device=device)
         self.labels = torch.randint(0, args.vocab, (args.rows,), **place)
         self.weights = 0.5 + torch.rand(args.rows, **place)
@@ -45,7 +45,7 @@ class Problem:
         self.w2 = normal(args.vocab, args.rank, args.rank**-0.5)[columns].clone().requires_grad_()
         self.joint = torch.cat([self.lm_head, self.w2.detach()], dim=1)
         loss = LossConfig(memory_budget_mb=args.memory_budget_mb, chunk_rows=args.chunk_rows)
-        self.chunk_rows = chunk_rows(loss, args.vocab // group.size(), dtype, with_teacher=True)
+        self.chunk_rows = chunk_rows(loss, args.vocab // group.size(), dtype, with_target=True)
         self.compile = args.compile
 
     def gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
@@ -64,14 +64,14 @@ class Problem:
         return self.gradients(loss)
 
     def _plain_rows(self, part: slice, hidden: Tensor, latent: Tensor, w2: Tensor) -> Tensor:
-        rows = hidden, latent, self.teacher_hidden[part], self.labels[part], self.weights[part]
+        rows = hidden, latent, self.target_hidden[part], self.labels[part], self.weights[part]
         return plain_head_loss(*rows, self.lm_head, w2, ce_alpha=CE, l1_alpha=L1)[0]
 
     def head_loss(self) -> tuple[Tensor, ...]:
         result = head_loss(
             self.hidden,
             self.latent,
-            self.teacher_hidden,
+            self.target_hidden,
             self.labels,
             self.weights,
             HeadWeights(self.joint, self.w2, self.shard),
@@ -88,7 +88,7 @@ class Products:
 
     def __init__(self, problem: Problem, rows: int) -> None:
         self.features = torch.cat([problem.hidden, problem.latent], dim=1).detach()
-        self.teacher_hidden, self.latent = problem.teacher_hidden, problem.latent.detach()
+        self.target_hidden, self.latent = problem.target_hidden, problem.latent.detach()
         self.joint, self.lm_head = problem.joint, problem.lm_head
         self.rows = min(rows, len(self.features))
         self.draft = self.joint.new_empty(self.rows, len(self.joint))
@@ -104,6 +104,6 @@ class Products:
             features, latent = self.features[part], self.latent[part]
             draft, teacher = self.draft[: len(features)], self.teacher[: len(features)]
             torch.mm(features, self.joint.t(), out=draft)
-            torch.mm(self.teacher_hidden[part], self.lm_head.t(), out=teacher)
+            torch.mm(self.target_hidden[part], self.lm_head.t(), out=teacher)
             torch.mm(draft, self.joint, out=self.grad_features[part])
             self.grad_w2.addmm_(draft.t(), latent)

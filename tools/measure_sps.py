@@ -44,7 +44,7 @@ class Verifier:
     """A target that takes verification steps behind made-up contexts."""
 
     def __init__(self, plan: Any, runtime: Any, context_length: int) -> None:
-        from dspark_megatron.training.setup import build_target, read_target_head
+        from dspark_megatron.run.build import build_target, read_target_head
 
         self.target, self.device = build_target(plan, runtime), runtime.device
         self.head, _ = read_target_head(plan, self.target, tp_group=runtime.tp_group)
@@ -103,8 +103,8 @@ def measure(plan: Any, runtime: Any, args: argparse.Namespace) -> Any:
 
 
 def check(args: argparse.Namespace, plan: Any) -> None:
-    from dspark_megatron.config import require
-    from dspark_megatron.evaluation.output_files import claim_file
+    from dspark_megatron.errors import require
+    from dspark_megatron.storage.output_files import claim_file
 
     tokens, context = args.batch_tokens, args.context_length
     require(
@@ -133,17 +133,17 @@ def check(args: argparse.Namespace, plan: Any) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    from dspark_megatron.training.runtime import launch, start
+    from dspark_megatron.run.runtime import launch, start
 
     with launch() as job:
-        from dspark_megatron.config import require
-        from dspark_megatron.config_file import load_config
+        from dspark_megatron.config.loading import load_config
+        from dspark_megatron.errors import require
         from dspark_megatron.evaluation.serving.sps_table import write_sps_table
-        from dspark_megatron.targets.quantization import check_quantization
-        from dspark_megatron.training.agreement import agree, agree_at_launch
-        from dspark_megatron.training.known_draft import with_some_draft
-        from dspark_megatron.training.rank_facts import launch_facts, target_facts
-        from dspark_megatron.training.setup import check_decodes, check_run
+        from dspark_megatron.run.agreement import agree, agree_at_launch
+        from dspark_megatron.run.check import check_decodes, check_run
+        from dspark_megatron.run.known_draft import with_some_draft
+        from dspark_megatron.run.rank_facts import launch_facts, target_facts
+        from dspark_megatron.targets.huggingface.quantization import check_quantization
 
         config = load_config(args.config, args.overrides, trains=False)
         own = {k: v for k, v in vars(args).items() if k not in ("config", "overrides")}

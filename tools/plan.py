@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from dspark_megatron.config import ConfigError
+from dspark_megatron.errors import ConfigError
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -37,12 +37,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     if args.output is not None and not args.output.parent.is_dir():
         sys.exit(f"error: the folder of --output {args.output} must exist")
-    from dspark_megatron.training.runtime import prepare_megatron
+    from dspark_megatron.mcore.prepare import prepare_megatron
 
     prepare_megatron()
     from dspark_megatron.planning.layouts import Machine
     from dspark_megatron.planning.recommend import Wish, recommend
-    from dspark_megatron.training.output import replace_text
+    from dspark_megatron.run.output import replace_text
 
     machine = Machine(
         args.gpus_per_node,

@@ -30,14 +30,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    from dspark_megatron.training.runtime import launch, start
+    from dspark_megatron.run.runtime import launch, start
 
     with launch() as job:
-        from dspark_megatron.targets.quantization import check_quantization
-        from dspark_megatron.training.agreement import agree, agree_at_launch
-        from dspark_megatron.training.rank_facts import launch_facts, target_facts
-        from dspark_megatron.training.setup import check_run
-        from dspark_megatron.training.template_day import fix_template_day
+        from dspark_megatron.run.agreement import agree, agree_at_launch
+        from dspark_megatron.run.check import check_run
+        from dspark_megatron.run.rank_facts import launch_facts, target_facts
+        from dspark_megatron.run.template_day import fix_template_day
+        from dspark_megatron.targets.huggingface.quantization import check_quantization
 
         config, output = checked_config(args)
         own = {name: getattr(args, name) for name in ("output", "dtype", "format", "shard_mib")}
@@ -53,11 +53,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def checked_config(args: argparse.Namespace) -> tuple[Any, Path]:
     """The run's config, with the target itself as provider, and the folder of the cache."""
-    from dspark_megatron.config import require
-    from dspark_megatron.config_file import load_config
+    from dspark_megatron.config.loading import load_config
+    from dspark_megatron.errors import require
 
     config = load_config(args.config, args.overrides)
-    if config.target.is_cached:
+    if config.target.is_stored:
         config.target.provider = "megatron" if config.target.checkpoint else "huggingface"
         config.validate()
     output = args.output or Path(config.target.cache)
@@ -72,7 +72,7 @@ def checked_config(args: argparse.Namespace) -> tuple[Any, Path]:
             f"DeepSpec's cache is in bf16, not {args.dtype}; leave --dtype out or --format",
         )
         require(
-            config.needs_teacher,
+            config.needs_target_logits,
             "DeepSpec's cache has last hidden states, which an objective of cross entropy alone "
             "does not load; give --format rows",
         )
@@ -83,12 +83,12 @@ def prepare(plan: Any, runtime: Any, output: Path, args: argparse.Namespace) -> 
     """Estimate, then write what is missing; every rank calls it."""
     import torch.distributed as dist
 
-    from dspark_megatron.training.cache_writer import CacheWriter
+    from dspark_megatron.targets.stored.writer import StatesWriter
     from dspark_megatron.training.loop import load_data
 
     data = load_data(plan, runtime)
     layout, facts = layout_and_facts(plan, data, args)
-    writer = CacheWriter(layout, data, output, facts, shard_bytes=int(args.shard_mib * 2**20))
+    writer = StatesWriter(layout, data, output, facts, shard_bytes=int(args.shard_mib * 2**20))
     missing: list[Any] = [None]
     if runtime.is_main:
         print(size_line(plan, data, writer), flush=True)
@@ -97,7 +97,8 @@ def prepare(plan: Any, runtime: Any, output: Path, args: argparse.Namespace) -> 
     if missing[0]:
         target = checked_target(plan, runtime, data)
         size = plan.config.train.micro_batch_size
-        writer.write(missing[0], target, runtime, micro_batch_size=size)
+        groups = dict(tp_group=runtime.tp_group, dp_group=runtime.dp_group)
+        writer.write(missing[0], target, micro_batch_size=size, **groups)
     dist.barrier()
     if runtime.is_main:
         writer.finish()
@@ -105,10 +106,10 @@ def prepare(plan: Any, runtime: Any, output: Path, args: argparse.Namespace) -> 
 
 
 def layout_and_facts(plan: Any, data: Any, args: argparse.Namespace) -> tuple[Any, dict]:
-    from dspark_megatron.ops.anchors import BlockRules
-    from dspark_megatron.targets.deepspec_cache import DeepSpecLayout
-    from dspark_megatron.targets.row_cache import RowLayout
-    from dspark_megatron.training.target_cache import data_facts, row_facts, target_facts
+    from dspark_megatron.data.blocks import BlockRules
+    from dspark_megatron.run.states import data_facts, row_facts, target_facts
+    from dspark_megatron.targets.stored.deepspec_layout import DeepSpecLayout
+    from dspark_megatron.targets.stored.safetensors_layout import SafetensorsLayout
 
     config, shape = plan.config, plan.shape
     facts = {
@@ -118,20 +119,20 @@ def layout_and_facts(plan: Any, data: Any, args: argparse.Namespace) -> tuple[An
     if args.format == "deepspec":
         path = str(config.target.path)
         return DeepSpecLayout(shape.hidden_size, shape.target_layer_ids, path), facts
-    layout = RowLayout(
+    layout = SafetensorsLayout(
         shape.hidden_size,
         len(shape.target_layer_ids),
         args.dtype,
         shape.block_size,
         BlockRules.of(config.loss),
-        with_last_hidden=config.needs_teacher,
+        with_last_hidden=config.needs_target_logits,
     )
     return layout, {**facts, **row_facts(plan)}
 
 
 def size_line(plan: Any, data: Any, writer: Any) -> str:
     """What the whole cache takes, and what DeepSpec's would."""
-    from dspark_megatron.targets.deepspec_cache import DeepSpecLayout
+    from dspark_megatron.targets.stored.deepspec_layout import DeepSpecLayout
 
     shape, tokens = plan.shape, data.report.total_tokens
     deepspec = DeepSpecLayout(shape.hidden_size, shape.target_layer_ids, "")
@@ -146,15 +147,15 @@ def size_line(plan: Any, data: Any, writer: Any) -> str:
 
 def checked_target(plan: Any, runtime: Any, data: Any) -> Any:
     """The target, whose teacher logits are checked as a training run would."""
-    from dspark_megatron.targets.teacher_check import check_teacher_logits
-    from dspark_megatron.training.setup import build_target, read_target_head
+    from dspark_megatron.run.build import build_target, read_target_head
+    from dspark_megatron.targets.start_checks import check_target_logits
 
     config = plan.config
-    target = build_target(plan, runtime, with_last_hidden=config.needs_teacher)
-    if config.target.check_teacher_logits and config.needs_teacher:
+    target = build_target(plan, runtime, with_last_hidden=config.needs_target_logits)
+    if config.target.check_logits and config.needs_target_logits:
         head, shard = read_target_head(plan, target, tp_group=runtime.tp_group)
         first = data[0].input_ids[None]
-        check_teacher_logits(target, config.target.path, head, shard, first)
+        check_target_logits(target, config.target.path, head, shard, first)
     return target
 
 

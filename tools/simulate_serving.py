@@ -16,14 +16,14 @@ from typing import Any
 
 import benchmarking
 
-from dspark_megatron.config import ConfigError, require
 from dspark_megatron.conversion.sidecar import SIDECAR, read_temperatures
+from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.evaluation.draft_records import DraftRecords
-from dspark_megatron.evaluation.output_files import write_files
 from dspark_megatron.evaluation.pages.plots import png
 from dspark_megatron.evaluation.serving.serving_plot import serving_plot
 from dspark_megatron.evaluation.serving.serving_simulation import ServingSettings, simulate_serving
 from dspark_megatron.evaluation.serving.sps_table import read_sps_table
+from dspark_megatron.storage.output_files import write_files
 
 FORMATS = {"requests": "d", "policy": "", "tokens_per_second": ",.1f", "per_request": ",.1f"}
 FORMATS |= {"tau": ".3f", "verified": ".3f", "speedup": ".3f"}

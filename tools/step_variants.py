@@ -10,10 +10,25 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import benchmarking  # noqa: F401  makes `reference` importable
-import reference
 import torch
 import torch.nn.functional as F
-from reference import (
+from torch import Tensor
+from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
+
+from dspark_megatron.config import LossConfig, OptimizerConfig
+from dspark_megatron.conversion.layouts.names import to_hugging_face
+from dspark_megatron.data.blocks import draft_blocks
+from dspark_megatron.data.conversation import Sample
+from dspark_megatron.data.micro_batches import MicroBatch
+from dspark_megatron.mcore.optimizer import wrap_data_parallel
+from dspark_megatron.model.draft_model import DSparkDraftModel
+from dspark_megatron.run.runtime import Runtime
+from dspark_megatron.shape import DraftShape
+from dspark_megatron.targets.base import StatesSource, TargetStates
+from dspark_megatron.training.metrics import MetricSums
+from dspark_megatron.training.step import GradientStep
+from support import reference
+from support.reference import (
     PlainAttention,
     PlainBlocks,
     PlainDraft,
@@ -22,21 +37,6 @@ from reference import (
     plain_blocks,
     plain_loss,
 )
-from torch import Tensor
-from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
-
-from dspark_megatron.config import LossConfig, OptimizerConfig
-from dspark_megatron.conversion.names import to_hugging_face
-from dspark_megatron.data.conversation import Sample
-from dspark_megatron.model.draft_model import DSparkDraftModel
-from dspark_megatron.ops.anchors import draft_blocks
-from dspark_megatron.shape import DraftShape
-from dspark_megatron.targets.base import StatesSource, TargetStates
-from dspark_megatron.training.metrics import MetricSums
-from dspark_megatron.training.micro_batches import MicroBatch
-from dspark_megatron.training.optimizer import wrap_data_parallel
-from dspark_megatron.training.runtime import Runtime
-from dspark_megatron.training.step import GradientStep
 
 
 class Item(NamedTuple):

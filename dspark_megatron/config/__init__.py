@@ -1,7 +1,7 @@
 """Every knob of a run, once: its default, meaning, unit and the checks that need nothing else.
 
 A section of the YAML file is a module here, and `Config` is all of them with the rules between
-sections. `config_file.py` reads them. Rules that need the target's own shape are in `shape.py`.
+sections. `config/loading.py` reads them. Rules that need the target's own shape are in `shape.py`.
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ from dspark_megatron.config.loss import LossConfig
 from dspark_megatron.config.model import ModelConfig
 from dspark_megatron.config.optimizer import OptimizerConfig
 from dspark_megatron.config.parallel import ParallelConfig
-from dspark_megatron.config.rules import ConfigError, require
 from dspark_megatron.config.target import TargetConfig
 from dspark_megatron.config.train import TrainConfig
+from dspark_megatron.errors import ConfigError, require
 
 __all__ = [
     "Config",
@@ -82,13 +82,13 @@ class Config:
             "model.enable_confidence_head is false; set evaluate.scheduler=none",
         )
         require(
-            self.evaluate.every is None or self.needs_teacher,
+            self.evaluate.every is None or self.needs_target_logits,
             "evaluate.every compares with the target's distribution, which an objective of cross "
             "entropy alone does not load; set evaluate.every=null, or give a term that compares "
             "(loss.l1_loss_alpha, loss.kl_loss_alpha, ...) a weight",
         )
         require(
-            self.evaluate.every is None or not self.target.is_cached,
+            self.evaluate.every is None or not self.target.is_stored,
             f"evaluate.every ({self.evaluate.every}) needs the target for answers that are not in "
             "a cache; set evaluate.every=null or target.provider=huggingface",
         )
@@ -138,9 +138,9 @@ class Config:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
     @property
-    def needs_teacher(self) -> bool:
+    def needs_target_logits(self) -> bool:
         """Whether the loss compares with the target's distribution."""
-        return self.loss.needs_teacher(with_confidence_head=self.model.enable_confidence_head)
+        return self.loss.needs_target_logits(with_confidence_head=self.model.enable_confidence_head)
 
     @property
     def min_loss_tokens(self) -> int:

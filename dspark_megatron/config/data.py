@@ -5,7 +5,8 @@ import math
 from dataclasses import dataclass, field
 from datetime import date
 
-from dspark_megatron.config.rules import one_of, require
+from dspark_megatron.config.rules import one_of
+from dspark_megatron.errors import require
 
 
 @dataclass(kw_only=True)

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from dspark_megatron.config.rules import one_of, positive, require
+from dspark_megatron.config.rules import one_of, positive
+from dspark_megatron.errors import require
 
 
 @dataclass(kw_only=True)

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from dspark_megatron.config.rules import one_of, positive, require
+from dspark_megatron.config.rules import one_of, positive
+from dspark_megatron.errors import require
 
 
 @dataclass(kw_only=True)
@@ -11,7 +12,7 @@ class LossConfig:
 
     preset: str = "deepspec"
     """Whose semantics the keys left out take: `deepspec` (the paper's checkpoints), `modelopt` or
-    `speculators`; `loss_presets.py` has them."""
+    `speculators`; `config/presets.py` has them."""
     ce_loss_alpha: float = 0.1
     """Weight of the cross entropy with the labels."""
     l1_loss_alpha: float = 0.9
@@ -81,7 +82,7 @@ class LossConfig:
         """Weight of the raw L1 distance, whichever name it was given under."""
         return self.l1_loss_alpha + self.tvd_loss_alpha / 2
 
-    def needs_teacher(self, *, with_confidence_head: bool) -> bool:
+    def needs_target_logits(self, *, with_confidence_head: bool) -> bool:
         """Whether any term compares with the target's distribution."""
         return (
             self.l1_weight > 0

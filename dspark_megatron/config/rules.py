@@ -2,14 +2,7 @@
 
 import difflib
 
-
-class ConfigError(ValueError):
-    """The user's settings cannot work; the message says what must hold and the way out."""
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
+from dspark_megatron.errors import ConfigError, require
 
 
 def positive(name: str, value: float) -> None:

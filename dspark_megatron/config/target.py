@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from dspark_megatron.config.rules import one_of, positive, require
+from dspark_megatron.config.rules import one_of, positive
+from dspark_megatron.errors import require
 
 
 @dataclass(kw_only=True)
@@ -40,14 +41,14 @@ class TargetConfig:
     """Put the samples of a micro-batch behind one another in rows of a forward pass in training,
     without padding: the same states, where the target's family keeps the samples of a row apart,
     which is tried at start."""
-    check_teacher_logits: bool = True
+    check_logits: bool = True
     """Compare `lm_head(last_hidden)` with the target's own logits on the first batch at start."""
 
     def validate(self) -> None:
         require(bool(self.path), "target.path is missing; set it to the target's folder")
         one_of("target.provider", self.provider, ("huggingface", "megatron", "cache"))
         require(
-            bool(self.cache) or not self.is_cached,
+            bool(self.cache) or not self.is_stored,
             "target.provider 'cache' needs target.cache: name the folder that "
             "tools/prepare_target_cache.py has written, or set target.provider=huggingface",
         )
@@ -65,7 +66,7 @@ class TargetConfig:
         if self.provider == "megatron":
             self._validate_megatron()
         require(
-            not self.packing or not self.is_cached,
+            not self.packing or not self.is_stored,
             "target.packing is of a target's forward pass, and target.provider 'cache' makes none; "
             "set target.packing=false",
         )
@@ -90,6 +91,6 @@ class TargetConfig:
         )
 
     @property
-    def is_cached(self) -> bool:
+    def is_stored(self) -> bool:
         """Whether states are read, and the target itself is not loaded."""
         return self.provider == "cache"

@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dspark_megatron.config import ConfigError, require
-from dspark_megatron.conversion.engine_reading import AUX
-from dspark_megatron.conversion.foreign_configs import TargetFacts
-from dspark_megatron.conversion.hf_config import description_of_config
-from dspark_megatron.conversion.layouts import LAYOUTS, check_dspark, detect_layout
-from dspark_megatron.conversion.names import (
+from dspark_megatron.conversion.engines.reading import AUX
+from dspark_megatron.conversion.layouts.foreign_configs import TargetFacts
+from dspark_megatron.conversion.layouts.hf_config import description_of_config
+from dspark_megatron.conversion.layouts.names import (
     EMBEDDING,
     LM_HEAD,
     compare_tensors,
     hugging_face_shapes,
     raise_if_any,
 )
+from dspark_megatron.conversion.layouts.table import LAYOUTS, check_dspark, detect_layout
+from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.shape import DraftShape
 from dspark_megatron.storage.safetensors_folder import SafetensorsFolder
 

@@ -3,19 +3,15 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from dspark_megatron.config import require
 from dspark_megatron.conversion.draft_folder import DraftFolder
 from dspark_megatron.conversion.folder_writer import WriteOptions, write_draft_folder
-from dspark_megatron.conversion.foreign_configs import TargetFacts
-from dspark_megatron.conversion.megatron_checkpoint import CheckpointReader, find_checkpoint
-from dspark_megatron.conversion.names import raise_if_any
+from dspark_megatron.conversion.layouts.foreign_configs import TargetFacts
+from dspark_megatron.conversion.layouts.names import raise_if_any
 from dspark_megatron.conversion.sources import CheckpointSource, FolderSource
-from dspark_megatron.conversion.target_match import (
-    shape_problems,
-    shared_problems,
-    target_problems,
-)
+from dspark_megatron.conversion.target_match import shape_problems, shared_problems, target_problems
+from dspark_megatron.errors import require
 from dspark_megatron.storage.target_folder import load_target_config
+from dspark_megatron.storage.training_checkpoint import CheckpointReader, find_checkpoint
 
 Fingerprint = Callable[[Path], str]
 

@@ -12,20 +12,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dspark_megatron.config import ConfigError, require
 from dspark_megatron.conversion.draft_folder import read_config
-from dspark_megatron.conversion.engines import engine_verdicts
-from dspark_megatron.conversion.foreign_configs import TargetFacts
-from dspark_megatron.conversion.hf_config import hugging_face_config
-from dspark_megatron.conversion.layouts import LAYOUTS, detect_layout
-from dspark_megatron.conversion.model_card import is_unedited, model_card
-from dspark_megatron.conversion.names import (
+from dspark_megatron.conversion.engines.verdicts import engine_verdicts
+from dspark_megatron.conversion.layouts.foreign_configs import TargetFacts
+from dspark_megatron.conversion.layouts.hf_config import hugging_face_config
+from dspark_megatron.conversion.layouts.names import (
     EMBEDDING,
     LM_HEAD,
     hugging_face_shapes,
     raise_if_any,
 )
-from dspark_megatron.conversion.new_folder import new_folder
+from dspark_megatron.conversion.layouts.table import LAYOUTS, detect_layout
+from dspark_megatron.conversion.model_card import is_unedited, model_card
 from dspark_megatron.conversion.safetensors_writer import (
     TensorSpec,
     parse_size,
@@ -39,12 +37,10 @@ from dspark_megatron.conversion.sidecar import (
     is_of_same_draft,
 )
 from dspark_megatron.conversion.sources import DraftSource
-from dspark_megatron.conversion.target_match import (
-    not_finite,
-    shape_problems,
-    target_problems,
-)
+from dspark_megatron.conversion.target_match import not_finite, shape_problems, target_problems
+from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.shape import DraftShape
+from dspark_megatron.storage.new_folder import new_folder
 from dspark_megatron.storage.safetensors_folder import SafetensorsFolder
 from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.storage.target_weights import SharedMatrix, shared_matrices

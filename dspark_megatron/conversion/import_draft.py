@@ -17,9 +17,22 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem
 
-from dspark_megatron.config import ConfigError, require
 from dspark_megatron.conversion.export import open_draft_folder
-from dspark_megatron.conversion.megatron_checkpoint import (
+from dspark_megatron.conversion.layouts.names import (
+    megatron_shapes,
+    name_table,
+    raise_if_any,
+    to_megatron,
+)
+from dspark_megatron.conversion.sidecar import carry_sidecar, check_sidecar
+from dspark_megatron.conversion.sources import FolderSource
+from dspark_megatron.conversion.target_match import not_finite
+from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.shape import DraftShape
+from dspark_megatron.shape.layout import check_draft_split, padded_vocab_size
+from dspark_megatron.storage.new_folder import new_folder
+from dspark_megatron.storage.torch_dist_folder import cause_of
+from dspark_megatron.storage.training_checkpoint import (
     FORMAT,
     META,
     TRACKER,
@@ -27,18 +40,6 @@ from dspark_megatron.conversion.megatron_checkpoint import (
     find_checkpoint,
     iteration_folder,
 )
-from dspark_megatron.conversion.names import (
-    megatron_shapes,
-    name_table,
-    raise_if_any,
-    to_megatron,
-)
-from dspark_megatron.conversion.new_folder import new_folder
-from dspark_megatron.conversion.sidecar import carry_sidecar, check_sidecar
-from dspark_megatron.conversion.sources import FolderSource
-from dspark_megatron.conversion.target_match import not_finite
-from dspark_megatron.shape import DraftShape, check_draft_split, padded_vocab_size
-from dspark_megatron.storage.torch_dist_folder import cause_of
 
 BACKEND = {
     "sharded_backend": "torch_dist",

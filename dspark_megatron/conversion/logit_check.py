@@ -13,12 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dspark_megatron.conversion.draft_folder import DraftFolder
-from dspark_megatron.conversion.fill_draft import fill_draft
-from dspark_megatron.conversion.names import EMBEDDING, LM_HEAD
+from dspark_megatron.conversion.draft_tensors import fill_draft
+from dspark_megatron.conversion.layouts.names import EMBEDDING, LM_HEAD
 from dspark_megatron.conversion.sources import CheckpointSource
+from dspark_megatron.data.blocks import draft_blocks
+from dspark_megatron.data.device_blocks import DeviceBlocks
 from dspark_megatron.model.draft_model import FROZEN_REPLICAS, DSparkDraftModel
-from dspark_megatron.ops.anchors import draft_blocks
-from dspark_megatron.ops.device_blocks import DeviceBlocks
 from dspark_megatron.shape import DraftShape
 from dspark_megatron.storage.target_weights import shared_matrices
 

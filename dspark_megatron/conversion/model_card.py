@@ -4,8 +4,8 @@ import hashlib
 import json
 from typing import Any
 
-from dspark_megatron.conversion.description import DraftDescription
-from dspark_megatron.conversion.engine_reading import SGLANG, VLLM
+from dspark_megatron.conversion.engines.reading import SGLANG, VLLM
+from dspark_megatron.conversion.layouts.description import DraftDescription
 
 WHOSE = {
     "hf": "DeepSpec's names, under a config that serving engines read too",

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dspark_megatron.config import ConfigError, require
+from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.storage.safetensors_folder import DTYPES
 
 INDEX = "model.safetensors.index.json"

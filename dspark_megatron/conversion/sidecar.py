@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from dspark_megatron.config import ConfigError, require
+from dspark_megatron.errors import ConfigError, require
 
 SIDECAR = "dspark_sts.json"
 

@@ -9,16 +9,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dspark_megatron.config import ConfigError
-from dspark_megatron.conversion.description import DraftDescription
 from dspark_megatron.conversion.draft_folder import DraftFolder
-from dspark_megatron.conversion.megatron_checkpoint import CheckpointReader
-from dspark_megatron.conversion.names import (
+from dspark_megatron.conversion.layouts.description import DraftDescription
+from dspark_megatron.conversion.layouts.names import (
     check_megatron_tensors,
     hugging_face_shapes,
     to_hugging_face,
 )
 from dspark_megatron.conversion.sidecar import same_checkpoint
+from dspark_megatron.errors import ConfigError
+from dspark_megatron.storage.training_checkpoint import CheckpointReader
 
 
 class DraftSource(Protocol):

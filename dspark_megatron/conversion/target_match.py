@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dspark_megatron.conversion.draft_folder import DraftFolder
-from dspark_megatron.conversion.names import EMBEDDING, LM_HEAD
+from dspark_megatron.conversion.layouts.names import EMBEDDING, LM_HEAD
 from dspark_megatron.shape import DraftShape
 from dspark_megatron.storage.target_weights import shared_matrices
 

@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dspark_megatron.config import ConfigError
 from dspark_megatron.conversion.draft_folder import DraftFolder
-from dspark_megatron.conversion.engines import Verdict, engine_verdicts
-from dspark_megatron.conversion.foreign_configs import TargetFacts
-from dspark_megatron.conversion.hf_config import hugging_face_config
-from dspark_megatron.conversion.megatron_checkpoint import CheckpointReader, find_checkpoint
-from dspark_megatron.conversion.names import raise_if_any
+from dspark_megatron.conversion.engines.verdicts import Verdict, engine_verdicts
+from dspark_megatron.conversion.layouts.foreign_configs import TargetFacts
+from dspark_megatron.conversion.layouts.hf_config import hugging_face_config
+from dspark_megatron.conversion.layouts.names import raise_if_any
 from dspark_megatron.conversion.sidecar import SIDECAR, check_sidecar
 from dspark_megatron.conversion.sources import CheckpointSource
 from dspark_megatron.conversion.target_match import (
@@ -24,8 +22,10 @@ from dspark_megatron.conversion.target_match import (
     target_problems,
     targets_shared,
 )
+from dspark_megatron.errors import ConfigError
 from dspark_megatron.storage.safetensors_folder import open_safetensors
 from dspark_megatron.storage.target_folder import load_target_config
+from dspark_megatron.storage.training_checkpoint import CheckpointReader, find_checkpoint
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dspark_megatron.config import require
 from dspark_megatron.data.sampler import SampleRef, permutation
+from dspark_megatron.errors import require
 
 
 class Shares(NamedTuple):

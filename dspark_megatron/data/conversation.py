@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dspark_megatron.config import ConfigError, require
-from dspark_megatron.data.answer_ends import up_to_first_stop
-from dspark_megatron.data.answers import WAY_OUT, AnswerRules
-from dspark_megatron.data.chat_template import ChatTemplate
-from dspark_megatron.data.chats import chat_of, checked_messages, is_cut_short
-from dspark_megatron.data.normalize import check_learnt, shown
-from dspark_megatron.data.reasoning import ReasoningMask
-from dspark_megatron.data.said import Said, Tags
-from dspark_megatron.data.spellings import in_first_spelling
-from dspark_megatron.data.tokens import check_offsets, spelled_out, tokenize, tokens_inside
+from dspark_megatron.data.chats.answer_ends import up_to_first_stop
+from dspark_megatron.data.chats.answers import WAY_OUT, AnswerRules
+from dspark_megatron.data.chats.messages import chat_of, checked_messages, is_cut_short
+from dspark_megatron.data.chats.normalize import check_learnt, shown
+from dspark_megatron.data.chats.reasoning import ReasoningMask
+from dspark_megatron.data.chats.said import Said, Tags
+from dspark_megatron.data.chats.spellings import in_first_spelling
+from dspark_megatron.data.chats.template import ChatTemplate
+from dspark_megatron.data.chats.tokens import check_offsets, spelled_out, tokenize, tokens_inside
+from dspark_megatron.errors import ConfigError, require
 
 FORMS = ("messages", "conversations", "completion", "input_ids")
 """The key that tells a line's form; a line has exactly one of them, but for an answered chat with

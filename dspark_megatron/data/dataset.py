@@ -15,14 +15,14 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dspark_megatron.config import ConfigError, require
-from dspark_megatron.data.answers import AnswerRules
-from dspark_megatron.data.bad_lines import BadLines
 from dspark_megatron.data.blend import Shares, share_out
+from dspark_megatron.data.chats.answers import AnswerRules
 from dspark_megatron.data.conversation import ConversationEncoder, Sample
-from dspark_megatron.data.file_forms import lines_of
-from dspark_megatron.data.jsonl import parse_line
-from dspark_megatron.data.sources import DataFile, find_files
+from dspark_megatron.data.files.bad_lines import BadLines
+from dspark_megatron.data.files.forms import lines_of
+from dspark_megatron.data.files.jsonl import parse_line
+from dspark_megatron.data.files.sources import DataFile, find_files
+from dspark_megatron.errors import ConfigError, require
 
 ReadIndexed = Callable[[Path], Iterable[Tensor]]
 """The documents of a Megatron indexed dataset by its prefix, each [s] int64."""

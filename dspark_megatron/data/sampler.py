@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dspark_megatron.seeds import derived_seed
+from dspark_megatron.ops.seeds import derived_seed
 
 
 class SampleRef(NamedTuple):

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from dspark_megatron.config import ConfigError, require
-from dspark_megatron.evaluation.output_files import write_files
+from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.storage.output_files import write_files
 
 _KINDS = {
     "confidence_logits": (2, torch.float32),

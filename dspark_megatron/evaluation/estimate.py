@@ -16,14 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dspark_megatron.config import Config
+from dspark_megatron.data.blocks import DraftBlocks, anchor_candidates, draft_blocks
 from dspark_megatron.data.collate import collate
 from dspark_megatron.data.conversation import Sample
+from dspark_megatron.data.device_blocks import DeviceBlocks
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.ops.accept_rates import LogitRows, accept_rates
 from dspark_megatron.ops.acceptance import round_starts, tau
-from dspark_megatron.ops.anchors import DraftBlocks, anchor_candidates, draft_blocks
 from dspark_megatron.ops.chunk_budget import chunk_rows
-from dspark_megatron.ops.device_blocks import DeviceBlocks
 from dspark_megatron.targets.base import Target, TargetStates
 
 
@@ -49,7 +49,7 @@ class EstimateSettings:
             temperature=config.evaluate.temperature,
             micro_batch_size=size,
             max_blocks=size * config.model.num_anchors,
-            chunk_rows=chunk_rows(config.loss, len(joint), joint.dtype, with_teacher=True),
+            chunk_rows=chunk_rows(config.loss, len(joint), joint.dtype, with_target=True),
         )
 
 
@@ -138,9 +138,9 @@ def _logit_rows(
     output = draft(states.taps, on_device)
     sources = [output.hidden] if output.latents is None else [output.hidden, output.latents]
     features = torch.cat([on_device.supervised(source) for source in sources], dim=1)
-    teacher_hidden = on_device.target_of(states.last_hidden).to(target_head.dtype)
+    target_hidden = on_device.target_of(states.last_hidden).to(target_head.dtype)
     joint = draft.head_weights().fill_joint()
-    return LogitRows(features, joint), LogitRows(teacher_hidden, target_head)
+    return LogitRows(features, joint), LogitRows(target_hidden, target_head)
 
 
 class _Sums:

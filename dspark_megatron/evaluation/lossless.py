@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from dspark_megatron.config import ConfigError
-from dspark_megatron.data.prompts import Prompt
+from dspark_megatron.data.prompts.evaluation import Prompt
+from dspark_megatron.errors import ConfigError
 from dspark_megatron.evaluation.decoding import Decoder
 from dspark_megatron.evaluation.generation import Generation
 from dspark_megatron.evaluation.run import FileResult

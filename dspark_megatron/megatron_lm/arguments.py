@@ -12,9 +12,10 @@ from typing import Any
 
 import yaml
 
-from dspark_megatron.config import Config, require
-from dspark_megatron.config_file import config_from_dict
-from dspark_megatron.megatron_names import ARGUMENTS, settings
+from dspark_megatron.config import Config
+from dspark_megatron.config.loading import config_from_dict
+from dspark_megatron.errors import require
+from dspark_megatron.megatron_lm.names import ARGUMENTS, settings
 
 ARGS_DEFAULTS = {"dataloader_type": "external", "tokenizer_type": "HuggingFaceTokenizer"}
 """For the `args_defaults` of Megatron's parser."""

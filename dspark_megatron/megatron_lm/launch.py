@@ -1,8 +1,8 @@
 """Calling Megatron's `pretrain()`, whose signature differs between versions.
 
 It asks for CUDA at its start and was not run on a GPU here. That of 0.19 was run to its end on a
-CPU with such questions answered from outside (`tests/megatron_on_cpu.py`); the choice of its
-arguments is tested against the signatures of megatron-core 0.17 to 0.19.
+CPU with such questions answered from outside (`tests/support/megatron_on_cpu.py`); the choice of
+its arguments is tested against the signatures of megatron-core 0.17 to 0.19.
 """
 
 import contextlib
@@ -14,9 +14,9 @@ from typing import Any
 
 from megatron.core.datasets import utils
 
-from dspark_megatron.config import require
+from dspark_megatron.errors import require
+from dspark_megatron.mcore import loadable_adam
 from dspark_megatron.megatron_lm.arguments import ARGS_DEFAULTS
-from dspark_megatron.training import loadable_adam
 
 
 def launch_pretrain(

@@ -15,26 +15,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dspark_megatron.config import Config, require
-from dspark_megatron.conversion.megatron_checkpoint import FORMAT, META, TRACKER
+from dspark_megatron.config import Config
+from dspark_megatron.data.micro_batches import MicroBatch, MicroBatches
+from dspark_megatron.errors import require
 from dspark_megatron.megatron_lm.arguments import config_from_args
 from dspark_megatron.model.draft_model import DSparkDraftModel
-from dspark_megatron.shape import check_batch_size
+from dspark_megatron.run.agreement import agree
+from dspark_megatron.run.check import check_run, check_training_device
+from dspark_megatron.run.checkpoints import check_same_run
+from dspark_megatron.run.identity import export_settings, run_identity
+from dspark_megatron.run.output import replace_text
+from dspark_megatron.run.rank_facts import draft_facts, launch_facts, target_facts
+from dspark_megatron.run.runtime import Runtime, main_ranks_folder
+from dspark_megatron.run.states import states_source
+from dspark_megatron.run.template_day import fix_template_day
+from dspark_megatron.shape.layout import check_batch_size
 from dspark_megatron.storage.target_folder import load_target_config
-from dspark_megatron.targets.quantization import check_quantization
-from dspark_megatron.training.agreement import agree
-from dspark_megatron.training.checkpointing import check_same_run
+from dspark_megatron.storage.training_checkpoint import FORMAT, META, TRACKER
+from dspark_megatron.targets.huggingface.quantization import check_quantization
 from dspark_megatron.training.forward_step import ForwardStep
 from dspark_megatron.training.loop import build_run_draft, load_data
 from dspark_megatron.training.metrics import MetricSums
-from dspark_megatron.training.micro_batches import MicroBatch, MicroBatches
-from dspark_megatron.training.output import replace_text
-from dspark_megatron.training.rank_facts import draft_facts, launch_facts, target_facts
-from dspark_megatron.training.run_identity import export_settings, run_identity
-from dspark_megatron.training.runtime import Runtime, main_ranks_folder
-from dspark_megatron.training.setup import check_run, check_training_device
-from dspark_megatron.training.states_source import states_source
-from dspark_megatron.training.template_day import fix_template_day
 
 _MOST_TOKENS = 2**31 - 1
 """Megatron counts the tokens of a step in 32 bits."""
@@ -51,7 +52,7 @@ class DraftPretraining:
         check_batch_size(config.train, plan.dp_size)
         check_training_device(config)
         fix_template_day(plan, _main_ranks)
-        if not config.target.is_cached:
+        if not config.target.is_stored:
             check_quantization(plan.target_config, plan.target_split)
         self.runtime = runtime
         agree(launch_facts(config, command="pretrain") | target_facts(plan))

@@ -13,7 +13,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
-from dspark_megatron.model.split_rows import SplitRows, with_whole_rows
+from dspark_megatron.model.token_split import TokenSplit, without_sequence_parallel
 from dspark_megatron.ops.block_attention import BlockAttention
 from dspark_megatron.ops.rope import apply_rope
 
@@ -44,11 +44,11 @@ class ContextInjectionAttention(MegatronModule):
         tp_group: dist.ProcessGroup,
     ) -> None:
         super().__init__(config)
-        self.rows = SplitRows(config, tp_group=tp_group)
+        self.rows = TokenSplit(config, tp_group=tp_group)
         self.head_dim = config.kv_channels
         hidden, width = config.hidden_size, config.kv_channels
         column = dict(
-            config=with_whole_rows(config),
+            config=without_sequence_parallel(config),
             init_method=config.init_method,
             bias=False,
             gather_output=False,
@@ -81,7 +81,7 @@ class ContextInjectionAttention(MegatronModule):
     def key_value(self, states: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Keys (normed, rotated) and values of [..., h] states at rope's positions, each
         [..., g/tp, d]. No collective: the caller has already made `states` the input of linears
-        (`SplitRows.to_linears`), once for all users of it."""
+        (`TokenSplit.to_linears`), once for all users of it."""
         mixed, _ = self.linear_kv(states)
         key, value = mixed.unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)
         return apply_rope(self.k_layernorm(key), *rope), value

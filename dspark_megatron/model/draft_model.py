@@ -18,20 +18,20 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor
 
-from dspark_megatron.model.confidence_head import ConfidenceHead
+from dspark_megatron.data.device_blocks import DeviceBlocks
+from dspark_megatron.mcore.rms_norm import RMSNorm
+from dspark_megatron.model.heads import MARKOV_HEADS, ConfidenceHead, MarkovHead
 from dspark_megatron.model.layer_specs import local_layer_spec
-from dspark_megatron.model.markov_head import MARKOV_HEADS, MarkovHead
 from dspark_megatron.model.parameter_init import init_parameters
-from dspark_megatron.model.split_rows import SplitRows, with_whole_rows
+from dspark_megatron.model.token_split import TokenSplit, without_sequence_parallel
 from dspark_megatron.model.transformer_config import transformer_config
 from dspark_megatron.model.vocab_parallel_weight import VocabParallelWeight
 from dspark_megatron.ops.block_attention import BlockAttention, block_attention
-from dspark_megatron.ops.device_blocks import DeviceBlocks
 from dspark_megatron.ops.head_loss import HeadWeights
 from dspark_megatron.ops.rope import RotaryTable
 from dspark_megatron.ops.vocab_parallel import VocabShard
-from dspark_megatron.rms_norm import RMSNorm
-from dspark_megatron.shape import DraftShape, padded_vocab_size
+from dspark_megatron.shape import DraftShape
+from dspark_megatron.shape.layout import padded_vocab_size
 
 BACKEND_DETAILS = ("_extra_state", "linear_fc1.layer_norm_weight")
 """Ends of names that depend on the classes a layer is built from: the state of fp8 kernels, and a
@@ -86,7 +86,7 @@ class DSparkDraftModel(MegatronModule):
         super().__init__(config)
         self.shape = shape
         self.tp_group = tp_group
-        self.rows = SplitRows(config, tp_group=tp_group)
+        self.rows = TokenSplit(config, tp_group=tp_group)
         self.attention_backend = attention_backend
         self.attention_group_size = attention_group_size
         vocab = padded_vocab_size(shape.vocab_size, tp_size)
@@ -105,7 +105,7 @@ class DSparkDraftModel(MegatronModule):
         self.fc = ColumnParallelLinear(
             len(shape.target_layer_ids) * shape.hidden_size,
             shape.hidden_size,
-            config=with_whole_rows(config),
+            config=without_sequence_parallel(config),
             init_method=config.init_method,
             bias=False,
             gather_output=not self.rows.split,

@@ -1,18 +1,25 @@
-"""Which classes a draft layer is built from: Megatron-Core's own, or Transformer Engine's."""
+"""Which classes a draft layer is built from: Megatron-Core's, Transformer Engine's, or a user's."""
+
+import contextlib
+import importlib
+import importlib.util
+import traceback
+from collections.abc import Iterator, Sequence
 
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from dspark_megatron import transformer_engine
-from dspark_megatron.config import require
+from dspark_megatron.config import ModelConfig
+from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.mcore import transformer_engine
+from dspark_megatron.mcore.rms_norm import RMSNorm
 from dspark_megatron.model.attention import (
     ContextInjectionAttention,
     ContextInjectionAttentionSubmodules,
 )
 from dspark_megatron.model.draft_layer import DraftLayer, DraftLayerSubmodules
-from dspark_megatron.rms_norm import RMSNorm
 
 
 def layer_spec(backend: str) -> ModuleSpec:
@@ -52,3 +59,38 @@ def local_layer_spec() -> ModuleSpec:
         mlp=ModuleSpec(module=MLP, submodules=mlp),
     )
     return ModuleSpec(module=DraftLayer, submodules=layer)
+
+
+def user_layer_spec(words: Sequence[str]) -> ModuleSpec:
+    """The ModuleSpec of `model.layer_spec`, [module, name]: what that name is in the module, or
+    what it returns when called without arguments. Imports and runs the user's code. Raises
+    ConfigError where that fails or gives something else."""
+    module, name = words
+    with user_code(words):
+        found = getattr(importlib.import_module(module), name)
+        if not isinstance(found, ModuleSpec | type) and callable(found):
+            found = found()
+    require(
+        isinstance(found, ModuleSpec),
+        f"model.layer_spec {list(words)} must be a ModuleSpec or a function that returns one, is "
+        f"{found!r}; begin with dspark_megatron.model.layer_specs.layer_spec('local')",
+    )
+    return found
+
+
+@contextlib.contextmanager
+def user_code(words: Sequence[str]) -> Iterator[None]:
+    """Turns what fails in the user's code into a ConfigError that says where."""
+    try:
+        yield
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise ConfigError(
+            f"model.layer_spec {list(words)} must import and build: {type(error).__name__} in "
+            f"{last.filename}:{last.lineno}: {error}"
+        ) from error
+
+
+def chosen_layer_spec(model: ModelConfig) -> ModuleSpec:
+    """The user's own layer where the config names one, else that of `model.backend`."""
+    return user_layer_spec(model.layer_spec) if model.layer_spec else layer_spec(model.backend)

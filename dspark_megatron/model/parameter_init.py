@@ -4,8 +4,8 @@ import torch
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from dspark_megatron.ops.seeds import derived_seed
 from dspark_megatron.ops.vocab_parallel import VocabShard
-from dspark_megatron.seeds import derived_seed
 
 
 @torch.no_grad()

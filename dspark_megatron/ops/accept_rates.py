@@ -94,10 +94,10 @@ def _local_shared_mass(
     draft: Tensor,
     teacher: Tensor,
     draft_lse: Tensor,
-    teacher_lse: Tensor,
+    target_lse: Tensor,
     room: tuple[Tensor, Tensor],
 ) -> Tensor:
-    p, q = exp_shifted(draft, draft_lse, room[0]), exp_shifted(teacher, teacher_lse, room[1])
+    p, q = exp_shifted(draft, draft_lse, room[0]), exp_shifted(teacher, target_lse, room[1])
     return torch.minimum(p, q, out=p).sum(dim=-1)
 
 

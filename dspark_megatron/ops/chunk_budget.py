@@ -2,7 +2,8 @@
 
 import torch
 
-from dspark_megatron.config import LossConfig, require
+from dspark_megatron.config import LossConfig
+from dspark_megatron.errors import require
 
 
 def lanes_of(tp_size: int, chunk_rows: int) -> int:
@@ -11,20 +12,18 @@ def lanes_of(tp_size: int, chunk_rows: int) -> int:
     return 2 if tp_size > 1 and chunk_rows > 1 else 1
 
 
-def row_bytes(vocab_local: int, dtype: torch.dtype, *, with_teacher: bool) -> int:
+def row_bytes(vocab_local: int, dtype: torch.dtype, *, with_target: bool) -> int:
     """Bytes of logits for each row: the draft's and the target's."""
-    return vocab_local * dtype.itemsize * (1 + with_teacher)
+    return vocab_local * dtype.itemsize * (1 + with_target)
 
 
-def chunk_rows(
-    loss: LossConfig, vocab_local: int, dtype: torch.dtype, *, with_teacher: bool
-) -> int:
+def chunk_rows(loss: LossConfig, vocab_local: int, dtype: torch.dtype, *, with_target: bool) -> int:
     """`loss.chunk_rows`, or what `loss.memory_budget_mb` holds: a multiple of 128 where that many
     fit, as matrix products like it, also of half of them. Raises ConfigError when it does not hold
     one row."""
     if loss.chunk_rows is not None:
         return loss.chunk_rows
-    one = row_bytes(vocab_local, dtype, with_teacher=with_teacher)
+    one = row_bytes(vocab_local, dtype, with_target=with_target)
     rows = loss.memory_budget_mb * 2**20 // one
     require(
         rows >= 1,

@@ -35,14 +35,14 @@ class HeadLossOutput:
     def accept_rate(self) -> Tensor:
         """[n] chance that the target keeps a draft token, 1 - L1 / 2 (paper Eq. 8)."""
         if self.l1 is None:
-            raise ValueError("the accept rate needs teacher_hidden: it compares with the target")
+            raise ValueError("the accept rate needs target_hidden: it compares with the target")
         return (1 - self.l1 / 2).clamp(0, 1)
 
 
 def head_loss(
     hidden: Tensor,
     latent: Tensor | None,
-    teacher_hidden: Tensor | None,
+    target_hidden: Tensor | None,
     labels: Tensor,
     weights: Tensor,
     head: HeadWeights,
@@ -52,7 +52,7 @@ def head_loss(
     compile: bool = False,
     tp_group: dist.ProcessGroup,
 ) -> HeadLossOutput:
-    """hidden [n, h]; latent z of the Markov bias [n, r] or None; teacher_hidden [n, h], post-norm,
+    """hidden [n, h]; latent z of the Markov bias [n, r] or None; target_hidden [n, h], post-norm,
     or None when nothing needs the target's distribution; labels [n] int64; weights [n] fp32.
     chunk_rows: rows whose logits exist at one time, of the two chunks under way where there is more
     than one rank.
@@ -63,15 +63,15 @@ def head_loss(
     gradient [h + r]; each is one call a chunk. Backward: none.
     Raises ValueError when the objective needs a teacher and there is none.
     """
-    if objective.needs_teacher and teacher_hidden is None:
+    if objective.needs_target_logits and target_hidden is None:
         raise ValueError(
-            "teacher_hidden is missing: the L1 and KL terms and labels from the target compare "
+            "target_hidden is missing: the L1 and KL terms and labels from the target compare "
             "with it; give the target's last hidden states or set these weights to 0"
         )
     features = hidden if latent is None else torch.cat([hidden, latent], dim=1)
     run = ChunkRun(
         features.detach(),
-        teacher_hidden,
+        target_hidden,
         labels,
         weights,
         head,

@@ -60,7 +60,7 @@ class ChunkRun:
     def __init__(
         self,
         features: Tensor,
-        teacher_hidden: Tensor | None,
+        target_hidden: Tensor | None,
         labels: Tensor,
         weights: Tensor,
         head: HeadWeights,
@@ -71,7 +71,7 @@ class ChunkRun:
         tp_group: dist.ProcessGroup,
     ) -> None:
         """features [n, h + r]; the rest as in `head_loss`."""
-        self.features, self.teacher_hidden, self.weights = features, teacher_hidden, weights
+        self.features, self.target_hidden, self.weights = features, target_hidden, weights
         self.head, self.objective, self.tp_group = head, objective, tp_group
         rows = len(features)
         self.lanes = lanes_of(tp_group.size(), chunk_rows)
@@ -102,8 +102,8 @@ class ChunkRun:
     def results(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """CE, L1 and KL [n]; None for L1 without a teacher and for KL without weight."""
         ce, l1, kl = self.per_row[:, : len(self.features)]
-        has_teacher, has_kl = self.teacher_hidden is not None, self.objective.kl > 0
-        return ce, l1 if has_teacher else None, kl if has_kl else None
+        has_target, has_kl = self.target_hidden is not None, self.objective.kl > 0
+        return ce, l1 if has_target else None, kl if has_kl else None
 
     def loss(self) -> Tensor:
         """[] weighted sum over rows."""
@@ -124,7 +124,7 @@ class ChunkRun:
         """Every so many-th chunk, one after the other in the same two buffers."""
         columns = len(self.joint)
         draft = self.joint.new_empty(self.chunk_rows, columns)
-        teacher = None if self.teacher_hidden is None else torch.empty_like(draft)
+        teacher = None if self.target_hidden is None else torch.empty_like(draft)
         for start in starts:
             yield from self._chunk(slice(start, start + self.chunk_rows), draft, teacher)
 
@@ -135,7 +135,7 @@ class ChunkRun:
         torch.mm(self.features[part], self.joint.t(), out=draft[:real])
         if teacher is not None:
             teacher = teacher[:rows]
-            torch.mm(self.teacher_hidden[part], self.lm_head.t(), out=teacher[:real])
+            torch.mm(self.target_hidden[part], self.lm_head.t(), out=teacher[:real])
         if self.tp_group.size() == 1:
             self.per_row[:, part] = self.passes.all_passes(
                 draft, teacher, self.labels[part], self.objective
@@ -157,7 +157,7 @@ class ChunkRun:
         if row.label_shard is not None:
             mine = row.label_shard == self.tp_group.rank()
             columns = torch.where(mine, row.label_column, 0)
-        lses, signed_sum = (row.draft_lse, row.teacher_lse), None
+        lses, signed_sum = (row.draft_lse, row.target_lse), None
         if teacher is not None:
             sums = passes.distances(draft, teacher, *lses, objective)
             reduced = start_all_reduce(sums, tp_group=self.tp_group)
@@ -165,7 +165,7 @@ class ChunkRun:
             total, signed_sum, *cross = reduced.wait()
             l1.copy_(total)
             if cross:
-                kl.copy_(cross[0] - row.teacher_lse + row.draft_lse)
+                kl.copy_(cross[0] - row.target_lse + row.draft_lse)
         passes.gradient(draft, teacher, *lses, signed_sum, columns, mine, objective)
 
     def _multiply_back(self, part: slice, gradient: Tensor) -> None:

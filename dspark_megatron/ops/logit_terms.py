@@ -49,7 +49,7 @@ class Objective:
         )
 
     @property
-    def needs_teacher(self) -> bool:
+    def needs_target_logits(self) -> bool:
         return self.l1 > 0 or self.kl > 0 or self.labels_from_target
 
 
@@ -115,7 +115,7 @@ class Combined(NamedTuple):
 
     ce: Tensor
     draft_lse: Tensor
-    teacher_lse: Tensor | None
+    target_lse: Tensor | None
     label_shard: Tensor | None
     """Rank that holds the target's label, and the column it has there; None for given labels."""
     label_column: Tensor | None
@@ -125,26 +125,26 @@ def combine(shards: Tensor) -> Combined:
     """Statistics [tp, 3, 5 or 6, c] of all ranks -> CE and log-sum-exps, the same everywhere."""
     label_logit, *sums = shards.unbind(dim=1)
     draft_lse = combine_log_sum_exp(*sums[:2])
-    teacher_lse = combine_log_sum_exp(*sums[2:4]) if len(sums) > 2 else None
+    target_lse = combine_log_sum_exp(*sums[2:4]) if len(sums) > 2 else None
     if len(sums) < 5:
         ce = draft_lse - label_logit.sum(dim=0)
-        return Combined(ce, draft_lse, teacher_lse, None, None)
+        return Combined(ce, draft_lse, target_lse, None, None)
     best = sums[2].argmax(dim=0, keepdim=True)  # [1, c]
     ce = draft_lse - label_logit.gather(0, best)[0]
-    return Combined(ce, draft_lse, teacher_lse, best[0], sums[4].gather(0, best)[0].long())
+    return Combined(ce, draft_lse, target_lse, best[0], sums[4].gather(0, best)[0].long())
 
 
 def distances(
     draft: Tensor,
     teacher: Tensor,
     draft_lse: Tensor,
-    teacher_lse: Tensor,
+    target_lse: Tensor,
     objective: Objective,
     room: Room = NO_ROOM,
 ) -> Tensor:
     """Second pass, with a teacher: this shard's parts of L1, of sum p * sign(p - q) (0 without an
     L1 term) and, for KL, of sum q * (t - u), [2 or 3, c]."""
-    p, q = exp_shifted(draft, draft_lse, room[0]), exp_shifted(teacher, teacher_lse, room[1])
+    p, q = exp_shifted(draft, draft_lse, room[0]), exp_shifted(teacher, target_lse, room[1])
     return _distances(draft, teacher, p, q, objective, room)[0]
 
 
@@ -177,7 +177,7 @@ def gradient(
     draft: Tensor,
     teacher: Tensor | None,
     draft_lse: Tensor,
-    teacher_lse: Tensor | None,
+    target_lse: Tensor | None,
     signed_sum: Tensor | None,
     columns: Tensor,
     mine: Tensor,
@@ -188,7 +188,7 @@ def gradient(
     p * sign(p - q) over all shards; columns [c]: of the labels, where `mine`."""
     p, signed, difference = exp_shifted(draft, draft_lse, room[0]), None, None
     if objective.l1 > 0 or objective.kl > 0:
-        q = exp_shifted(teacher, teacher_lse, room[1])
+        q = exp_shifted(teacher, target_lse, room[1])
         signed, difference = _slopes(p, q.neg_().add_(p), objective)
     _gradient(draft, p, signed, difference, signed_sum, columns, mine, objective)
 
@@ -232,10 +232,10 @@ def all_passes(
     l1 = kl = torch.zeros_like(row.ce)
     signed = difference = signed_sum = None
     if teacher is not None:
-        q = exponentials[1].mul_((found[3] - row.teacher_lse).exp()[:, None])
+        q = exponentials[1].mul_((found[3] - row.target_lse).exp()[:, None])
         sums, signed, difference = _distances(draft, teacher, p, q, objective, room)
         l1, signed_sum, *cross = sums
-        kl = cross[0] - row.teacher_lse + row.draft_lse if cross else kl
+        kl = cross[0] - row.target_lse + row.draft_lse if cross else kl
     if row.label_column is not None:
         columns = row.label_column
     _gradient(draft, p, signed, difference, signed_sum, columns, mine, objective)

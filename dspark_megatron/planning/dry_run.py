@@ -4,8 +4,7 @@ import math
 from pathlib import Path
 
 from dspark_megatron.config import Config
-from dspark_megatron.conversion.megatron_checkpoint import latest_iteration
-from dspark_megatron.conversion.names import hugging_face_shapes
+from dspark_megatron.conversion.layouts.names import hugging_face_shapes
 from dspark_megatron.planning.memory import (
     Parts,
     RankMemory,
@@ -16,10 +15,11 @@ from dspark_megatron.planning.memory import (
 from dspark_megatron.planning.meta_draft import draft_elements
 from dspark_megatron.planning.pipeline import PipelineStates
 from dspark_megatron.planning.traffic import Traffic, step_traffic
-from dspark_megatron.shape import check_batch_size
-from dspark_megatron.training.initial_weights import InitialWeights
-from dspark_megatron.training.setup import RunPlan, check_run
-from dspark_megatron.training.warm_start import check_warm_start
+from dspark_megatron.run.check import RunPlan, check_run
+from dspark_megatron.run.initial.initial_weights import InitialWeights
+from dspark_megatron.run.initial.warm_start import check_warm_start
+from dspark_megatron.shape.layout import check_batch_size
+from dspark_megatron.storage.training_checkpoint import latest_iteration
 
 GIB = 2**30
 

@@ -5,12 +5,14 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
-from dspark_megatron.config import Config, ConfigError, require
+from dspark_megatron.config import Config
+from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.planning.memory import RankMemory, rank_memory
 from dspark_megatron.planning.traffic import step_traffic
-from dspark_megatron.shape import check_batch_size, check_layout, draft_shape
-from dspark_megatron.targets.split import TargetSplit, check_target_split
-from dspark_megatron.training.setup import RunPlan, check_family
+from dspark_megatron.run.check import RunPlan, check_family
+from dspark_megatron.shape import draft_shape
+from dspark_megatron.shape.layout import check_batch_size, check_layout
+from dspark_megatron.targets.huggingface.split import TargetSplit, check_target_split
 
 GIB = 2**30
 SEARCHED = (

@@ -27,11 +27,11 @@ class HeadLossSize:
     device: torch.device
 
 
-def head_loss_parts(loss: LossConfig, size: HeadLossSize, *, with_teacher: bool) -> dict[str, int]:
+def head_loss_parts(loss: LossConfig, size: HeadLossSize, *, with_target: bool) -> dict[str, int]:
     """What `head_loss` holds above its inputs at the highest moment of its two passes, by part."""
     e, entries = size.dtype.itemsize, size.vocab_local * size.markov_rank
     features = 2 * e * size.rows * (size.hidden_size + size.markov_rank)
-    chunk = _chunk_parts(loss, size, with_teacher=with_teacher)
+    chunk = _chunk_parts(loss, size, with_target=with_target)
     # The gradient is scaled in fp32, then cast to the weight's type.
     scaled = {"scaled gradient of markov_w2": FP32 * entries + (e * entries if e != FP32 else 0)}
     scaled["scaled gradient of its rows"] = features // 2
@@ -43,13 +43,13 @@ def head_loss_parts(loss: LossConfig, size: HeadLossSize, *, with_teacher: bool)
     }
 
 
-def _chunk_parts(loss: LossConfig, size: HeadLossSize, *, with_teacher: bool) -> dict[str, int]:
+def _chunk_parts(loss: LossConfig, size: HeadLossSize, *, with_target: bool) -> dict[str, int]:
     """While a chunk's logits exist. Compiled passes need no rooms."""
     columns, e = size.vocab_local, size.dtype.itemsize
-    rows = min(chunk_rows(loss, columns, size.dtype, with_teacher=with_teacher), size.rows)
+    rows = min(chunk_rows(loss, columns, size.dtype, with_target=with_target), size.rows)
     tile = 0 if loss.compile else min(tile_rows(columns, size.device), rows)
     return {
-        "logits of the head loss": rows * row_bytes(columns, size.dtype, with_teacher=with_teacher),
+        "logits of the head loss": rows * row_bytes(columns, size.dtype, with_target=with_target),
         "elementwise rooms of the head loss": ROOMS * FP32 * tile * columns,
         "a chunk's share of markov_w2's gradient": 0
         if e == FP32

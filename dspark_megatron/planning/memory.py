@@ -12,15 +12,15 @@ from dspark_megatron.planning.loss_memory import HeadLossSize, head_loss_parts
 from dspark_megatron.planning.meta_draft import draft_elements
 from dspark_megatron.planning.pipeline import PipelineStates
 from dspark_megatron.planning.target_work import NO_WORK, TargetWork, target_work
-from dspark_megatron.shape import padded_vocab_size
+from dspark_megatron.run.check import RunPlan
+from dspark_megatron.shape.layout import padded_vocab_size
 from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.targets.footprint import target_bytes
+from dspark_megatron.targets.huggingface.quantization import quantization_method
+from dspark_megatron.targets.huggingface.split import TargetSplit
 from dspark_megatron.targets.megatron.footprint import gpt_bytes
-from dspark_megatron.targets.megatron.hf_shape import gpt_shape_of
+from dspark_megatron.targets.megatron.gpt_shape import gpt_shape_of
 from dspark_megatron.targets.passes import Passes
-from dspark_megatron.targets.quantization import quantization_method
-from dspark_megatron.targets.split import TargetSplit
-from dspark_megatron.training.setup import RunPlan
 
 Parts = dict[str, int]
 """Bytes by what takes them."""
@@ -55,7 +55,7 @@ def rank_memory(plan: RunPlan) -> RankMemory:
     one = draft_pass(plan)
     kept = {"activations kept for the backward pass": kept_bytes(plan.shape, one)}
     loss = _loss_parts(plan, one)
-    forward = {} if plan.config.target.is_cached else _forward_parts(plan, work)
+    forward = {} if plan.config.target.is_stored else _forward_parts(plan, work)
     target = {"the target's forward pass": forward} if forward else {}
     again = {"layer computed again": layer_bytes(plan.shape, one)} if one.recompute else {}
     backward = {"gradients in a layer": gradient_bytes(plan.shape, one)}
@@ -73,7 +73,7 @@ def _forward_parts(plan: RunPlan, work: TargetWork) -> Parts:
     """A layer at work, when the last states of its pass are still to come, or states being put
     together: each tap by itself and beside the others, or those of several passes and all of them.
     """
-    teacher = plan.config.needs_teacher
+    teacher = plan.config.needs_target_logits
     joined = _taps(plan) + (target_passes(plan) > 1) * teacher * state_bytes(plan)
     for_others = PipelineStates.of(plan).kept_for_others
     parts = {
@@ -131,7 +131,7 @@ def target_passes(plan: RunPlan) -> int:
 def quantization_note(plan: RunPlan, *, counted: bool) -> list[str]:
     """What to know of a quantized target's size."""
     method = quantization_method(plan.target_config)
-    if method is None or plan.config.target.is_cached:
+    if method is None or plan.config.target.is_stored:
         return []
     how = "counted as it is saved" if counted else "not counted"
     arguments = load_target_config(plan.config.target.path), plan.target_dtype, plan.target_split
@@ -166,7 +166,7 @@ def _gpt_bytes(plan: RunPlan, dtype: torch.dtype) -> int:
 
 def _target_figures(plan: RunPlan) -> tuple[int | None, TargetWork]:
     """Bytes of the frozen weights, None where they are not known, and what a forward pass takes."""
-    if plan.config.target.is_cached:
+    if plan.config.target.is_stored:
         return None, NO_WORK
     target, dtype = plan.config.target, plan.target_dtype
     if target.provider == "megatron":
@@ -197,7 +197,7 @@ def _figures_of_split(
 
 def _last_layer(plan: RunPlan) -> int | None:
     """The highest target layer that is kept; None for all."""
-    return None if plan.config.needs_teacher else max(plan.shape.target_layer_ids)
+    return None if plan.config.needs_target_logits else max(plan.shape.target_layer_ids)
 
 
 def _target_states(plan: RunPlan) -> Parts:
@@ -240,6 +240,6 @@ def _loss_parts(plan: RunPlan, one: DraftPass) -> Parts:
         device=torch.device("cuda"),  # its larger tiles: a plan is made for GPUs
     )
     output = 2 * e * rows * (shape.hidden_size + shape.markov_rank)
-    teacher = config.needs_teacher * e * rows * shape.hidden_size
-    parts = head_loss_parts(config.loss, size, with_teacher=config.needs_teacher)
+    teacher = config.needs_target_logits * e * rows * shape.hidden_size
+    parts = head_loss_parts(config.loss, size, with_target=config.needs_target_logits)
     return {"the draft's output and the target's rows": output + teacher, **parts}

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from dspark_megatron.shape import stage_layers
-from dspark_megatron.training.setup import RunPlan
+from dspark_megatron.run.check import RunPlan
+from dspark_megatron.shape.layout import stage_layers
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class PipelineStates:
         stages, shape = parallel.pipeline_parallel, plan.shape
         layers = stage_layers(shape.num_target_layers, stages)
         made = [layer_id // layers[0] for layer_id in shape.target_layer_ids]
-        made += [stages - 1] * plan.config.needs_teacher
+        made += [stages - 1] * plan.config.needs_target_logits
         micro_batches = train.global_batch_size // (train.micro_batch_size * plan.dp_size)
         return cls(
             stages=stages,

@@ -8,9 +8,9 @@ from typing import Any
 import yaml
 from transformers import PretrainedConfig
 
-from dspark_megatron.config import Config, require
-from dspark_megatron.config_file import config_from_dict, merged_sections, nested_overrides
-from dspark_megatron.planning.cache_size import cache_lines
+from dspark_megatron.config import Config
+from dspark_megatron.config.loading import config_from_dict, merged_sections, nested_overrides
+from dspark_megatron.errors import require
 from dspark_megatron.planning.dry_run import describe_plan
 from dspark_megatron.planning.layouts import (
     GIB,
@@ -21,7 +21,9 @@ from dspark_megatron.planning.layouts import (
     layout_words,
     layouts,
 )
+from dspark_megatron.run.check import RunPlan
 from dspark_megatron.storage.target_folder import load_target_config
+from dspark_megatron.targets.stored.deepspec_layout import RECORD, DeepSpecLayout
 
 TAPS = 5
 
@@ -68,7 +70,7 @@ def recommend(wish: Wish, machine: Machine) -> str:
         f"chosen: {layout_words(best.plan)}: of the layouts that fit the one that sends least",
         "",
         *describe_plan(best.plan).splitlines(),
-        *cache_lines(best.plan, wish.samples),
+        *stored_states_lines(best.plan, wish.samples),
     ]
     for candidate in found:
         candidate.plan.config.model.mask_token_id = asked
@@ -172,3 +174,15 @@ def _yaml(config: Config) -> str:
     missing = "mask_token_id: null"
     hint = "  # to be set: an id that never occurs in the data, such as a reserved token"
     return text.replace(missing, missing + hint)
+
+
+def stored_states_lines(plan: RunPlan, samples: int | None) -> list[str]:
+    """What DeepSpec's layout of stored states would take, for samples of full length."""
+    length, many = plan.config.data.max_length, f"{samples:,} samples" if samples else "1 sample"
+    layout = DeepSpecLayout(plan.shape.hidden_size, plan.shape.target_layer_ids, "")
+    size = (samples or 1) * (layout.sample_bytes(length) + RECORD.size)
+    return [
+        f"states kept on disk instead (DeepSpec's cache, bf16): {size / 2**30:,.3f} GiB for {many} "
+        f"of {length} tokens; tools/prepare_target_cache.py says what its own layout takes of your "
+        "data, and the run above computes them in every step",
+    ]

@@ -13,8 +13,13 @@ import torch
 from transformers import PretrainedConfig
 
 from dspark_megatron.shape import layer_values
+from dspark_megatron.targets.huggingface.split import (
+    TargetSplit,
+    meta_target,
+    split_dimension,
+    style_of,
+)
 from dspark_megatron.targets.passes import Passes
-from dspark_megatron.targets.split import TargetSplit, meta_target, split_dimension, style_of
 
 FP32 = 4
 

@@ -11,7 +11,7 @@ from dspark_megatron.planning.memory import (
 )
 from dspark_megatron.planning.meta_draft import draft_elements
 from dspark_megatron.planning.pipeline import PipelineStates
-from dspark_megatron.training.setup import RunPlan
+from dspark_megatron.run.check import RunPlan
 
 
 @dataclass(frozen=True)

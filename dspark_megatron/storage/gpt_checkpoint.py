@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dspark_megatron.config import require
+from dspark_megatron.errors import require
 from dspark_megatron.storage.checkpoint_metadata import damaged
 from dspark_megatron.storage.torch_dist_folder import TorchDistFolder
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dspark_megatron.config import ConfigError, require
+from dspark_megatron.errors import ConfigError, require
 
 DTYPES = {
     "F64": torch.float64,

@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from dspark_megatron.config import ConfigError, require
+from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.storage.safetensors_folder import SafetensorsFolder, open_safetensors
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embeddings.weight")

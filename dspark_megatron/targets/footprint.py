@@ -6,8 +6,13 @@ import math
 import torch
 from transformers import PretrainedConfig
 
-from dspark_megatron.targets.quantization import quantization_method, quantizer_of
-from dspark_megatron.targets.split import TargetSplit, meta_target, split_dimension, style_of
+from dspark_megatron.targets.huggingface.quantization import quantization_method, quantizer_of
+from dspark_megatron.targets.huggingface.split import (
+    TargetSplit,
+    meta_target,
+    split_dimension,
+    style_of,
+)
 
 
 def target_bytes(

@@ -12,8 +12,8 @@ from torch import Tensor
 from dspark_megatron.targets.base import TargetStates
 
 
-class Rows(NamedTuple):
-    """Rows that go through the target side by side."""
+class Sequences(NamedTuple):
+    """Sequences that go through the target side by side."""
 
     pieces: tuple[Tensor, ...]
     """Consecutive pieces [r, t] of the same r rows, a pass each, after those before it."""
@@ -21,7 +21,7 @@ class Rows(NamedTuple):
     """[r, t] of rows of several samples, which are one piece."""
 
 
-RunRows = Callable[[Rows], list[TargetStates]]
+RunPieces = Callable[[Sequences], list[TargetStates]]
 """States of each piece."""
 
 
@@ -45,17 +45,21 @@ class Passes:
 
 
 def states_in_passes(
-    input_ids: Tensor, max_tokens: int, run: RunRows, *, lockstep_group: dist.ProcessGroup | None
+    input_ids: Tensor,
+    max_tokens: int,
+    run: RunPieces,
+    *,
+    lockstep_group: dist.ProcessGroup | None,
 ) -> TargetStates:
     """States of input_ids [b, s] from passes of at most `max_tokens` tokens. lockstep_group: see
     `run_in_step`."""
     own = Passes.of(*input_ids.shape, max_tokens)
-    groups = [Rows(group.split(own.length, dim=1)) for group in input_ids.split(own.rows)]
+    groups = [Sequences(group.split(own.length, dim=1)) for group in input_ids.split(own.rows)]
     return joined(run_in_step(groups, run, lockstep_group=lockstep_group), dim=0)
 
 
 def run_in_step(
-    groups: list[Rows], run: RunRows, *, lockstep_group: dist.ProcessGroup | None
+    groups: list[Sequences], run: RunPieces, *, lockstep_group: dist.ProcessGroup | None
 ) -> list[TargetStates]:
     """States of each group of rows.
 
@@ -67,7 +71,7 @@ def run_in_step(
     idle = _most(own, some.device, lockstep_group) - own
     states = [joined(run(group), dim=1) for group in groups]
     for _ in range(idle):
-        run(Rows((some[:1, :1],)))
+        run(Sequences((some[:1, :1],)))
     return states
 
 

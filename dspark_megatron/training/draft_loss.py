@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dspark_megatron.config import LossConfig
+from dspark_megatron.data.blocks import slot_weights
+from dspark_megatron.data.device_blocks import DeviceBlocks
 from dspark_megatron.model.draft_model import DraftOutput, DSparkDraftModel
 from dspark_megatron.ops.acceptance import tau
-from dspark_megatron.ops.anchors import slot_weights
 from dspark_megatron.ops.chunk_budget import chunk_rows
-from dspark_megatron.ops.device_blocks import DeviceBlocks
 from dspark_megatron.ops.head_loss import HeadLossOutput, head_loss
 from dspark_megatron.ops.logit_terms import Objective
 from dspark_megatron.targets.base import TargetStates
@@ -34,21 +34,19 @@ class DraftLoss:
         self.draft, self.tp_group = draft, tp_group
         has_head = draft.confidence_head is not None
         self.confidence_alpha = config.confidence_head_alpha if has_head else 0.0
-        self.with_teacher = config.needs_teacher(with_confidence_head=has_head)
+        self.with_target = config.needs_target_logits(with_confidence_head=has_head)
         self.slots = slot_weights(draft.shape.block_size, config.loss_decay_gamma)
         self._slots_on_device = self.slots.to(device)
         self.compile = config.compile
         self.objective = Objective.of(config)
         joint = draft.head_weights().joint
-        self.chunk_rows = chunk_rows(
-            config, len(joint), joint.dtype, with_teacher=self.with_teacher
-        )
+        self.chunk_rows = chunk_rows(config, len(joint), joint.dtype, with_target=self.with_target)
 
     @property
     def weights(self) -> dict[str, float]:
         """Weight of each term in use, by its name in the metrics."""
         terms = {"ce": self.objective.ce}
-        if self.with_teacher:
+        if self.with_target:
             terms["l1"] = self.objective.l1
         if self.objective.kl > 0:
             terms["kl"] = self.objective.kl
@@ -66,7 +64,7 @@ class DraftLoss:
         result = head_loss(
             of(output.hidden),
             None if output.latents is None else of(output.latents),
-            self._teacher_rows(blocks, states, output.hidden.dtype),
+            self._target_rows(blocks, states, output.hidden.dtype),
             blocks.labels,
             weights,
             self.draft.head_weights(),
@@ -82,11 +80,11 @@ class DraftLoss:
         confidence_sum = _confidence(logits, result.accept_rate, weights, metrics)
         return result.loss + self.confidence_alpha * confidence_sum
 
-    def _teacher_rows(
+    def _target_rows(
         self, blocks: DeviceBlocks, states: TargetStates, dtype: torch.dtype
     ) -> Tensor | None:
         """[r, h] states of the target that predict the supervised labels."""
-        if not self.with_teacher:
+        if not self.with_target:
             return None
         if states.last_hidden is None:
             raise ValueError(

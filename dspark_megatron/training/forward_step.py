@@ -7,12 +7,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dspark_megatron.config import LossConfig
+from dspark_megatron.data.device_blocks import DeviceBlocks
+from dspark_megatron.data.micro_batches import MicroBatch
 from dspark_megatron.model.draft_model import DSparkDraftModel
-from dspark_megatron.ops.device_blocks import DeviceBlocks
 from dspark_megatron.targets.base import StatesSource, TargetStates
 from dspark_megatron.training.draft_loss import DraftLoss
 from dspark_megatron.training.metrics import MetricSums
-from dspark_megatron.training.micro_batches import MicroBatch
 
 
 class ForwardStep:

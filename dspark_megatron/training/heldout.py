@@ -6,17 +6,17 @@ import torch
 import torch.distributed as dist
 
 from dspark_megatron.data.dataset import ConversationDataset
-from dspark_megatron.data.sources import check_apart
+from dspark_megatron.data.files.sources import check_apart
 from dspark_megatron.evaluation.estimate import EstimateSettings, estimate_acceptance
 from dspark_megatron.model.draft_model import DSparkDraftModel
+from dspark_megatron.run.agreement import agree
+from dspark_megatron.run.check import RunPlan
+from dspark_megatron.run.checkpoints import BestEstimate, RunState
+from dspark_megatron.run.data import load_run_data
+from dspark_megatron.run.rank_facts import data_facts
+from dspark_megatron.run.runtime import Runtime
 from dspark_megatron.targets.base import Target
-from dspark_megatron.training.agreement import agree
-from dspark_megatron.training.checkpointing import BestEstimate, RunState
-from dspark_megatron.training.rank_facts import data_facts
 from dspark_megatron.training.reporter import Reporter
-from dspark_megatron.training.run_data import load_run_data
-from dspark_megatron.training.runtime import Runtime
-from dspark_megatron.training.setup import RunPlan
 
 
 class HeldOut:

@@ -7,13 +7,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dspark_megatron.conversion.megatron_checkpoint import FORMAT, iteration_folder
 from dspark_megatron.data.dataset import ConversationDataset
+from dspark_megatron.data.micro_batches import MicroBatches
 from dspark_megatron.data.show import describe_sample
+from dspark_megatron.mcore.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from dspark_megatron.model.draft_model import DSparkDraftModel
-from dspark_megatron.targets.packing import RowPlanner
-from dspark_megatron.training.agreement import agree
-from dspark_megatron.training.checkpointing import (
+from dspark_megatron.run.agreement import agree
+from dspark_megatron.run.build import build_draft
+from dspark_megatron.run.check import RunPlan
+from dspark_megatron.run.checkpoints import (
     RunState,
     check_same_run,
     load_checkpoint,
@@ -21,42 +23,28 @@ from dspark_megatron.training.checkpointing import (
     save_checkpoint,
     track_best,
 )
+from dspark_megatron.run.data import load_run_data
+from dspark_megatron.run.identity import export_settings, run_identity
+from dspark_megatron.run.initial.initial_weights import InitialWeights
+from dspark_megatron.run.initial.warm_start import WarmStart
+from dspark_megatron.run.output import claim_output, write_config, write_status
+from dspark_megatron.run.rank_facts import data_facts, draft_facts, start_facts, target_facts
+from dspark_megatron.run.runtime import Runtime
+from dspark_megatron.run.states import open_stored_states, states_source
+from dspark_megatron.storage.training_checkpoint import FORMAT, iteration_folder
+from dspark_megatron.targets.huggingface.packing import SequencePacker
 from dspark_megatron.training.heldout import HeldOut
-from dspark_megatron.training.initial_weights import InitialWeights
 from dspark_megatron.training.metrics import MetricSums
-from dspark_megatron.training.micro_batches import MicroBatches
-from dspark_megatron.training.optimizer import (
-    build_optimizer,
-    build_scheduler,
-    wrap_data_parallel,
-)
-from dspark_megatron.training.output import claim_output, write_config, write_status
 from dspark_megatron.training.padding import describe_padding
-from dspark_megatron.training.rank_facts import (
-    data_facts,
-    draft_facts,
-    start_facts,
-    target_facts,
-)
 from dspark_megatron.training.reporter import Reporter
 from dspark_megatron.training.resuming import (
+    RunEnd,
     checkpoint_to_resume,
     finished_state,
     finished_text,
 )
-from dspark_megatron.training.run_data import load_run_data
-from dspark_megatron.training.run_end import RunEnd
-from dspark_megatron.training.run_identity import export_settings, run_identity
-from dspark_megatron.training.runtime import Runtime
-from dspark_megatron.training.setup import (
-    RunPlan,
-    build_draft,
-)
-from dspark_megatron.training.states_source import states_source
 from dspark_megatron.training.step import GradientStep
 from dspark_megatron.training.stop_requests import StopReason, StopRequests
-from dspark_megatron.training.target_cache import open_cache
-from dspark_megatron.training.warm_start import WarmStart
 
 
 def train(plan: RunPlan, runtime: Runtime, stop: StopRequests) -> None:
@@ -70,8 +58,8 @@ def train(plan: RunPlan, runtime: Runtime, stop: StopRequests) -> None:
     if state := finished_state(plan, resume_from, output_dir, runtime):
         return finish_again(plan, runtime, output_dir, state)
     agree(start_facts(plan, resume_from))
-    if plan.config.target.is_cached:
-        open_cache(plan)  # refused before the data are read
+    if plan.config.target.is_stored:
+        open_stored_states(plan)  # refused before the data are read
     draft = build_run_draft(plan, runtime, is_new=resume_from is None)
     heldout = HeldOut.load(plan, runtime)
     dataset = load_data(plan, runtime)
@@ -117,7 +105,7 @@ class Trainer:
             write_config(output_dir, config)
             write_status(output_dir, "running")
         self.batches = MicroBatches(config, dataset, dp_group=runtime.dp_group)
-        planner = RowPlanner.of(config.target, plan.shape.hidden_size)
+        planner = SequencePacker.of(config.target, plan.shape.hidden_size)
         samples = dataset.lengths, self.batches.blend
         if padding := describe_padding(config, *samples, self.iterations, planner):
             self._say(padding)

@@ -5,20 +5,20 @@ from torch import Tensor
 from dspark_megatron.config import Config
 from dspark_megatron.data.blend import Blend
 from dspark_megatron.data.sampler import StepSampler
-from dspark_megatron.targets.packing import RowPlanner
+from dspark_megatron.targets.huggingface.packing import SequencePacker
 
 _SAMPLES = 4096
 """Looked at, at most, but for those of one step."""
 
 
 def describe_padding(
-    config: Config, lengths: Tensor, blend: Blend | None, iterations: int, planner: RowPlanner
+    config: Config, lengths: Tensor, blend: Blend | None, iterations: int, planner: SequencePacker
 ) -> str | None:
     """One line on the padding of the first steps with and without its two remedies; None where a
     micro-batch has one sample, and so no padding, or no target is run. lengths: [n] of all samples.
     """
     train = config.train
-    if train.micro_batch_size == 1 or config.target.is_cached:
+    if train.micro_batch_size == 1 or config.target.is_stored:
         return None
     steps = max(1, min(iterations, _SAMPLES // train.global_batch_size))
     shares = {}

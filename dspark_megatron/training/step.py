@@ -9,11 +9,11 @@ from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
 
 from dspark_megatron.config import LossConfig
+from dspark_megatron.data.micro_batches import MicroBatch
 from dspark_megatron.ops.transfer import to_device
 from dspark_megatron.targets.base import StatesSource
 from dspark_megatron.training.forward_step import ForwardStep
 from dspark_megatron.training.metrics import MetricSums
-from dspark_megatron.training.micro_batches import MicroBatch
 
 
 class GradientStep:

@@ -18,10 +18,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from dspark_megatron.config import LossConfig, OptimizerConfig
+from dspark_megatron.mcore.optimizer import build_optimizer
 from dspark_megatron.model.draft_model import DSparkDraftModel
+from dspark_megatron.run.runtime import Runtime
 from dspark_megatron.training import draft_loss
-from dspark_megatron.training.optimizer import build_optimizer
-from dspark_megatron.training.runtime import Runtime
 from gpu_checks.context import Context
 
 ONE_RANK = OptimizerConfig(use_distributed_optimizer=False)
@@ -159,7 +159,9 @@ def _union(spans: list[tuple[float, float]]) -> float:
 def _check_waits(context: Context, call: Callable[[], Any]) -> None:
     """Nothing but Megatron-Core's look for NaN waits for the device in a step's gradients."""
     if context.device.type != "cuda":
-        context.figures["waits"] = "CUDA alone counts them; on meta tests/test_device_discipline.py"
+        context.figures["waits"] = (
+            "CUDA alone counts them; on meta tests/model/test_device_discipline.py"
+        )
         return
     with _waits() as found:
         call()

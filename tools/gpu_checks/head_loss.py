@@ -9,7 +9,6 @@ import benchmarking
 import torch
 import torch.distributed as dist
 from loss_variants import Problem, Products
-from reference import plain_head_loss
 from torch import Tensor
 
 from dspark_megatron.ops import head_loss_chunks
@@ -17,6 +16,7 @@ from dspark_megatron.ops.head_loss import HeadWeights, head_loss
 from dspark_megatron.ops.logit_terms import Objective
 from dspark_megatron.ops.vocab_parallel import VocabShard
 from gpu_checks.context import Context, check_close
+from support.reference import plain_head_loss
 
 OBJECTIVES = {
     "ce + l1": Objective(ce=0.1, l1=0.9),

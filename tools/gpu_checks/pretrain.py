@@ -2,7 +2,7 @@
 
 `examples/megatron_lm/pretrain_dspark.py` runs as a process of its own in bf16 at tensor-parallel 1,
 beside our loop with the same settings. On a GPU nothing is patched; on a CPU
-`tests/megatron_on_cpu.py` answers what Megatron asks a GPU for.
+`tests/support/megatron_on_cpu.py` answers what Megatron asks a GPU for.
 """
 
 import importlib.util
@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from benchmarking import TESTS  # before the modules of the tests, which it makes importable
-from tiny_pretrain import OPTIMIZER, TRAIN, command_line
-from tiny_target import make_chats, make_target, tiny_settings
 
 from dspark_megatron.conversion.export import export_checkpoint
 from dspark_megatron.conversion.verify import verify_folder
 from gpu_checks.context import Skip
+from support.tiny_pretrain import OPTIMIZER, TRAIN, command_line
+from support.tiny_target import make_chats, make_target, tiny_settings
 
 if TYPE_CHECKING:
     from gpu_checks.context import Context

@@ -83,7 +83,7 @@ def run_check(name: str, device_type: str, folder: Path) -> int:
 
 
 def _run(name: str, device_type: str, folder: Path) -> dict[str, Any]:
-    from dspark_megatron.training.runtime import prepare_megatron
+    from dspark_megatron.mcore.prepare import prepare_megatron
 
     prepare_megatron()  # before anything imports Megatron-Core
     import torch

@@ -4,16 +4,17 @@ import importlib.util
 from pathlib import Path
 
 import torch
-from tiny_target import make_chats, make_target, tiny_config, tiny_settings
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dspark_megatron.config import ConfigError
-from dspark_megatron.targets.huggingface import HuggingFaceTarget
-from dspark_megatron.targets.packing_check import check_packing
-from dspark_megatron.training.runtime import Runtime
-from dspark_megatron.training.setup import build_target, check_run
+from dspark_megatron.errors import ConfigError
+from dspark_megatron.run.build import build_target
+from dspark_megatron.run.check import check_run
+from dspark_megatron.run.runtime import Runtime
+from dspark_megatron.targets.huggingface.target import HuggingFaceTarget
+from dspark_megatron.targets.start_checks import check_packing
 from gpu_checks.context import Context, check_close
+from support.tiny_target import make_chats, make_target, tiny_config, tiny_settings
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 """Passes and rows of another size take other kernels, whose sums are in another order."""

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from tiny_target import make_chats, make_target, tiny_settings
 
 from gpu_checks.context import Context
+from support.tiny_target import make_chats, make_target, tiny_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 CONVERT = "tools/convert_checkpoint.py"

@@ -3,8 +3,11 @@
 from typing import Any
 
 import torch
-from ranks import RankPool
-from tiny_draft import (
+
+from dspark_megatron.run.runtime import Runtime
+from gpu_checks.context import Context, Skip, check_close
+from support.ranks import RankPool
+from support.tiny_draft import (
     SHAPE,
     assemble,
     build_tiny_draft,
@@ -14,9 +17,6 @@ from tiny_draft import (
     one_collective_at_a_time,
     rank_micro_batches,
 )
-
-from dspark_megatron.training.runtime import Runtime
-from gpu_checks.context import Context, Skip, check_close
 
 ERRORS = "RuntimeError", "NotImplementedError"
 NO_COLLECTIVE = "ProcessGroupGloo", "No backend type"

@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from dspark_megatron.config import require
+from dspark_megatron.errors import require
 
 
 def install_wheels(folder: Path, target: Path) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dspark_megatron.config import require
+from dspark_megatron.errors import require
 from dspark_megatron.evaluation.confidence.calibration_records import split_by_prompt
 from dspark_megatron.evaluation.confidence.probability_metrics import (
     auc,

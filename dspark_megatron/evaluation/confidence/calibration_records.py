@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dspark_megatron.config import require
+from dspark_megatron.errors import require
 from dspark_megatron.evaluation.draft_records import DraftRecords
 
 SAME = ("target", "checkpoint", "iteration", "block_size")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dspark_megatron.seeds import derived_seed
+from dspark_megatron.ops.seeds import derived_seed
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dspark_megatron.config import require
+from dspark_megatron.errors import require
 from dspark_megatron.evaluation.confidence.probability_metrics import binned
 from dspark_megatron.evaluation.draft_records import DraftRecords
 

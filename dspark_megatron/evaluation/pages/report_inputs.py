@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dspark_megatron.config import ConfigError, require
+from dspark_megatron.errors import ConfigError, require
 
 FIGURES = ("prompts", "tau", "accept_rate", "prefix_survival")
 """Without these a file of `evaluation.json` cannot be shown."""

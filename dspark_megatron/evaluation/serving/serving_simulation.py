@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dspark_megatron.config import require
+from dspark_megatron.errors import require
 from dspark_megatron.evaluation.confidence.temperature_scaling import confidence as calibrated
 from dspark_megatron.evaluation.draft_records import DraftRecords
 from dspark_megatron.evaluation.serving.sps_table import SpsTable, interpolated, sps_of_step

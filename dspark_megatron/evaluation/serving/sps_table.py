@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dspark_megatron.config import ConfigError, require
-from dspark_megatron.evaluation.output_files import write_json
+from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.storage.output_files import write_json
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dspark_megatron.config import require
+from dspark_megatron.errors import require
 from dspark_megatron.storage.checkpoint_metadata import damaged
 from dspark_megatron.storage.gpt_checkpoint import GPTCheckpoint, known_classes
 from dspark_megatron.storage.torch_dist_folder import cause_of

@@ -5,7 +5,7 @@ import re
 
 import torch
 
-from dspark_megatron.shape import stage_layers
+from dspark_megatron.shape.layout import stage_layers
 from dspark_megatron.targets.megatron.gpt_shape import GPTShape
 from dspark_megatron.targets.megatron.hf_weights import EMBEDDING, HEAD, hf_tensors
 

@@ -1,4 +1,4 @@
-"""Build a GPTModel without weights: Megatron-Core's own layers, or Transformer Engine's."""
+"""Causal attention of the frozen target, by PyTorch's own kernels."""
 
 from typing import Any
 
@@ -9,17 +9,35 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.utils import get_pg_rank
+from torch import Tensor
 
-from dspark_megatron import transformer_engine
-from dspark_megatron.rms_norm import RMSNorm
-from dspark_megatron.shape import padded_vocab_size, stage_layers
-from dspark_megatron.targets.megatron.attention import CausalAttention
+from dspark_megatron.mcore import transformer_engine
+from dspark_megatron.mcore.rms_norm import RMSNorm
+from dspark_megatron.shape.layout import padded_vocab_size, stage_layers
 from dspark_megatron.targets.megatron.gpt_shape import GPTShape
 from dspark_megatron.targets.megatron.groups import TargetGroups
+
+
+class CausalAttention(MegatronModule):
+    """In place of Megatron-Core's `DotProductAttention`, which keeps all [s, s] scores."""
+
+    def __init__(self, config: Any, *, softmax_scale: float | None = None, **_: Any) -> None:
+        """config: a TransformerConfig. The rest of what specs pass does not matter here."""
+        super().__init__(config=config)
+        self.softmax_scale = softmax_scale
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        """query [s, b, heads/tp, d], key and value [s, b, groups/tp, d] -> [s, b, heads/tp * d]"""
+        query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))
+        attended = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=True
+        )
+        return attended.permute(2, 0, 1, 3).flatten(2)
 
 
 def build_gpt_model(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from dspark_megatron.config import require
+from dspark_megatron.errors import require
 
 
 @dataclass(frozen=True)

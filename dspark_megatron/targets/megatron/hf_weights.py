@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 
-from dspark_megatron.config import require
+from dspark_megatron.errors import require
 from dspark_megatron.storage.safetensors_folder import SafetensorsFolder
 from dspark_megatron.targets.megatron.gpt_shape import GPTShape
 

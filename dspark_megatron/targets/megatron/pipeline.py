@@ -18,9 +18,8 @@ from torch import Tensor
 
 from dspark_megatron.targets.base import StatesSource, TargetStates
 from dspark_megatron.targets.megatron.exchange import Outbox, gather_batches
-from dspark_megatron.targets.megatron.frozen_gpt import FrozenGPT, output_logits
+from dspark_megatron.targets.megatron.frozen_gpt import FrozenGPT, output_logits, whole_rows
 from dspark_megatron.targets.megatron.schedule import run_forward
-from dspark_megatron.targets.megatron.taps import whole_rows
 
 
 class PipelineTarget(FrozenGPT, StatesSource):

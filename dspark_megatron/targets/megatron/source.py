@@ -6,11 +6,13 @@ import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from transformers import PretrainedConfig
 
-from dspark_megatron.config import Config, TargetConfig, require
+from dspark_megatron.config import Config, TargetConfig
+from dspark_megatron.errors import require
 from dspark_megatron.storage.gpt_checkpoint import GPTCheckpoint
 from dspark_megatron.storage.safetensors_folder import SafetensorsFolder
 from dspark_megatron.storage.target_folder import shared_weights
-from dspark_megatron.targets.megatron import checkpoint, hf_shape
+from dspark_megatron.targets.megatron import checkpoint
+from dspark_megatron.targets.megatron import gpt_shape as hf_shape
 from dspark_megatron.targets.megatron.gpt_model import build_gpt_model
 from dspark_megatron.targets.megatron.gpt_shape import GPTShape
 from dspark_megatron.targets.megatron.groups import TargetGroups, check_expert_parallel

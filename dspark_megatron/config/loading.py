@@ -1,0 +1,143 @@
+"""A config from a YAML file of sections, changed by `section.key=value` overrides; strict."""
+
+import dataclasses
+import datetime
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dspark_megatron.config import Config
+from dspark_megatron.config.presets import check_new_preset, with_preset
+from dspark_megatron.errors import ConfigError, require
+
+RENAMED = {"target.check_teacher_logits": "target.check_logits"}
+"""Keys of older versions, which saved configs still have."""
+
+
+def load_config(
+    path: str | Path | None,
+    overrides: list[str] | tuple[str, ...] = (),
+    *,
+    trains: bool = True,
+) -> Config:
+    """Read a YAML file, apply `section.key=value` overrides, check everything; without a file, the
+    overrides alone. trains: false asks for nothing that training alone needs.
+
+    Raises ConfigError for an unreadable file, an unknown key (naming the nearest valid one), a
+    value of the wrong type, or settings that contradict each other.
+    """
+    raw = _sections_of(path) if path is not None else {}
+    changes = nested_overrides(overrides)
+    config = config_from_dict(merged_sections(raw, changes))
+    config.validate(trains=trains)
+    check_new_preset(raw, changes)
+    return config
+
+
+def _sections_of(path: str | Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    require(
+        raw is None or isinstance(raw, dict),
+        f"{path} must hold sections (a YAML mapping), not a {type(raw).__name__}",
+    )
+    return raw or {}
+
+
+def config_from_dict(raw: dict[str, Any]) -> Config:
+    """Sections and keys to a Config, strictly; no cross-field checks."""
+    return _build(Config, with_preset(_with_new_names(raw)), prefix="")
+
+
+def _with_new_names(raw: dict[str, Any]) -> dict[str, Any]:
+    """The sections, with keys of older versions under the names they have now."""
+    for old, new in RENAMED.items():
+        (section, old_key), (_, new_key) = old.split("."), new.split(".")
+        values = raw.get(section)
+        if isinstance(values, dict) and old_key in values:
+            require(new_key not in values, f"{old} is now called {new}; give one of the two")
+            values = {new_key if key == old_key else key: v for key, v in values.items()}
+            raw = {**raw, section: values}
+    return raw
+
+
+def nested_overrides(overrides: typing.Iterable[str]) -> dict[str, dict[str, Any]]:
+    """`section.key=value` texts as sections of keys."""
+    sections: dict[str, dict[str, Any]] = {}
+    for override in overrides:
+        name, separator, text = override.partition("=")
+        section, dot, key = name.partition(".")
+        require(
+            bool(separator and dot and key),
+            f"override {override!r} must look like section.key=value",
+        )
+        try:
+            sections.setdefault(section, {})[key] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {override!r} has no valid YAML value: {error}") from error
+    return sections
+
+
+def merged_sections(raw: dict[str, Any], changes: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    merged = dict(raw)
+    for section, values in changes.items():
+        old = {} if merged.get(section) is None else merged[section]
+        require(isinstance(old, dict), f"section {section!r} must be a mapping")
+        merged[section] = {**old, **values}
+    return merged
+
+
+def _build(cls: type, raw: dict[str, Any], prefix: str) -> Any:
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    values = {}
+    for key, value in raw.items():
+        name = f"{prefix}{key}"
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.4)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"valid: {', '.join(fields)}"
+            raise ConfigError(f"unknown config key {name}; {hint}")
+        kind = fields[key].type
+        if dataclasses.is_dataclass(kind):
+            require(
+                value is None or isinstance(value, dict),
+                f"{name} must be a section (a YAML mapping), got {value!r}",
+            )
+            values[key] = _build(kind, value or {}, prefix=f"{name}.")
+        else:
+            values[key] = _convert(name, value, kind)
+    return cls(**values)
+
+
+def _convert(name: str, value: Any, kind: Any) -> Any:
+    """A YAML value as the field's type; only lossless conversions."""
+    if isinstance(kind, types.UnionType):  # X | None
+        if value is None:
+            return None
+        kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
+    if typing.get_origin(kind) is list:
+        if isinstance(value, list):
+            return [
+                _convert(f"{name}[{i}]", v, typing.get_args(kind)[0]) for i, v in enumerate(value)
+            ]
+    elif typing.get_origin(kind) is dict:
+        if isinstance(value, dict):
+            return value
+    elif kind is float and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML 1.1 reads 6e-4 as a string
+        except (TypeError, ValueError):
+            pass
+    elif type(value) is kind:
+        return value
+    elif kind is str and type(value) is datetime.date:
+        return value.isoformat()  # YAML makes a date of an unquoted 2026-01-31
+    kind_name = str(kind) if typing.get_origin(kind) else kind.__name__
+    raise ConfigError(f"{name} must be of type {kind_name}, got {value!r}")

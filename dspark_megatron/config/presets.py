@@ -1,0 +1,59 @@
+"""What each neighbour's training does otherwise: defaults of the loss section, by preset."""
+
+from typing import Any
+
+from dspark_megatron.config import LossConfig
+from dspark_megatron.errors import require
+
+LOSS_PRESETS: dict[str, dict[str, Any]] = {
+    "deepspec": {},
+    "modelopt": {"anchor_rule": "token", "supervised_slots": "all", "normalization": "local"},
+    "speculators": {
+        "anchor_rule": "token",
+        "supervised_slots": "all",
+        "slot_mask": "input",
+        "ce_labels": "target_argmax",
+        "l1_loss_alpha": 0.0,
+        "tvd_loss_alpha": 0.9,
+        "normalization": "local_count",
+    },
+}
+DISTANCES = ("l1_loss_alpha", "tvd_loss_alpha")
+"""Two names of one term: whoever gives it under one name means nothing under the other."""
+
+
+def with_preset(raw: dict[str, Any]) -> dict[str, Any]:
+    """The sections of a config, with what the preset of the loss says of keys left out."""
+    loss = raw.get("loss")
+    if not isinstance(loss, dict):
+        return raw
+    defaults = _values(loss.get("preset"))
+    if any(name in loss for name in DISTANCES):
+        defaults |= dict.fromkeys(DISTANCES, 0.0)
+    return {**raw, "loss": {**defaults, **loss}}
+
+
+def check_new_preset(raw: dict[str, Any], changes: dict[str, dict[str, Any]]) -> None:
+    """ConfigError where an override of the preset would not reach keys that the file gives, as a
+    saved config.yaml gives all."""
+    new = changes.get("loss", {})
+    if "preset" not in new:
+        return
+    standing = {
+        name: value
+        for name, value in (raw.get("loss") or {}).items()
+        if name not in new and value != _values(new["preset"]).get(name, value)
+    }
+    require(
+        not standing,
+        f"loss.preset={new['preset']} does not reach keys that the file gives: "
+        + ", ".join(f"loss.{name} ({value})" for name, value in standing.items())
+        + "; take them out of the file, or override them too",
+    )
+
+
+def _values(preset: Any) -> dict[str, Any]:
+    """The preset's value of every key that any preset sets; of an unknown one the default's."""
+    own = LOSS_PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+    names = {name for values in LOSS_PRESETS.values() for name in values}
+    return {name: own.get(name, getattr(LossConfig(), name)) for name in sorted(names)}

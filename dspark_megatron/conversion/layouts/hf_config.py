@@ -1,0 +1,167 @@
+"""`config.json` of an export: one superset that DeepSpec, vLLM, SGLang and mlx-dspark read alike.
+
+DSpark's own keys stand twice, at the top level and in `dflash_config`, because readers differ in
+where they look; `verify.py` checks that the two agree.
+"""
+
+from typing import Any
+
+import torch
+
+from dspark_megatron.conversion.layouts.description import DraftDescription
+from dspark_megatron.conversion.layouts.names import LATENT, raise_if_any
+from dspark_megatron.errors import require
+from dspark_megatron.shape import DraftShape
+
+ARCHITECTURE = "Qwen3DSparkModel"
+
+
+def hugging_face_config(
+    description: DraftDescription, *, target_config: Any, dtype: torch.dtype
+) -> dict[str, Any]:
+    """The whole `config.json`. target_config: the target's Transformers `PretrainedConfig`, for its
+    special tokens."""
+    shape, text = description.shape, target_config.get_text_config()
+    dtype_name = str(dtype).removeprefix("torch.")
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": "qwen3",
+        "dtype": dtype_name,
+        "torch_dtype": dtype_name,
+        **_backbone(shape, description.initializer_range),
+        **_rope(shape),
+        "bos_token_id": text.bos_token_id,
+        "eos_token_id": text.eos_token_id,
+        "pad_token_id": text.pad_token_id,
+        "block_size": shape.block_size,
+        "sample_from_anchor": True,
+        "num_target_layers": shape.num_target_layers,
+        "num_anchors": description.num_anchors,
+        **_shared_keys(shape),
+        "dflash_config": {
+            "projector_type": "dspark",
+            "attention_mode": _attention_mode(shape),
+            **_shared_keys(shape),
+            "confidence_head_alpha": description.confidence_head_alpha,
+        },
+    }
+
+
+KEYS = {
+    "hidden_size": ("hidden_size", int),
+    "ffn_hidden_size": ("intermediate_size", int),
+    "num_layers": ("num_hidden_layers", int),
+    "num_attention_heads": ("num_attention_heads", int),
+    "num_key_value_heads": ("num_key_value_heads", int),
+    "head_dim": ("head_dim", int),
+    "vocab_size": ("vocab_size", int),
+    "rms_norm_eps": ("rms_norm_eps", float),
+    "rope_parameters": ("rope_parameters", dict),
+    "max_position_embeddings": ("max_position_embeddings", int),
+    "num_target_layers": ("num_target_layers", int),
+    "target_layer_ids": ("target_layer_ids", list),
+    "mask_token_id": ("mask_token_id", int),
+    "block_size": ("block_size", int),
+    "markov_rank": ("markov_rank", int),
+    "markov_head_type": ("markov_head_type", str),
+    "enable_confidence_head": ("enable_confidence_head", bool),
+    "confidence_head_with_markov": ("confidence_head_with_markov", bool),
+}
+"""Key and type in `config.json` of each field of a DraftShape."""
+
+
+def description_of_config(config: dict[str, Any]) -> DraftDescription:
+    """The draft back from such a `config.json`. Raises ConfigError that lists the keys that are
+    missing or of another type."""
+    missing = [key for key, _ in KEYS.values() if config.get(key) is None]
+    require(
+        not missing,
+        f"config.json lacks {missing}; put them in as the draft was trained (what is the target's "
+        "is taken from --target)",
+    )
+    raise_if_any(_type_problems(config), "config.json")
+    shape = DraftShape.from_dict({field: config[key] for field, (key, _) in KEYS.items()})
+    found = {**(config.get("dflash_config") or {}), **config}
+    facts = DraftDescription(shape=shape).facts()
+    facts |= {key: found[key] for key in facts if found.get(key) is not None}
+    problems = [
+        f"{key} must be a number >= 0, is {value!r}"
+        for key, value in facts.items()
+        if type(value) not in (int, float) or not value >= 0
+    ]
+    raise_if_any(problems, "config.json")
+    return DraftDescription(shape=shape, **facts)
+
+
+def _type_problems(config: dict[str, Any]) -> list[str]:
+    problems = [
+        f"{key} must be of type {kind.__name__}, is {config[key]!r}"
+        for key, kind in KEYS.values()
+        if type(config[key]) is not kind and not (kind is float and type(config[key]) is int)
+    ]
+    sizes = [key for key, kind in KEYS.values() if kind is int and key != "mask_token_id"]
+    problems += [
+        f"{key} ({config[key]}) must be {'>= 0' if key == 'markov_rank' else '> 0'}"
+        for key in sizes
+        if type(config[key]) is int and config[key] < (key != "markov_rank")
+    ]
+    eps = config["rms_norm_eps"]
+    if type(eps) in (int, float) and not 0 < eps < 1:
+        problems.append(f"rms_norm_eps ({eps}) must be in (0, 1)")
+    ids = config["target_layer_ids"]
+    if isinstance(ids, list) and any(type(i) is not int for i in ids):
+        problems.append(f"target_layer_ids must hold integers, is {ids}")
+    head = config["markov_head_type"]
+    if head not in list(LATENT):
+        problems.append(f"markov_head_type must be one of {', '.join(LATENT)}, is {head!r}")
+    return problems
+
+
+def _backbone(shape: DraftShape, initializer_range: float) -> dict[str, Any]:
+    return {
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.ffn_hidden_size,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_key_value_heads": shape.num_key_value_heads,
+        "head_dim": shape.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": shape.rms_norm_eps,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "initializer_range": initializer_range,
+        "max_position_embeddings": shape.max_position_embeddings,
+        "layer_types": ["full_attention"] * shape.num_layers,
+        # Null, not absent: a window together with dflash_config makes mlx-dspark use it.
+        "sliding_window": None,
+        "use_sliding_window": False,
+        "max_window_layers": shape.num_layers,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+    }
+
+
+def _rope(shape: DraftShape) -> dict[str, Any]:
+    """Both spellings: `rope_parameters` (Transformers 5) and what came before it."""
+    parameters = dict(shape.rope_parameters)
+    rope = {"rope_theta": parameters["rope_theta"], "rope_parameters": parameters}
+    if parameters["rope_type"] != "default":
+        scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
+        rope["rope_scaling"] = scaling
+    return rope
+
+
+def _shared_keys(shape: DraftShape) -> dict[str, Any]:
+    return {
+        "mask_token_id": shape.mask_token_id,
+        "target_layer_ids": list(shape.target_layer_ids),
+        "markov_rank": shape.markov_rank,
+        "markov_head_type": shape.markov_head_type,
+        "enable_confidence_head": shape.enable_confidence_head,
+        "confidence_head_with_markov": shape.confidence_head_with_markov,
+    }
+
+
+def _attention_mode(shape: DraftShape) -> str:
+    return "mha" if shape.num_key_value_heads == shape.num_attention_heads else "gqa"

@@ -1,0 +1,244 @@
+"""The name table between Megatron checkpoints and the Hugging Face layout, as data.
+
+Megatron fuses what it splits together; the Hugging Face layout holds every matrix on its own and no
+vocabulary padding. Layer names carry `{i}`, the draft layer. `layouts.py` has what other layouts
+call the same.
+
+Shapes: h hidden, g key/value heads, d head width, v vocabulary, r Markov rank.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from dspark_megatron.errors import ConfigError
+from dspark_megatron.shape import DraftShape
+
+
+class Rule(Enum):
+    """How one Megatron tensor becomes its Hugging Face tensors."""
+
+    COPY = "the same tensor"
+    STACK = "matrices one after the other, on dimension 0"
+    KV_HEADS = "for each key/value head its key rows, then its value rows"
+    VOCAB = "the same rows, then padding up to a multiple of the tensor-parallel size"
+
+
+@dataclass(frozen=True)
+class Row:
+    megatron: str
+    hugging_face: tuple[str, ...]
+    split: int | None
+    """Dimension that tensor-parallel ranks split; None: every rank holds it whole."""
+    rule: Rule = Rule.COPY
+
+    def of_layer(self, i: int) -> "Row":
+        names = tuple(name.format(i=i) for name in self.hugging_face)
+        return dataclasses.replace(self, megatron=self.megatron.format(i=i), hugging_face=names)
+
+
+BACKBONE = (
+    Row("fc.weight", ("fc.weight",), 0),
+    Row("hidden_norm.weight", ("hidden_norm.weight",), None),
+    Row("final_layernorm.weight", ("norm.weight",), None),
+)
+_LAYER = (
+    ("input_layernorm", ("input_layernorm",), None),
+    ("self_attention.linear_q", ("self_attn.q_proj",), 0),
+    ("self_attention.linear_kv", ("self_attn.k_proj", "self_attn.v_proj"), 0, Rule.KV_HEADS),
+    ("self_attention.linear_proj", ("self_attn.o_proj",), 1),
+    ("self_attention.q_layernorm", ("self_attn.q_norm",), None),
+    ("self_attention.k_layernorm", ("self_attn.k_norm",), None),
+    ("pre_mlp_layernorm", ("post_attention_layernorm",), None),
+    ("mlp.linear_fc1", ("mlp.gate_proj", "mlp.up_proj"), 0, Rule.STACK),
+    ("mlp.linear_fc2", ("mlp.down_proj",), 1),
+)
+LAYER = tuple(
+    Row(
+        f"layers.{{i}}.{megatron}.weight",
+        tuple(f"layers.{{i}}.{name}.weight" for name in hugging_face),
+        *rest,
+    )
+    for megatron, hugging_face, *rest in _LAYER
+)
+
+
+def _same(*names: str, split: int | None = None, rule: Rule = Rule.COPY) -> tuple[Row, ...]:
+    return tuple(Row(name, (name,), split, rule) for name in names)
+
+
+def _linear(name: str) -> tuple[Row, ...]:
+    return _same(f"{name}.weight", f"{name}.bias")
+
+
+MARKOV = _same(
+    "markov_head.markov_w1.weight", "markov_head.markov_w2.weight", split=0, rule=Rule.VOCAB
+)
+LATENT = {
+    "vanilla": (),
+    "gated": _linear("markov_head.gate_proj"),
+    "rnn": _linear("markov_head.joint_proj"),
+}
+CONFIDENCE = _linear("confidence_head.proj")
+EMBEDDING, LM_HEAD = "embed_tokens.weight", "lm_head.weight"
+"""The target's own matrices: in exports, never in training checkpoints."""
+
+
+def name_table(shape: DraftShape) -> list[Row]:
+    """The rows of one draft, in the order of its export."""
+    rows = list(BACKBONE)
+    for i in range(shape.num_layers):
+        rows += [row.of_layer(i) for row in LAYER]
+    if shape.markov_rank:
+        rows += [*MARKOV, *LATENT[shape.markov_head_type]]
+    if shape.enable_confidence_head:
+        rows += CONFIDENCE
+    return rows
+
+
+def to_hugging_face(
+    shape: DraftShape, get: Callable[[str], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Every draft tensor under its Hugging Face name. `get` is asked for each Megatron tensor
+    once, when it is needed, so one of them exists at a time."""
+    for row in name_table(shape):
+        yield from zip(row.hugging_face, _split(get(row.megatron), row, shape), strict=True)
+
+
+def to_megatron(
+    shape: DraftShape,
+    get: Callable[[str], Tensor],
+    padded_vocab_size: int | None = None,
+    *,
+    rows: Iterable[Row] | None = None,
+    tp_rank: int = 0,
+    tp_size: int = 1,
+) -> Iterator[tuple[str, Tensor]]:
+    """The way back, cut to one tensor-parallel rank; the vocabulary is padded with zero rows up to
+    `padded_vocab_size` (None: not at all). rows: of the table; None: all."""
+    padding = (padded_vocab_size or shape.vocab_size) - shape.vocab_size
+    for row in name_table(shape) if rows is None else rows:
+        parts = []
+        for name in row.hugging_face:
+            part = get(name)
+            if row.rule is Rule.VOCAB and padding:
+                part = torch.cat([part, part.new_zeros(padding, part.shape[1])])
+            if row.split is not None:
+                part = part.chunk(tp_size, dim=row.split)[tp_rank]
+            parts.append(part)
+        yield row.megatron, _join(parts, row, shape)
+
+
+def hugging_face_shapes(
+    shape: DraftShape, shared_weights: bool = True
+) -> dict[str, tuple[int, ...]]:
+    """The exact tensors of an export and their shapes, in the order they are written."""
+    trained = {
+        name: _shape_of(name, shape) for row in name_table(shape) for name in row.hugging_face
+    }
+    if not shared_weights:
+        return trained
+    matrix = (shape.vocab_size, shape.hidden_size)
+    return {EMBEDDING: matrix, **trained, LM_HEAD: matrix}
+
+
+def megatron_shapes(
+    shape: DraftShape, padded_vocab_size: int | None = None
+) -> dict[str, tuple[int, ...]]:
+    """The exact tensors of a training checkpoint and their global shapes."""
+    shapes = {}
+    for row in name_table(shape):
+        parts = [_shape_of(name, shape) for name in row.hugging_face]
+        rows = sum(part[0] for part in parts)
+        if row.rule is Rule.VOCAB:
+            rows = padded_vocab_size or shape.vocab_size
+        shapes[row.megatron] = (rows, *parts[0][1:])
+    return shapes
+
+
+def check_megatron_tensors(
+    shape: DraftShape, found: dict[str, tuple[int, ...]], where: str
+) -> None:
+    """Raise ConfigError that lists what a checkpoint lacks, has too much or has in another shape.
+    The vocabulary may be padded, by the same number of rows everywhere."""
+    padded = found.get(MARKOV[0].megatron, (0,))[0]
+    expected = megatron_shapes(shape, max(padded, shape.vocab_size))
+    raise_if_any(compare_tensors(expected, found), where)
+
+
+def compare_tensors(
+    expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]
+) -> list[str]:
+    """One line for every tensor that is missing, unexpected or of another shape."""
+    missing = [f"missing {name} {list(expected[name])}" for name in expected if name not in found]
+    extra = [f"unexpected {name} {list(found[name])}" for name in found if name not in expected]
+    wrong = [
+        f"{name} must have shape {list(expected[name])}, has {list(found[name])}"
+        for name in expected
+        if name in found and tuple(found[name]) != expected[name]
+    ]
+    return missing + extra + wrong
+
+
+def raise_if_any(problems: list[str], where: str) -> None:
+    """Raise ConfigError with every problem on a line of its own."""
+    if problems:
+        lines = "".join(f"\n  {problem}" for problem in problems)
+        raise ConfigError(f"{where} has {len(problems)} problem(s):{lines}")
+
+
+def _split(tensor: Tensor, row: Row, shape: DraftShape) -> list[Tensor]:
+    if row.rule is Rule.STACK:
+        return list(tensor.chunk(len(row.hugging_face)))
+    if row.rule is Rule.KV_HEADS:
+        heads = tensor.unflatten(0, (-1, 2, shape.head_dim))  # [g, 2, d, h]
+        return [heads[:, 0].flatten(0, 1), heads[:, 1].flatten(0, 1)]
+    if row.rule is Rule.VOCAB:
+        return [tensor[: shape.vocab_size]]
+    return [tensor]
+
+
+def _join(parts: list[Tensor], row: Row, shape: DraftShape) -> Tensor:
+    if row.rule is Rule.STACK:
+        return torch.cat(parts)
+    if row.rule is Rule.KV_HEADS:
+        heads = [part.unflatten(0, (-1, shape.head_dim)) for part in parts]  # [g, d, h] each
+        return torch.stack(heads, dim=1).flatten(0, 2)  # [g*2*d, h]
+    return parts[0]
+
+
+def _shape_of(name: str, shape: DraftShape) -> tuple[int, ...]:
+    """Shape of a trained tensor by its Hugging Face name without the layer."""
+    h, f, d = shape.hidden_size, shape.ffn_hidden_size, shape.head_dim
+    q, kv = shape.num_attention_heads * d, shape.num_key_value_heads * d
+    v, r = shape.vocab_size, shape.markov_rank
+    confidence = h + (r if shape.confidence_head_with_markov else 0)
+    return {
+        "fc.weight": (h, len(shape.target_layer_ids) * h),
+        "hidden_norm.weight": (h,),
+        "norm.weight": (h,),
+        "input_layernorm.weight": (h,),
+        "post_attention_layernorm.weight": (h,),
+        "self_attn.q_proj.weight": (q, h),
+        "self_attn.k_proj.weight": (kv, h),
+        "self_attn.v_proj.weight": (kv, h),
+        "self_attn.o_proj.weight": (h, q),
+        "self_attn.q_norm.weight": (d,),
+        "self_attn.k_norm.weight": (d,),
+        "mlp.gate_proj.weight": (f, h),
+        "mlp.up_proj.weight": (f, h),
+        "mlp.down_proj.weight": (h, f),
+        "markov_head.markov_w1.weight": (v, r),
+        "markov_head.markov_w2.weight": (v, r),
+        "markov_head.gate_proj.weight": (r, h + r),
+        "markov_head.gate_proj.bias": (r,),
+        "markov_head.joint_proj.weight": (3 * r, h + 2 * r),
+        "markov_head.joint_proj.bias": (3 * r,),
+        "confidence_head.proj.weight": (1, confidence),
+        "confidence_head.proj.bias": (1,),
+    }[re.sub(r"^layers\.\d+\.", "", name)]

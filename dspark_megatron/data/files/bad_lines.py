@@ -1,0 +1,96 @@
+"""Lines that cannot be used: all of them by reason, and whether a run may go on without them."""
+
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dspark_megatron.data.files.jsonl import errors_at
+from dspark_megatron.errors import ConfigError
+
+VALUES = r"""(?<!\w)'[^']*'|(?<=: )"[^"]*"|\([^)]*\)|\d+"""
+"""What errors of one kind differ in: quoted texts, what stands in brackets, numbers."""
+MOST_WITHOUT_SKIPPING = 1000
+"""Bad lines after which a file need not be read to its end, if none may be left out."""
+SHOWN_PLACES = 3
+"""Of lines with the same reason, beside the first."""
+SHOWN_REASONS = 20
+
+
+@dataclass
+class Reason:
+    example: str
+    """The first line's error, with its place."""
+    count: int = 1
+    places: list[str] = field(default_factory=list)
+    """Some of the others."""
+
+    def describe(self) -> str:
+        also = ", ".join(self.places)
+        more = ", ..." if self.count > 1 + len(self.places) else ""
+        others = f" (also {also}{more})" if also else ""
+        return f"{self.count:,} x {self.example}{others}"
+
+
+class BadLines:
+    """What was wrong with lines; errors that differ in values alone are of one kind."""
+
+    def __init__(self) -> None:
+        self._reasons: dict[str, Reason] = {}
+
+    def __len__(self) -> int:
+        return sum(reason.count for reason in self._reasons.values())
+
+    @contextmanager
+    def at(self, path: str | Path, number: int) -> Iterator[None]:
+        """Keeps a ConfigError raised inside, with its place."""
+        try:
+            with errors_at(path, number):
+                yield
+        except ConfigError as error:
+            self._add(f"{path}:{number}", str(error), str(error.__cause__))
+
+    def _add(self, place: str, error: str, without_place: str) -> None:
+        kind = re.sub(VALUES, "", without_place)[:60]
+        reason = self._reasons.get(kind)
+        if reason is None:
+            self._reasons[kind] = Reason(error)
+            return
+        reason.count += 1
+        if len(reason.places) < SHOWN_PLACES:
+            reason.places.append(place)
+
+    def describe(self) -> str:
+        """A line for each reason, most frequent first."""
+        ordered = sorted(self._reasons.values(), key=lambda reason: -reason.count)
+        lines = [reason.describe() for reason in ordered[:SHOWN_REASONS]]
+        if rest := ordered[SHOWN_REASONS:]:
+            count = sum(reason.count for reason in rest)
+            lines.append(f"{count:,} x for {len(rest):,} further reasons")
+        return "\n".join(lines)
+
+    def check_early(self, lines: int, allowed: float) -> None:
+        """`check`, once there are so many that the rest of the data does not matter."""
+        if allowed == 0 and len(self) >= MOST_WITHOUT_SKIPPING:
+            self.check(lines, allowed)
+
+    def check(self, lines: int, allowed: float | None) -> None:
+        """ConfigError, with every reason, if more than this share of so many lines is bad; null:
+        none may be, and there is no setting for it."""
+        if len(self) <= (allowed or 0) * lines:
+            return
+        way_out = "mend or remove them"
+        if allowed is not None:
+            needed = math.ceil(1e4 * len(self) / lines) / 1e4
+            way_out += (
+                f", or raise data.skip_bad_lines ({allowed:g}), the share of lines that may be "
+                f"left out, to {needed:g}"
+            )
+        if len(self) == 1:
+            [reason] = self._reasons.values()
+            raise ConfigError(f"{reason.example}; {way_out}")
+        raise ConfigError(
+            f"{len(self):,} of {lines:,} lines cannot be used; {way_out}:\n{self.describe()}"
+        )

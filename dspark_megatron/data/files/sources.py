@@ -1,0 +1,87 @@
+"""Which files an entry of data.train_files stands for."""
+
+import glob
+from pathlib import Path
+from typing import NamedTuple
+
+from dspark_megatron.errors import ConfigError, require
+
+NAMES = ("*.jsonl", "*.jsonl.gz", "*.jsonl.bz2", "*.jsonl.xz", "*.idx")
+"""Files that a folder stands for."""
+FOREIGN_NAMES = (
+    "*.parquet",
+    "*.arrow",
+    "*.zst",
+    "*.csv",
+    "*.tsv",
+    "*.ndjson",
+    "*.json",
+    "*.json.*",
+)
+NO_DATA = ("dataset_info.json", "dataset_infos.json", "state.json")
+"""What Hugging Face's datasets say of themselves."""
+
+
+class DataFile(NamedTuple):
+    path: Path
+    """A JSONL file, or the prefix of a Megatron indexed dataset: its names without `.bin` and
+    `.idx`."""
+    indexed: bool
+
+
+def find_files(entry: str | Path) -> list[DataFile]:
+    """The files of an entry, by name: a JSONL file, the prefix of an indexed dataset, a folder
+    (its files of NAMES) or a glob of these. ConfigError when there is none."""
+    path = Path(entry)
+    if path.is_dir():
+        return _files_of_folder(path)
+    if path.is_file() or Path(f"{path}.idx").is_file():
+        return [_data_file(path)]
+    matches = sorted(glob.glob(str(entry), recursive=True))
+    require(
+        bool(matches),
+        f"data file {entry} must exist: a JSONL file, the prefix of a Megatron indexed dataset "
+        "(PREFIX.bin and PREFIX.idx), a folder or a glob of these",
+    )
+    files = [file for match in matches for file in find_files(match)]
+    return list(dict.fromkeys(files))  # a glob may match both files of an indexed dataset
+
+
+def _files_of_folder(path: Path) -> list[DataFile]:
+    """ConfigError, too, for a folder of which data would be passed over."""
+    found = {file.name for name in FOREIGN_NAMES for file in path.glob(name)}
+    foreign = sorted(found.difference(NO_DATA))
+    require(
+        not foreign,
+        f"the data folder {path} has {len(foreign)} files of data that are not read "
+        f"({', '.join(foreign[:3])}); write them as JSONL, or name the files that are meant",
+    )
+    found = sorted(file for name in NAMES for file in path.glob(name))
+    require(bool(found), f"the data folder {path} must hold {', '.join(NAMES)} files")
+    return [_data_file(file) for file in found]
+
+
+def _data_file(path: Path) -> DataFile:
+    is_part = path.suffix in (".idx", ".bin") and path.is_file()
+    if path.is_file() and not is_part:
+        return DataFile(path, indexed=False)
+    prefix = path.with_suffix("") if is_part else path
+    for name in (f"{prefix}.idx", f"{prefix}.bin"):
+        require(Path(name).is_file(), f"the indexed dataset {prefix} lacks {name}")
+    return DataFile(prefix, indexed=True)
+
+
+def check_apart(trained: list[str], held_out: list[str]) -> None:
+    """ConfigError if a file is both trained on and held out."""
+    files = {file.path.resolve() for entry in trained for file in find_files(entry)}
+    both = [
+        str(file.path)
+        for entry in held_out
+        for file in find_files(entry)
+        if file.path.resolve() in files
+    ]
+    if both:
+        raise ConfigError(
+            f"evaluate.heldout_files must not be trained on, and {', '.join(both)} is in "
+            "data.train_files; take some of its lines out into a file of their own"
+        )

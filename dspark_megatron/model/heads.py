@@ -1,0 +1,105 @@
+"""The two heads behind the backbone: the Markov head, the previous token's say in the next one
+(paper Eq. 5, 6), and the confidence head, the chance that the target keeps a draft token, as a
+logit (Eq. 7).
+"""
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import VocabParallelEmbedding
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from dspark_megatron.model.vocab_parallel_weight import VocabParallelWeight
+
+
+class MarkovHead(MegatronModule):
+    """Vanilla head: z = W1[x_{k-1}] (Eq. 5). `markov_w1`, `markov_w2`: [v/tp, r]."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        padded_vocab_size: int,
+        rank: int,
+        *,
+        tp_group: dist.ProcessGroup,
+    ) -> None:
+        super().__init__(config)
+        self.tp_group = tp_group
+        self.rank = rank
+        self.markov_w1 = VocabParallelEmbedding(
+            padded_vocab_size,
+            rank,
+            init_method=config.init_method,
+            config=config,
+            tp_group=tp_group,
+        )
+        self.markov_w2 = VocabParallelWeight(config, padded_vocab_size, rank, tp_group=tp_group)
+
+    def embed(self, prev_token_ids: Tensor) -> Tensor:
+        """W1 rows, [...] -> [..., r]. One all-reduce of the result; none in backward."""
+        return self.markov_w1(prev_token_ids)
+
+    def latents(self, embeddings: Tensor, hidden: Tensor) -> Tensor:
+        """embeddings [n, k, r], hidden [n, k, h] -> z [n, k, r], teacher forced. No collective."""
+        state, steps = None, []
+        for slot in range(hidden.shape[1]):
+            z, state = self.step(embeddings[:, slot], hidden[:, slot], state)
+            steps.append(z)
+        return torch.stack(steps, dim=1)
+
+    def step(
+        self, embedding: Tensor, hidden: Tensor, state: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """One slot: embedding [n, r], hidden [n, h], state of the slot before (None at slot 0)
+        -> z [n, r] and the next state."""
+        return embedding, None
+
+
+class GatedMarkovHead(MarkovHead):
+    """z = sigmoid(W_g [h_k ; e] + b_g) * e with e = W1[x_{k-1}]."""
+
+    def __init__(self, config, padded_vocab_size, rank, *, tp_group) -> None:
+        super().__init__(config, padded_vocab_size, rank, tp_group=tp_group)
+        self.gate_proj = _replicated_linear(config, config.hidden_size + rank, rank)
+
+    def step(self, embedding, hidden, state):
+        gate = self.gate_proj(torch.cat([hidden, embedding], dim=-1)).sigmoid()
+        return gate * embedding, None
+
+
+class RNNMarkovHead(MarkovHead):
+    """A gated recurrence over the block (Eq. 6): [g; c; o] = W_j [s; e; h] + b_j,
+    s' = sigmoid(g) s + (1 - sigmoid(g)) tanh(c), z = tanh(o), s_0 = 0."""
+
+    def __init__(self, config, padded_vocab_size, rank, *, tp_group) -> None:
+        super().__init__(config, padded_vocab_size, rank, tp_group=tp_group)
+        self.joint_proj = _replicated_linear(config, config.hidden_size + 2 * rank, 3 * rank)
+
+    def step(self, embedding, hidden, state):
+        state = torch.zeros_like(embedding) if state is None else state
+        joint = self.joint_proj(torch.cat([state, embedding, hidden], dim=-1))
+        gate, candidate, output = joint.chunk(3, dim=-1)
+        gate = gate.sigmoid()
+        return output.tanh(), gate * state + (1 - gate) * candidate.tanh()
+
+
+MARKOV_HEADS = {"vanilla": MarkovHead, "gated": GatedMarkovHead, "rnn": RNNMarkovHead}
+
+
+def _replicated_linear(config: TransformerConfig, inputs: int, outputs: int) -> torch.nn.Linear:
+    return torch.nn.Linear(inputs, outputs, dtype=config.params_dtype)
+
+
+class ConfidenceHead(MegatronModule):
+    """`c_k = w . [h_k ; W1[x_{k-1}]] + b`, replicated; without the Markov part when rank is 0."""
+
+    def __init__(self, config: TransformerConfig, markov_rank: int) -> None:
+        super().__init__(config)
+        self.with_markov = markov_rank > 0
+        self.proj = torch.nn.Linear(config.hidden_size + markov_rank, 1, dtype=config.params_dtype)
+
+    def forward(self, hidden: Tensor, embeddings: Tensor | None) -> Tensor:
+        """hidden [..., h], embeddings [..., r] -> fp32 confidence_logits [...]. No collective."""
+        features = torch.cat([hidden, embeddings], dim=-1) if self.with_markov else hidden
+        return self.proj(features).squeeze(-1).float()

@@ -1,0 +1,82 @@
+"""The samples of a run: files read by the rules of its config."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from torch import Tensor
+
+from dspark_megatron.config import Config
+from dspark_megatron.data.blocks import BlockRules, has_block
+from dspark_megatron.data.chats.answers import AnswerRules
+from dspark_megatron.data.chats.said import Tags
+from dspark_megatron.data.dataset import ConversationDataset, SampleRules, load_samples
+from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.run.check import RunPlan
+from dspark_megatron.storage.target_folder import stop_token_ids
+
+
+def sample_rules(config: Config) -> SampleRules:
+    """What training makes of a sample, the target's stop tokens aside."""
+    data, rules = config.data, BlockRules.of(config.loss)
+    tags = Tags(*map(str.strip, data.reasoning_tags))
+    return SampleRules(
+        max_length=data.max_length,
+        min_loss_tokens=config.min_loss_tokens,
+        mask_token_id=config.model.mask_token_id,
+        skip_bad_lines=data.skip_bad_lines,
+        reasoning_tags=tuple(data.reasoning_tags) if data.reasoning == "mask" else None,
+        answers=AnswerRules(tags=tags, template_date=data.template_date),
+        has_block=partial(has_block, block_size=config.model.block_size, rules=rules),
+    )
+
+
+def load_run_data(
+    plan: RunPlan,
+    entries: list[str],
+    *,
+    weights: list[float] | None = None,
+    show_progress: bool = False,
+) -> ConversationDataset:
+    """The samples of these entries of data.train_files or evaluate.heldout_files."""
+    rules = sample_rules(plan.config)
+    stop_ids = frozenset(stop_token_ids(plan.config.target.path, plan.tokenizer))
+    rules = replace(rules, answers=replace(rules.answers, stop_ids=stop_ids))
+    return load_samples(
+        entries,
+        plan.tokenizer,
+        plan.shape.vocab_size,
+        rules,
+        weights=weights,
+        read_indexed=read_indexed,
+        show_progress=show_progress,
+    )
+
+
+def read_indexed(prefix: Path) -> Iterator[Tensor]:
+    """The documents of a Megatron indexed dataset, each the tokens of its sequences one after the
+    other: [s] int64. ConfigError for files that are none or do not belong together."""
+    try:
+        dataset = IndexedDataset(str(prefix))
+    except (AssertionError, ValueError, OSError) as error:
+        raise ConfigError(f"{prefix}.idx is no index of a Megatron dataset: {error}") from error
+    index = dataset.index
+    require(
+        issubclass(index.dtype, numpy.integer),
+        f"{prefix} must hold token ids and holds {index.dtype.__name__}",
+    )
+    wanted = int(index.sequence_lengths.sum(dtype=numpy.int64)) * index.dtype_size
+    found = Path(f"{prefix}.bin").stat().st_size
+    require(
+        wanted == found,
+        f"{prefix}.bin must have the {wanted:,} bytes that {prefix}.idx speaks of, and has "
+        f"{found:,}; write the dataset again",
+    )
+    bounds = dataset.document_indices.tolist()
+    for first, end in zip(bounds[:-1], bounds[1:], strict=True):
+        sequences = [dataset[i].astype(numpy.int64) for i in range(first, end)]
+        yield torch.from_numpy(numpy.concatenate([numpy.empty(0, numpy.int64), *sequences]))

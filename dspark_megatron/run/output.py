@@ -1,0 +1,51 @@
+"""The folder of a run, claimed before any long work."""
+
+import os
+from pathlib import Path
+
+from dspark_megatron.config import Config
+from dspark_megatron.errors import ConfigError
+from dspark_megatron.storage.training_checkpoint import latest_iteration
+
+
+def claim_output(output_dir: Path, config: Config) -> None:
+    """Make the run's folder; ConfigError if that is impossible.
+
+    A folder with checkpoints that are not to be continued is refused, so nothing is overwritten.
+    """
+    checkpoints = output_dir / "checkpoints"
+    if not config.train.resume and latest_iteration(checkpoints) is not None:
+        raise ConfigError(
+            f"train.output_dir {output_dir} holds checkpoints and train.resume is false; "
+            "name another folder, or set train.resume=true"
+        )
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        probe = checkpoints / ".partial_probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"train.output_dir {output_dir} must be writable: {error.strerror}"
+        ) from error
+
+
+def write_config(output_dir: Path, config: Config) -> None:
+    """Write the resolved config, once the run is sure to be this one."""
+    replace_text(output_dir / "config.yaml", config.to_yaml())
+
+
+def write_status(output_dir: Path, status: str) -> None:
+    """Say how the run stands, for who started it: torchrun passes no exit code of its ranks on.
+
+    `running` (also after a kill or a failure), `stopped` (saved; starting it again continues it)
+    or `completed` (the last iteration is saved).
+    """
+    replace_text(output_dir / "run_status", f"{status}\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole, or leave the one that is there."""
+    partial = path.with_name(f".partial_{path.name}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

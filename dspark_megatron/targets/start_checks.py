@@ -1,0 +1,196 @@
+"""Checks of the loaded target on its first samples: the logits that the loss makes are its own,
+packed samples stay apart, and a text in pieces has the states of the whole text.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
+
+from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.ops.vocab_parallel import VocabShard
+from dspark_megatron.storage.target_folder import load_target_config
+from dspark_megatron.targets.base import Target, TargetStates
+from dspark_megatron.targets.family import without_layers
+from dspark_megatron.targets.huggingface.packing import PackedSequences
+from dspark_megatron.targets.huggingface.target import HuggingFaceTarget, layer_output
+
+_POSITIONS = 16
+
+
+@torch.no_grad()
+def check_target_logits(
+    target: Any,
+    folder: str | Path,
+    lm_head: Tensor,
+    shard: VocabShard,
+    input_ids: Tensor,
+) -> None:
+    """Compare `lm_head(last_hidden)` with the target's own logits: a GPTModel's are those of its
+    output layer (`own_logits`), any other's those of the family's own language-model class.
+
+    Transformers loads that class from the same folder with no decoder layer, and it turns the split
+    target's last layer output into logits: so wrong rows of the head, a head with a bias, a logit
+    scale or soft cap, and a final norm that is missing or doubled all show. Costs the embedding and
+    the head, whole, in host memory while it runs. lm_head [v/tp, h], input_ids [1, s], alike on
+    every tensor-parallel rank; each compares its own columns, without a collective of ours.
+    Raises ConfigError when they differ by more than rounding.
+    """
+    input_ids = input_ids[:1, :_POSITIONS]
+    if isinstance(target, HuggingFaceTarget):
+        last_layer, last_hidden = _last_states(target, input_ids)
+        causal = _without_layers(folder, target.dtype)
+        own = causal(inputs_embeds=last_layer.cpu(), use_cache=False).logits
+    else:
+        own, last_hidden = target.own_logits(input_ids)
+    own = own.float().cpu()
+    ours = (last_hidden.to(lm_head.dtype) @ lm_head.t()).float().cpu()
+    real = slice(shard.vocab_start_index, min(shard.vocab_end_index, shard.vocab_size))
+    own = own[..., real]
+    difference = (own - ours[..., : own.shape[-1]]).abs().amax().item() if own.numel() else 0.0
+    scale = own.abs().amax().item() if own.numel() else 0.0
+    # bf16 rounds hidden states and logits to 2^-8 of themselves; fp32 differs by summation order.
+    exact = {lm_head.dtype, target.dtype} == {torch.float32}
+    if not difference <= (1e-4 if exact else 0.02) * max(scale, 1.0):
+        raise ConfigError(
+            f"the target's own logits are not lm_head(last_hidden): they differ by "
+            f"{difference:.3g} (largest logit {scale:.3g}). A target with a bias in its head, a "
+            "logit scale or a soft cap is not supported; else its final norm or head was not "
+            "loaded right"
+        )
+
+
+def _last_states(target: HuggingFaceTarget, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Output of the last decoder layer and of the final norm, each [1, s, h]."""
+    kept = []
+    hook = target.layers[-1].register_forward_hook(
+        lambda _module, _inputs, output: kept.append(layer_output(output))
+    )
+    states = target.states(input_ids)
+    hook.remove()
+    # In several passes it comes in pieces, and what follows them is another rank's need of passes.
+    return torch.cat(kept, dim=1)[:, : input_ids.shape[1]], states.last_hidden
+
+
+def _without_layers(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The language-model class with embedding, final norm and head only, on the CPU."""
+    config = without_layers(load_target_config(folder))
+    is_text_only = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    family = AutoModelForCausalLM if is_text_only else AutoModelForImageTextToText
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # every layer's tensors are reported as unexpected
+    try:
+        return family.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            attn_implementation="eager",
+        ).eval()
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+_TOKENS = 512
+"""Of a sample, at most: a row of them and its mask stay small."""
+
+
+@torch.no_grad()
+def check_packing(target: HuggingFaceTarget, samples: Sequence[Tensor]) -> None:
+    """Compare the states of packed samples [s] with those of each alone; every rank calls it with
+    the same ones. At least two, of which the first two share a row; the others have one, beside it
+    where attention takes a mask. A window of attention that is longer than they are is not seen.
+
+    Raises ConfigError when they differ by more than rounding.
+    """
+    most = min(_TOKENS, (target.packer.max_tokens or len(samples) * _TOKENS) // len(samples))
+    ids = [sample[: max(1, most)] for sample in samples]
+    lengths = [len(sample) for sample in ids]
+    packed = target.packed_states(pad_sequence(ids, batch_first=True), lengths, _rows(target, ids))
+    differences = [
+        mean_distance(_whole(packed)[i, :length], _whole(target.states(ids[i][None]))[0])
+        for i, length in enumerate(lengths)
+    ]
+    tolerance = rounding_of(target.model.dtype)
+    require(
+        max(differences) <= tolerance,
+        f"the target's family ({target.model.config.model_type}) does not keep samples of a packed "
+        f"row apart with target.attention {target.model.config._attn_implementation!r}: states of "
+        f"sample {differences.index(max(differences))} of the row differ by {max(differences):.2g} "
+        f"of their norm from those of the sample alone (at most {tolerance:g} may be rounding); "
+        "set target.packing=false, and data.group_by_length=true for less padding",
+    )
+
+
+def _rows(target: HuggingFaceTarget, ids: list[Tensor]) -> list[PackedSequences]:
+    rows = [[0, 1], list(range(2, len(ids)))] if len(ids) > 2 else [[0, 1]]
+    groups = [rows] if target.packer.has_masks else [[row] for row in rows]
+    return [
+        PackedSequences(group, max(sum(len(ids[i]) for i in row) for row in group))
+        for group in groups
+    ]
+
+
+def _whole(states: TargetStates) -> Tensor:
+    """Taps and last hidden state side by side."""
+    parts = [states.taps] if states.last_hidden is None else [states.taps, states.last_hidden]
+    return torch.cat(parts, dim=-1).float()
+
+
+def rounding_of(dtype: torch.dtype) -> float:
+    """The most that `mean_distance` may be. A sum in another order moves fp32 by 1e-6, bf16 by some
+    1e-2; a mistake, most tokens by far more."""
+    return 1e-3 if dtype == torch.float32 else 0.05
+
+
+def mean_distance(packed: Tensor, alone: Tensor) -> float:
+    """Mean over tokens of the distance in units of the norm, NaN as infinite. Not of the whole: the
+    states of a first token may be a thousand times larger than the others'. Both [s, x]."""
+    mean = ((packed - alone).norm(dim=-1) / alone.norm(dim=-1)).mean().item()
+    return mean if mean == mean else float("inf")
+
+
+_TOKENS = 48
+
+
+_PIECES = ((0, 16, 0), (16, 17, 4), (17, 24, 2), (24, 25, 0), (25, 48, 1))
+"""First token, end, and drafts that are rejected after it."""
+
+
+@torch.no_grad()
+def check_pieces_agree(target: Target, input_ids: Tensor) -> None:
+    """Compare last hidden states [1, s, h] of a prompt, taken in as decoding does, with those of
+    one pass. input_ids [1, s >= 1], alike on every tensor-parallel rank. Costs six short passes.
+    Raises ConfigError when they differ by more than rounding."""
+    ids = input_ids.repeat(1, -(-_TOKENS // input_ids.shape[1]))[:, :_TOKENS].to(target.device)
+    cache, found = target.new_cache(), []
+    for start, end, drafts in _PIECES:
+        own = ids[:, start:end]
+        if start == 0:
+            found.append(target.add_sequence(own, cache).last_hidden)
+            continue
+        tokens = torch.cat([own, ids[:, :drafts]], dim=1)
+        found.append(target.extend(tokens, cache).last_hidden[:, : end - start])
+        target.forget(cache, [drafts])
+    whole = target.states(ids).last_hidden
+    difference = mean_distance(torch.cat(found, dim=1)[0].float(), whole[0].float())
+    most = rounding_of(target.dtype)
+    require(
+        difference <= most,
+        "decoding with this target would not be lossless: states of a text that comes in pieces, "
+        f"with drafts taken back, differ by {difference:.2g} of their norm from those of the whole "
+        f"text (at most {most:g} may be rounding). Its family does not go on from its cache as "
+        "it should in this version of Transformers: take another version, or evaluate in a "
+        "serving engine",
+    )

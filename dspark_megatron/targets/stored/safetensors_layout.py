@@ -1,0 +1,193 @@
+"""Our own layout of a cache: what training can read, as rows in safetensors files.
+
+    manifest.json            facts of target, data and rules; written last
+    index.safetensors        keys and row counts of all samples, the first sample of each shard
+    shard_00000.safetensors  taps [c, m*h], last_hidden [u, h] and their positions [u], sample
+                             after sample; with fp8 taps their scales [c, m]
+
+Shapes: n samples, k shards; c, u, m, h as in `state_rows`.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dspark_megatron.data.blocks import BlockRules
+from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.storage.safetensors_folder import open_safetensors
+from dspark_megatron.targets.stored.kept_states import (
+    FLOAT8,
+    KeptStates,
+    context_size,
+    from_float8,
+    sample_key,
+    target_positions,
+    to_float8,
+)
+from dspark_megatron.targets.stored.layout import MAPPED_SHARDS, whole_file
+
+FORMAT = "dspark-megatron target cache 1"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": FLOAT8}
+"""Of the taps. Last hidden states are bf16 beside fp8: they make the teacher's logits."""
+_INDEX = "index.safetensors"
+
+
+def shard_name(shard: int) -> str:
+    return f"shard_{shard:05d}.safetensors"
+
+
+class SampleEntry(NamedTuple):
+    """A sample in the index."""
+
+    key: bytes
+    context: int
+    teachers: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class SafetensorsLayout:
+    """Writes the layout."""
+
+    hidden_size: int
+    num_taps: int
+    dtype: str
+    block_size: int
+    rules: BlockRules
+    with_last_hidden: bool = True
+
+    def entry(self, sample: Any) -> SampleEntry:
+        context = context_size(sample.loss_mask, self.rules)
+        teachers = len(self._positions(sample))
+        taps = self.num_taps * (self.hidden_size * DTYPES[self.dtype].itemsize)
+        if self.dtype == "float8":
+            taps += self.num_taps * torch.float32.itemsize
+        teacher = self.hidden_size * self._target_dtype.itemsize + torch.int32.itemsize
+        key = sample_key(sample.input_ids, sample.loss_mask)
+        return SampleEntry(key, context, teachers, context * taps + teachers * teacher)
+
+    def shard_name(self, shard: int) -> str:
+        return shard_name(shard)
+
+    def is_whole(self, path: Path, nbytes: int) -> bool:
+        with path.open("rb") as file:  # safetensors: the length of the header in 8 bytes, it, data
+            header = int.from_bytes(file.read(8), "little")
+        return path.stat().st_size == 8 + header + nbytes
+
+    def sample_tensors(
+        self, sample: Any, taps: Tensor, last_hidden: Tensor | None
+    ) -> dict[str, Tensor]:
+        taps = taps[: context_size(sample.loss_mask, self.rules)]
+        if self.dtype == "float8":
+            taps, scale = to_float8(taps, self.num_taps)
+            tensors = {"taps": taps.cpu(), "taps_scale": scale.cpu()}
+        else:
+            tensors = {"taps": taps.to("cpu", DTYPES[self.dtype], copy=True)}
+        if not self.with_last_hidden:
+            return tensors
+        positions = self._positions(sample)
+        rows = last_hidden[positions.to(last_hidden.device)].to("cpu", self._target_dtype)
+        return {**tensors, "last_hidden": rows, "positions": positions.int()}
+
+    def write_shard(self, path: Path, samples: list[dict[str, Tensor]]) -> None:
+        tensors = {name: torch.cat([one[name] for one in samples]) for name in samples[0]}
+        with whole_file(path) as partial:
+            save_file(tensors, partial)
+
+    def write_index(self, folder: Path, entries: list[SampleEntry], starts: list[int]) -> None:
+        keys = torch.frombuffer(bytearray(b"".join(e.key for e in entries)), dtype=torch.uint8)
+        index = {
+            "keys": keys.view(len(entries), -1),
+            "context": torch.tensor([entry.context for entry in entries]),
+            "teachers": torch.tensor([entry.teachers for entry in entries]),
+            "shard_starts": torch.tensor(starts),
+        }
+        with whole_file(folder / _INDEX) as partial:
+            save_file(index, partial)
+
+    def manifest(self, facts: dict[str, Any], starts: list[int]) -> dict[str, Any]:
+        sizes = {"num_samples": starts[-1], "num_shards": len(starts) - 1}
+        return {"format": FORMAT, "dtype": self.dtype, **sizes, **facts}
+
+    @property
+    def _target_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.dtype == "float8" else DTYPES[self.dtype]
+
+    def _positions(self, sample: Any) -> Tensor:
+        if not self.with_last_hidden:
+            return torch.empty(0, dtype=torch.long)
+        return target_positions(sample.loss_mask, self.block_size, self.rules)
+
+
+class SafetensorsStates:
+    """Reads the layout by memory map."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.path, self.facts = folder, manifest
+        index = _tensors(folder / _INDEX)
+        self._keys, self._starts = index["keys"], index["shard_starts"]
+        shards = range(len(self._starts) - 1)
+        absent = [i for i in shards if not (folder / shard_name(i)).is_file()]
+        if absent:
+            raise ConfigError(
+                f"the cache {folder} lacks {len(absent)} of {len(shards)} shards, the first is "
+                f"{shard_name(absent[0])}; the command that wrote it writes what is missing"
+            )
+        # Rows before each sample, counted through all shards.
+        self._context = _before(index["context"])
+        self._targets = _before(index["teachers"])
+        self._shard = lru_cache(MAPPED_SHARDS)(self._open)
+
+    def keys(self) -> list[bytes]:
+        return [bytes(row) for row in self._keys.numpy()]
+
+    def key(self, input_ids: Tensor, loss_mask: Tensor) -> bytes:
+        return sample_key(input_ids, loss_mask)
+
+    def rows(self, place: int) -> KeptStates:
+        shard = int(torch.searchsorted(self._starts, place, right=True)) - 1
+        tensors, first = self._shard(shard), int(self._starts[shard])
+        context = _range(self._context, place, first)
+        taps = tensors["taps"][context]
+        if "taps_scale" in tensors:
+            taps = from_float8(taps, tensors["taps_scale"][context])
+        if "last_hidden" not in tensors:
+            return KeptStates(taps, None, torch.empty(0, dtype=torch.long))
+        teachers = _range(self._targets, place, first)
+        positions = tensors["positions"][teachers].long()
+        return KeptStates(taps, tensors["last_hidden"][teachers], positions)
+
+    def _open(self, shard: int) -> dict[str, Tensor]:
+        path = self.path / shard_name(shard)
+        tensors = _tensors(path)
+        first, end = self._starts[shard : shard + 2].tolist()
+        for name, before in (("taps", self._context), ("last_hidden", self._targets)):
+            rows, found = int(before[end] - before[first]), len(tensors.get(name, ()))
+            require(
+                rows == found,
+                f"{path} must hold {rows} rows of {name} and has {found}; it is of another cache: "
+                "delete it and the manifest, and write the cache again",
+            )
+        return tensors
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file, mapped: read when they are used."""
+    with open_safetensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
+
+
+def _before(counts: Tensor) -> Tensor:
+    """[n] -> [n + 1] sums of those before."""
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def _range(before: Tensor, place: int, first: int) -> slice:
+    """Rows of a sample in a shard whose first sample is `first`."""
+    start, end = (before[place : place + 2] - before[first]).tolist()
+    return slice(start, end)

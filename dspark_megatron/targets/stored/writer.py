@@ -1,0 +1,207 @@
+"""Write a cache of the target's states: shard by shard, each whole or absent, so that a killed
+job goes on where it was."""
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from dspark_megatron.data.collate import collate
+from dspark_megatron.data.dataset import ConversationDataset
+from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.targets.base import Target
+from dspark_megatron.targets.stored.layout import (
+    MANIFEST,
+    UNFINISHED,
+    StatesLayout,
+    differences,
+    is_partial,
+    read_json,
+    write_json,
+)
+
+
+class StatesWriter:
+    """A cache to be written. Which sample goes where is settled by the data alone, so any number
+    of ranks may begin it and another go on; bytes differ between layouts of the target only by the
+    rounding of its sums."""
+
+    def __init__(
+        self,
+        layout: StatesLayout,
+        data: ConversationDataset,
+        output: Path,
+        facts: dict[str, Any],
+        *,
+        shard_bytes: int,
+    ) -> None:
+        """facts: what a later reader, or a job that goes on, compares."""
+        self.layout, self.data, self.output = layout, data, output
+        self.entries = [layout.entry(data[i]) for i in range(len(data))]
+        self.starts = _shard_starts([entry.nbytes for entry in self.entries], shard_bytes)
+        facts = {**facts, "shard_bytes": shard_bytes}
+        # As it is read again: without tuples.
+        self.manifest = json.loads(json.dumps(layout.manifest(facts, self.starts)))
+
+    @property
+    def nbytes(self) -> int:
+        """Of all shards."""
+        return self._bytes_of(range(len(self.starts) - 1))
+
+    def claim(self) -> list[int]:
+        """The shards that are missing; on one rank, before the target is loaded. Prints what will
+        be written, and raises ConfigError when the folder is another's or the disk too small."""
+        self._check_folder()
+        shards = range(len(self.starts) - 1)
+        missing = [i for i in shards if not self._is_written(i)]
+        size, free = self._bytes_of(missing), shutil.disk_usage(_existing(self.output)).free
+        print(
+            f"still to write: {len(missing):,} of {len(shards):,} shards, {_gib(size)}; free in "
+            f"{self.output}: {_gib(free)}",
+            flush=True,
+        )
+        require(
+            size < free,
+            f"the cache needs {_gib(size)} more and {self.output} has {_gib(free)}; make room, "
+            "name another folder, or write less (--dtype float8, data.max_length)",
+        )
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+            for path in self.output.iterdir():
+                if is_partial(path.name):  # of a job that was killed
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            raise ConfigError(f"cannot write to {self.output}: {error}") from error
+        if not missing and (self.output / MANIFEST).is_file():
+            self.layout.write_index(self.output, self.entries, self.starts)
+            return []
+        write_json(self.output / UNFINISHED, self.manifest)
+        (self.output / MANIFEST).unlink(missing_ok=True)  # of a cache that has lost a shard
+        self.layout.write_index(self.output, self.entries, self.starts)
+        return missing
+
+    def write(
+        self,
+        missing: list[int],
+        target: Target,
+        *,
+        micro_batch_size: int,
+        tp_group: dist.ProcessGroup,
+        dp_group: dist.ProcessGroup,
+    ) -> None:
+        """Write the missing shards, a share of them on each data-parallel rank; every rank calls
+        it."""
+        shares = [missing[i :: dp_group.size()] for i in range(dp_group.size())]
+        passes = [sum(self._num_passes(i, micro_batch_size) for i in share) for share in shares]
+        mine = dp_group.rank()
+        progress = tqdm(total=passes[mine], unit=" batches", disable=dist.get_rank() != 0)
+        for shard in shares[mine]:
+            tensors: dict[int, dict[str, torch.Tensor]] = {}
+            for batch in self._batches(shard, micro_batch_size):
+                tensors |= self._states(batch, target)
+                progress.update()
+            if tp_group.rank() == 0:
+                in_order = [tensors[i] for i in sorted(tensors)]
+                self.layout.write_shard(self._shard_path(shard), in_order)
+        if target.lockstep:  # others still need this rank's part of the weights
+            for _ in range(max(passes) - passes[mine]):
+                target.states(self.data[0].input_ids[None, :1])
+        progress.close()
+
+    def finish(self) -> None:
+        """Give the manifest its name, on one rank, when all have written their shards."""
+        if not (self.output / UNFINISHED).is_file():
+            return
+        absent = [i for i in range(len(self.starts) - 1) if not self._is_written(i)]
+        require(
+            not absent,
+            f"shards {absent[:5]} of {self.output} are missing on the main rank; it must be on a "
+            "file system that all nodes share. Where it is and shows files late, run the command "
+            "again",
+        )
+        (self.output / UNFINISHED).replace(self.output / MANIFEST)
+
+    def _states(self, batch: Sequence[int], target: Target) -> dict[int, dict[str, torch.Tensor]]:
+        """What is kept of some samples."""
+        samples = [self.data[i] for i in batch]
+        states = target.states(collate(samples)[0])
+        kept = {}
+        for row, (i, sample) in enumerate(zip(batch, samples, strict=True)):
+            length, last_hidden = len(sample.input_ids), states.last_hidden
+            kept[i] = self.layout.sample_tensors(
+                sample,
+                states.taps[row, :length],
+                None if last_hidden is None else last_hidden[row, :length],
+            )
+        return kept
+
+    def _batches(self, shard: int, size: int) -> Iterator[list[int]]:
+        """The samples of a shard, those of like length together."""
+        start, end = self.starts[shard : shard + 2]
+        ordered = sorted(range(start, end), key=lambda i: len(self.data[i].input_ids))
+        return (ordered[i : i + size] for i in range(0, len(ordered), size))
+
+    def _num_passes(self, shard: int, size: int) -> int:
+        start, end = self.starts[shard : shard + 2]
+        return -(-(end - start) // size)
+
+    def _check_folder(self) -> None:
+        """ConfigError unless the folder is empty, or holds a part or all of this very cache."""
+        require(
+            self.output.is_dir() or not self.output.exists(),
+            f"{self.output} must be a folder and is a file; name another one",
+        )
+        names = [path.name for path in self.output.iterdir()] if self.output.exists() else []
+        if all(is_partial(name) for name in names):  # of a job that was killed in its first moment
+            return
+        found = [self.output / name for name in (MANIFEST, UNFINISHED)]
+        known = [path for path in found if path.is_file()]
+        require(
+            bool(known),
+            f"{self.output} must be empty or hold a cache, and has files but no {MANIFEST}; name "
+            "another folder",
+        )
+        there = read_json(known[0])
+        wrong = differences(there, self.manifest)
+        if wrong:
+            raise ConfigError(
+                f"{self.output} holds another cache: {'; '.join(wrong)}. Name another folder, "
+                "delete it, or take the settings that it was begun with"
+            )
+
+    def _bytes_of(self, shards: Sequence[int]) -> int:
+        ranges = (slice(*self.starts[i : i + 2]) for i in shards)
+        return sum(entry.nbytes for part in ranges for entry in self.entries[part])
+
+    def _is_written(self, shard: int) -> bool:
+        """Whether it is there, and not cut short."""
+        path = self._shard_path(shard)
+        return path.is_file() and self.layout.is_whole(path, self._bytes_of([shard]))
+
+    def _shard_path(self, shard: int) -> Path:
+        return self.output / self.layout.shard_name(shard)
+
+
+def _shard_starts(sizes: list[int], shard_bytes: int) -> list[int]:
+    """The first sample of each shard of at most so many bytes (or one sample), and the end."""
+    starts, held = [0], 0
+    for i, size in enumerate(sizes):
+        if held and held + size > shard_bytes:
+            starts.append(i)
+            held = 0
+        held += size
+    return [*starts, len(sizes)]
+
+
+def _existing(path: Path) -> Path:
+    """The folder itself, or the nearest above it that is there."""
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:,.3f} GiB"

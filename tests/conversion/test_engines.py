@@ -1,0 +1,622 @@
+"""What each engine would say to a folder: all layouts, and every trap that fails in silence."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from transformers import Qwen3Config
+
+from dspark_megatron.conversion.engines.reading import DEEPSPEC, MLX, SGLANG, TRT, VLLM
+from dspark_megatron.conversion.engines.verdicts import engine_verdicts
+from dspark_megatron.conversion.layouts.description import DraftDescription
+from dspark_megatron.conversion.layouts.hf_config import hugging_face_config
+from dspark_megatron.conversion.layouts.names import EMBEDDING, LM_HEAD, hugging_face_shapes
+from support.draft_folders import VANILLA
+
+ALL = {DEEPSPEC, VLLM, SGLANG, MLX, TRT}
+TARGET = Qwen3Config(
+    vocab_size=33,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+BACKBONE = {
+    "vocab_size": 33,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "layer_types": ["full_attention", "full_attention"],
+    "sliding_window": None,
+}
+MODELOPT = {
+    "architectures": ["DFlashDraftModel"],
+    "model_type": "qwen3",
+    **BACKBONE,
+    "block_size": 3,
+    "num_target_layers": 6,
+    "dflash_config": {
+        "mask_token_id": 32,
+        "target_layer_ids": [0, 2, 4],
+        "projector_type": "dspark",
+        "shift_label": True,
+        "markov_rank": 5,
+        "markov_head_type": "vanilla",
+        "use_confidence_head": True,
+    },
+}
+FLAT_NAMES = {
+    "markov_head.markov_w1": "markov_w1",
+    "markov_head.markov_w2": "markov_w2",
+    "confidence_head.proj": "confidence_proj",
+}
+SPECFORGE = {
+    "architectures": ["DSparkDraftModel"],
+    "model_type": "qwen3",
+    "auto_map": {"AutoModel": "dspark.DSparkDraftModel"},
+    **BACKBONE,
+    "block_size": 3,
+    "num_target_layers": 6,
+    "dflash_config": {
+        "attention_mode": "gqa",
+        "mask_token_id": 32,
+        "target_layer_ids": [0, 2, 4],
+        "projector_type": "dspark",
+        "markov_rank": 5,
+        "markov_head_type": "vanilla",
+        "confidence_head_alpha": 1.0,
+        "enable_confidence_head": True,
+        "confidence_head_with_markov": True,
+    },
+}
+SPECULATORS = {
+    "architectures": ["DSparkDraftModel"],
+    "auto_map": {"": "config.DSparkSpeculatorConfig"},
+    "speculators_model_type": "dspark",
+    "speculators_version": "0.9.0",
+    "aux_hidden_state_layer_ids": [1, 3, 5],
+    "block_size": 3,
+    "draft_vocab_size": 33,
+    "mask_token_id": 32,
+    "sample_from_anchor": True,
+    "sliding_window_non_causal": False,
+    "markov_rank": 5,
+    "markov_head_type": "vanilla",
+    "enable_confidence_head": True,
+    "confidence_head_with_markov": True,
+    "target_hidden_size": 16,
+    "tie_word_embeddings": False,
+    "transformer_layer_config": {"model_type": "qwen3", **BACKBONE},
+    "speculators_config": {
+        "algorithm": "dspark",
+        "default_proposal_method": "greedy",
+        "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": 3}],
+        "verifier": {"name_or_path": "Qwen/Qwen3-4B", "architectures": ["Qwen3ForCausalLM"]},
+    },
+}
+
+
+def superset(**changes):
+    """Our own config.json and tensors; changes: fields of the shape."""
+    shape = dataclasses.replace(VANILLA, **changes)
+    config = hugging_face_config(
+        DraftDescription(shape=shape), target_config=TARGET, dtype=torch.bfloat16
+    )
+    return copy.deepcopy(config), hugging_face_shapes(shape)
+
+
+def trained(renames=None, **changes):
+    """Tensors without the target's two matrices."""
+    shapes = hugging_face_shapes(dataclasses.replace(VANILLA, **changes), shared_weights=False)
+    for old, new in (renames or {}).items():
+        shapes = {name.replace(old, new): size for name, size in shapes.items()}
+    return shapes
+
+
+def verdicts(config, tensors, **options):
+    return {v.engine: v for v in engine_verdicts(config, tensors, **options)}
+
+
+def refusing(config, tensors, **options):
+    return {name for name, v in verdicts(config, tensors, **options).items() if not v.loads}
+
+
+# Whole folders.
+
+
+def test_our_export_loads_everywhere_without_a_remark():
+    found = verdicts(*superset(), folder_name="dspark_qwen3", target_config=TARGET)
+    assert set(found) == ALL
+    for verdict in found.values():
+        assert verdict.loads and not verdict.problems and not verdict.warnings, verdict
+
+
+def test_without_shared_weights_deepspec_alone_refuses():
+    config, tensors = superset()
+    bare = {n: s for n, s in tensors.items() if n not in (EMBEDDING, LM_HEAD)}
+    found = verdicts(config, bare, target_config=TARGET)
+    assert {name for name, v in found.items() if not v.loads} == {DEEPSPEC}
+    assert len(found[DEEPSPEC].problems) == 1
+    assert "fills embed_tokens.weight, lm_head.weight at random" in found[DEEPSPEC].problems[0]
+
+
+@pytest.mark.parametrize("kind", ["gated", "rnn"])
+def test_latent_heads_are_refused_by_vllm_and_mlx_only(kind):
+    found = verdicts(*superset(markov_head_type=kind))
+    assert {name for name, v in found.items() if not v.loads} == {VLLM, MLX}
+    assert all(len(found[x].problems) == 1 and kind in found[x].problems[0] for x in (VLLM, MLX))
+
+
+def test_a_latent_head_is_seen_by_its_tensors_alone():
+    config, tensors = superset(markov_head_type="rnn")
+    for place in (config, config["dflash_config"]):
+        place["markov_head_type"] = "vanilla"
+    assert {VLLM, MLX} <= refusing(config, tensors)
+
+
+def test_rank_zero_is_refused_by_sglang_only():
+    found = verdicts(*superset(markov_rank=0, confidence_head_with_markov=False))
+    assert {name for name, v in found.items() if not v.loads} == {SGLANG}
+    assert "markov_rank" in found[VLLM].warnings[0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"confidence_head_with_markov": False},
+        {"enable_confidence_head": False, "confidence_head_with_markov": False},
+        {"num_key_value_heads": 4},
+    ],
+)
+def test_other_shapes_load_everywhere(changes):
+    assert refusing(*superset(**changes), target_config=TARGET) == set()
+
+
+def test_raw_modelopt_loads_nowhere():
+    found = verdicts(MODELOPT, trained(FLAT_NAMES))
+    assert {name for name, v in found.items() if not v.loads} == ALL
+    assert any("markov_rank at the top level" in line for line in found[VLLM].problems)
+    assert any("DeepSeek-V4" in line for line in found[VLLM].problems)
+    assert any("without an error" in line for line in found[SGLANG].problems)
+    assert any("markov_head.markov_w1.weight" in line for line in found[SGLANG].problems)
+
+
+def test_modelopt_with_a_corrected_config_still_has_flat_names():
+    config, _ = superset()
+    found = verdicts(config, trained(FLAT_NAMES))
+    assert {name for name, v in found.items() if not v.loads} == ALL
+    # The worst case: no error, and a Markov head that was never filled.
+    assert any("leaves markov_head.markov_w1.weight" in line for line in found[SGLANG].problems)
+
+
+def test_raw_specforge_loads_in_mlx_only():
+    found = verdicts(SPECFORGE, trained())
+    assert {name for name, v in found.items() if not v.loads} == ALL - {MLX}
+    for name in (VLLM, SGLANG):
+        assert "needs markov_rank at the top level" in found[name].problems[0]
+
+
+def test_normalized_specforge_loads_in_all_that_share_weights():
+    config = {**SPECFORGE, **SPECFORGE["dflash_config"], "architectures": ["Qwen3DSparkModel"]}
+    config.pop("auto_map")
+    assert refusing(config, trained()) == {DEEPSPEC}
+
+
+def test_superset_under_specforges_class():
+    config, tensors = superset()
+    config["architectures"] = ["DSparkDraftModel"]
+    found = verdicts(config, tensors)
+    assert {name for name, v in found.items() if not v.loads} == {DEEPSPEC, TRT}
+    assert "#52197" in found[VLLM].warnings[0] and not found[SGLANG].warnings
+
+
+def test_speculators_loads_in_vllm_only():
+    found = verdicts(SPECULATORS, trained(), target_config=TARGET)
+    assert {name for name, v in found.items() if not v.loads} == ALL - {VLLM}
+    assert not found[VLLM].warnings
+    assert len(found[MLX].problems) == 1 and "one layer late" in found[MLX].problems[0]
+    for name in (DEEPSPEC, SGLANG, TRT):
+        assert "speculators" in found[name].problems[0] and "--layout hf" in found[name].problems[0]
+
+
+def test_speculators_with_a_model_type_is_no_longer_read():
+    found = verdicts({**SPECULATORS, "model_type": "qwen3"}, trained())
+    assert all(not v.loads for v in found.values())
+    for name in (VLLM, MLX):
+        assert any("model_type exclude each other" in line for line in found[name].problems)
+
+
+def test_reduced_vocabulary_of_speculators():
+    config = {**SPECULATORS, "draft_vocab_size": 20}
+    tensors = trained() | {"markov_head.markov_w2.weight": (20, 5), "d2t": (20,), "t2d": (33,)}
+    tensors["lm_head.weight"] = (20, 16)
+    assert VLLM not in refusing(config, tensors, target_config=TARGET)
+    for lost in ("d2t", "lm_head.weight"):
+        rest = {name: size for name, size in tensors.items() if name != lost}
+        assert "lm_head and d2t" in verdicts(config, rest)[VLLM].problems[0]
+
+
+def test_reduced_vocabulary_in_our_layout():
+    config, tensors = superset()
+    config["draft_vocab_size"] = 20
+    tensors |= {"markov_head.markov_w2.weight": (20, 5), "lm_head.weight": (20, 16)}
+    tensors |= {"d2t": (20,), "t2d": (33,)}
+    assert refusing(config, tensors) == {DEEPSPEC, SGLANG, TRT}
+
+
+# Traps: one change to our own export, and the engines that it turns, each with words of its line.
+
+
+def set_keys(**keys):
+    return lambda config, tensors: config.update(keys)
+
+
+def set_both(**keys):
+    """Keys that stand twice."""
+
+    def change(config, tensors):
+        config.update(keys)
+        config["dflash_config"].update(keys)
+
+    return change
+
+
+def set_nested(**keys):
+    return lambda config, tensors: config["dflash_config"].update(keys)
+
+
+def set_rope(**keys):
+    return lambda config, tensors: config["rope_parameters"].update(keys)
+
+
+def drop_keys(*keys):
+    return lambda config, tensors: [config.pop(key) for key in keys]
+
+
+def drop_both(*keys):
+    return lambda config, tensors: [place.pop(x) for x in keys for place in places(config)]
+
+
+def places(config):
+    return config, config["dflash_config"]
+
+
+def set_tensors(**sizes):
+    return lambda config, tensors: tensors.update(
+        {k.replace("__", "."): v for k, v in sizes.items()}
+    )
+
+
+def drop_tensors(*names):
+    return lambda config, tensors: [tensors.pop(name) for name in names]
+
+
+def rename(old, new):
+    def change(config, tensors):
+        for name in [name for name in tensors if name.startswith(old)]:
+            tensors[new + name.removeprefix(old)] = tensors.pop(name)
+
+    return change
+
+
+def all_of(*changes):
+    return lambda config, tensors: [change(config, tensors) for change in changes]
+
+
+SLIDING = set_keys(layer_types=["sliding_attention"] * 2, sliding_window=64)
+TRAPS = {
+    # Section 9, in its order.
+    "1 unknown name": (
+        set_tensors(extra__weight=(1,)),
+        {DEEPSPEC: "in silence", SGLANG: "in silence", VLLM: "raises", MLX: "raises"}
+        | {TRT: "raises"},
+    ),
+    "1 logit_head": (
+        all_of(
+            rename("markov_head.", "logit_head.markov_head."),
+            rename("confidence_head.", "logit_head.confidence_head."),
+        ),
+        {DEEPSPEC: "at random", SGLANG: "leaves markov_head.markov_w1.weight", VLLM: "raises"}
+        | {MLX: "raises", TRT: "raises"},
+    ),
+    "2 confidence bias": (
+        drop_tensors("confidence_head.proj.bias"),
+        {VLLM: "leaves confidence_head.proj.bias uninitialised", DEEPSPEC: "at random"}
+        | {MLX: "needs confidence_head.proj.bias", TRT: "needs confidence_head.proj.bias"},
+    ),
+    "3 off by one": (set_both(target_layer_ids=[1, 3, 5]), {DEEPSPEC: "[5]", SGLANG: "[5]"}),
+    "3 embedding": (set_both(target_layer_ids=[-1, 2, 4]), {SGLANG: "[-1]", MLX: "[-1]"}),
+    "4 anchor": (
+        set_keys(sample_from_anchor=False),
+        {DEEPSPEC: "from the anchor", TRT: "from the anchor"},
+    ),
+    "5 unsorted": (
+        set_both(target_layer_ids=[4, 0, 2]),
+        {VLLM: "permutes", MLX: "increasing", SGLANG: "increasing", DEEPSPEC: "increasing"},
+    ),
+    "5 twice": (
+        set_both(target_layer_ids=[0, 2, 2]),
+        {VLLM: "permutes", MLX: "increasing", SGLANG: "increasing", DEEPSPEC: "increasing"},
+    ),
+    "6 padded heads": (
+        set_tensors(markov_head__markov_w1__weight=(36, 5), markov_head__markov_w2__weight=(36, 5)),
+        dict.fromkeys(ALL, "strip the padding"),
+    ),
+    "6 padded lm_head": (
+        set_tensors(lm_head__weight=(36, 16)),
+        dict.fromkeys({DEEPSPEC, VLLM, MLX}, "strip the padding"),
+    ),
+    "6 padded config": (
+        all_of(
+            set_keys(vocab_size=36),
+            set_tensors(
+                embed_tokens__weight=(36, 16),
+                lm_head__weight=(36, 16),
+                markov_head__markov_w1__weight=(36, 5),
+                markov_head__markov_w2__weight=(36, 5),
+            ),
+        ),
+        {VLLM: "d2t", SGLANG: "36, the target has 33"},
+    ),
+    "7 partial rotary": (set_rope(partial_rotary_factor=0.5), {VLLM: "partial_rotary_factor 0.5"}),
+    "7 mrope": (set_rope(mrope_section=[1, 1, 1]), {VLLM: "mrope_section"}),
+    "7 quantization_config": (
+        set_keys(quantization_config={"quant_method": "fp8"}),
+        dict.fromkeys(ALL, "delete quantization_config"),
+    ),
+    "7 dspark keys": (set_keys(dspark_markov_rank=5), {SGLANG: "dspark_markov_rank"}),
+    "8 rank 0 as DFlash": (
+        set_keys(architectures=["DFlashDraftModel"]),
+        {VLLM: "DeepSeek-V4", DEEPSPEC: "DFlashDraftModel", SGLANG: "DFlashDraftModel"}
+        | {TRT: "DFlashDraftModel"},
+    ),
+    # Its table, and what sections 5 to 8 add.
+    "architectures absent": (
+        drop_keys("architectures"),
+        dict.fromkeys({DEEPSPEC, VLLM, SGLANG, TRT}, "None"),
+    ),
+    "model_type": (
+        set_keys(model_type="llama"),
+        dict.fromkeys({DEEPSPEC, VLLM, SGLANG, MLX}, "model_type"),
+    ),
+    "nested markov keys": (
+        drop_keys("markov_rank", "markov_head_type"),
+        dict.fromkeys({DEEPSPEC, VLLM, SGLANG, TRT}, "reads no dflash_config.markov_rank"),
+    ),
+    "nested layer ids": (
+        drop_keys("target_layer_ids", "mask_token_id"),
+        dict.fromkeys({DEEPSPEC, TRT}, "reads no dflash_config.target_layer_ids"),
+    ),
+    "block_size": (
+        drop_keys("block_size"),
+        dict.fromkeys({DEEPSPEC, MLX, TRT}, "needs block_size"),
+    ),
+    "enable_confidence_head": (
+        drop_both("enable_confidence_head"),
+        dict.fromkeys({DEEPSPEC, TRT}, "needs enable_confidence_head"),
+    ),
+    "num_anchors": (drop_keys("num_anchors"), {DEEPSPEC: "num_anchors"}),
+    "confidence_head_with_markov absent": (
+        drop_keys("confidence_head_with_markov"),
+        {DEEPSPEC: "needs confidence_head_with_markov", TRT: "needs confidence_head_with_markov"}
+        | {VLLM: "found [1, 21]"},
+    ),
+    "disabled confidence head": (
+        set_both(enable_confidence_head=False),
+        {DEEPSPEC: "confidence_head", MLX: "raises", TRT: "raises"},
+    ),
+    "unknown head type": (
+        set_both(markov_head_type="other"),
+        dict.fromkeys({DEEPSPEC, SGLANG, TRT}, "valid markov_head_type"),
+    ),
+    "defaults": (
+        drop_both("markov_head_type", "enable_confidence_head", "confidence_head_with_markov"),
+        {DEEPSPEC: "enable_confidence_head", SGLANG: "markov_head_type", TRT: "needs"},
+    ),
+    "mlx's rank": (
+        drop_both("markov_rank"),
+        dict.fromkeys(ALL - {MLX}, "needs markov_rank") | {MLX: "[33, 256]"},
+    ),
+    "mlx's attention": (
+        drop_keys("head_dim", "num_key_value_heads"),
+        dict.fromkeys(ALL - {MLX}, "needs head_dim") | {MLX: "[32, 16]"},
+    ),
+    "width": (
+        set_keys(hidden_size=18),
+        dict.fromkeys(ALL, "needs the target's hidden_size, found 18"),
+    ),
+    "model. prefix": (
+        rename("", "model."),
+        {VLLM: "raises on the names model.", SGLANG: "passes over the names", MLX: "raises"}
+        | {DEEPSPEC: "--layout hf", TRT: "raises"},
+    ),
+    "unknown markov name": (
+        set_tensors(markov_head__other__weight=(1,)),
+        {SGLANG: "raises", VLLM: "raises", MLX: "raises", TRT: "raises", DEEPSPEC: "in silence"},
+    ),
+    "unknown bias": (
+        set_tensors(layers__0__self_attn__q_proj__bias=(24,)),
+        {VLLM: "in silence", SGLANG: "in silence", DEEPSPEC: "in silence", MLX: "raises"}
+        | {TRT: "raises"},
+    ),
+    "d2t": (
+        set_tensors(d2t=(33,)),
+        {DEEPSPEC: "d2t", SGLANG: "d2t", TRT: "d2t"} | {VLLM: "d2t", MLX: "d2t"},
+    ),
+    "eagle ids first in vLLM": (
+        set_keys(eagle_aux_hidden_state_layer_ids=[5, 3, 1]),
+        {VLLM: "[4, 2, 0]"},
+    ),
+    "mask token": (set_both(mask_token_id=33), dict.fromkeys(ALL, "33 of 33")),
+    "no such layer": (
+        all_of(set_both(target_layer_ids=[0, 2, 6])),
+        dict.fromkeys(ALL, "[6]"),
+    ),
+    "sliding_window beside dflash_config": (
+        set_keys(sliding_window=64),
+        {MLX: "make sliding_window null"},
+    ),
+    "use_swa": (
+        all_of(set_keys(sliding_window=64), set_nested(use_swa=True, causal=False)),
+        {SGLANG: "use_swa", TRT: "window"},
+    ),
+    "causality of sliding layers": (SLIDING, {MLX: "causal", TRT: "window"}),
+    "non-causal in dflash_config only": (
+        all_of(SLIDING, set_nested(causal=False)),
+        {SGLANG: "is_causal", TRT: "window"},
+    ),
+    "no window in mlx": (
+        all_of(SLIDING, set_keys(sliding_window=None, is_causal=False)),
+        {MLX: "no window", TRT: "window"},
+    ),
+    "sliding_window_non_causal": (
+        set_keys(sliding_window_non_causal=True),
+        {VLLM: "sliding_window_non_causal"},
+    ),
+    "rope scaling": (set_rope(rope_type="yarn", factor=4.0), {TRT: "yarn"}),
+    "other rope in the older keys": (
+        set_keys(rope_scaling={"type": "yarn", "factor": 4.0}),
+        dict.fromkeys(ALL, "rope_scaling {'factor': 4.0, 'rope_type': 'yarn'"),
+    ),
+    "other rope_theta": (
+        set_keys(rope_theta=5.0),
+        dict.fromkeys(ALL, "5.0 at the top level and 10000.0 in rope_parameters"),
+    ),
+    "yarn in mlx": (
+        all_of(set_rope(rope_type="yarn", factor=4.0), set_nested(projector_type=None)),
+        {TRT: "yarn", MLX: "projector_type"},
+    ),
+    "quantized lm_head": (
+        all_of(
+            set_keys(quantization_config={"quant_algo": "NVFP4"}),
+            set_tensors(lm_head__weight_scale=(33, 1)),
+        ),
+        {VLLM: "needs lm_head unquantized", SGLANG: "lm_head unq", DEEPSPEC: "lm_head"},
+    ),
+    "quantized fc": (
+        all_of(
+            set_keys(quantization_config={"quant_algo": "NVFP4"}),
+            set_tensors(fc__weight=(16, 24), fc__weight_scale=(16, 3)),
+        ),
+        {SGLANG: "needs fc unquantized", DEEPSPEC: "fc", TRT: "fc"},
+    ),
+}
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_traps_turn_the_verdict_of_the_right_engines(trap):
+    change, wanted = TRAPS[trap]
+    config, tensors = superset()
+    change(config, tensors)
+    found = verdicts(config, tensors, target_config=TARGET)
+    lines = {name: verdict.problems for name, verdict in found.items() if not verdict.loads}
+    assert set(lines) == set(wanted), lines
+    for name, words in wanted.items():
+        assert any(words in line for line in lines[name]), lines[name]
+
+
+def test_attention_bias_is_part_of_the_layout_for_all_but_tensorrt():
+    config, tensors = superset()
+    config["attention_bias"] = True
+    names = [n for n in tensors if n.endswith(tuple(f".{x}_proj.weight" for x in "qkvo"))]
+    assert refusing(config, tensors) == ALL
+    tensors |= {n.replace(".weight", ".bias"): tensors[n][:1] for n in names}
+    assert refusing(config, tensors) == {TRT}
+
+
+def test_speculators_without_sample_from_anchor_runs_wrongly_in_vllm():
+    config = {key: value for key, value in SPECULATORS.items() if key != "sample_from_anchor"}
+    assert "sample_from_anchor" in verdicts(config, trained())[VLLM].problems[0]
+
+
+# What loads, but deserves a word.
+
+REMARKS = {
+    "anchor": (set_keys(sample_from_anchor=False), {VLLM, SGLANG}, "block_size"),
+    "unused confidence": (drop_keys("enable_confidence_head"), {VLLM}, "confidence head out"),
+    "no confidence bias": (drop_tensors("confidence_head.proj.bias"), {SGLANG}, "static mode"),
+    "last layer": (set_both(target_layer_ids=[0, 2, 5]), {VLLM, MLX}, "final norm"),
+    "unsorted in TensorRT-LLM": (set_both(target_layer_ids=[4, 0, 2]), {TRT}, "may not capture"),
+    "auto_map": (set_keys(auto_map={"AutoModel": "x"}), ALL, "auto_map"),
+    "copies": (set_nested(mask_token_id=3), ALL, "mask_token_id"),
+    "block_size in dflash_config": (
+        all_of(drop_keys("block_size"), set_nested(block_size=3)),
+        {VLLM},
+        "num_speculative_tokens",
+    ),
+    "vocabulary": (set_keys(vocab_size=34), {MLX, TRT}, "34, the target has 33"),
+    "last layer in TensorRT-LLM": (set_both(target_layer_ids=[0, 2, 5]), {TRT}, "[5]: its source"),
+    "embedding in TensorRT-LLM": (set_both(target_layer_ids=[-1, 2, 4]), {TRT}, "[-1]: its source"),
+    "block_size": (drop_keys("block_size"), {VLLM}, "num_speculative_tokens"),
+    "block_size in SGLang": (drop_keys("block_size"), {SGLANG}, "takes 7"),
+    "window": (SLIDING, {DEEPSPEC}, "no window in its training mask"),
+    "rope": (set_rope(partial_rotary_factor=0.5), {SGLANG, TRT}, "partial_rotary_factor"),
+    "depth": (set_keys(num_target_layers=7), {SGLANG}, "7, the target has 6"),
+}
+
+
+@pytest.mark.parametrize("remark", REMARKS)
+def test_warnings(remark):
+    change, engines, words = REMARKS[remark]
+    config, tensors = superset()
+    change(config, tensors)
+    found = verdicts(config, tensors, target_config=TARGET)
+    said = {name for name, v in found.items() if any(words in line for line in v.warnings)}
+    assert said == engines, found
+
+
+@pytest.mark.parametrize("name", ["Qwen3-DFlash-b3", "eagle3_draft", "my-eagle-draft"])
+def test_vllm_takes_its_method_from_the_path(name):
+    found = verdicts(*superset(), folder_name=name)
+    assert [n for n, v in found.items() if v.warnings] == [VLLM]
+    assert found[VLLM].loads
+
+
+def test_what_engines_find_without_the_usual_key():
+    config, tensors = superset(head_dim=4)
+    config.pop("head_dim")  # hidden_size / heads
+    assert MLX not in refusing(config, tensors)
+    config["dflash_config"]["block_size"] = config.pop("block_size")
+    found = verdicts(config, tensors)[SGLANG].warnings
+    assert not any("takes 7" in line for line in found)
+
+
+def test_quantized_layers_stay_loadable_where_they_are_read():
+    config, tensors = superset()
+    config["quantization_config"] = {"quant_algo": "NVFP4", "exclude_modules": ["fc"]}
+    tensors["layers.0.mlp.up_proj.weight"] = (24, 8)
+    tensors["layers.0.mlp.up_proj.weight_scale"] = (24, 1)
+    tensors["layers.0.mlp.up_proj.weight_scale_2"] = ()
+    assert refusing(config, tensors) == {DEEPSPEC, TRT}
+
+
+# Nothing crashes it.
+
+
+@pytest.mark.parametrize("tensors", [{}, trained(), {"fc.weight": ()}])
+def test_an_empty_config_is_only_full_of_problems(tensors):
+    found = verdicts({}, tensors, target_config=TARGET)
+    assert set(found) == ALL and not any(v.loads for v in found.values())
+    for verdict in found.values():
+        for key in ("hidden_size", "target_layer_ids", "mask_token_id"):
+            assert any(f"needs {key}" in line for line in verdict.problems), verdict
+
+
+@pytest.mark.parametrize("junk", [None, "x", "", [], {}, [None], ["x"], {"a": 1}, -1, 0, 2.5, True])
+def test_junk_never_raises(junk):
+    for config in (superset()[0], MODELOPT, SPECFORGE, SPECULATORS):
+        nested = [key for key in ("dflash_config", "transformer_layer_config") if key in config]
+        for key in config:
+            engine_verdicts({**config, key: junk}, trained(), target_config=TARGET)
+        for place in nested:
+            for key in config[place]:
+                engine_verdicts({**config, place: {**config[place], key: junk}}, trained())

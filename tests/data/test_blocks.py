@@ -1,0 +1,169 @@
+"""Anchors, blocks and attention follow the reference semantics, slot by slot."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from dspark_megatron.config.loading import config_from_dict
+from dspark_megatron.data.blocks import (
+    BlockRules,
+    anchor_candidates,
+    anchor_seed,
+    draft_blocks,
+    sample_anchors,
+    slot_weights,
+)
+from dspark_megatron.ops.acceptance import tau
+from dspark_megatron.ops.block_attention import block_attention
+from dspark_megatron.ops.context_ranges import ContextRanges
+from support.reference import plain_blocks, plain_candidates, plain_tau
+
+MASK = torch.tensor([0, 1, 1, 0, 1, 1, 1, 1, 0, 1], dtype=torch.bool)
+
+
+def test_a_candidate_and_its_first_label_are_supervised():
+    assert anchor_candidates(MASK).tolist() == [1, 4, 5, 6]
+
+
+def test_the_last_token_is_no_anchor():
+    assert anchor_candidates(torch.ones(5, dtype=torch.bool)).tolist() == [0, 1, 2, 3]
+    assert anchor_candidates(torch.ones(1, dtype=torch.bool)).tolist() == []
+
+
+def test_anchors_are_sorted_unique_candidates_and_depend_on_the_seed_alone():
+    mask = torch.rand(200, generator=torch.Generator().manual_seed(0)) > 0.3
+    candidates = set(anchor_candidates(mask).tolist())
+    torch.manual_seed(1)
+    first = sample_anchors(mask, 20, anchor_seed(5, 0, 3))
+    torch.manual_seed(2)
+    assert first.tolist() == sample_anchors(mask, 20, anchor_seed(5, 0, 3)).tolist()
+    assert first.tolist() == sorted(set(first.tolist())) and set(first.tolist()) <= candidates
+    assert first.tolist() != sample_anchors(mask, 20, anchor_seed(5, 1, 3)).tolist()
+    assert sample_anchors(mask, 10_000, 0).tolist() == sorted(candidates)
+
+
+def test_every_candidate_is_drawn_alike():
+    mask = torch.ones(21, dtype=torch.bool)
+    counts = torch.zeros(20)
+    for seed in range(2000):
+        counts[sample_anchors(mask, 5, seed)] += 1
+    # 2000 draws of probability 1/4: standard deviation 19; five of them.
+    assert (counts - 500).abs().max() < 97
+
+
+RULES = list(product(("label", "token"), ("prefix", "all"), ("label", "input")))
+
+
+@pytest.mark.parametrize("anchor_rule, supervised_slots, slot_mask", RULES)
+def test_blocks_equal_the_plain_ones(anchor_rule, supervised_slots, slot_mask):
+    """Three samples of unequal length; few tokens in the mask, so that blocks have gaps."""
+    rules = BlockRules(anchor_rule, supervised_slots, slot_mask)
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(1, 50, (s,), generator=generator) for s in (30, 17, 24)]
+    masks = [torch.rand(len(row), generator=generator) > 0.4 for row in ids]
+    anchors = [sample_anchors(row, 8, i, rules) for i, row in enumerate(masks)]
+    blocks = draft_blocks(ids, masks, anchors, 5, rules)
+    for i, positions in enumerate(anchors):
+        assert set(positions.tolist()) <= set(plain_candidates(masks[i], anchor_rule))
+        expected = plain_blocks(ids[i], masks[i], positions, 5, supervised_slots, slot_mask)
+        keep = expected.eval_mask.any(dim=1)
+        mine = blocks.sample_index == i
+        assert torch.equal(blocks.anchor_positions[mine], positions[keep])
+        assert torch.equal(blocks.eval_mask[mine], expected.eval_mask[keep])
+        assert torch.equal(blocks.labels[mine], expected.labels[keep])
+        assert torch.equal(blocks.prev_token_ids[mine], expected.prev_token_ids[keep])
+    assert blocks.candidates == sum(len(plain_candidates(m, anchor_rule)) for m in masks)
+    assert torch.equal(blocks.position_ids()[:, 0], blocks.anchor_positions)
+
+
+PRESET_BLOCKS = {
+    "deepspec": {1: "100", 4: "111", 5: "110", 6: "100"},
+    "modelopt": {1: "101", 2: "011", 4: "111", 5: "110", 6: "101", 7: "010"},
+    "speculators": {1: "110", 2: "101", 4: "111", 5: "111", 6: "110", 7: "100"},
+}
+"""By preset: anchor and supervised slots of every block of MASK, with three slots."""
+
+
+@pytest.mark.parametrize("preset", PRESET_BLOCKS)
+def test_the_blocks_of_a_preset(preset):
+    """Beside a longer sample, so that slot 2 of anchor 7 would have its label in the padding."""
+    rules = BlockRules.of(config_from_dict({"loss": {"preset": preset}}).loss)
+    masks = [MASK, torch.ones(14, dtype=torch.bool)]
+    anchors = [sample_anchors(mask, 100, 0, rules) for mask in masks]
+    ids = [torch.arange(len(mask)) for mask in masks]
+    blocks = draft_blocks(ids, masks, anchors, 3, rules)
+    mine = blocks.sample_index == 0
+    slots = ["".join("01"[flag] for flag in row) for row in blocks.eval_mask[mine].tolist()]
+    got = dict(zip(blocks.anchor_positions[mine].tolist(), slots, strict=True))
+    assert got == PRESET_BLOCKS[preset]
+
+
+def test_a_block_without_a_supervised_slot_is_a_candidate_but_no_block():
+    """The last token of each answer, under a rule that looks at the token alone."""
+    rules = BlockRules("token", "all", "label")
+    mask = torch.tensor([0, 1, 1, 0, 0, 1, 0, 0], dtype=torch.bool)
+    anchors = sample_anchors(mask, 100, 0, rules)
+    assert anchors.tolist() == [1, 2, 5]
+    blocks = draft_blocks([torch.arange(8)], [mask], [anchors], 2, rules)
+    assert blocks.anchor_positions.tolist() == [1]
+    assert blocks.candidates == 3
+    assert blocks.labels.tolist() == [[2, 3]] and blocks.eval_mask.tolist() == [[True, False]]
+
+
+def test_the_visible_context_is_packed_up_to_the_last_anchor():
+    """Of four samples in rows of 10, the second has no block and the third sees nothing."""
+    ids = torch.arange(40).view(4, 10)
+    masks = torch.ones(4, 10, dtype=torch.bool)
+    anchors = [torch.tensor(a, dtype=torch.long) for a in ([0, 2, 3], [], [0], [0, 4])]
+    context = draft_blocks(ids, masks, anchors, 2).visible_context()
+    assert context.samples.tolist() == [0, 0, 0, 2, 3, 3, 3, 3]
+    assert context.positions.tolist() == [0, 1, 2, 0, 0, 1, 2, 3]
+    assert context.ranges == [(0, 0), (0, 2), (0, 3), (3, 3), (4, 4), (4, 8)]
+
+
+@pytest.mark.parametrize("group_size", [1, 3, 64])
+def test_attention_to_the_packed_context_is_that_to_all_of_it(group_size):
+    """Also where two samples' ranges start at one token, the first of them being empty."""
+    torch.manual_seed(0)
+    anchors = [torch.tensor(a) for a in ([0, 2, 3], [0], [0, 4])]
+    masks = torch.ones(3, 10, dtype=torch.bool)
+    packed = draft_blocks(masks.long(), masks, anchors, 2).visible_context()
+    query, key, value = (torch.randn(6, 2, 2, 4) for _ in range(3))
+    context = torch.randn(2, 30, 2, 4)
+
+    def attend(ranges, index):
+        kv = context[:, index]
+        ranges = ContextRanges.of(ranges, query.device)
+        attention = block_attention("sdpa", ranges, 2, len(index), group_size=group_size)
+        return attention(query, (kv[0], kv[1]), (key, value))
+
+    everything = [(0, 0), (0, 2), (0, 3), (10, 10), (20, 20), (20, 24)]
+    expected = attend(everything, list(range(30)))
+    torch.testing.assert_close(
+        attend(packed.ranges, (packed.samples * 10 + packed.positions).tolist()), expected
+    )
+    alike = [(0, 0), (0, 2), (0, 3), (3, 3), (3, 3), (3, 7)]
+    torch.testing.assert_close(attend(alike, [0, 1, 2, 20, 21, 22, 23]), expected)
+
+
+def test_a_sample_without_candidates_makes_no_block():
+    ids = torch.arange(12).view(2, 6)
+    mask = torch.tensor([[0, 1, 0, 1, 0, 1], [0, 0, 1, 1, 1, 0]], dtype=torch.bool)
+    anchors = [sample_anchors(row, 4, 0) for row in mask]
+    blocks = draft_blocks(ids, mask, anchors, block_size=3)
+    assert blocks.sample_index.tolist() == [1, 1]
+    assert blocks.eval_mask.tolist() == [[True, True, False], [True, False, False]]
+
+
+def test_slot_weights():
+    expected = torch.tensor([1.0, 0.7788, 0.6065])
+    torch.testing.assert_close(slot_weights(3, 4.0), expected, rtol=1e-3, atol=0)
+    assert slot_weights(3, None).tolist() == [1, 1, 1]
+
+
+def test_tau_counts_the_bonus_token():
+    rates = torch.tensor([[0.5, 0.5, 0.9], [1.0, 1.0, 1.0]])
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    torch.testing.assert_close(tau(rates, mask), plain_tau(rates, mask))
+    torch.testing.assert_close(tau(rates, mask), torch.tensor([1.75, 4.0]))

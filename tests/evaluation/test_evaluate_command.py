@@ -1,0 +1,172 @@
+"""What evaluation asks for, and that it does not speak of a decoder that loses something."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dspark_megatron.config.loading import load_config
+from dspark_megatron.conversion.import_draft import import_folder
+from dspark_megatron.conversion.layouts.description import DraftDescription
+from dspark_megatron.conversion.layouts.hf_config import hugging_face_config
+from dspark_megatron.conversion.layouts.names import hugging_face_shapes
+from dspark_megatron.errors import ConfigError
+from dspark_megatron.run.known_draft import evaluated_checkpoint, with_draft_of
+from dspark_megatron.shape import draft_shape
+from dspark_megatron.storage.target_folder import load_target_config
+from dspark_megatron.storage.target_weights import weights_fingerprint
+from support.tiny_target import tiny_config
+
+PROMPTS = ["hello", "the hill in the"]
+OWN = {
+    "block_size": 4,
+    "markov_head_type": "gated",
+    "ffn_hidden_size": 40,
+    "num_key_value_heads": 2,
+    "enable_confidence_head": False,
+    "rope_parameters": {"rope_theta": 500.0, "rope_type": "linear", "factor": 2.0},
+}
+"""Where the draft differs from what a config without a model section would give."""
+
+
+@pytest.fixture(scope="module")
+def draft(tiny_run, tmp_path_factory):
+    """The folder of a random draft in the layout of other programs."""
+    target_config = load_target_config(tiny_run["target"]["path"])
+    shape = draft_shape(tiny_config(tiny_run, model=OWN).model, target_config)
+    folder = tmp_path_factory.mktemp("draft")
+    config = hugging_face_config(
+        DraftDescription(shape=shape), target_config=target_config, dtype=torch.float32
+    )
+    (folder / "config.json").write_text(json.dumps(config))
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: 0.1 * torch.randn(size, generator=generator)
+        for name, size in hugging_face_shapes(shape, shared_weights=False).items()
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tiny_run, draft, tmp_path_factory):
+    """The import of it."""
+    folder = tmp_path_factory.mktemp("import") / "run"
+    import_folder(draft, tiny_run["target"]["path"], folder, fingerprint=weights_fingerprint)
+    return folder
+
+
+@pytest.fixture
+def wanted(tiny_run, run, tmp_path):
+    """The overrides of an evaluation, which has no config file."""
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS))
+    return {
+        "target.path": tiny_run["target"]["path"],
+        "evaluate.checkpoint": run,
+        "evaluate.prompt_files": f"[{file}]",
+        "evaluate.temperature": 0,
+        "evaluate.max_new_tokens": 12,
+        "evaluate.output": tmp_path / "evaluation.json",
+    }
+
+
+def configured(wanted, **changes):
+    keys = {**wanted, **{key.replace("__", "."): value for key, value in changes.items()}}
+    return load_config(None, [f"{key}={value}" for key, value in keys.items()], trains=False)
+
+
+def evaluate(runtime, config, fault=None):
+    """The command's own steps on the ranks of the pool. fault: a lossy target, found at start or,
+    where that is not looked at, in its answers."""
+    from dspark_megatron import evaluate as command
+    from dspark_megatron.run import runtime as ranks
+    from dspark_megatron.targets import start_checks as cache_check
+    from dspark_megatron.targets.huggingface.target import HuggingFaceTarget
+
+    start, check, forget = ranks.start, cache_check.check_pieces_agree, HuggingFaceTarget.forget
+    ranks.start = lambda *_, **__: runtime
+    if fault is not None:
+        HuggingFaceTarget.forget = forget_nothing
+    if fault == "in the answers":
+        cache_check.check_pieces_agree = lambda *_: None
+    try:
+        command._evaluate(ranks.Launch.alone(), config)
+    except ConfigError as error:
+        return str(error)
+    finally:
+        ranks.start, cache_check.check_pieces_agree = start, check
+        HuggingFaceTarget.forget = forget
+    return None
+
+
+def forget_nothing(self, cache, tokens):
+    """Keys and values of rejected drafts stay, the count of tokens goes back."""
+    cache.lengths = [length - n for length, n in zip(cache.lengths, tokens, strict=True)]
+
+
+def test_target_prompts_and_a_checkpoint_are_all_it_needs(pool, wanted, tmp_path):
+    assert pool.run(evaluate, world=1, tp=1, config=configured(wanted)) == [None]
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert found["block_size"] == 4 and found["iteration"] == 0
+    (figures,) = found["files"].values()
+    assert figures["prompts"] == figures["identical_to_plain"] == 2
+    assert figures["ties_with_plain"] == 0 and figures["tau"] >= 1
+
+
+@pytest.mark.parametrize(
+    "fault, message",
+    [("at start", "would not be lossless"), ("in the answers", "was not lossless")],
+)
+def test_a_lossy_decoder_ends_without_figures(pool, wanted, tmp_path, fault, message):
+    (tmp_path / "evaluation.json").write_text("earlier")
+    (said,) = pool.run(evaluate, world=1, tp=1, config=configured(wanted), fault=fault)
+    assert said is not None and message in said and "\n" not in said
+    assert (tmp_path / "evaluation.json").read_text() == "earlier"
+
+
+def test_the_draft_is_the_checkpoints(wanted, tiny_run):
+    config = configured(wanted)
+    model = with_draft_of(config, evaluated_checkpoint(config)).model
+    assert {name: getattr(model, name) for name in OWN} == OWN
+    assert model.target_layer_ids == tiny_run["model"]["target_layer_ids"]
+    assert model.mask_token_id == tiny_run["model"]["mask_token_id"]
+
+
+def test_results_lie_beside_the_checkpoint(pool, wanted, run):
+    evaluation = pool.run(evaluate, world=1, tp=1, config=configured(wanted, evaluate__output="''"))
+    assert evaluation == [None]
+    (run / "evaluation.json").unlink()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model__block_size": 5}, r"shape.block_size: 4 there, 5 here"),
+        ({"evaluate__checkpoint": "''"}, "evaluate.checkpoint is missing"),
+        ({"evaluate__prompt_files": "[]"}, "evaluate.prompt_files is empty"),
+        (
+            {"evaluate__checkpoint": "''", "evaluate__untrained": "true", "evaluate__output": "''"},
+            "evaluate.output is missing",
+        ),
+    ],
+)
+def test_what_is_still_asked_for(pool, wanted, changes, message):
+    (said,) = pool.run(evaluate, world=1, tp=1, config=configured(wanted, **changes))
+    assert message in said
+
+
+def test_the_folder_of_a_draft_is_to_be_imported(wanted, draft, tmp_path):
+    config = configured(wanted, evaluate__checkpoint=draft)
+    with pytest.raises(ConfigError, match="convert_checkpoint.py import --input"):
+        evaluated_checkpoint(config)
+    other = tmp_path / "dflash"
+    other.mkdir()
+    dflash = {**json.loads((Path(draft) / "config.json").read_text()), "dflash_config": {}}
+    (other / "config.json").write_text(json.dumps(dflash | {"architectures": ["DFlashDraftModel"]}))
+    tensors = {"fc.weight": torch.zeros(1)}
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="this is a DFlash draft"):
+        evaluated_checkpoint(configured(wanted, evaluate__checkpoint=other))

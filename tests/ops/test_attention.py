@@ -1,0 +1,206 @@
+"""Both attention backends equal attention under a dense mask, and flex's tiles that mask's."""
+
+import math
+from typing import NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._dynamo.utils import counters
+from torch.nn.attention.flex_attention import flex_attention
+
+from dspark_megatron.errors import ConfigError
+from dspark_megatron.ops import flex_block_attention
+from dspark_megatron.ops.block_attention import block_attention
+from dspark_megatron.ops.context_ranges import ContextRanges
+from dspark_megatron.ops.flex_block_attention import TILE, FlexBlockAttention
+from support.tiny_draft import SHAPE, build_tiny_draft, make_samples, sample_logits
+from support.tiny_target import tiny_config
+
+
+class Case(NamedTuple):
+    length: int
+    """Context tokens of each sample."""
+    anchors: list
+    """Anchor positions by sample."""
+    slots: int = 3
+    heads: int = 4
+    kv_heads: int = 2
+
+    @property
+    def ranges(self):
+        return [
+            (i * self.length, i * self.length + anchor)
+            for i, row in enumerate(self.anchors)
+            for anchor in row
+        ]
+
+    @property
+    def context_length(self):
+        return self.length * len(self.anchors)
+
+
+CASES = {
+    "two samples, an anchor at 0": Case(12, [[0, 2, 5, 9], [1, 11]]),
+    "a sample without blocks": Case(9, [[3], [], [0, 8]]),
+    "no context at all": Case(0, [[0]]),
+    "no blocks": Case(8, [[]]),
+    "heads of their own": Case(20, [[0, 7, 19]], heads=3, kv_heads=3),
+    "one slot": Case(140, [range(140)], slots=1),
+    "whole tiles": Case(256, [range(0, 256, 4)], slots=4),
+    "many tiles": Case(700, [range(0, 700, 9), range(1, 700, 11)], slots=7, heads=6),
+    "blocks longer than a tile": Case(260, [[0, 130, 256]], slots=300),
+}
+
+
+def dense_mask(case):
+    """[n*k, t + n*k] bool, true is visible."""
+    n, k, t = len(case.ranges), case.slots, case.context_length
+    mask = torch.zeros(n * k, t + n * k, dtype=torch.bool)
+    for i, (start, end) in enumerate(case.ranges):
+        rows = slice(i * k, (i + 1) * k)
+        mask[rows, start:end] = True
+        mask[rows, t + i * k : t + (i + 1) * k] = True
+    return mask
+
+
+def dense_attention(case, query, context_kv, block_kv):
+    keys, values = (
+        torch.cat([c, b.flatten(0, 1)]).repeat_interleave(case.heads // case.kv_heads, dim=1)
+        for c, b in zip(context_kv, block_kv, strict=True)
+    )
+    scores = torch.einsum("qad,lad->aql", query.flatten(0, 1), keys) / math.sqrt(query.shape[-1])
+    probs = scores.masked_fill(~dense_mask(case), -torch.inf).softmax(dim=-1)
+    return torch.einsum("aql,lad->qad", probs, values).view_as(query)
+
+
+def inputs(case):
+    """Query, key and value of the context, key and value of the blocks; all leaves."""
+    generator, n, width = torch.Generator().manual_seed(0), len(case.ranges), 16
+    of_context = (case.context_length, case.kv_heads, width)
+    of_blocks = (n, case.slots, case.kv_heads, width)
+    sizes = [(n, case.slots, case.heads, width), of_context, of_context, of_blocks, of_blocks]
+    return [torch.randn(size, generator=generator).requires_grad_() for size in sizes]
+
+
+def attention(case, backend, group_size=32):
+    return block_attention(
+        backend,
+        ContextRanges.of(case.ranges, torch.device("cpu")),
+        case.slots,
+        case.context_length,
+        group_size=group_size,
+    )
+
+
+@pytest.mark.parametrize("group_size", [1, 3, 64])
+@pytest.mark.parametrize("name", CASES)
+def test_groups_equal_the_dense_mask_in_value_and_gradient(name, group_size):
+    case = CASES[name]
+    query, *sides = leaves = inputs(case)
+    got = attention(case, "sdpa", group_size)(query, tuple(sides[:2]), tuple(sides[2:]))
+    expected = dense_attention(case, query, sides[:2], sides[2:])
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-6)
+    upstream = torch.randn(got.shape, generator=torch.Generator().manual_seed(1))
+    arguments = dict(grad_outputs=upstream, allow_unused=True, materialize_grads=True)
+    mine = torch.autograd.grad(got, leaves, **arguments)
+    theirs = torch.autograd.grad(expected, leaves, **arguments)
+    for grad, plain in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(grad, plain, rtol=1e-4, atol=5e-6)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_flex_equals_the_dense_mask(name):
+    case = CASES[name]
+    query, *sides = (leaf.detach() for leaf in inputs(case))
+    got = attention(case, "flex")(query, tuple(sides[:2]), tuple(sides[2:]))
+    expected = dense_attention(case, query, sides[:2], sides[2:])
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-6)
+
+
+def listed_tiles(counts, indices):
+    """[1, 1, i] and [1, 1, i, j] of a BlockMask -> [i, j] bool."""
+    tiles = torch.zeros(indices.shape[2:], dtype=torch.bool)
+    for row, (count, index) in enumerate(zip(counts[0, 0], indices[0, 0], strict=True)):
+        tiles[row, index[:count].long()] = True
+    return tiles
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.ranges])
+def test_the_tiles_are_those_of_the_dense_mask(name):
+    case = CASES[name]
+    dense = dense_mask(case)
+    mask = attention(case, "flex").mask
+    rows, keys = (torch.arange(size) for size in dense.shape)
+    assert mask.shape == (1, 1, *dense.shape)
+    assert torch.equal(mask.mask_mod(0, 0, rows[:, None], keys[None]), dense)
+    padding = [-size % TILE for size in dense.shape]
+    padded = F.pad(dense, (0, padding[1], 0, padding[0]))
+    tiles = padded.unflatten(1, (-1, TILE)).unflatten(0, (-1, TILE)).transpose(1, 2)
+    some, whole = tiles.flatten(2).any(dim=2), tiles.flatten(2).all(dim=2)
+    partial = listed_tiles(mask.kv_num_blocks, mask.kv_indices)
+    full = listed_tiles(mask.full_kv_num_blocks, mask.full_kv_indices)
+    assert torch.equal(full, whole)
+    assert torch.equal(partial, some & ~whole)
+
+
+@pytest.mark.parametrize("name", ["many tiles", "blocks longer than a tile"])
+def test_some_tiles_are_empty_some_partial_some_full(name):
+    mask = attention(CASES[name], "flex").mask
+    partial, full = mask.kv_num_blocks.sum(), mask.full_kv_num_blocks.sum()
+    assert partial > 0 and full > 0 and partial + full < mask.kv_indices.numel()
+
+
+def draft_hidden(runtime, backend):
+    """Hidden states of a sample's blocks, and the kind of attention they came from."""
+    samples = make_samples(SHAPE, lengths=(20,))
+    model = build_tiny_draft(runtime, SHAPE, attention_backend=backend)
+    kinds = []
+    model.layers[0].self_attention.register_forward_pre_hook(
+        lambda module, arguments: kinds.append(type(arguments[2]).__name__)
+    )
+    anchors = torch.tensor([0, 4, 9, 15])
+    hidden, *_ = sample_logits(model, samples.taps[0], samples.input_ids[0], anchors)
+    return hidden, kinds
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_draft_on_flex_equals_one_on_groups(pool, tp):
+    [flex, *_] = pool.run(draft_hidden, world=tp, tp=tp, backend="flex")
+    [groups, *_] = pool.run(draft_hidden, world=tp, tp=tp, backend="sdpa")
+    assert flex[1] == [FlexBlockAttention.__name__] and groups[1] != flex[1]
+    torch.testing.assert_close(flex[0], groups[0], rtol=1e-5, atol=2e-6)
+
+
+def flex_at_lengths(attend, lengths):
+    """Calls for contexts of these lengths, each with anchors of its own."""
+    for length in lengths:
+        case = Case(length, [range(1, length, 3)])
+        query, *sides = (leaf.detach() for leaf in inputs(case))
+        with mock.patch.object(flex_block_attention, "flex_attention", attend):
+            attention(case, "flex")(query, tuple(sides[:2]), tuple(sides[2:]))
+
+
+def test_a_compilation_of_flex_serves_all_lengths():
+    """Of more than a tile. Where PyTorch's limit of recompilations is hit, that is an error and no
+    return to all scores."""
+    torch._dynamo.reset()
+    counters.clear()
+    flex_block_attention.compiled_flex.cache_clear()
+    flex_at_lengths(flex_block_attention.compiled_flex("eager"), range(300, 900, 60))
+    # A second one is made where sizes that were equal by chance at first are so no more.
+    assert counters["stats"]["unique_graphs"] <= 2
+    static = torch.compile(flex_attention, dynamic=False, fullgraph=True, backend="eager")
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        flex_at_lengths(static, range(300, 900, 60))
+    torch._dynamo.reset()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA, flex trains")
+def test_flex_does_not_train_on_a_cpu(tiny_run):
+    from dspark_megatron.run.check import check_training_device
+
+    check_training_device(tiny_config(tiny_run))
+    with pytest.raises(ConfigError, match="needs CUDA.*attention_backend=sdpa"):
+        check_training_device(tiny_config(tiny_run, model={"attention_backend": "flex"}))

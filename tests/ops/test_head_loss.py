@@ -1,0 +1,394 @@
+"""The fused head loss equals the plain one in value and every gradient, however it is split."""
+
+import shutil
+
+import pytest
+import torch
+
+from dspark_megatron.config import LossConfig
+from dspark_megatron.errors import ConfigError
+from dspark_megatron.ops import logit_terms
+from dspark_megatron.ops.chunk_budget import bucket, chunk_rows
+from dspark_megatron.ops.head_loss import HeadWeights, head_loss
+from dspark_megatron.ops.logit_terms import Objective
+from support.head_loss_inputs import HIDDEN, ROWS, make_inputs, shard_of
+from support.reference import plain_head_loss
+
+PAPER = Objective(ce=0.1, l1=0.9)
+
+
+def plain(inputs, objective, upstream=1.0):
+    leaves = leaf_copies(inputs)
+    loss, ce, l1, kl = plain_head_loss(
+        leaves["hidden"],
+        leaves["latent"],
+        inputs["target_hidden"],
+        inputs["labels"],
+        inputs["weights"],
+        inputs["lm_head"],
+        leaves["markov_w2"],
+        ce_alpha=objective.ce,
+        l1_alpha=objective.l1,
+        kl_alpha=objective.kl,
+        labels_from_target=objective.labels_from_target,
+    )
+    (loss * upstream).backward()
+    return results(loss, ce, l1, kl, leaves)
+
+
+def leaf_copies(inputs):
+    names = ("hidden", "latent", "markov_w2")
+    return {n: None if inputs[n] is None else inputs[n].clone().requires_grad_() for n in names}
+
+
+def results(loss, ce, l1, kl, leaves):
+    grads = {name: None if x is None else x.grad for name, x in leaves.items()}
+    terms = {"loss": loss, "ce": ce, "l1": l1, "kl": kl}
+    return {**{n: None if x is None else x.detach() for n, x in terms.items()}, **grads}
+
+
+def fused(runtime, inputs, objective, upstream=1.0, chunk_rows=4, compile=False):
+    """One rank's part."""
+    shard, lm_head, markov_w2 = shard_of(inputs, runtime.tp_group)
+    leaves = leaf_copies({**inputs, "markov_w2": markov_w2})
+    joint = lm_head
+    if markov_w2 is not None:  # what is in the room for W2 must not matter
+        joint = torch.cat([lm_head, torch.full_like(markov_w2, torch.nan)], dim=1)
+    result = head_loss(
+        leaves["hidden"],
+        leaves["latent"],
+        inputs["target_hidden"],
+        inputs["labels"],
+        inputs["weights"],
+        HeadWeights(joint, leaves["markov_w2"], shard),
+        objective,
+        chunk_rows=chunk_rows,
+        compile=compile,
+        tp_group=runtime.tp_group,
+    )
+    (result.loss * upstream).backward()
+    return results(result.loss, result.ce, result.l1, result.kl, leaves)
+
+
+def compare(ranks, expected, vocab_size, rtol, atol):
+    for name in ("loss", "ce", "l1", "kl", "hidden", "latent"):
+        for got in ranks:
+            if got[name] is None or expected[name] is None:
+                assert got[name] is expected[name], name
+                continue
+            torch.testing.assert_close(
+                got[name], expected[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+            )
+    if expected["markov_w2"] is not None:
+        w2 = torch.cat([got["markov_w2"] for got in ranks])
+        torch.testing.assert_close(w2[:vocab_size], expected["markov_w2"], rtol=rtol, atol=atol)
+        assert not w2[vocab_size:].any(), "padded rows must get no gradient"
+
+
+OBJECTIVES = {
+    "paper": PAPER,
+    "CE": Objective(ce=1.0),
+    "L1": Objective(ce=0.0, l1=1.0),
+    "KL": Objective(ce=0.0, kl=1.0),
+    "all": Objective(ce=0.3, l1=0.5, kl=0.7),
+    "target's labels": Objective(ce=0.1, l1=0.9, labels_from_target=True),
+    "all, target's labels": Objective(ce=0.3, l1=0.5, kl=0.7, labels_from_target=True),
+}
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_equals_the_plain_loss(pool, name, tp):
+    inputs, objective = make_inputs(61, torch.float32), OBJECTIVES[name]
+    expected = plain(inputs, objective, upstream=0.37)
+    for rows in (1, 4, 100):
+        got = pool.run(
+            fused,
+            world=tp,
+            tp=tp,
+            inputs=inputs,
+            objective=objective,
+            upstream=0.37,
+            chunk_rows=rows,
+        )
+        compare(got, expected, 61, rtol=1e-5, atol=1e-6)
+
+
+INPUTS = {
+    "no padding": dict(vocab_size=64),
+    "no teacher": dict(vocab_size=61),
+    "no Markov head": dict(vocab_size=61, with_latent=False),
+    "one entry a shard, padded": dict(vocab_size=13),
+    "no row": dict(vocab_size=61, rows=0),
+}
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("name", INPUTS)
+def test_inputs_of_every_kind(pool, name, tp):
+    inputs = make_inputs(dtype=torch.float32, **INPUTS[name])
+    objective = Objective(ce=0.3, l1=0.5, kl=0.7)
+    if name == "no teacher":
+        inputs["target_hidden"], objective = None, Objective(ce=1.0)
+    got = pool.run(fused, world=tp, tp=tp, inputs=inputs, objective=objective)
+    compare(got, plain(inputs, objective), INPUTS[name]["vocab_size"], rtol=1e-5, atol=1e-6)
+
+
+def whole_result(ranks, vocab_size):
+    w2 = torch.cat([got["markov_w2"] for got in ranks])[:vocab_size]
+    return {**ranks[0], "markov_w2": w2}
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("name", ["paper", "all"])
+def test_bfloat16(pool, name, tp):
+    """Logits rounded to 8 bits move every result, and a sign of p - q where both are near: so the
+    measure is the plain bf16 loss, which must not be nearer to the exact result by more than chance
+    allows. 1.5: the two round at different places."""
+    inputs, objective = make_inputs(61, torch.bfloat16, rows=64), OBJECTIVES[name]
+    precise = {
+        name: x.float() if torch.is_tensor(x) and x.is_floating_point() else x
+        for name, x in inputs.items()
+    }
+    exact, rounded = plain(precise, objective), plain(inputs, objective)
+    got = pool.run(fused, world=tp, tp=tp, inputs=inputs, objective=objective, chunk_rows=24)
+    for key, value in whole_result(got, 61).items():
+        if value is None:
+            continue
+        ours, theirs = ((x.float() - exact[key]).norm() for x in (value, rounded[key]))
+        assert ours <= 1.5 * theirs + 1e-3 * exact[key].norm(), f"{key}: {ours} > {theirs}"
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("name", ["paper", "all"])
+def test_extreme_logits_stay_finite(pool, name, tp):
+    """Logits of some 1e4: one-hot distributions, probabilities that underflow."""
+    inputs, objective = make_inputs(61, torch.float32, kind="extreme"), OBJECTIVES[name]
+    expected = plain(inputs, objective)
+    got = pool.run(fused, world=tp, tp=tp, inputs=inputs, objective=objective)
+    for key, value in got[0].items():
+        assert value is None or torch.isfinite(value).all(), key
+    torch.testing.assert_close(got[0]["l1"], expected["l1"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got[0]["ce"], expected["ce"], rtol=1e-4, atol=1e-2)
+
+
+def one_hot_case(disjoint):
+    """Draft and target each sure of one token: the same one, or another."""
+    inputs = make_inputs(8, torch.float32, with_latent=False)
+    inputs["lm_head"] = torch.eye(8, HIDDEN) * 100
+    inputs["hidden"] = torch.eye(HIDDEN)[torch.zeros(ROWS, dtype=torch.long)]
+    inputs["target_hidden"] = torch.eye(HIDDEN)[torch.full((ROWS,), int(disjoint))]
+    return inputs
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("disjoint, l1, kl", [(True, 2.0, 100.0), (False, 0.0, 0.0)])
+def test_disjoint_and_identical_one_hot_distributions(pool, disjoint, l1, kl, tp):
+    objective = Objective(ce=0.0, l1=1.0, kl=0.5)
+    got = pool.run(fused, world=tp, tp=tp, inputs=one_hot_case(disjoint), objective=objective)
+    torch.testing.assert_close(got[0]["l1"], torch.full((ROWS,), l1))
+    torch.testing.assert_close(got[0]["kl"], torch.full((ROWS,), kl))
+    if not disjoint:
+        assert not got[0]["hidden"].any(), "nothing to learn where both agree"
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_identical_distributions_of_many_tokens(pool, tp):
+    inputs = make_inputs(61, torch.float32)
+    inputs["target_hidden"] = inputs["hidden"]
+    inputs["markov_w2"] = torch.zeros_like(inputs["markov_w2"])
+    got = pool.run(fused, world=tp, tp=tp, inputs=inputs, objective=Objective(ce=0, l1=1, kl=1))
+    for name in ("l1", "kl"):
+        torch.testing.assert_close(got[0][name], torch.zeros(ROWS), rtol=0, atol=3e-6)
+
+
+def smooth_check(runtime, objective):
+    """gradcheck of this rank's inputs; away from p = q, where L1 has no derivative."""
+    inputs = make_inputs(61, torch.float64)
+    shard, lm_head, markov_w2 = shard_of(inputs, runtime.tp_group)
+
+    def loss(hidden, latent):
+        head = HeadWeights(torch.cat([lm_head, markov_w2], dim=1), markov_w2, shard)
+        rest = inputs["target_hidden"], inputs["labels"], inputs["weights"].double(), head
+        return head_loss(
+            hidden, latent, *rest, objective, chunk_rows=4, tp_group=runtime.tp_group
+        ).loss
+
+    leaves = [inputs[name].requires_grad_() for name in ("hidden", "latent")]
+    return torch.autograd.gradcheck(loss, leaves, eps=1e-7, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name, tp", [("CE", 1), ("L1", 1), ("KL", 1), ("all", 1), ("all", 2)])
+def test_gradcheck(pool, name, tp):
+    """Each term by itself on one rank; that its gradients are those of one rank is shown above."""
+    assert all(pool.run(smooth_check, world=tp, tp=tp, objective=OBJECTIVES[name]))
+
+
+def w2_check(runtime, objective):
+    inputs = make_inputs(61, torch.float64)
+    shard, lm_head, markov_w2 = shard_of(inputs, runtime.tp_group)
+
+    def loss(w2):
+        head = HeadWeights(torch.cat([lm_head, markov_w2], dim=1), w2, shard)
+        rest = inputs["target_hidden"], inputs["labels"], inputs["weights"].double(), head
+        return head_loss(
+            inputs["hidden"], inputs["latent"], *rest, objective, chunk_rows=4,
+            tp_group=runtime.tp_group,
+        ).loss  # fmt: skip
+
+    return torch.autograd.gradcheck(loss, markov_w2.requires_grad_(), eps=1e-7, atol=1e-6)
+
+
+def test_gradcheck_of_w2(pool):
+    """On one rank; that every shard's gradient is its part of the whole is shown above."""
+    assert pool.run(w2_check, world=1, tp=1, objective=OBJECTIVES["all"]) == [True]
+
+
+COMPILED = {
+    "all": (OBJECTIVES["all"], torch.float32),
+    "target's labels": (OBJECTIVES["target's labels"], torch.float32),
+    "no teacher": (OBJECTIVES["CE"], torch.float32),
+    "bf16": (OBJECTIVES["all"], torch.bfloat16),
+}
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize(
+    "name, tp", [("all", 1), ("all", 2), ("target's labels", 2), ("no teacher", 1), ("bf16", 2)]
+)
+def test_compiled_passes(pool, name, tp):
+    """Eleven rows in chunks of four: the last one is padded from three rows to four."""
+    objective, dtype = COMPILED[name]
+    inputs = make_inputs(61, dtype)
+    if not objective.needs_target_logits:
+        inputs["target_hidden"] = None
+    got = pool.run(fused, world=tp, tp=tp, inputs=inputs, objective=objective, compile=True)
+    if dtype == torch.float32:
+        compare(got, plain(inputs, objective), 61, rtol=1e-5, atol=1e-6)
+        return
+    eager = pool.run(fused, world=tp, tp=tp, inputs=inputs, objective=objective)
+    # One rounding of a bf16 gradient apart: the compiler may order the operations otherwise.
+    compare(got, whole_result(eager, 61), 61, rtol=2**-6, atol=2e-3)
+
+
+@pytest.mark.parametrize("chunk", [4, 64, 1000, 1408, 4096, 10_000])
+def test_compiled_chunks_take_one_of_few_sizes(chunk):
+    sizes = {bucket(rows, chunk) for rows in range(1, chunk + 1)}
+    assert len(sizes) <= 6, "torch compiles no more than eight shapes of a function"
+    assert max(sizes) == chunk
+    assert all(bucket(rows, chunk) >= rows for rows in range(1, chunk + 1))
+
+
+def padded_run(runtime, rows, chunk):
+    from dspark_megatron.ops.head_loss_chunks import ChunkRun
+
+    inputs = make_inputs(61, torch.float32, rows=rows)
+    shard, lm_head, markov_w2 = shard_of(inputs, runtime.tp_group)
+    head = HeadWeights(torch.cat([lm_head, markov_w2], dim=1), markov_w2, shard)
+    features = torch.cat([inputs["hidden"], inputs["latent"]], dim=1)
+    rest = (inputs[name] for name in ("target_hidden", "labels", "weights"))
+    options = dict(chunk_rows=chunk, compile=True, tp_group=runtime.tp_group)
+    run = ChunkRun(features, *rest, head, PAPER, **options)
+    starts = range(0, len(features), run.chunk_rows)
+    return [len(run.labels[start : start + run.chunk_rows]) for start in starts]
+
+
+def test_a_compiled_chunk_of_few_rows_is_padded(pool):
+    sizes = pool.run(padded_run, world=1, tp=1, rows=70, chunk=1024)
+    assert sizes == [[128]], "not a shape of its own for each number of rows"
+    assert pool.run(padded_run, world=1, tp=1, rows=1100, chunk=1024) == [[1024, 128]]
+    assert pool.run(padded_run, world=2, tp=2, rows=600, chunk=1024) == [[512, 128]] * 2
+
+
+def test_row_weights_are_not_rounded_to_the_gradients_type(pool):
+    """1 + 2^-9 is no bf16 number: rounded to 1 it would leave every gradient as it was."""
+    inputs = make_inputs(61, torch.bfloat16)
+    inputs["weights"] = torch.ones(ROWS)
+    (one,) = pool.run(fused, world=1, tp=1, inputs=inputs, objective=PAPER)
+    inputs["weights"] = torch.full((ROWS,), 1.003)
+    (weighted,) = pool.run(fused, world=1, tp=1, inputs=inputs, objective=PAPER)
+    for name in ("hidden", "latent"):
+        assert torch.equal(weighted[name], (one[name].float() * 1.003).bfloat16())
+
+
+def test_kl_of_bfloat16_logits_far_apart():
+    """Logits of draft and target may differ by an offset that means nothing; t - u in bf16 would
+    be known to 1/8 only."""
+    generator = torch.Generator().manual_seed(3)
+    draft, teacher = (torch.randn(ROWS, 61, generator=generator) for _ in range(2))
+    draft, teacher = draft.bfloat16(), (teacher + 30).bfloat16()
+    p, q = (x.float().log_softmax(dim=-1) for x in (draft, teacher))
+    expected = (q.exp() * (q - p)).sum(dim=-1)
+    columns = torch.zeros(ROWS, dtype=torch.long)
+    _, _, kl = logit_terms.all_passes(draft, teacher, columns, Objective(ce=0.0, kl=1.0))
+    torch.testing.assert_close(kl, expected, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("term", [dict(l1=1.0), dict(kl=1.0), dict(labels_from_target=True)])
+def test_a_missing_teacher_is_an_error(term):
+    inputs = {**make_inputs(61, torch.float32), "target_hidden": None}
+    with pytest.raises(ValueError, match="target_hidden is missing"):
+        head_loss(
+            *(inputs[n] for n in ("hidden", "latent", "target_hidden", "labels", "weights")),
+            None,
+            Objective(ce=1.0, **term),
+            chunk_rows=1,
+            tp_group=None,
+        )
+
+
+def accept_rate_without_teacher(runtime):
+    inputs = make_inputs(61, torch.float32, with_latent=False)
+    shard, lm_head, _ = shard_of(inputs, runtime.tp_group)
+    rest = None, inputs["labels"], inputs["weights"], HeadWeights(lm_head, None, shard)
+    options = dict(chunk_rows=4, tp_group=runtime.tp_group)
+    result = head_loss(inputs["hidden"], None, *rest, Objective(ce=1.0), **options)
+    return result.accept_rate
+
+
+def test_no_accept_rate_without_a_teacher(pool):
+    with pytest.raises(AssertionError, match="accept rate needs target_hidden"):
+        pool.run(accept_rate_without_teacher, world=1, tp=1)
+
+
+def rows_of(vocab_local, dtype=torch.float32, with_target=True, **loss):
+    return chunk_rows(LossConfig(**loss), vocab_local, dtype, with_target=with_target)
+
+
+def test_chunk_rows_come_from_the_budget():
+    assert rows_of(2**17, memory_budget_mb=256) == 256  # 1 MiB a row: draft and target in fp32
+    assert rows_of(2**17, memory_budget_mb=256, with_target=False) == 512
+    assert rows_of(2**17, memory_budget_mb=256, dtype=torch.bfloat16) == 512
+    assert rows_of(2**15, memory_budget_mb=256) == 1024
+    assert rows_of(2**17, memory_budget_mb=200) == 128  # 200, in steps of 128
+    assert rows_of(2**17, memory_budget_mb=100) == 100
+    assert rows_of(2**17, memory_budget_mb=10) == 10
+    assert rows_of(2**17, memory_budget_mb=10, chunk_rows=77) == 77
+    with pytest.raises(ConfigError, match=r"memory_budget_mb \(1\) must hold .*: 4.0 MiB"):
+        rows_of(2**19, memory_budget_mb=1)
+
+
+def logit_tensors(runtime):
+    """Rows of every tensor that has a column for each vocabulary entry."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    rows, columns = [], 64 // runtime.tp_group.size()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            weights = function is torch.ops.aten.t.default
+            if isinstance(out, torch.Tensor) and out.shape[1:] == (columns,) and not weights:
+                rows.append(len(out))
+            return out
+
+    inputs = make_inputs(64, torch.float32)
+    with Watch():
+        fused(runtime, inputs, PAPER, chunk_rows=4)
+    return rows
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_logits_exist_for_one_chunk_only(pool, tp):
+    for rows in pool.run(logit_tensors, world=tp, tp=tp):
+        assert max(rows) == 4 // min(tp, 2), "of 11 rows; two chunks share them where ranks wait"

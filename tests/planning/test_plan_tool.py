@@ -1,0 +1,234 @@
+"""tools/plan.py: layouts, the one that is chosen, and a YAML that runs."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dspark_megatron.config.loading import load_config
+from dspark_megatron.errors import ConfigError
+from dspark_megatron.planning.dry_run import describe_run
+from dspark_megatron.planning.layouts import Machine
+from dspark_megatron.planning.memory import plan_target_work, target_passes
+from dspark_megatron.planning.recommend import Wish, evenly_spread_layers, recommend
+from dspark_megatron.planning.target_work import target_work
+from dspark_megatron.run.check import check_run
+from dspark_megatron.storage.target_folder import load_target_config
+from dspark_megatron.targets.footprint import target_bytes
+from dspark_megatron.targets.huggingface.split import TargetSplit
+from support.target_families import make_family
+from support.tiny_target import make_target, tiny_config
+
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "tools"))  # a folder of scripts, not a package
+PUBLIC = ROOT / "tests/support/public_configs"
+NODE = Machine(gpus_per_node=8, nodes=1, gpu_memory_gib=74.5)
+MASK = "model.mask_token_id=128255"
+
+
+def wish(name, *overrides, **options):
+    return Wish(str(PUBLIC / name), overrides=list(overrides), **options)
+
+
+def loaded(text, tmp_path, *overrides):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    return load_config(file, overrides)
+
+
+def test_the_yaml_passes_its_own_dry_run(tmp_path):
+    """From the command line, with the target given as a file."""
+    target, file = PUBLIC / "llama-3.1-70b" / "config.json", tmp_path / "run.yaml"
+    command = [sys.executable, "tools/plan.py", "--target", target, "--output", file, MASK]
+    subprocess.run(list(map(str, command)), cwd=ROOT, check=True, timeout=300)
+    config = load_config(file)
+    text = describe_run(config, 8)
+    planned = [line for line in text.splitlines() if "at the highest" in line]
+    assert f"# {planned[0]}" in file.read_text()
+    assert float(planned[0].split()[-1]) < NODE.usable_bytes / 2**30
+
+
+def test_the_cheapest_that_fits_is_chosen():
+    text = recommend(wish("llama-3.1-70b", MASK), NODE)
+    rows = [line for line in text.splitlines() if line.endswith(("fits", "too large", "chosen"))]
+    fitting = [row for row in rows if not row.endswith("too large")]
+    seconds = {row.split("#")[1].split()[3]: row for row in fitting}
+    assert len(rows) == 7 and seconds[min(seconds, key=float)].endswith("chosen")
+    for row in fitting:
+        assert float(row.split()[1]) < NODE.usable_bytes / 2**30
+
+
+def test_a_given_key_stays(tmp_path):
+    fixed = ("parallel.tensor_parallel=8", "train.recompute_activations=true")
+    config = loaded(recommend(wish("llama-3.1-70b", MASK, *fixed), NODE), tmp_path)
+    assert config.parallel.tensor_parallel == 8 and config.train.recompute_activations
+
+
+def test_a_missing_mask_token_is_the_dry_run_s_to_refuse(tmp_path):
+    text = recommend(wish("qwen3-8b"), NODE)
+    assert "mask_token_id: null  # to be set" in text
+    with pytest.raises(ConfigError, match="mask_token_id is missing"):
+        describe_run(loaded(text, tmp_path), 8)
+    describe_run(loaded(text, tmp_path, "model.mask_token_id=151669"), 8)
+
+
+def test_passes_of_the_target_are_those_that_it_makes(tmp_path):
+    """Four samples of 4096 tokens: a pass of 4000 tokens takes a part of one, 9000 two of them."""
+    keys = ("parallel.tensor_parallel=8", "parallel.sequence_parallel=true", MASK)
+    keys += ("train.recompute_activations=true",)
+    text = recommend(wish("llama-3.1-70b", *keys, micro_batch_size=4), NODE)
+    plan_of = partial(loaded, text, tmp_path)
+    works = {}
+    for most in ("null", 9000, 4000):
+        config = plan_of(f"target.max_tokens_per_forward={most}")
+        plan = check_run(config, 8, needs_tokenizer=False)
+        works[most] = target_passes(plan), plan_target_work(plan)
+    assert [works[most][0] for most in works] == [1, 2, 8]
+    assert works["null"][1].layer == 2 * works[9000][1].layer
+    assert works["null"][1].cache == works[9000][1].cache == 0
+    # 80 layers, keys and values of 1 of 8 key/value heads of 128 numbers, bf16.
+    assert works[4000][1].cache == 80 * 4096 * 2 * 128 * 2
+
+
+def test_a_length_that_the_target_was_not_made_for_is_noted(tmp_path):
+    config = load_config(ROOT / "examples" / "qwen3-4b.yaml", [f"target.path={PUBLIC}/qwen3-4b"])
+    assert "max_position_embeddings" not in describe_run(config, 8)
+    config.data.max_length = 50000
+    assert "(50000) is more than the target's max_position_embeddings (40960)" in describe_run(
+        config, 8
+    )
+
+
+def test_megatron_targets_are_not_compared():
+    with pytest.raises(ConfigError, match="target.provider=huggingface only"):
+        recommend(wish("qwen3-8b", MASK, "target.provider=megatron"), NODE)
+
+
+def test_nothing_fits():
+    with pytest.raises(ConfigError, match=r"leanest \(TP .*\) takes .* GiB a GPU.*more nodes"):
+        recommend(wish("llama-3.1-405b", MASK), NODE)
+
+
+def test_the_rules_allow_nothing():
+    with pytest.raises(ConfigError, match="global_batch_size"):
+        recommend(wish("qwen3-8b", "parallel.tensor_parallel=1", global_batch_size=4), NODE)
+    with pytest.raises(ConfigError, match=r"shard_across_data_parallel \(3\).*: \[1, 2, 4, 8\]"):
+        recommend(wish("qwen3-8b", "target.shard_across_data_parallel=3"), NODE)
+    with pytest.raises(ConfigError, match="folder with a config.json"):
+        recommend(Wish("no/such/model.bin"), NODE)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"nodes": 0}, r"nodes \(0\) must be >= 1"),
+        ({"gpus_per_node": -1}, r"gpus_per_node \(-1\) must be >= 1"),
+        ({"gpu_memory_gib": 0}, r"gpu_memory_gib \(0\) must be > 0"),
+        ({"margin": 2}, r"margin \(2\).*\(0, 1\]"),
+        ({"network_gb_per_s": 0}, r"network_gb_per_s \(0\) must be > 0"),
+    ],
+)
+def test_a_machine_that_cannot_be(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        recommend(wish("qwen3-8b"), replace(NODE, **changes))
+
+
+def test_a_wish_that_cannot_be():
+    with pytest.raises(ConfigError, match=r"samples \(0\) must be >= 1"):
+        recommend(wish("qwen3-8b", samples=0), NODE)
+    with pytest.raises(ConfigError, match=r"target\.path is the target that is planned for"):
+        recommend(wish("qwen3-8b", "target.path=elsewhere"), NODE)
+
+
+def test_an_output_without_a_folder_is_refused_first(capsys):
+    import plan
+
+    with pytest.raises(SystemExit, match="folder of --output no/such/run.yaml must exist"):
+        plan.main(["--target", str(PUBLIC / "qwen3-8b"), "--output", "no/such/run.yaml"])
+    assert not capsys.readouterr().out
+
+
+def test_a_size_that_the_rules_refuse_is_named_with_the_reason(tmp_path):
+    keys = ("parallel.sequence_parallel=false", "train.recompute_activations=true")
+    keys += ("target.shard_across_data_parallel=1", "train.iterations=7")
+    text = recommend(wish("qwen3-8b", *keys, global_batch_size=2), NODE)
+    reasons = [line for line in text.splitlines() if line.startswith("# refused: TP ")]
+    assert [line.split()[3] for line in reasons] == ["1:", "2:"]
+    assert all("train.global_batch_size (2) must be divisible" in line for line in reasons)
+    assert "iterations: 7" in text and "epochs" not in text
+
+
+@pytest.mark.parametrize(
+    "layers, ids",
+    [(36, [1, 9, 17, 25, 33]), (40, [1, 10, 19, 28, 37]), (126, [1, 32, 62, 93, 123])],
+)
+def test_taps_are_spread_as_in_the_paper(layers, ids):
+    assert evenly_spread_layers(layers) == ids
+
+
+def test_a_cache_of_the_paper_s_size():
+    """DeepSpec's own figure for Qwen3-4B is 38 TB."""
+    text = recommend(wish("qwen3-8b", "model.target_layer_ids=[1]", samples=1000), NODE)
+    gib = 1000 * (4096 * (2 * 4096 * 2 + 6) + 56) / 2**30
+    assert f"{gib:,.3f} GiB for 1,000 samples of 4096 tokens; tools/prepare_target_cache" in text
+
+
+@pytest.mark.parametrize(
+    "name, split", [("llama-3.1-70b", (2, 4, 4, 1)), ("llama-3.1-405b", (8, 4, 2, 1))]
+)
+def test_a_sharded_target_s_weights_travel(name, split):
+    """What a rank gets in a forward pass is what it does not hold of its split of the layers."""
+    config = load_target_config(PUBLIC / name)
+    split = TargetSplit(*split)
+    last = config.num_hidden_layers - 1
+    work = target_work(config, torch.bfloat16, split, (1, 4096), last_layer=last)
+    whole = TargetSplit(split.tp_size, split.dp_size)
+    held = target_bytes(config, torch.bfloat16, split)
+    missing = target_bytes(config, torch.bfloat16, whole) - held
+    assert work.received_weights == pytest.approx(missing, rel=0.02)  # embeddings aside
+    assert work.gathered_layers == pytest.approx(3 * (missing + held) / (last + 1), rel=0.05)
+    assert work.all_reduced == (2 * (last + 1) + 1) * 4096 * config.hidden_size * 2
+
+
+class Reduced(TorchDispatchMode):
+    """Bytes handed to all-reduces of any group; other collectives are refused."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        if name in ("c10d::allreduce_", "_c10d_functional::all_reduce"):
+            tensors = args[0] if isinstance(args[0], list) else [args[0]]
+            self.total += sum(tensor.nbytes for tensor in tensors)
+        else:
+            others = ("gather", "scatter", "broadcast", "all_to_all", "alltoall")
+            assert "c10d" not in name or not any(other in name for other in others), name
+        return func(*args, **(kwargs or {}))
+
+
+def reduced_bytes(runtime, config):
+    from dspark_megatron.run.build import build_target
+    from dspark_megatron.run.check import check_run
+
+    target = build_target(check_run(config, runtime.world_size), runtime)
+    with Reduced() as counter:
+        target.states(torch.arange(40)[None])
+    return counter.total
+
+
+@pytest.mark.parametrize("family, ep", [("qwen3", 1), ("qwen3_moe", 1), ("qwen3_moe", 2)])
+def test_the_target_s_collectives(pool, tiny_run, tmp_path, family, ep):
+    """Counted in its forward pass."""
+    make = make_target if family == "qwen3" else partial(make_family, model_type=family)
+    path, parallel = make(tmp_path / "target"), {"tensor_parallel": 2, "expert_parallel": ep}
+    config = tiny_config(tiny_run, target={"path": str(path)}, parallel=parallel)
+    split = TargetSplit(2, 1, 1, ep)
+    target_config = load_target_config(path)
+    work = target_work(target_config, torch.float32, split, (1, 40), last_layer=3)
+    for counted in pool.run(reduced_bytes, world=2, tp=2, config=config):
+        assert counted == work.all_reduced

@@ -1,0 +1,69 @@
+"""Data flows one way, and so do imports: a room knows only the rooms it may know."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "dspark_megatron"
+BELOW = {
+    "errors": set(),
+    "config": {"errors"},
+    "shape": {"errors", "config"},
+    "ops": {"errors", "config"},
+    "mcore": {"errors", "config"},
+    "data": {"errors", "config", "ops"},
+    "storage": {"errors", "config", "shape"},
+    # The draft reads the blocks of a batch by their names.
+    "model": {"errors", "config", "shape", "ops", "mcore", "data"},
+    "targets": {"errors", "config", "shape", "ops", "mcore", "data", "storage"},
+    "conversion": {"errors", "config", "shape", "ops", "data", "storage", "model"},
+}
+"""What a room may import. Those that follow may import all of these, and what is named for each."""
+ABOVE = {
+    "run": set(),
+    "planning": {"run"},
+    "evaluation": {"run"},
+    "training": {"run", "evaluation"},
+    "megatron_lm": {"run", "evaluation", "training"},
+    "train": {"run", "planning", "training"},
+    "evaluate": {"run", "evaluation"},
+}
+MAY_IMPORT = BELOW | {room: set(BELOW) | more for room, more in ABOVE.items()}
+
+
+def imported_parts(path):
+    """The parts of the package that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative imports hide their direction"
+            inside = node.module == PACKAGE.name
+            names = [f"{node.module}.{a.name}" for a in node.names] if inside else [node.module]
+        for name in names:
+            if name.startswith("dspark_megatron."):
+                yield name.split(".")[1]
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_a_room_imports_only_what_is_upstream(room):
+    for path in [*(PACKAGE / room).rglob("*.py")] or [PACKAGE / f"{room}.py"]:
+        wrong = set(imported_parts(path)) - MAY_IMPORT[room] - {room}
+        assert not wrong, f"{path.relative_to(PACKAGE)} imports {wrong}"
+
+
+def test_every_part_of_the_package_has_a_rule():
+    rooms = {p.name for p in PACKAGE.iterdir() if p.is_dir() and p.name != "__pycache__"}
+    modules = {p.stem for p in PACKAGE.glob("*.py")} - {"__init__"}
+    assert rooms | modules == MAY_IMPORT.keys()
+
+
+@pytest.mark.parametrize("room", ["ops", "data", "targets"])
+def test_rooms_without_megatron(room):
+    """But for the provider that is Megatron-Core's, which only training may ask for."""
+    provider = PACKAGE / "targets" / "megatron"
+    for path in set((PACKAGE / room).rglob("*.py")) - set(provider.glob("*.py")):
+        content = path.read_text(encoding="utf-8")
+        assert "megatron.core" not in content and "targets.megatron" not in content, path

@@ -1,0 +1,107 @@
+"""The real training step with everything that belongs on the accelerator on the meta device.
+
+The host holds real tensors, so whatever the host would have to wait for, or would hand to a kernel
+of the device without a transfer, is an error here as it would be slow (or wrong) on a GPU.
+"""
+
+import contextlib
+from collections import defaultdict
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dspark_megatron.config import LossConfig, OptimizerConfig
+from dspark_megatron.planning.meta_draft import EverythingOnMeta, one_of_ranks
+from dspark_megatron.run.runtime import Runtime
+from dspark_megatron.targets.base import StatesSource, TargetStates
+from support.tiny_draft import make_samples, one_collective_at_a_time, rank_micro_batches
+
+META = torch.device("meta")
+
+
+class DeviceDiscipline(TorchDispatchMode):
+    """Refuses an operation that mixes tensors of the host and of the device, unless it is the
+    transfer itself; counts the transfers to the device."""
+
+    TRANSFERS = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+
+    def __init__(self):
+        super().__init__()
+        self.transfers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        places = {tensor.device.type for tensor in given}
+        transfers = function in self.TRANSFERS
+        if len(places) > 1 and not transfers:
+            raise AssertionError(f"{function} mixes tensors of host and device: {given}")
+        out = function(*args, **(kwargs or {}))
+        self.transfers += transfers and "cpu" in places and out.device == META
+        return out
+
+
+class MetaTarget(StatesSource):
+    """States as a target leaves them: on the device."""
+
+    lockstep = False
+
+    def __init__(self, shape, dtype):
+        self.widths = len(shape.target_layer_ids) * shape.hidden_size, shape.hidden_size
+        self.dtype = dtype
+
+    def states(self, input_ids, **_):
+        made = (
+            torch.empty(*input_ids.shape, w, dtype=self.dtype, device=META) for w in self.widths
+        )
+        return TargetStates(*made)
+
+
+@contextlib.contextmanager
+def meta_runtime(tp, world):
+    """Rank 0 of a job on paper, with Megatron-Core's groups."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    # A torch function mode does not reach into backward, where Megatron-Core asks for the device.
+    with one_of_ranks(world), mock.patch.object(torch.cuda, "current_device", lambda: META):
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tp, create_gloo_process_groups=False
+        )
+        try:
+            model_parallel_cuda_manual_seed(1)
+            yield Runtime.joined(META)
+        finally:
+            parallel_state.destroy_model_parallel()
+
+
+def step_on_meta(shape, tp, *, loss=None, dtype=torch.bfloat16, **options):
+    """One step of two micro-batches, with as many data-parallel ranks: the model, its gradients by
+    parameter, and the discipline that watched the step."""
+    from dspark_megatron.mcore.optimizer import wrap_data_parallel
+    from dspark_megatron.model.draft_model import DSparkDraftModel
+    from dspark_megatron.training.metrics import MetricSums
+    from dspark_megatron.training.step import GradientStep
+
+    loss = loss or LossConfig(chunk_rows=8)
+    with meta_runtime(tp, 2 * tp) as runtime, EverythingOnMeta(), one_collective_at_a_time():
+        groups = dict(tp_group=runtime.tp_group)
+        with META:
+            model = DSparkDraftModel(shape, **groups, params_dtype=dtype, device=META, **options)
+            wrapped = wrap_data_parallel(model, OptimizerConfig())
+        # Megatron's look for NaN waits for the device, once a bucket: docs/performance.md says so.
+        wrapped.ddp_config.check_for_nan_in_grad = False
+        groups |= dict(dp_group=runtime.dp_group, device=META)
+        step = GradientStep(loss, wrapped, MetaTarget(shape, dtype), **groups)
+        samples = make_samples(shape, lengths=(20, 13) * runtime.dp_group.size())
+        micro_batches = rank_micro_batches(runtime, samples, shape.block_size, 1, loss)
+        metrics = MetricSums.zeros(shape.block_size, META)
+        step.run(micro_batches, metrics)  # a run's first call may move what it then keeps
+        gradients = defaultdict(list)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(gradients[name].append)
+        with DeviceDiscipline() as discipline:
+            step.run(micro_batches, metrics)
+    return model, gradients, discipline

@@ -1,0 +1,336 @@
+"""The plain twin that all parallel code is compared with: one process, dense masks, full softmax.
+
+Parameter names are those of the exported checkpoint, so an export loads with `strict=True`.
+Everything is written the obvious way; nothing here is fast, and nothing is shared with the code
+under test.
+
+Shapes: one sample of s tokens, n anchors, k slots, m target layers, h hidden, r Markov rank,
+v vocabulary (unpadded), a query heads, d head width.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3MLP,
+    Qwen3RMSNorm,
+    Qwen3RotaryEmbedding,
+    apply_rotary_pos_emb,
+)
+
+from dspark_megatron.shape import DraftShape
+
+
+class PlainOutput(NamedTuple):
+    logits: Tensor
+    """[n, k, v] draft logits, Markov bias included."""
+    confidence_logits: Tensor | None
+    """[n, k]; None without a confidence head."""
+    hidden: Tensor
+    """[n, k, h] after the final norm."""
+
+
+class PlainBlocks(NamedTuple):
+    prev_token_ids: Tensor
+    """[n, k]"""
+    labels: Tensor
+    """[n, k]; 0 past the end of the sample."""
+    eval_mask: Tensor
+    """[n, k] bool"""
+
+
+def plain_candidates(loss_mask: Tensor, anchor_rule: str = "label") -> list[int]:
+    """Positions of one sample that may be anchors. loss_mask [s]."""
+    found = []
+    for a in range(len(loss_mask) - 1):
+        if loss_mask[a] and (anchor_rule == "token" or loss_mask[a + 1]):
+            found.append(a)
+    return found
+
+
+def plain_blocks(
+    input_ids: Tensor,
+    loss_mask: Tensor,
+    anchors: Tensor,
+    block_size: int,
+    supervised_slots: str = "prefix",
+    slot_mask: str = "label",
+) -> PlainBlocks:
+    """Blocks of one sample, those without a supervised slot included. input_ids, loss_mask [s];
+    anchors [n]."""
+    prev, labels, mask = [], [], []
+    for anchor in anchors.tolist():
+        tokens = [
+            int(input_ids[p]) if p < len(input_ids) else 0
+            for p in range(anchor, anchor + block_size + 1)
+        ]
+        gap, row = False, []
+        for p in range(anchor + 1, anchor + block_size + 1):
+            decides = p if slot_mask == "label" else p - 1
+            supervised = p < len(input_ids) and bool(loss_mask[decides])
+            gap = gap or not supervised
+            row.append(supervised and not (gap and supervised_slots == "prefix"))
+        prev.append(tokens[:-1])
+        labels.append(tokens[1:])
+        mask.append(row)
+    return PlainBlocks(torch.tensor(prev), torch.tensor(labels), torch.tensor(mask))
+
+
+def qwen3_config(shape: DraftShape) -> Qwen3Config:
+    """What Transformers' own Qwen3 classes need of a shape."""
+    return Qwen3Config(
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_key_value_heads,
+        head_dim=shape.head_dim,
+        rms_norm_eps=shape.rms_norm_eps,
+        rope_parameters=dict(shape.rope_parameters),
+        max_position_embeddings=shape.max_position_embeddings,
+    )
+
+
+def context_mask(anchors: Tensor, seq_length: int, block_size: int) -> Tensor:
+    """[n*k, s + n*k] bool, true is visible: context strictly before the anchor, own block."""
+    n, k = len(anchors), block_size
+    mask = torch.zeros(n * k, seq_length + n * k, dtype=torch.bool)
+    for i, anchor in enumerate(anchors.tolist()):
+        rows = slice(i * k, (i + 1) * k)
+        mask[rows, :anchor] = True
+        mask[rows, seq_length + i * k : seq_length + (i + 1) * k] = True
+    return mask
+
+
+class PlainAttention(nn.Module):
+    def __init__(self, shape: DraftShape) -> None:
+        super().__init__()
+        self.head_dim = shape.head_dim
+        self.share = shape.num_attention_heads // shape.num_key_value_heads
+        q_width = shape.num_attention_heads * shape.head_dim
+        kv_width = shape.num_key_value_heads * shape.head_dim
+        self.q_proj = nn.Linear(shape.hidden_size, q_width, bias=False)
+        self.k_proj = nn.Linear(shape.hidden_size, kv_width, bias=False)
+        self.v_proj = nn.Linear(shape.hidden_size, kv_width, bias=False)
+        self.o_proj = nn.Linear(q_width, shape.hidden_size, bias=False)
+        self.q_norm = Qwen3RMSNorm(shape.head_dim, shape.rms_norm_eps)
+        self.k_norm = Qwen3RMSNorm(shape.head_dim, shape.rms_norm_eps)
+
+    def forward(
+        self, hidden: Tensor, context: Tensor, mask: Tensor, rope: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """hidden [n*k, h], context [s, h], mask [n*k, s + n*k], rope cos/sin [s + n*k, d]."""
+        cos, sin = rope
+        query = self.q_norm(self._heads(self.q_proj(hidden)))  # [n*k, a, d]
+        both = torch.cat([context, hidden])  # [s + n*k, h]
+        key = self.k_norm(self._heads(self.k_proj(both)))
+        value = self._heads(self.v_proj(both))
+        rows = slice(len(context), None)
+        query, _ = apply_rotary_pos_emb(query, query, cos[rows], sin[rows])
+        key, _ = apply_rotary_pos_emb(key, key, cos, sin)
+        key, value = (x.repeat_interleave(self.share, dim=1) for x in (key, value))
+        scores = torch.einsum("qad,lad->aql", query, key) / math.sqrt(self.head_dim)
+        scores = scores.float().masked_fill(~mask, -torch.inf)
+        probs = scores.softmax(dim=-1).to(value.dtype)
+        out = torch.einsum("aql,lad->qad", probs, value)
+        return self.o_proj(out.flatten(1))
+
+    def _heads(self, states: Tensor) -> Tensor:
+        return states.unflatten(-1, (-1, self.head_dim))
+
+
+class PlainLayer(nn.Module):
+    def __init__(self, shape: DraftShape) -> None:
+        super().__init__()
+        self.self_attn = PlainAttention(shape)
+        self.mlp = Qwen3MLP(qwen3_config(shape))
+        self.input_layernorm = Qwen3RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+        self.post_attention_layernorm = Qwen3RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+
+    def forward(
+        self, hidden: Tensor, context: Tensor, mask: Tensor, rope: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), context, mask, rope)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class PlainMarkovHead(nn.Module):
+    """W1 and W2 and, for gated and rnn heads, the projection of their latent."""
+
+    def __init__(self, shape: DraftShape) -> None:
+        super().__init__()
+        h, r = shape.hidden_size, shape.markov_rank
+        self.kind = shape.markov_head_type
+        self.markov_w1 = nn.Embedding(shape.vocab_size, r)
+        self.markov_w2 = nn.Linear(r, shape.vocab_size, bias=False)
+        if self.kind == "gated":
+            self.gate_proj = nn.Linear(h + r, r)
+        elif self.kind == "rnn":
+            self.joint_proj = nn.Linear(h + 2 * r, 3 * r)
+
+    def latents(self, prev_token_ids: Tensor, hidden: Tensor) -> Tensor:
+        """[n, k], [n, k, h] -> z [n, k, r] of the bias W2 z."""
+        e = self.markov_w1(prev_token_ids)
+        if self.kind == "vanilla":
+            return e
+        if self.kind == "gated":
+            return torch.sigmoid(self.gate_proj(torch.cat([hidden, e], dim=-1))) * e
+        state, out = torch.zeros_like(e[:, 0]), []
+        for k in range(e.shape[1]):
+            joint = self.joint_proj(torch.cat([state, e[:, k], hidden[:, k]], dim=-1))
+            gate, candidate, output = joint.chunk(3, dim=-1)
+            state = torch.sigmoid(gate) * state + (1 - torch.sigmoid(gate)) * candidate.tanh()
+            out.append(output.tanh())
+        return torch.stack(out, dim=1)
+
+
+class PlainConfidenceHead(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, 1)
+
+
+class PlainDraft(nn.Module):
+    """The draft of one sample, with Hugging Face / DeepSpec parameter names."""
+
+    def __init__(self, shape: DraftShape) -> None:
+        super().__init__()
+        self.shape = shape
+        h = shape.hidden_size
+        self.embed_tokens = nn.Embedding(shape.vocab_size, h)
+        self.fc = nn.Linear(len(shape.target_layer_ids) * h, h, bias=False)
+        self.hidden_norm = Qwen3RMSNorm(h, shape.rms_norm_eps)
+        self.layers = nn.ModuleList(PlainLayer(shape) for _ in range(shape.num_layers))
+        self.norm = Qwen3RMSNorm(h, shape.rms_norm_eps)
+        self.lm_head = nn.Linear(h, shape.vocab_size, bias=False)
+        if shape.markov_rank:
+            self.markov_head = PlainMarkovHead(shape)
+        if shape.enable_confidence_head:
+            extra = shape.markov_rank if shape.confidence_head_with_markov else 0
+            self.confidence_head = PlainConfidenceHead(h + extra)
+        for frozen in (self.embed_tokens, self.lm_head):
+            frozen.requires_grad_(False)
+        # Outside the module tree: a cast of the draft must not round the frequencies.
+        self.rotary = (Qwen3RotaryEmbedding(qwen3_config(shape)),)
+
+    def backbone(self, taps: Tensor, input_ids: Tensor, anchors: Tensor) -> Tensor:
+        """taps [s, m*h], input_ids [s], anchors [n] -> [n, k, h] after the final norm."""
+        s, n, k = len(input_ids), len(anchors), self.shape.block_size
+        context = self.hidden_norm(self.fc(taps))  # [s, h]
+        ids = torch.full((n, k), self.shape.mask_token_id)
+        ids[:, 0] = input_ids[anchors]
+        hidden = self.embed_tokens(ids.flatten())  # [n*k, h]
+        block_positions = anchors[:, None] + torch.arange(k)
+        positions = torch.cat([torch.arange(s), block_positions.flatten()])
+        cos, sin = self.rotary[0](hidden, positions[None])
+        mask = context_mask(anchors, s, k)
+        for layer in self.layers:
+            hidden = layer(hidden, context, mask, (cos[0], sin[0]))
+        return self.norm(hidden).view(n, k, -1)
+
+    def forward(self, taps: Tensor, input_ids: Tensor, anchors: Tensor) -> PlainOutput:
+        """taps [s, m*h], input_ids [s], anchors [n]; teacher forced by input_ids (0 past the
+        end)."""
+        hidden = self.backbone(taps, input_ids, anchors)
+        everywhere = torch.ones_like(input_ids)
+        prev = plain_blocks(input_ids, everywhere, anchors, self.shape.block_size).prev_token_ids
+        logits = self.lm_head(hidden)
+        if self.shape.markov_rank:
+            logits = logits + self.markov_head.markov_w2(self.markov_head.latents(prev, hidden))
+        confidence_logits = None
+        if self.shape.enable_confidence_head:
+            features = [hidden]
+            if self.shape.confidence_head_with_markov:
+                features.append(self.markov_head.markov_w1(prev))
+            confidence_logits = self.confidence_head.proj(torch.cat(features, dim=-1)).squeeze(-1)
+        return PlainOutput(logits, confidence_logits, hidden)
+
+
+def plain_loss(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    eval_mask: Tensor,
+    confidence_logits: Tensor | None,
+    gamma: float | None,
+    alphas: tuple[float, float, float],
+) -> dict[str, Tensor]:
+    """Weighted sums over all slots and their weight. logits, teacher_logits [n, k, v]; labels,
+    eval_mask, confidence_logits [n, k]; alphas of CE, L1 and confidence. `loss_sum` is the
+    weighted sum of the three terms; the loss of a step is loss_sum / weight. `accept_rate` is
+    [n, k], detached."""
+    k = labels.shape[1]
+    slots = torch.arange(k, dtype=torch.float32)
+    decay = torch.ones(k) if gamma is None else torch.exp(-slots / gamma)
+    weights = eval_mask * decay
+    ce = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
+    ce = ce.view_as(weights)
+    p, q = logits.float().softmax(dim=-1), teacher_logits.float().softmax(dim=-1)
+    l1 = (p - q).abs().sum(dim=-1)
+    accept_rate = (1 - l1 / 2).clamp(0, 1).detach()
+    confidence = torch.zeros_like(ce)
+    if confidence_logits is not None:
+        confidence = F.binary_cross_entropy_with_logits(
+            confidence_logits.float(), accept_rate, reduction="none"
+        )
+    sums = {
+        "ce_sum": (weights * ce).sum(),
+        "l1_sum": (weights * l1).sum(),
+        "confidence_sum": (weights * confidence).sum(),
+    }
+    loss_sum = sum(alpha * term for alpha, term in zip(alphas, sums.values(), strict=True))
+    return {**sums, "loss_sum": loss_sum, "weight": weights.sum(), "accept_rate": accept_rate}
+
+
+def plain_head_loss(
+    hidden: Tensor,
+    latent: Tensor | None,
+    target_hidden: Tensor | None,
+    labels: Tensor,
+    weights: Tensor,
+    lm_head: Tensor,
+    markov_w2: Tensor | None,
+    *,
+    ce_alpha: float,
+    l1_alpha: float,
+    kl_alpha: float = 0.0,
+    labels_from_target: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """`ops.head_loss.head_loss` on whole, unpadded matrices [v, h] and [v, r], by autograd.
+    Returns the weighted loss [], and CE, raw L1 and KL of each row [n]; None for L1 without a
+    teacher and for KL without weight."""
+    logits = hidden @ lm_head.t()
+    if latent is not None:
+        logits = logits + latent @ markov_w2.t()
+    l1 = kl = None
+    if target_hidden is not None:
+        teacher_logits = (target_hidden @ lm_head.t()).float()
+        q = teacher_logits.softmax(dim=-1)
+        l1 = (logits.float().softmax(dim=-1) - q).abs().sum(dim=-1)
+        if labels_from_target:
+            labels = teacher_logits.argmax(dim=-1)
+    if kl_alpha > 0:
+        log_p, log_q = (x.float().log_softmax(dim=-1) for x in (logits, teacher_logits))
+        kl = F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(dim=-1)
+    ce = F.cross_entropy(logits.float(), labels, reduction="none")
+    terms = ce_alpha * ce
+    if l1_alpha > 0:
+        terms = terms + l1_alpha * l1
+    if kl_alpha > 0:
+        terms = terms + kl_alpha * kl
+    return (weights * terms).sum(), ce, l1, kl
+
+
+def plain_tau(accept_rate: Tensor, eval_mask: Tensor) -> Tensor:
+    """Expected tokens of each round, bonus token included. [n, k], [n, k] -> [n]."""
+    out = []
+    for rates, mask in zip(accept_rate.tolist(), eval_mask.tolist(), strict=True):
+        total, survival = 1.0, 1.0
+        for rate, supervised in zip(rates, mask, strict=True):
+            survival *= rate if supervised else 0.0
+            total += survival
+        out.append(total)
+    return torch.tensor(out, dtype=accept_rate.dtype)

@@ -1,0 +1,74 @@
+"""Lines of chats, tokenizers and the samples made of them."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from dspark_megatron.data.blocks import has_block
+from dspark_megatron.data.conversation import Sample
+from dspark_megatron.data.dataset import SampleRules
+from support.tiny import tiny_tokenizer
+
+VOCAB_SIZE = 320
+
+
+GENERATION_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{%- generation -%}{{ message['content'] + '<|im_end|>' + '\n' }}{%- endgeneration -%}"
+    "{% else %}{{ message['content'] + '<|im_end|>' + '\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+# Like Qwen3's: the reasoning stays in the last turn only.
+FORGETTING_TEMPLATE = (
+    "{% for message in messages %}{% set text = message['content'] %}"
+    "{% if not loop.last %}{% set text = text.split('</think>')[-1] %}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + text + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def chat(*texts: str) -> dict:
+    """User and assistant by turns; "<" marks a system text, ">" a further answer."""
+    messages, role = [], "assistant"
+    for text in texts:
+        if text.startswith("<"):
+            messages.append({"role": "system", "content": text[1:]})
+            continue
+        if not text.startswith(">"):
+            role = "user" if role == "assistant" else "assistant"
+        messages.append({"role": role, "content": text.removeprefix(">")})
+    return {"messages": messages}
+
+
+def tokens(ids: list[int], mask: list[int]) -> dict:
+    return {"input_ids": ids, "loss_mask": mask}
+
+
+def write_jsonl(path: Path, records: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def supervised_text(tokenizer: PreTrainedTokenizerFast, sample: Sample) -> str:
+    return tokenizer.decode(sample.input_ids[sample.loss_mask])
+
+
+def sample_rules(max_length: int, min_loss_tokens: int, **rules: object) -> SampleRules:
+    """With the default rule of anchors."""
+    return SampleRules(
+        max_length=max_length,
+        min_loss_tokens=min_loss_tokens,
+        has_block=partial(has_block, block_size=4),
+        **rules,
+    )
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    return tiny_tokenizer(VOCAB_SIZE)

@@ -1,0 +1,43 @@
+"""Options of the tool that stores states."""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+class InterruptedJob(Exception):
+    pass
+
+
+def prepare(runtime, config, output, *options, stop_after=None):
+    """What the tool does in a rank; stop_after: shards after which the writer fails."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    tool = importlib.import_module("prepare_target_cache")
+    from dspark_megatron.run.check import check_run
+
+    args = tool.parse_arguments(["--config", "unused", "--shard-mib", "0.07", *options])
+    plan = check_run(config, runtime.world_size)
+    if stop_after is None:
+        tool.prepare(plan, runtime, Path(output), args)
+        return
+    left, replace = iter(range(stop_after)), os.replace
+
+    def failing(source, destination):
+        if str(destination).endswith(".safetensors") and "shard" in str(destination):
+            if next(left, None) is None:
+                raise InterruptedJob  # the shard is written and not in place
+        replace(source, destination)
+
+    with mock.patch("os.replace", failing), pytest.raises(InterruptedJob):
+        tool.prepare(plan, runtime, Path(output), args)
+
+
+def prepare_options(runtime, config, output, stop_after=None, **options):
+    pairs = [part for name, value in options.items() for part in (f"--{name}", value)]
+    prepare(runtime, config, output, *pairs, stop_after=stop_after)

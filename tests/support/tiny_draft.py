@@ -1,0 +1,225 @@
+"""A tiny draft, data and target states for tests of parallel code, and gathering over ranks."""
+
+import contextlib
+from dataclasses import dataclass, replace
+from unittest import mock
+
+import torch
+
+from dspark_megatron.config import LossConfig, OptimizerConfig
+from dspark_megatron.shape import DraftShape
+from dspark_megatron.targets.base import StatesSource, TargetStates
+
+SHAPE = DraftShape(
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=8,
+    vocab_size=61,  # no multiple of 2 or 4: padded at TP 2 and 4
+    rms_norm_eps=1e-6,
+    rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    max_position_embeddings=128,
+    num_target_layers=4,
+    target_layer_ids=(0, 2),
+    mask_token_id=60,
+    block_size=3,
+    markov_rank=8,
+    markov_head_type="vanilla",
+    enable_confidence_head=True,
+    confidence_head_with_markov=True,
+)
+SHAPES = {
+    "vanilla": SHAPE,
+    "gated": replace(SHAPE, markov_head_type="gated"),
+    "rnn": replace(SHAPE, markov_head_type="rnn"),
+    "confidence without Markov": replace(SHAPE, confidence_head_with_markov=False),
+    "no Markov head": replace(SHAPE, markov_rank=0, confidence_head_with_markov=False),
+    "no confidence head": replace(
+        SHAPE, enable_confidence_head=False, confidence_head_with_markov=False
+    ),
+}
+NUM_ANCHORS = 5
+
+
+@dataclass
+class Samples:
+    """Unpadded samples with the target's states, as a cache would hold them."""
+
+    input_ids: list
+    loss_masks: list
+    anchors: list
+    taps: list
+    last_hidden: list
+
+
+def make_samples(shape, lengths=(20, 13, 17, 9), seed=3, loss=None):
+    """Anchors follow the rules of `loss` (default: the defaults)."""
+    from dspark_megatron.data.blocks import BlockRules, sample_anchors
+
+    rules = BlockRules.of(loss or LossConfig())
+    generator = torch.Generator().manual_seed(seed)
+    m = len(shape.target_layer_ids)
+
+    def normal(*size):
+        return torch.randn(*size, generator=generator)
+
+    masks = [torch.rand(n, generator=generator) > 0.25 for n in lengths]
+    return Samples(
+        input_ids=[torch.randint(0, 60, (n,), generator=generator) for n in lengths],
+        loss_masks=masks,
+        anchors=[sample_anchors(mask, NUM_ANCHORS, i, rules) for i, mask in enumerate(masks)],
+        taps=[normal(n, m * shape.hidden_size) for n in lengths],
+        last_hidden=[normal(n, shape.hidden_size) for n in lengths],
+    )
+
+
+class CachedStates(StatesSource):
+    """A target whose states were computed before: finds a sample's by its tokens."""
+
+    lockstep = False
+
+    def __init__(self, samples, device="cpu"):
+        self.samples, self.device = samples, device
+
+    def states(self, input_ids, lengths=None, samples=()):
+        rows = []
+        for row in input_ids:
+            index = next(
+                i
+                for i, ids in enumerate(self.samples.input_ids)
+                if torch.equal(row[: len(ids)], ids)
+            )
+            pad = (0, 0, 0, len(row) - len(self.samples.input_ids[index]))
+            rows.append(
+                [
+                    torch.nn.functional.pad(x[index], pad)
+                    for x in (self.samples.taps, self.samples.last_hidden)
+                ]
+            )
+        return TargetStates(*(torch.stack(x).to(self.device) for x in zip(*rows, strict=True)))
+
+
+def target_head(shape):
+    """The target's embedding and LM head, [v, h] each."""
+    generator = torch.Generator().manual_seed(11)
+    size = (shape.vocab_size, shape.hidden_size)
+    return [torch.randn(size, generator=generator) * 0.3 for _ in range(2)]
+
+
+def build_tiny_draft(runtime, shape, dtype=torch.float32, **options):
+    from dspark_megatron.model.draft_model import DSparkDraftModel
+
+    model = DSparkDraftModel(
+        shape,
+        tp_group=runtime.tp_group,
+        params_dtype=dtype,
+        device=runtime.device,
+        attention_group_size=2,
+        **options,
+    )
+    model.init_weights(seed=5, std=0.2)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:  # norms and biases away from their special values
+            noise = torch.Generator().manual_seed(sum(map(ord, name)))
+            with torch.no_grad():
+                parameter += 0.1 * torch.randn(parameter.shape, generator=noise).to(parameter)
+    shard = model.vocab_shard
+    rows = []
+    for matrix in target_head(shape):
+        local = torch.zeros(shard.vocab_end_index - shard.vocab_start_index, matrix.shape[1])
+        part = matrix[shard.vocab_start_index : shard.vocab_end_index]
+        local[: len(part)] = part
+        rows.append(local)
+    model.load_frozen_replicas(*rows)
+    return model
+
+
+def make_step(runtime, model, samples, loss=None):
+    from dspark_megatron.mcore.optimizer import wrap_data_parallel
+    from dspark_megatron.training.step import GradientStep
+
+    wrapped = wrap_data_parallel(model, OptimizerConfig(use_distributed_optimizer=False))
+    return GradientStep(
+        loss or LossConfig(chunk_rows=4),
+        wrapped,
+        CachedStates(samples, runtime.device),
+        tp_group=runtime.tp_group,
+        dp_group=runtime.dp_group,
+        device=runtime.device,
+    )
+
+
+@contextlib.contextmanager
+def one_collective_at_a_time():
+    """Megatron-Core reduces buckets in coalesced collectives, of which PyTorch has no form for meta
+    tensors, nor gloo for CUDA ones."""
+    from megatron.core.distributed import param_and_grad_buffer
+
+    def apart(*_, **__):
+        return contextlib.nullcontext(mock.Mock())
+
+    with mock.patch.object(param_and_grad_buffer, "_coalescing_manager", apart):
+        yield
+
+
+def rank_micro_batches(runtime, samples, block_size, micro_batch_size, loss=None):
+    """This data-parallel rank's share of all samples as one step."""
+    from dspark_megatron.data.blocks import BlockRules, draft_blocks
+    from dspark_megatron.data.collate import collate
+    from dspark_megatron.data.conversation import Sample
+    from dspark_megatron.data.micro_batches import MicroBatch
+
+    rules = BlockRules.of(loss or LossConfig())
+    stride = micro_batch_size * runtime.dp_group.size()
+    first = runtime.dp_group.rank() * micro_batch_size
+    out = []
+    for start in range(first, len(samples.input_ids), stride):
+        part = slice(start, start + micro_batch_size)
+        ids, masks = samples.input_ids[part], samples.loss_masks[part]
+        blocks = draft_blocks(ids, masks, samples.anchors[part], block_size, rules)
+        padded, _ = collate([Sample(i, m) for i, m in zip(ids, masks, strict=True)])
+        out.append(MicroBatch(padded, [len(row) for row in ids], blocks))
+    return out
+
+
+def layout_of(model):
+    """How each trained parameter is split: name -> (dim or None, stride)."""
+    return {
+        name: (p.partition_dim, p.partition_stride)
+        if getattr(p, "tensor_model_parallel", False)
+        else (None, 1)
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+
+
+def assemble(shards, layout):
+    """Whole tensors from each tensor-parallel rank's {name: tensor}."""
+    whole = {}
+    for name, (dim, stride) in layout.items():
+        parts = [shard[name] for shard in shards]
+        if dim is None:
+            for part in parts[1:]:
+                torch.testing.assert_close(part, parts[0], rtol=1e-5, atol=1e-6)
+            whole[name] = parts[0]
+            continue
+        split = [part.chunk(stride, dim=dim) for part in parts]
+        whole[name] = torch.cat([s[i] for i in range(stride) for s in split], dim=dim)
+    return whole
+
+
+def sample_logits(draft, taps, ids, anchors):
+    """A fully supervised sample's blocks: hidden states [n, k, h], this rank's logits
+    [n, k, v/tp], confidence logits [n, k]."""
+    from dspark_megatron.data.blocks import draft_blocks
+    from dspark_megatron.data.device_blocks import DeviceBlocks
+
+    mask = torch.ones(1, len(ids), dtype=torch.bool)
+    blocks = draft_blocks(ids[None], mask, [anchors], draft.shape.block_size)
+    with torch.no_grad():
+        out = draft(taps[None], DeviceBlocks.of(blocks, taps.device))
+        head = draft.head_weights()
+        logits = out.hidden @ head.lm_head.t() + out.latents @ head.markov_w2.t()
+    return out.hidden, logits, out.confidence_logits
