@@ -21,19 +21,12 @@ from dspark_megatron.data.sampler import (
 )
 from dspark_megatron.data.show import describe_sample
 from dspark_megatron.errors import ConfigError
-from support.samples import (
-    GENERATION_TEMPLATE,
-    VOCAB_SIZE,
-    chat,
-    sample_rules,
-    supervised_text,
-    tokenizer,  # noqa: F401
-    tokens,
-    write_jsonl,
-)
-from support.tiny import CHATML_TEMPLATE, tiny_tokenizer
+from support.chat_lines import chat, tokens, write_jsonl
+from support.paths import ROOT
+from support.samples import GENERATION_TEMPLATE, VOCAB_SIZE, sample_rules, supervised_text
+from support.tiny_tokenizer import CHATML_TEMPLATE, tiny_tokenizer
 
-SMOLLM2 = Path(__file__).parents[2] / "runs" / "quickstart" / "target"
+SMOLLM2 = ROOT / "runs" / "quickstart" / "target"
 
 
 CHATS = {

@@ -10,7 +10,7 @@ import torch
 
 from dspark_megatron.config import LossConfig
 from support.meta_step import META, step_on_meta
-from support.tiny_draft import SHAPES
+from support.shapes import SHAPES
 
 TENSOR_PARALLEL = 1, 2, 8
 HEADS = {name: replace(shape, num_key_value_heads=8) for name, shape in SHAPES.items()}

@@ -16,9 +16,8 @@ from support.draft_steps import (
     whole,
 )
 from support.reference import plain_blocks
+from support.shapes import SHAPE, SHAPES
 from support.tiny_draft import (
-    SHAPE,
-    SHAPES,
     build_tiny_draft,
     make_samples,
     make_step,

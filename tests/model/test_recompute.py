@@ -5,7 +5,8 @@ from unittest import mock
 import pytest
 import torch
 
-from support.tiny_draft import SHAPE, build_tiny_draft, make_samples, make_step, rank_micro_batches
+from support.shapes import SHAPE
+from support.tiny_draft import build_tiny_draft, make_samples, make_step, rank_micro_batches
 
 
 class Counted:

@@ -1,7 +1,6 @@
 """The figures of --dry-run are those of the real model."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +14,10 @@ from dspark_megatron.run.check import check_run
 from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.targets.footprint import target_bytes
 from dspark_megatron.targets.huggingface.split import TargetSplit
+from support.paths import ROOT
+from support.shapes import SHAPES
 from support.target_families import make_family
-from support.tiny_draft import SHAPES, build_tiny_draft
+from support.tiny_draft import build_tiny_draft
 from support.tiny_target import make_target, tiny_config
 
 
@@ -132,7 +133,7 @@ def test_the_memory_with_spread_experts(pool, tiny_run, tmp_path, world, tp, sha
     assert_planned(pool, config, world, tp)
 
 
-PUBLIC = Path(__file__).parents[1] / "support/public_configs"
+PUBLIC = ROOT / "tests/support/public_configs"
 """Folders with nothing but a target's `config.json`, of its public dimensions."""
 RECIPES = {
     "qwen3-4b": 8,

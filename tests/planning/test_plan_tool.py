@@ -4,7 +4,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,11 +20,10 @@ from dspark_megatron.run.check import check_run
 from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.targets.footprint import target_bytes
 from dspark_megatron.targets.huggingface.split import TargetSplit
+from support.paths import ROOT
 from support.target_families import make_family
 from support.tiny_target import make_target, tiny_config
 
-ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "tools"))  # a folder of scripts, not a package
 PUBLIC = ROOT / "tests/support/public_configs"
 NODE = Machine(gpus_per_node=8, nodes=1, gpu_memory_gib=74.5)
 MASK = "model.mask_token_id=128255"

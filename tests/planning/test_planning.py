@@ -1,23 +1,17 @@
 """The plan's formulas are held to what is allocated, saved and sent."""
 
-import sys
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
+import benchmark_activations
 import pytest
 import torch
 
 from dspark_megatron.config import LossConfig
 from dspark_megatron.planning.activations import DraftPass, kept_bytes
 from dspark_megatron.planning.loss_memory import HeadLossSize, head_loss_parts
-from support.tiny_draft import SHAPE
+from support.shapes import SHAPE
 from support.tool_runs import figures, run_tool
-
-ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "tools"))  # a folder of scripts, not a package
-
-import benchmark_activations  # noqa: E402
 
 WIDE = replace(
     SHAPE,

@@ -26,8 +26,8 @@ from dspark_megatron.storage.target_folder import (
     tensor_files,
     tensor_shapes,
 )
+from support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 LARGE = 10**9
 
 

@@ -1,6 +1,5 @@
 """States of the provider `megatron` beside those of Transformers."""
 
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -34,20 +33,12 @@ TARGETS = {
 }
 
 
-@pytest.fixture(scope="module")
-def target(tmp_path_factory):
-    """Makes a folder of TARGETS once."""
-    made = {}
-
-    def make(name):
-        if name not in made:
-            family, settings = TARGETS[name]
-            folder = tmp_path_factory.mktemp(name) / "target"
-            made[name] = make_family(folder, family, **settings)
-            with_noise(made[name])
-        return made[name]
-
-    return make
+def make_target(name, folder):
+    """Save a target of TARGETS with Hugging Face weights; returns its folder."""
+    family, settings = TARGETS[name]
+    make_family(folder, family, **settings)
+    with_noise(folder)
+    return folder
 
 
 def with_noise(folder):

@@ -4,7 +4,6 @@ import torch
 
 from support.target_states import elements
 from support.tiny_draft import CachedStates
-from support.training_runs import assert_same_curve, curve, run_training, unbroken  # noqa: F401
 
 
 def own_states(runtime, config, with_last_hidden):

@@ -1,45 +1,14 @@
 """A tiny draft, data and target states for tests of parallel code, and gathering over ranks."""
 
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from unittest import mock
 
 import torch
 
 from dspark_megatron.config import LossConfig, OptimizerConfig
-from dspark_megatron.shape import DraftShape
 from dspark_megatron.targets.base import StatesSource, TargetStates
 
-SHAPE = DraftShape(
-    hidden_size=32,
-    ffn_hidden_size=48,
-    num_layers=2,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    head_dim=8,
-    vocab_size=61,  # no multiple of 2 or 4: padded at TP 2 and 4
-    rms_norm_eps=1e-6,
-    rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-    max_position_embeddings=128,
-    num_target_layers=4,
-    target_layer_ids=(0, 2),
-    mask_token_id=60,
-    block_size=3,
-    markov_rank=8,
-    markov_head_type="vanilla",
-    enable_confidence_head=True,
-    confidence_head_with_markov=True,
-)
-SHAPES = {
-    "vanilla": SHAPE,
-    "gated": replace(SHAPE, markov_head_type="gated"),
-    "rnn": replace(SHAPE, markov_head_type="rnn"),
-    "confidence without Markov": replace(SHAPE, confidence_head_with_markov=False),
-    "no Markov head": replace(SHAPE, markov_rank=0, confidence_head_with_markov=False),
-    "no confidence head": replace(
-        SHAPE, enable_confidence_head=False, confidence_head_with_markov=False
-    ),
-}
 NUM_ANCHORS = 5
 
 

@@ -10,13 +10,11 @@ import time
 from pathlib import Path
 from unittest import mock
 
+import gpu_check
 import pytest
+from gpu_checks.processes import FAILED, NOT_RUN, PASSED, SKIPPED, run_in_process
 
-ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "tools"))  # a folder of scripts, not a package
-
-import gpu_check  # noqa: E402
-from gpu_checks.processes import FAILED, NOT_RUN, PASSED, SKIPPED, run_in_process  # noqa: E402
+from support.paths import ROOT
 
 
 def run(folder, code, limit=60):

@@ -11,13 +11,8 @@ import torch.distributed as dist
 
 from dspark_megatron.config import LossConfig, OptimizerConfig
 from dspark_megatron.errors import ConfigError
-from support.tiny_draft import (
-    SHAPE,
-    CachedStates,
-    build_tiny_draft,
-    make_samples,
-    rank_micro_batches,
-)
+from support.shapes import SHAPE
+from support.tiny_draft import CachedStates, build_tiny_draft, make_samples, rank_micro_batches
 from support.tiny_target import tiny_config
 
 

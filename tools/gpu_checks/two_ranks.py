@@ -7,8 +7,8 @@ import torch
 from dspark_megatron.run.runtime import Runtime
 from gpu_checks.context import Context, Skip, check_close
 from support.ranks import RankPool
+from support.shapes import SHAPE
 from support.tiny_draft import (
-    SHAPE,
     assemble,
     build_tiny_draft,
     layout_of,

@@ -8,7 +8,7 @@ from dspark_megatron.data.conversation import ConversationEncoder
 from dspark_megatron.data.show import describe_sample
 from dspark_megatron.errors import ConfigError
 from support.samples import VOCAB_SIZE
-from support.tiny import CHATML_TEMPLATE, tiny_tokenizer
+from support.tiny_tokenizer import CHATML_TEMPLATE, tiny_tokenizer
 
 HEAD = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
 TAIL = "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"

@@ -12,7 +12,7 @@ from dspark_megatron.errors import ConfigError
 from support.chat_templates import LAST_QUESTION, QWEN3_ANSWER, TEMPLATES, chatml
 from support.samples import GENERATION_TEMPLATE, VOCAB_SIZE, supervised_text
 from support.template_table import CASES, QUESTION, TOOL, message
-from support.tiny import CHATML_TEMPLATE, tiny_tokenizer
+from support.tiny_tokenizer import CHATML_TEMPLATE, tiny_tokenizer
 
 ANSWER = message("assistant", "Lima.")
 ASKED_ELSEWHERE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBOR"}}

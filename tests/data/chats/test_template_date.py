@@ -21,9 +21,10 @@ from dspark_megatron.run.identity import run_identity
 from dspark_megatron.run.states import data_facts
 from dspark_megatron.run.template_day import fix_template_day, template_day
 from dspark_megatron.storage.training_checkpoint import FORMAT, META
-from support.samples import VOCAB_SIZE, chat, write_jsonl
-from support.tiny import CHATML_TEMPLATE, tiny_tokenizer
+from support.chat_lines import chat, write_jsonl
+from support.samples import VOCAB_SIZE
 from support.tiny_target import tiny_config
+from support.tiny_tokenizer import CHATML_TEMPLATE, tiny_tokenizer
 
 DAY = {"template_date": "2026-03-05", "max_length": 256}
 CLOCK = "{% set day = strftime_now('%d %B %Y') %}Today is {{ day }}.\n" + CHATML_TEMPLATE

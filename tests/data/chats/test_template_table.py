@@ -1,13 +1,12 @@
 """The table of docs/data.md is what the code does, cell for cell."""
 
-from pathlib import Path
-
 import pytest
 
 from support.chat_templates import TEMPLATES
+from support.paths import ROOT
 from support.template_table import CASES, rows, verdict
 
-PAGE = Path(__file__).parents[2] / "docs" / "data.md"
+PAGE = ROOT / "docs" / "data.md"
 
 
 def shown_rows():
@@ -27,7 +26,7 @@ def test_the_page_has_a_row_for_every_template():
 def test_a_row_of_the_page(name):
     found = [verdict(TEMPLATES[name], record) for record in CASES.values()]
     assert found == SHOWN[name], (
-        "rewrite docs/data.md: python tests/support/template_table.py --write"
+        "rewrite docs/data.md: PYTHONPATH=tests python -m support.template_table --write"
     )
 
 

@@ -10,9 +10,10 @@ import pytest
 from dspark_megatron.data.dataset import load_samples
 from dspark_megatron.data.files.sources import find_files
 from dspark_megatron.errors import ConfigError
-from support.samples import VOCAB_SIZE, chat, sample_rules, tokens
-from support.tiny import tiny_tokenizer
+from support.chat_lines import chat, tokens
+from support.samples import VOCAB_SIZE, sample_rules
 from support.tiny_target import tiny_config
+from support.tiny_tokenizer import tiny_tokenizer
 
 GOOD = chat("hi", "hello")
 

@@ -5,15 +5,9 @@ from tokenizers import processors
 
 from dspark_megatron.data.conversation import ConversationEncoder
 from dspark_megatron.errors import ConfigError
-from support.data_files import talk, turns
-from support.samples import (
-    FORGETTING_TEMPLATE,
-    GENERATION_TEMPLATE,
-    VOCAB_SIZE,
-    chat,
-    supervised_text,
-)
-from support.tiny import tiny_tokenizer
+from support.chat_lines import chat, talk, turns
+from support.samples import FORGETTING_TEMPLATE, GENERATION_TEMPLATE, VOCAB_SIZE, supervised_text
+from support.tiny_tokenizer import tiny_tokenizer
 
 TAGS = ("<think>", "</think>")
 
@@ -30,11 +24,6 @@ OPENING_TEMPLATE = (
     "<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 )
-
-
-@pytest.fixture
-def tokenizer():
-    return tiny_tokenizer(VOCAB_SIZE)
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from dspark_megatron.data.dataset import load_samples
 from dspark_megatron.data.files.sources import check_apart, find_files
 from dspark_megatron.data.sampler import SampleRef, StepSampler, global_batch
 from dspark_megatron.errors import ConfigError
-from support.data_files import talk
+from support.chat_lines import talk
 from support.samples import FORGETTING_TEMPLATE, sample_rules
-from support.tiny import tiny_tokenizer
 from support.tiny_target import tiny_config
+from support.tiny_tokenizer import tiny_tokenizer
 from support.training_runs import assert_same_curve, curve, run_training
 
 VOCAB_SIZE = 320

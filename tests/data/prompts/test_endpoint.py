@@ -2,16 +2,27 @@
 
 import json
 import re
+import threading
 from collections import Counter
 
+import generate_responses as tool
 import pytest
 
-from support.chat_server import (
-    server,  # noqa: F401
-)
-from support.response_tool import load_tool, prompt, read_rows, write_lines
+from support.chat_lines import prompt, read_rows, write_lines
+from support.chat_server import KEY, Server
 
-tool = load_tool()
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield server
+    server.silence.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()
 
 
 @pytest.fixture

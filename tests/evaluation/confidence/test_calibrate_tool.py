@@ -2,18 +2,13 @@
 
 import json
 import math
-import sys
-from pathlib import Path
 
+import calibrate_confidence
 import pytest
 import torch
 
 from dspark_megatron.conversion.sidecar import check_sidecar
 from support.synthetic_records import synthetic_records
-
-sys.path.append(str(Path(__file__).parents[2] / "tools"))  # a folder of scripts, not a package
-
-import calibrate_confidence  # noqa: E402
 
 WRITTEN = ["calibration.json", "dspark_sts.json", "reliability.png", "threshold_sweep.png"]
 

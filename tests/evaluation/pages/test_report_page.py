@@ -3,9 +3,8 @@
 import base64
 import json
 import re
-import sys
-from pathlib import Path
 
+import evaluation_report
 import pytest
 from matplotlib import image
 
@@ -13,10 +12,6 @@ from dspark_megatron.evaluation.confidence.calibration import CalibrationSetting
 from dspark_megatron.evaluation.figures import acceptance
 from dspark_megatron.evaluation.generation import Generation, Round
 from support.synthetic_records import synthetic_records
-
-sys.path.append(str(Path(__file__).parents[2] / "tools"))  # a folder of scripts, not a package
-
-import evaluation_report  # noqa: E402
 
 PLAIN = {
     "prompts": 5,

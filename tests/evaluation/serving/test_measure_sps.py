@@ -4,19 +4,15 @@ is tested."""
 import os
 import subprocess
 import sys
-from pathlib import Path
 
+import measure_sps
 import pytest
 import torch
 
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.evaluation.serving.sps_table import AdditiveSps, SampledSps, read_sps_table
+from support.paths import ROOT
 from support.tiny_target import tiny_config
-
-ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "tools"))  # a folder of scripts, not a package
-
-import measure_sps  # noqa: E402
 
 
 def arguments(*more, output="sps.json"):

@@ -1,10 +1,9 @@
 """Replayed drafts against a case done by hand, and what must hold of any of them."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
+import simulate_serving as simulate_serving_tool
 import torch
 
 from dspark_megatron.errors import ConfigError
@@ -17,10 +16,6 @@ from dspark_megatron.evaluation.serving.serving_simulation import (
 )
 from dspark_megatron.evaluation.serving.sps_table import AdditiveSps, SampledSps, write_sps_table
 from dspark_megatron.evaluation.serving.verify_policies import threshold_lengths
-
-sys.path.append(str(Path(__file__).parents[2] / "tools"))  # a folder of scripts, not a package
-
-import simulate_serving as simulate_serving_tool  # noqa: E402
 
 
 def make_records(confidence, accepted, prompt, proposed=None):

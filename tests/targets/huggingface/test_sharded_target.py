@@ -5,10 +5,11 @@ import torch
 
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.planning.dry_run import describe_run
+from support.shapes import SHAPES
 from support.sharded_targets import CountedStates, own_states
-from support.tiny_draft import SHAPES, build_tiny_draft, make_samples, make_step
+from support.tiny_draft import build_tiny_draft, make_samples, make_step
 from support.tiny_target import make_target, tiny_config
-from support.training_runs import assert_same_curve, curve, run_training, unbroken  # noqa: F401
+from support.training_runs import assert_same_curve, curve, run_training
 
 LAYOUTS = [(2, 1, 2, 2), (4, 2, 2, 2), (4, 1, 2, 2), (4, 1, 0, 4), (4, 2, 0, 2)]
 """World size, tensor-parallel size, target.shard_across_data_parallel, ranks that share."""
@@ -51,7 +52,7 @@ def test_states_and_memory(pool, tiny_run, tmp_path, world, tp, shard, shards, w
 
 
 @pytest.mark.parametrize("world, tp, shard", [(2, 1, 2), (4, 2, 0), (4, 1, 2)])
-def test_the_curve_is_the_same(pool, tiny_run, unbroken, tmp_path, world, tp, shard):  # noqa: F811
+def test_the_curve_is_the_same(pool, tiny_run, unbroken, tmp_path, world, tp, shard):
     config = tiny_config(
         tiny_run,
         target={"shard_across_data_parallel": shard},

@@ -18,15 +18,11 @@ from dspark_megatron.storage.gpt_checkpoint import GPTCheckpoint
 from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.storage.target_weights import shared_matrices, weights_fingerprint
 from support.megatron_checkpoint import write_checkpoint
-from support.megatron_checkpoint_targets import (
-    checkpoint,  # noqa: F401
-)
 from support.megatron_targets import TARGETS, assert_states, config_of, megatron_states, whole
-from support.megatron_targets import target as target  # noqa: F401
+from support.paths import ROOT
 from support.stored_states import prepare_options
 from support.tiny_target import tiny_config
 from support.training_runs import (
-    ROOT,
     assert_same_curve,
     curve,
     finish,
@@ -42,7 +38,7 @@ READERS += [("qwen3", 4, 4, 1), ("mixed", 4, 4, 1), ("experts", 4, 2, 4)]
 
 
 @pytest.mark.parametrize("name, world, tp, ep", READERS)
-def test_states_at_another_layout(pool, tiny_run, target, checkpoint, name, world, tp, ep):  # noqa: F811
+def test_states_at_another_layout(pool, tiny_run, target, checkpoint, name, world, tp, ep):
     run, path = checkpoint(name)
     config = config_of(tiny_run, path, tp, ep, target={"checkpoint": str(run)})
     assert_states(pool.run(megatron_states, world=world, tp=tp, config=config), target(name))
@@ -69,7 +65,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_checkpoints_that_are_refused(pool, tiny_run, target, tmp_path, case):  # noqa: F811
+def test_checkpoints_that_are_refused(pool, tiny_run, target, tmp_path, case):
     """Of the models that the config describes, no two differ in one number alone."""
     writer, *words = BAD[case]
     config = config_of(tiny_run, target("qwen3"))
@@ -81,7 +77,7 @@ def test_checkpoints_that_are_refused(pool, tiny_run, target, tmp_path, case):  
         assert word in str(error.value)
 
 
-def test_states_in_bfloat16_from_float32(pool, tiny_run, target, checkpoint):  # noqa: F811
+def test_states_in_bfloat16_from_float32(pool, tiny_run, target, checkpoint):
     """Both ways of loading cast; the states lie within what 8 bits allow."""
     run, path = checkpoint("qwen2")
     for settings in ({"path": str(path), "checkpoint": str(run)}, {"path": str(target("qwen2"))}):
@@ -93,7 +89,7 @@ def test_states_in_bfloat16_from_float32(pool, tiny_run, target, checkpoint):  #
         )
 
 
-def test_a_damaged_checkpoint(pool, tiny_run, checkpoint, tmp_path):  # noqa: F811
+def test_a_damaged_checkpoint(pool, tiny_run, checkpoint, tmp_path):
     run, path = checkpoint("qwen2")
     copy = shutil.copytree(run, tmp_path / "run")
     for file in copy.glob("iter_0000100/*.distcp"):
@@ -103,7 +99,7 @@ def test_a_damaged_checkpoint(pool, tiny_run, checkpoint, tmp_path):  # noqa: F8
         pool.run(megatron_states, world=1, tp=1, config=config)
 
 
-def test_folders_that_are_no_checkpoint(tiny_run, target, tmp_path):  # noqa: F811
+def test_folders_that_are_no_checkpoint(tiny_run, target, tmp_path):
     def refused(words):
         config = config_of(tiny_run, target("qwen3"), target={"checkpoint": str(tmp_path / "run")})
         with pytest.raises(ConfigError, match=words):
@@ -120,7 +116,7 @@ def test_folders_that_are_no_checkpoint(tiny_run, target, tmp_path):  # noqa: F8
 
 
 @pytest.mark.parametrize("vocab_size", [301, 302])
-def test_rows_of_the_vocabulary(checkpoint, target, tmp_path, vocab_size):  # noqa: F811
+def test_rows_of_the_vocabulary(checkpoint, target, tmp_path, vocab_size):
     """The checkpoint of two ranks has 302 rows, of which one is padding, or is not."""
     run, path = checkpoint("qwen2")
     path = shutil.copytree(path, tmp_path / "target")
@@ -134,7 +130,7 @@ def test_rows_of_the_vocabulary(checkpoint, target, tmp_path, vocab_size):  # no
     assert not embedding.rows(301, 310).any()
 
 
-def test_fingerprints_do_not_depend_on_the_layout(pool, tiny_run, target, checkpoint, tmp_path):  # noqa: F811
+def test_fingerprints_do_not_depend_on_the_layout(pool, tiny_run, target, checkpoint, tmp_path):
     run, path = checkpoint("qwen3")
     config = config_of(tiny_run, target("qwen3"))
     pool.run(write_checkpoint, world=1, tp=1, config=config, output=str(tmp_path / "same"))
@@ -149,7 +145,7 @@ def test_fingerprints_do_not_depend_on_the_layout(pool, tiny_run, target, checkp
     assert whole != weights_fingerprint(path, tmp_path / "tuned")
 
 
-def test_another_upper_layer_is_another_target(pool, tiny_run, target, checkpoint, tmp_path):  # noqa: F811
+def test_another_upper_layer_is_another_target(pool, tiny_run, target, checkpoint, tmp_path):
     run, path = checkpoint("qwen3")
     other = shutil.copytree(target("qwen3"), tmp_path / "other")
     tensors = load_file(other / "model.safetensors")
@@ -160,7 +156,7 @@ def test_another_upper_layer_is_another_target(pool, tiny_run, target, checkpoin
     assert weights_fingerprint(path, run) != weights_fingerprint(path, tmp_path / "tuned")
 
 
-def test_newer_names_of_arguments(pool, tiny_run, target, tmp_path):  # noqa: F811
+def test_newer_names_of_arguments(pool, tiny_run, target, tmp_path):
     config = config_of(tiny_run, target("qwen3"))
     names = {"arguments": {"layernorm_epsilon": 1e-6}, "without": "norm_epsilon"}
     pool.run(write_checkpoint, world=1, tp=1, config=config, output=str(tmp_path), **names)
@@ -168,7 +164,7 @@ def test_newer_names_of_arguments(pool, tiny_run, target, tmp_path):  # noqa: F8
     check_run(config, 1)
 
 
-def test_names_of_transformer_engine(pool, tiny_run, target, tmp_path):  # noqa: F811
+def test_names_of_transformer_engine(pool, tiny_run, target, tmp_path):
     """Its layers of experts keep the norm apart, and Megatron-Core's local ones say otherwise."""
     path, config = target("experts"), config_of(tiny_run, target("experts"))
     rename = {"mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm."}
@@ -178,7 +174,7 @@ def test_names_of_transformer_engine(pool, tiny_run, target, tmp_path):  # noqa:
 
 
 @pytest.mark.commands
-def test_train_evaluate_and_export_from_a_checkpoint(tiny_run, target, checkpoint, tmp_path):  # noqa: F811
+def test_train_evaluate_and_export_from_a_checkpoint(tiny_run, target, checkpoint, tmp_path):
     """Nothing but a config and a tokenizer beside it."""
     run, path = checkpoint("qwen2")
     prompts = tmp_path / "prompts.jsonl"
@@ -206,7 +202,7 @@ def test_train_evaluate_and_export_from_a_checkpoint(tiny_run, target, checkpoin
     assert torch.equal(load_file(out / "model.safetensors")["embed_tokens.weight"], expected)
 
 
-def test_a_cache_of_its_states(pool, tiny_run, checkpoint, tmp_path):  # noqa: F811
+def test_a_cache_of_its_states(pool, tiny_run, checkpoint, tmp_path):
     run, path = checkpoint("qwen2")
     target, cache = (
         {"path": str(path), "provider": "megatron", "checkpoint": str(run)},
@@ -225,7 +221,7 @@ def test_a_cache_of_its_states(pool, tiny_run, checkpoint, tmp_path):  # noqa: F
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_layers_for_a_draft_are_those_of_the_folder(checkpoint, target, name):  # noqa: F811
+def test_layers_for_a_draft_are_those_of_the_folder(checkpoint, target, name):
     run, _ = checkpoint(name)
     text = load_target_config(target(name)).get_text_config()
     theirs, ours = FolderLayers(target(name)), CheckpointLayers(GPTCheckpoint(run), text)
@@ -252,7 +248,7 @@ def warm_draft(runtime, config):
     return {n: p.detach() for n, p in draft.named_parameters() if p.requires_grad}
 
 
-def test_a_draft_starts_from_layers_of_the_checkpoint(pool, tiny_run, checkpoint, target):  # noqa: F811
+def test_a_draft_starts_from_layers_of_the_checkpoint(pool, tiny_run, checkpoint, target):
     run, folder = checkpoint("qwen3")
     model, drafts = {"initialize_from_target_layers": [3, 1]}, []
     for path, there in ((target("qwen3"), ""), (folder, str(run))):

@@ -19,7 +19,6 @@ from support.megatron_targets import (
     assert_states,
     config_of,
     megatron_states,
-    target,  # noqa: F401
     whole,
 )
 from support.target_families import make_family

@@ -7,9 +7,7 @@ import torch
 
 from dspark_megatron.planning.memory import rank_memory
 from dspark_megatron.run.check import check_run
-from support.megatron_checkpoint_targets import checkpoint as checkpoint  # noqa: F401
 from support.megatron_targets import config_of, whole
-from support.megatron_targets import target as target  # noqa: F401
 from support.target_states import IDS as TOKENS
 
 IDS = (0, 2, 5)
@@ -175,8 +173,8 @@ FOLDERS = [("qwen3", 2, 1, 1), ("llama", 4, 2, 1), ("experts", 4, 1, 2), ("mixed
 def test_stages_of_a_folder_and_of_a_checkpoint(
     pool,
     tiny_run,
-    target,  # noqa: F811
-    checkpoint,  # noqa: F811
+    target,
+    checkpoint,
     name,
     world,
     tp,

@@ -19,7 +19,8 @@ from dspark_megatron.targets.stored.kept_states import (
     target_positions,
     to_float8,
 )
-from support.stored_states import ROOT, prepare, prepare_options
+from support.paths import ROOT
+from support.stored_states import prepare, prepare_options
 from support.tiny_target import make_chats, tiny_config
 from support.training_runs import (
     assert_same_curve,
