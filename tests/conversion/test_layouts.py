@@ -89,7 +89,7 @@ def without_facts(path):
 
 
 @pytest.mark.parametrize("theirs", ["speculators", "modelopt", "specforge"])
-@pytest.mark.parametrize("name", ["vanilla", "gated", "rnn", "no confidence"])
+@pytest.mark.parametrize("name", ["vanilla", "gated", "rnn", "no confidence head"])
 def test_between_two_layouts_and_back(tmp_path, target, name, theirs):
     run = write_checkpoint(tmp_path / "run", FOLDER_SHAPES[name])
     ours = export(run, target, tmp_path / "ours")
