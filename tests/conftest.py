@@ -5,6 +5,14 @@ import pytest
 from support.ranks import RankPool
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """`make test-fast` leaves out what needs rank processes or starts whole commands."""
+    for item in items:
+        if "pool" in item.fixturenames or item.get_closest_marker("commands"):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def pool():
     """Rank processes shared by all tests."""

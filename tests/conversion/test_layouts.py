@@ -529,6 +529,7 @@ for use in (
 """
 
 
+@pytest.mark.slow
 def test_a_write_that_the_system_refuses_leaves_nothing(tmp_path, target, draft):
     """A limit on file sizes is to a program what a full disk is."""
     out = tmp_path / "out"

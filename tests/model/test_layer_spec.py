@@ -67,7 +67,10 @@ IMPORTED = [
     (["no_such_module", "layer"], "ModuleNotFoundError.*no_such_module"),
     (["support.user_layers", "layer"], "AttributeError.*'layer'"),
     (["support.user_layers", "fails"], r"RuntimeError in .*user_layers.py:\d+: on purpose"),
-    (["support.user_layers", "LINEAR"], "must be a ModuleSpec or a function that returns one, is <class"),
+    (
+        ["support.user_layers", "LINEAR"],
+        "must be a ModuleSpec or a function that returns one, is <class",
+    ),
 ]
 
 

@@ -20,17 +20,16 @@ from dspark_megatron.run.check import check_run
 from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.targets.footprint import target_bytes
 from dspark_megatron.targets.huggingface.split import TargetSplit
-from support.paths import ROOT
+from support.paths import PUBLIC_CONFIGS, ROOT
 from support.target_families import make_family
 from support.tiny_target import make_target, tiny_config
 
-PUBLIC = ROOT / "tests/support/public_configs"
 NODE = Machine(gpus_per_node=8, nodes=1, gpu_memory_gib=74.5)
 MASK = "model.mask_token_id=128255"
 
 
 def wish(name, *overrides, **options):
-    return Wish(str(PUBLIC / name), overrides=list(overrides), **options)
+    return Wish(str(PUBLIC_CONFIGS / name), overrides=list(overrides), **options)
 
 
 def loaded(text, tmp_path, *overrides):
@@ -39,9 +38,10 @@ def loaded(text, tmp_path, *overrides):
     return load_config(file, overrides)
 
 
+@pytest.mark.slow
 def test_the_yaml_passes_its_own_dry_run(tmp_path):
     """From the command line, with the target given as a file."""
-    target, file = PUBLIC / "llama-3.1-70b" / "config.json", tmp_path / "run.yaml"
+    target, file = PUBLIC_CONFIGS / "llama-3.1-70b" / "config.json", tmp_path / "run.yaml"
     command = [sys.executable, "tools/plan.py", "--target", target, "--output", file, MASK]
     subprocess.run(list(map(str, command)), cwd=ROOT, check=True, timeout=300)
     config = load_config(file)
@@ -147,7 +147,7 @@ def test_an_output_without_a_folder_is_refused_first(capsys):
     import plan
 
     with pytest.raises(SystemExit, match="folder of --output no/such/run.yaml must exist"):
-        plan.main(["--target", str(PUBLIC / "qwen3-8b"), "--output", "no/such/run.yaml"])
+        plan.main(["--target", str(PUBLIC_CONFIGS / "qwen3-8b"), "--output", "no/such/run.yaml"])
     assert not capsys.readouterr().out
 
 
@@ -181,7 +181,7 @@ def test_a_cache_of_the_paper_s_size():
 )
 def test_a_sharded_target_s_weights_travel(name, split):
     """What a rank gets in a forward pass is what it does not hold of its split of the layers."""
-    config = load_target_config(PUBLIC / name)
+    config = load_target_config(PUBLIC_CONFIGS / name)
     split = TargetSplit(*split)
     last = config.num_hidden_layers - 1
     work = target_work(config, torch.bfloat16, split, (1, 4096), last_layer=last)

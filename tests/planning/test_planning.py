@@ -59,6 +59,7 @@ def test_kept_activations_are_those_that_autograd_saves(pool, tp, head, layers, 
             assert kept_bytes(shape, one) == pytest.approx(size, rel=0.05), (split, recompute)
 
 
+@pytest.mark.slow
 def test_the_peak_of_the_target(tmp_path):
     """Measured by the benchmark. A shared target's layer counts a copy more than a CPU keeps."""
     file = tmp_path / "target.json"
@@ -77,6 +78,7 @@ LOSS = dict(rows=1024, vocab=16384, hidden=256, rank=128)
 BUDGETS = {"float32": 32, "bfloat16": 24}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", BUDGETS)
 def test_the_peak_of_the_loss(tmp_path, dtype):
     """Measured by the benchmark, in processes of its own: it compares and shows what it says."""

@@ -192,6 +192,7 @@ def words_of(line, change, url, extra):
     return [places.get(word, word) for word in shlex.split(f"{plain} {extra}")]
 
 
+@pytest.mark.slow
 def test_every_command_of_the_readme_works_twice_in_one_folder(place, monkeypatch):
     server = Server()
     threading.Thread(target=server.serve_forever, daemon=True).start()

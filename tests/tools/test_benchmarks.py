@@ -63,6 +63,7 @@ def test_a_loss_with_wrong_gradients_is_not_measured(pool):
     pool.run(check_wrong_gradients, world=1, tp=1)
 
 
+@pytest.mark.slow
 def test_step_on_synthetic_data(tmp_path):
     file = tmp_path / "step.json"
     sizes = ["--vocab", 256, "--seq-length", 48, "--num-anchors", 16, "--json", file]

@@ -94,6 +94,7 @@ def test_a_measurement_that_cannot_be_right_is_named():
     assert "warning" not in measure_sps.show(SampledSps([1, 2], [10.0, 9.0], 2), [1, 2])
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_table(tiny_run, tmp_path):
     config, output = tmp_path / "run.yaml", tmp_path / "sps.json"
     config.write_text(tiny_config(tiny_run).to_yaml())

@@ -93,6 +93,7 @@ def test_a_cut_through_a_block(tmp_path, tp, shards):
         check_quantization(config, TargetSplit(tp, shards, shards))
 
 
+@pytest.mark.slow
 def test_training_says_what_is_missing(tiny_run, tmp_path):
     target = set_method(make_target(tmp_path / "target"), "fbgemm_fp8")
     sections = {"target": {"path": str(target)}, "train": {"output_dir": str(tmp_path / "run")}}

@@ -43,7 +43,8 @@ def test_only_sizes_that_split_are_asked_for(monkeypatch):
     """Others are not known to every version."""
     asked = []
     monkeypatch.setattr(
-        "dspark_megatron.targets.huggingface.split.DistributedConfig", lambda **sizes: asked.append(sizes)
+        "dspark_megatron.targets.huggingface.split.DistributedConfig",
+        lambda **sizes: asked.append(sizes),
     )
     TargetSplit(tp_size=2).distributed_config()
     TargetSplit(dp_size=4, shards=2).distributed_config()

@@ -346,6 +346,7 @@ def test_deepspec_layout_holds_every_state(pool, run, caches, tmp_path):
         pool.run(run_training, **place, config=config)
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs(tmp_path):
     tool = ["tools/benchmark_cache.py", "--folder", str(tmp_path), "--gib", "0.02", "--rounds", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
