@@ -94,7 +94,9 @@ def test_passes_of_the_target_are_those_that_it_makes(tmp_path):
 
 
 def test_a_length_that_the_target_was_not_made_for_is_noted(tmp_path):
-    config = load_config(ROOT / "examples" / "qwen3-4b.yaml", [f"target.path={PUBLIC}/qwen3-4b"])
+    config = load_config(
+        ROOT / "examples" / "qwen3-4b.yaml", [f"target.path={PUBLIC_CONFIGS}/qwen3-4b"]
+    )
     assert "max_position_embeddings" not in describe_run(config, 8)
     config.data.max_length = 50000
     assert "(50000) is more than the target's max_position_embeddings (40960)" in describe_run(
