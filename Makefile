@@ -17,7 +17,7 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
-# Minutes, in one process: no rank processes and no torchrun.
+# Two minutes on two quiet cores: all that needs neither torchrun nor ranks, and the draft on ranks.
 test-fast: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not slow"
 
