@@ -28,7 +28,6 @@ from support.tiny_tokenizer import CHATML_TEMPLATE, tiny_tokenizer
 
 SMOLLM2 = ROOT / "runs" / "quickstart" / "target"
 
-
 CHATS = {
     "one turn": ["hi there", "all the best"],
     "two turns": ["hi", "hello in there", "and  \n then?", "tell  him\n\nall"],

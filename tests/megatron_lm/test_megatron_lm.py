@@ -78,14 +78,8 @@ def averages(reported, group):
 
 
 OVERLAP = {"optimizer": {"overlap_grad_reduce": True}}
-
-
 PLAIN = {"optimizer": {"use_distributed_optimizer": False}}
-
-
 SPLIT_ROWS = {"parallel": {"sequence_parallel": True}}
-
-
 BF16 = {"train": {"dtype": "bfloat16"}}
 
 

@@ -10,7 +10,6 @@ from support.tiny_target import tiny_config
 
 DRAFT = dict(num_attention_heads=8, num_key_value_heads=4, head_dim=8, ffn_hidden_size=48)
 
-
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -19,7 +18,6 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-
 
 TARGETS = {
     "llama": (

@@ -18,18 +18,12 @@ from dspark_megatron.data.prompts.chat_prompts import make_prompt
 from support.chat_lines import prompt, read_rows, write_lines
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "sun", "moon", "sea"]
-
-
 SPECIAL = ["<|start|>", "<|end|>", "<unk>"]
-
-
 CHAT_TEMPLATE = (
     "{% if messages[0].content == 'unspeakable' %}{{ raise_exception('no such word') }}{% endif %}"
     "{% for m in messages %}<|start|> {{ m.role }} {{ m.content }} <|end|> {% endfor %}"
     "{% if add_generation_prompt %}<|start|> assistant {% endif %}"
 )
-
-
 OPTIONS = ["--max-new-tokens", "12", "--batch-size", "3", "--seed", "5", "--device", "cpu"]
 
 
