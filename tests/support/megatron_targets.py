@@ -60,7 +60,7 @@ def config_of(tiny_run, path, tp=1, ep=1, *, target=None, parallel=None, **secti
 
 
 def megatron_states(runtime, config):
-    """States, cached taps and the teacher check."""
+    """States and cached taps of a target whose logits were checked."""
     from dspark_megatron.run.build import build_draft, build_target
     from dspark_megatron.targets.start_checks import check_target_logits
 

@@ -18,6 +18,7 @@ from dspark_megatron.errors import ConfigError
 from dspark_megatron.evaluation.draft_records import DraftRecords
 from support.paths import ROOT
 from support.tiny_target import make_target, tiny_config
+from support.tool_runs import run_python
 from support.training_runs import (
     assert_same_curve,
     curve,
@@ -468,16 +469,8 @@ if __name__ == "__main__":
 def test_a_failure_on_one_rank_ends_all_with_its_message(tmp_path):
     script = tmp_path / "job.py"
     script.write_text(FAILING_JOB)
-    done = subprocess.run(
-        torchrun(2, str(script)),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode != 0
-    text = done.stdout + done.stderr
+    code, text = run_python(*torchrun(2, script))
+    assert code != 0
     assert "rank 1 failed" in text and "disk on fire" in text
     assert "rank 0 failed" not in text, "only the first failure is shown"
 
