@@ -175,7 +175,7 @@ def _scheduled_cut(settings: Any, block_size: int, checkpoint: Path | None) -> A
 
 def _claim_outputs(config: Any) -> Path:
     """Where the results go; ConfigError if any file could not be written."""
-    from dspark_megatron.storage.output_files import claim_file
+    from dspark_megatron.storage.writing import claim_file
 
     settings = config.evaluate
     output = Path(settings.output or f"{config.train.output_dir}/evaluation.json")
@@ -247,7 +247,7 @@ def _write(
 ) -> None:
     """What decoding gave, before anything else can fail."""
     from dspark_megatron.evaluation.run import draft_records
-    from dspark_megatron.storage.output_files import write_json
+    from dspark_megatron.storage.writing import write_json
 
     write_json(output, {**facts, "files": figures})
     records = config.evaluate.records
@@ -260,7 +260,7 @@ def _write(
 def _report(settings: Any, facts: dict, figures: dict, output: Path) -> None:
     """The table, and the figures with the estimates."""
     from dspark_megatron.evaluation.report import table
-    from dspark_megatron.storage.output_files import write_json
+    from dspark_megatron.storage.writing import write_json
 
     write_json(output, {**facts, "files": figures})
     print(table(figures, greedy=settings.temperature == 0), flush=True)

@@ -49,7 +49,7 @@ def _calibrate(args: argparse.Namespace) -> None:
     from dspark_megatron.evaluation.confidence.calibration import CalibrationSettings, calibrate
     from dspark_megatron.evaluation.confidence.calibration_records import load_records
     from dspark_megatron.evaluation.pages.plots import png, reliability_diagram, threshold_plot
-    from dspark_megatron.storage.output_files import write_files
+    from dspark_megatron.storage.writing import write_files
 
     settings = CalibrationSettings(
         labels=args.labels,
@@ -81,7 +81,7 @@ def _evaluate(args: argparse.Namespace) -> bool:
     from dspark_megatron import evaluate
     from dspark_megatron.config.loading import load_config
     from dspark_megatron.run.known_draft import evaluated_checkpoint, with_draft_of
-    from dspark_megatron.storage.output_files import claim_file
+    from dspark_megatron.storage.writing import claim_file
 
     require(
         len(args.records) == 1 and args.records[0].parent.is_dir(),

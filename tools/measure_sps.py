@@ -104,7 +104,7 @@ def measure(plan: Any, runtime: Any, args: argparse.Namespace) -> Any:
 
 def check(args: argparse.Namespace, plan: Any) -> None:
     from dspark_megatron.errors import require
-    from dspark_megatron.storage.output_files import claim_file
+    from dspark_megatron.storage.writing import claim_file
 
     tokens, context = args.batch_tokens, args.context_length
     require(

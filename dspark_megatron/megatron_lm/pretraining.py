@@ -3,7 +3,6 @@
 Megatron wraps and saves the draft alone; the frozen target is beside it.
 """
 
-import json
 import math
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -24,7 +23,6 @@ from dspark_megatron.run.agreement import agree
 from dspark_megatron.run.check import check_run, check_training_device
 from dspark_megatron.run.checkpoints import check_same_run
 from dspark_megatron.run.identity import export_settings, run_identity
-from dspark_megatron.run.output import replace_text
 from dspark_megatron.run.rank_facts import draft_facts, launch_facts, target_facts
 from dspark_megatron.run.runtime import Runtime, main_ranks_folder
 from dspark_megatron.run.states import states_source
@@ -32,6 +30,7 @@ from dspark_megatron.run.template_day import fix_template_day
 from dspark_megatron.shape.layout import check_batch_size
 from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.storage.training_checkpoint import FORMAT, META, TRACKER
+from dspark_megatron.storage.writing import write_json
 from dspark_megatron.targets.huggingface.quantization import check_quantization
 from dspark_megatron.training.forward_step import ForwardStep
 from dspark_megatron.training.loop import build_run_draft, load_data
@@ -210,5 +209,4 @@ def _keep_meta(pretraining: DraftPretraining, args: Namespace) -> None:
         "global_batch_size": plan.config.train.global_batch_size,
         "open_metrics": [],
     }
-    Path(args.save).mkdir(parents=True, exist_ok=True)
-    replace_text(Path(args.save) / META, json.dumps(meta, indent=2) + "\n")
+    write_json(Path(args.save) / META, meta)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from dspark_megatron.data.files.jsonl import read_jsonl
 from dspark_megatron.errors import require
+from dspark_megatron.storage.writing import whole_file
 
 SAMPLE_KEYS = ("input_ids", "loss_mask")
 """Tokens of a line; those of an answer that is replaced go with it."""
@@ -85,8 +86,7 @@ def open_partial(path: Path, settings: dict) -> dict[int, Answer]:
 
 def write_responses(output: Path, records: list[dict], answers: dict[int, Answer]) -> None:
     """Write the answered prompts in input order; `output` appears at once and whole."""
-    temporary = output.with_name(f"{output.name}.tmp")
-    with temporary.open("wb") as file:
+    with whole_file(output) as partial, partial.open("wb") as file:
         for index, record in enumerate(records):
             if index in answers:
                 answer = answers[index]
@@ -94,4 +94,3 @@ def write_responses(output: Path, records: list[dict], answers: dict[int, Answer
                 chat = {"messages": messages, "finish_reason": answer.finish_reason}
                 kept = {key: record[key] for key in record if key not in SAMPLE_KEYS}
                 file.write(json_line({**kept, **chat, **answer.sample()}))
-    os.replace(temporary, output)

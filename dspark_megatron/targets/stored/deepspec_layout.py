@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from dspark_megatron.errors import require
+from dspark_megatron.storage.writing import whole_file, write_files
 from dspark_megatron.targets.stored.kept_states import KeptStates, sample_key
-from dspark_megatron.targets.stored.layout import MAPPED_SHARDS, whole_file
+from dspark_megatron.targets.stored.layout import MAPPED_SHARDS
 
 VERSION = 2
 RECORD = struct.Struct("<QIIQQQQQ")
@@ -86,8 +87,7 @@ class DeepSpecLayout:
                     offsets.append(offset)
                     offset += size
                 records.append(RECORD.pack(i, shard, entries[i].length, *offsets))
-        with whole_file(folder / _INDEX) as partial:
-            partial.write_bytes(b"".join(records))
+        write_files(folder, {_INDEX: b"".join(records)})
 
     def manifest(self, facts: dict[str, Any], starts: list[int]) -> dict[str, Any]:
         shards = range(len(starts) - 1)

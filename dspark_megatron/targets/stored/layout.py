@@ -1,14 +1,9 @@
 """What caches of all layouts share: a manifest that is there once all else is."""
 
 import json
-import os
-import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from safetensors import SafetensorError
 from torch import Tensor
 
 from dspark_megatron.errors import ConfigError, require
@@ -19,7 +14,6 @@ UNFINISHED = "unfinished_manifest.json"
 """Its name while shards are missing."""
 MAPPED_SHARDS = 1024
 """At one time, by a reader; the system allows a process about 65,000."""
-_PARTIAL = ".partial_"
 
 
 class StatesLayout(Protocol):
@@ -84,38 +78,6 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from error
     require(isinstance(content, dict), f"{path} must hold a JSON object")
     return content
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    with whole_file(path) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def is_partial(name: str) -> bool:
-    """Whether a file was left by a job that was killed while it wrote it."""
-    return name.startswith(_PARTIAL)
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A name to write a file under; it then gets its own, on the disk in full."""
-    # A name of its own, since the command may by mistake run twice.
-    partial = path.with_name(f"{_PARTIAL}{secrets.token_hex(4)}_{path.name}")
-    try:
-        yield partial
-        partial.chmod(0o666 & ~_umask())  # safetensors makes files for their owner alone
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise ConfigError(f"cannot write {path}: {error}") from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dspark_megatron.data.blocks import BlockRules
 from dspark_megatron.errors import ConfigError, require
-from dspark_megatron.storage.safetensors_folder import open_safetensors
+from dspark_megatron.storage.safetensors_folder import open_safetensors, write_tensors
 from dspark_megatron.targets.stored.kept_states import (
     FLOAT8,
     KeptStates,
@@ -29,7 +28,7 @@ from dspark_megatron.targets.stored.kept_states import (
     target_positions,
     to_float8,
 )
-from dspark_megatron.targets.stored.layout import MAPPED_SHARDS, whole_file
+from dspark_megatron.targets.stored.layout import MAPPED_SHARDS
 
 FORMAT = "dspark-megatron target cache 1"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": FLOAT8}
@@ -96,8 +95,7 @@ class SafetensorsLayout:
 
     def write_shard(self, path: Path, samples: list[dict[str, Tensor]]) -> None:
         tensors = {name: torch.cat([one[name] for one in samples]) for name in samples[0]}
-        with whole_file(path) as partial:
-            save_file(tensors, partial)
+        write_tensors(path, tensors)
 
     def write_index(self, folder: Path, entries: list[SampleEntry], starts: list[int]) -> None:
         keys = torch.frombuffer(bytearray(b"".join(e.key for e in entries)), dtype=torch.uint8)
@@ -107,8 +105,7 @@ class SafetensorsLayout:
             "teachers": torch.tensor([entry.teachers for entry in entries]),
             "shard_starts": torch.tensor(starts),
         }
-        with whole_file(folder / _INDEX) as partial:
-            save_file(index, partial)
+        write_tensors(folder / _INDEX, index)
 
     def manifest(self, facts: dict[str, Any], starts: list[int]) -> dict[str, Any]:
         sizes = {"num_samples": starts[-1], "num_shards": len(starts) - 1}

@@ -14,15 +14,14 @@ from tqdm import tqdm
 from dspark_megatron.data.collate import collate
 from dspark_megatron.data.dataset import ConversationDataset
 from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.storage.writing import PARTIAL, claim_folder, write_json
 from dspark_megatron.targets.base import Target
 from dspark_megatron.targets.stored.layout import (
     MANIFEST,
     UNFINISHED,
     StatesLayout,
     differences,
-    is_partial,
     read_json,
-    write_json,
 )
 
 
@@ -70,13 +69,7 @@ class StatesWriter:
             f"the cache needs {_gib(size)} more and {self.output} has {_gib(free)}; make room, "
             "name another folder, or write less (--dtype float8, data.max_length)",
         )
-        try:
-            self.output.mkdir(parents=True, exist_ok=True)
-            for path in self.output.iterdir():
-                if is_partial(path.name):  # of a job that was killed
-                    path.unlink(missing_ok=True)
-        except OSError as error:
-            raise ConfigError(f"cannot write to {self.output}: {error}") from error
+        claim_folder(self.output, str(self.output))
         if not missing and (self.output / MANIFEST).is_file():
             self.layout.write_index(self.output, self.entries, self.starts)
             return []
@@ -157,7 +150,7 @@ class StatesWriter:
             f"{self.output} must be a folder and is a file; name another one",
         )
         names = [path.name for path in self.output.iterdir()] if self.output.exists() else []
-        if all(is_partial(name) for name in names):  # of a job that was killed in its first moment
+        if all(name.startswith(PARTIAL) for name in names):  # killed in its first moment
             return
         found = [self.output / name for name in (MANIFEST, UNFINISHED)]
         known = [path for path in found if path.is_file()]
