@@ -200,7 +200,7 @@ REFUSED = """
 import resource, signal, sys
 from pathlib import Path
 import torch
-from dspark_megatron.config import ConfigError
+from dspark_megatron.errors import ConfigError
 from dspark_megatron.conversion.safetensors_writer import TensorSpec, write_safetensors
 
 count, length = int(sys.argv[2]), int(sys.argv[3])
