@@ -12,7 +12,7 @@ BELOW = {
     "shape": {"errors", "config"},
     "ops": {"errors", "config"},
     "mcore": {"errors", "config"},
-    "data": {"errors", "config", "ops"},
+    "data": {"errors", "config", "ops", "storage"},
     "storage": {"errors", "config", "shape"},
     # The draft reads the blocks of a batch by their names.
     "model": {"errors", "config", "shape", "ops", "mcore", "data"},
