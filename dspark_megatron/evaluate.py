@@ -35,7 +35,7 @@ def _evaluate(job: Any, config: Any) -> None:
     import torch
 
     from dspark_megatron.data.chats.answers import AnswerRules
-    from dspark_megatron.data.prompts.evaluation import load_prompts
+    from dspark_megatron.data.prompts.chat_prompts import load_prompts
     from dspark_megatron.evaluation.estimate import EstimateSettings
     from dspark_megatron.evaluation.run import all_figures, estimates, evaluate_prompts
     from dspark_megatron.run.agreement import agree

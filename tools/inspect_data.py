@@ -23,7 +23,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def inspect(args: argparse.Namespace) -> str:
     from dspark_megatron.config.loading import load_config
-    from dspark_megatron.data.show import BRACKETS, GREEN, describe_sample
+    from dspark_megatron.data.conversation import BRACKETS, GREEN, describe_sample
     from dspark_megatron.run.check import check_run
     from dspark_megatron.run.data import load_run_data
     from dspark_megatron.run.data_report import describe_data

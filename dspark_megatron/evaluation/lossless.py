@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from dspark_megatron.data.prompts.evaluation import Prompt
+from dspark_megatron.data.prompts.chat_prompts import Prompt
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.evaluation.decoding import Decoder
 from dspark_megatron.evaluation.generation import Generation

@@ -13,7 +13,7 @@ from torch import Tensor
 from dspark_megatron.config import Config
 from dspark_megatron.data.blocks import BlockRules, has_block
 from dspark_megatron.data.chats.answers import AnswerRules
-from dspark_megatron.data.chats.said import Tags
+from dspark_megatron.data.chats.reasoning import Tags
 from dspark_megatron.data.dataset import ConversationDataset, SampleRules, load_samples
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.run.check import RunPlan

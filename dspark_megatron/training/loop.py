@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from dspark_megatron.data.conversation import describe_sample
 from dspark_megatron.data.dataset import ConversationDataset
 from dspark_megatron.data.micro_batches import MicroBatches
-from dspark_megatron.data.show import describe_sample
 from dspark_megatron.mcore.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.run.agreement import agree

@@ -8,10 +8,10 @@ from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dspark_megatron.data.collate import collate
-from dspark_megatron.data.conversation import ConversationEncoder, Sample
+from dspark_megatron.data.conversation import ConversationEncoder, Sample, describe_sample
 from dspark_megatron.data.dataset import ConversationDataset, load_samples
 from dspark_megatron.data.files.jsonl import read_jsonl
-from dspark_megatron.data.prompts.evaluation import load_prompts
+from dspark_megatron.data.prompts.chat_prompts import load_prompts
 from dspark_megatron.data.sampler import (
     SampleRef,
     StepSampler,
@@ -19,7 +19,6 @@ from dspark_megatron.data.sampler import (
     global_batch,
     sample_at,
 )
-from dspark_megatron.data.show import describe_sample
 from dspark_megatron.errors import ConfigError
 from support.chat_lines import chat, tokens, write_jsonl
 from support.paths import ROOT
@@ -84,7 +83,7 @@ def test_the_answers_and_their_end_of_turn_are_supervised(tokenizer) -> None:
     rendered = tokenizer.apply_chat_template(record["messages"], tokenize=True, return_dict=True)
     assert sample.input_ids.tolist() == rendered["input_ids"]
     assert supervised_text(tokenizer, sample) == "hello<|im_end|>bye<|im_end|>"
-    assert sample.input_ids.dtype == torch.int64 and sample.loss_mask.dtype == torch.bool
+    assert sample.input_ids.dtype == torch.int32 and sample.loss_mask.dtype == torch.bool
 
 
 @pytest.mark.parametrize("name", CHATS)

@@ -30,7 +30,6 @@ from dspark_megatron.storage.target_folder import (
     tensor_files,
     tensor_shapes,
 )
-from support.paths import ROOT
 
 LARGE = 10**9
 

@@ -9,9 +9,9 @@ import pytest
 
 from dspark_megatron.config.loading import config_from_dict
 from dspark_megatron.data.chats.answers import AnswerRules
-from dspark_megatron.data.chats.template import ChatTemplate
-from dspark_megatron.data.chats.template_date import on_day, reads_clock
-from dspark_megatron.data.prompts.evaluation import load_prompts
+from dspark_megatron.data.chats.messages import Chat
+from dspark_megatron.data.chats.template import ChatTemplate, on_day, reads_clock
+from dspark_megatron.data.prompts.chat_prompts import load_prompts
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.run import states as target_cache
 from dspark_megatron.run.check import check_run
@@ -33,8 +33,8 @@ CLOCK = "{% set day = strftime_now('%d %B %Y') %}Today is {{ day }}.\n" + CHATML
 def rendered(template, day="2026-03-05"):
     tokenizer = tiny_tokenizer(VOCAB_SIZE)
     tokenizer.chat_template = template
-    messages = chat("hi", "hello")["messages"]
-    return ChatTemplate(tokenizer, rules=AnswerRules(template_date=day)).render(messages)
+    asked = Chat(chat("hi", "hello")["messages"], {})
+    return ChatTemplate(tokenizer, rules=AnswerRules(template_date=day)).render_prompt(asked)
 
 
 @pytest.mark.parametrize("directive", ["%Y-%m-%d", "%d %b %Y", "%B %-d, %Y", "%A %j", "%H:%M"])
