@@ -25,8 +25,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from dspark_megatron.config import LossConfig
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.model.draft_model import DSparkDraftModel
+from dspark_megatron.run.identity import clock_hint
 from dspark_megatron.run.output import replace_text
-from dspark_megatron.run.template_day import clock_hint
 from dspark_megatron.storage.checkpoint_metadata import check_whole, damaged
 from dspark_megatron.storage.torch_dist_folder import cause_of
 from dspark_megatron.storage.training_checkpoint import (

@@ -15,8 +15,12 @@ from dspark_megatron.data.blocks import BlockRules, has_block
 from dspark_megatron.data.chats.answers import AnswerRules
 from dspark_megatron.data.chats.said import Tags
 from dspark_megatron.data.dataset import ConversationDataset, SampleRules, load_samples
+from dspark_megatron.data.show import describe_sample
 from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.run.agreement import agree
 from dspark_megatron.run.check import RunPlan
+from dspark_megatron.run.rank_facts import data_facts
+from dspark_megatron.run.runtime import Runtime
 from dspark_megatron.storage.target_folder import stop_token_ids
 
 
@@ -55,6 +59,21 @@ def load_run_data(
         read_indexed=read_indexed,
         show_progress=show_progress,
     )
+
+
+def load_train_data(plan: RunPlan, runtime: Runtime) -> ConversationDataset:
+    """The training samples, the same on all ranks; the main rank says what became of the files'
+    lines."""
+    data = plan.config.data
+    dataset = load_run_data(
+        plan, data.train_files, weights=data.weights, show_progress=runtime.is_main
+    )
+    agree(data_facts("data.train_files", data.train_files, dataset))
+    if runtime.is_main:
+        print(dataset.report.describe(), flush=True)
+        if data.show_sample:
+            print(describe_sample(dataset[0], plan.tokenizer), flush=True)
+    return dataset
 
 
 def read_indexed(prefix: Path) -> Iterator[Tensor]:

@@ -124,7 +124,7 @@ def _environment() -> dict[str, str]:
 
 def target_facts(plan: RunPlan) -> Facts:
     """The target's config, tokenizer, template and weights."""
-    path, tokenizer = Path(plan.config.target.path), plan.tokenizer
+    path, tokenizer = Path(plan.config.target.path), plan.found_tokenizer
     facts = {
         f"the target's {name}": file_digest(path / name)
         for name in ("config.json", "generation_config.json")
