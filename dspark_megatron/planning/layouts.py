@@ -114,7 +114,9 @@ def layouts(
         "out, or look at one layout with --dry-run",
     )
     check_family(base, target_config)
-    shape, found, refused = draft_shape(base.model, target_config), [], {}
+    shape = draft_shape(base.model, target_config)
+    found: list[Candidate] = []
+    refused: dict[int, str] = {}
     for config in _configs(base, machine, fixed):
         tp = config.parallel.tensor_parallel
         try:

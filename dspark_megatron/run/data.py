@@ -27,13 +27,14 @@ from dspark_megatron.storage.target_folder import stop_token_ids
 def sample_rules(config: Config) -> SampleRules:
     """What training makes of a sample, the target's stop tokens aside."""
     data, rules = config.data, BlockRules.of(config.loss)
-    tags = Tags(*map(str.strip, data.reasoning_tags))
+    opening, closing = data.reasoning_tags
+    tags = Tags(opening.strip(), closing.strip())
     return SampleRules(
         max_length=data.max_length,
         min_loss_tokens=config.min_loss_tokens,
         mask_token_id=config.model.mask_token_id,
         skip_bad_lines=data.skip_bad_lines,
-        reasoning_tags=tuple(data.reasoning_tags) if data.reasoning == "mask" else None,
+        reasoning_tags=(opening, closing) if data.reasoning == "mask" else None,
         answers=AnswerRules(tags=tags, template_date=data.template_date),
         has_block=partial(has_block, block_size=config.model.block_size, rules=rules),
     )

@@ -18,6 +18,7 @@ from dspark_megatron.run.check import RunPlan
 from dspark_megatron.run.identity import clock_hint, template_day
 from dspark_megatron.run.runtime import Runtime
 from dspark_megatron.targets.base import StatesSource, Target
+from dspark_megatron.targets.huggingface.target import HuggingFaceTarget
 from dspark_megatron.targets.megatron.pipeline import PipelineTarget
 from dspark_megatron.targets.start_checks import check_packing, check_target_logits
 from dspark_megatron.targets.stored import deepspec_layout as deepspec_cache
@@ -53,6 +54,7 @@ def checked_target(
         first = dataset[0].input_ids[None]
         check_target_logits(target, config.target.path, head, shard, first)
     if config.target.packing:
+        assert isinstance(target, HuggingFaceTarget), "no other packs"
         few = (dataset[i % len(dataset)] for i in range(3))
         check_packing(target, [sample.input_ids for sample in few])
     return target

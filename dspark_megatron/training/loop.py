@@ -54,8 +54,8 @@ def train(plan: RunPlan, runtime: Runtime, stop: StopRequests) -> None:
         claim_output(output_dir, plan.config)
     dist.barrier()
     resume_from = checkpoint_to_resume(plan, output_dir / "checkpoints", runtime)
-    if state := finished_state(plan, resume_from, output_dir, runtime):
-        return finish_again(plan, runtime, output_dir, state)
+    if finished := finished_state(plan, resume_from, output_dir, runtime):
+        return finish_again(plan, runtime, output_dir, finished)
     agree(start_facts(plan, resume_from))
     if plan.config.target.is_stored:
         open_stored_states(plan)  # refused before the data are read

@@ -75,7 +75,7 @@ def plan_of(folder, template=CLOCK, **data):
     tokenizer = tiny_tokenizer(VOCAB_SIZE)
     tokenizer.chat_template = template
     config = config_from_dict({"train": {"output_dir": str(folder)}, "data": data})
-    return SimpleNamespace(config=config, tokenizer=tokenizer)
+    return SimpleNamespace(config=config, tokenizer=tokenizer, found_tokenizer=tokenizer)
 
 
 def fixed(plan, **where):

@@ -145,7 +145,7 @@ RECIPES = {
     "deepseek-v3": 32,
 }
 """Ranks by recipe."""
-EXAMPLES = PUBLIC.parents[1] / "examples"
+EXAMPLES = PUBLIC.parents[2] / "examples"
 
 
 def test_every_recipe_has_a_public_config():
