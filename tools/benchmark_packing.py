@@ -51,11 +51,11 @@ class Variants:
     def __init__(self, config: Config, runtime: Runtime, steps: int) -> None:
         from dspark_megatron.mcore.optimizer import wrap_data_parallel
         from dspark_megatron.run.build import build_draft, build_target
-        from dspark_megatron.run.check import check_run
+        from dspark_megatron.run.check import check
         from dspark_megatron.run.data import load_run_data
         from dspark_megatron.training.step import GradientStep
 
-        plan = check_run(config, runtime.world_size)
+        plan = check(config, runtime.world_size)
         self.block_size, self.device = plan.shape.block_size, runtime.device
         dataset = load_run_data(plan, config.data.train_files, weights=config.data.weights)
         self.batches = {

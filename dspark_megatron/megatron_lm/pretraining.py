@@ -20,20 +20,18 @@ from dspark_megatron.errors import require
 from dspark_megatron.megatron_lm.arguments import config_from_args
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.run.agreement import agree
-from dspark_megatron.run.check import check_run, check_training_device
+from dspark_megatron.run.check import check
 from dspark_megatron.run.checkpoints import check_same_run
-from dspark_megatron.run.identity import export_settings, run_identity
+from dspark_megatron.run.data import load_train_data
+from dspark_megatron.run.identity import export_settings, fix_template_day, run_identity
 from dspark_megatron.run.rank_facts import draft_facts, launch_facts, target_facts
 from dspark_megatron.run.runtime import Runtime, main_ranks_folder
 from dspark_megatron.run.states import states_source
-from dspark_megatron.run.template_day import fix_template_day
-from dspark_megatron.shape.layout import check_batch_size
 from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.storage.training_checkpoint import FORMAT, META, TRACKER
 from dspark_megatron.storage.writing import write_json
-from dspark_megatron.targets.huggingface.quantization import check_quantization
 from dspark_megatron.training.forward_step import ForwardStep
-from dspark_megatron.training.loop import build_run_draft, load_data
+from dspark_megatron.training.loop import build_run_draft
 from dspark_megatron.training.metrics import MetricSums
 
 _MOST_TOKENS = 2**31 - 1
@@ -47,16 +45,12 @@ class DraftPretraining:
         """Makes the draft, reads the data and loads the target. Raises ConfigError for settings
         that cannot work. is_new: no checkpoint is to be loaded, so the draft has the weights that
         it starts from."""
-        self.plan = plan = check_run(config, runtime.world_size)
-        check_batch_size(config.train, plan.dp_size)
-        check_training_device(config)
+        self.plan = plan = check(config, runtime.world_size, use="train")
         fix_template_day(plan, _main_ranks)
-        if not config.target.is_stored:
-            check_quantization(plan.target_config, plan.target_split)
         self.runtime = runtime
         agree(launch_facts(config, command="pretrain") | target_facts(plan))
         self.draft = build_run_draft(plan, runtime, is_new=is_new)
-        self.dataset = load_data(plan, runtime)
+        self.dataset = load_train_data(plan, runtime)
         self._batches = MicroBatches(config, self.dataset, dp_group=runtime.dp_group)
         agree(draft_facts(self.draft, runtime.tp_group.rank()))
         target = states_source(plan, runtime, self.dataset, self.draft)

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from dspark_megatron.config import LossConfig
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.model.draft_model import DSparkDraftModel
-from dspark_megatron.run.template_day import clock_hint
+from dspark_megatron.run.identity import clock_hint
 from dspark_megatron.storage.checkpoint_metadata import check_whole, damaged
 from dspark_megatron.storage.torch_dist_folder import cause_of
 from dspark_megatron.storage.training_checkpoint import (

@@ -13,11 +13,13 @@ from dspark_megatron.data.blocks import BlockRules
 from dspark_megatron.data.dataset import ConversationDataset
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.model.draft_model import DSparkDraftModel
-from dspark_megatron.run.build import build_target
+from dspark_megatron.run.build import build_target, read_target_head
 from dspark_megatron.run.check import RunPlan
+from dspark_megatron.run.identity import clock_hint, template_day
 from dspark_megatron.run.runtime import Runtime
-from dspark_megatron.run.template_day import clock_hint, template_day
-from dspark_megatron.targets.base import StatesSource
+from dspark_megatron.targets.base import StatesSource, Target
+from dspark_megatron.targets.huggingface.target import HuggingFaceTarget
+from dspark_megatron.targets.megatron.pipeline import PipelineTarget
 from dspark_megatron.targets.start_checks import check_packing, check_target_logits
 from dspark_megatron.targets.stored import deepspec_layout as deepspec_cache
 from dspark_megatron.targets.stored import safetensors_layout as row_cache
@@ -29,21 +31,36 @@ def states_source(
     plan: RunPlan, runtime: Runtime, dataset: ConversationDataset, draft: DSparkDraftModel
 ) -> StatesSource:
     """Collective over the world. Raises ConfigError for a target that is not what it seems."""
-    config = plan.config
-    if config.target.is_stored:
+    if plan.config.target.is_stored:
         return stored_states_of(plan, runtime, dataset)
+    return checked_target(plan, runtime, dataset, draft)
+
+
+def checked_target(
+    plan: RunPlan,
+    runtime: Runtime,
+    dataset: ConversationDataset,
+    draft: DSparkDraftModel | None = None,
+) -> Target | PipelineTarget:
+    """The target, seen on its first samples to be what it seems; ConfigError where it is not.
+    Collective over the world. Without a draft the target's LM head is read for it."""
+    config = plan.config
     target = build_target(plan, runtime, with_last_hidden=config.needs_target_logits)
     if config.target.check_logits and config.needs_target_logits:
+        if draft is not None:
+            head, shard = draft.lm_head, draft.vocab_shard
+        else:
+            head, shard = read_target_head(plan, target, tp_group=runtime.tp_group)
         first = dataset[0].input_ids[None]
-        place = draft.lm_head, draft.vocab_shard
-        check_target_logits(target, config.target.path, *place, first)
+        check_target_logits(target, config.target.path, head, shard, first)
     if config.target.packing:
+        assert isinstance(target, HuggingFaceTarget), "no other packs"
         few = (dataset[i % len(dataset)] for i in range(3))
         check_packing(target, [sample.input_ids for sample in few])
     return target
 
 
-def target_facts(plan: RunPlan) -> dict[str, Any]:
+def states_facts(plan: RunPlan) -> dict[str, Any]:
     """What states are of."""
     return {
         "target_fingerprint": plan.target_fingerprint,
@@ -53,7 +70,7 @@ def target_facts(plan: RunPlan) -> dict[str, Any]:
     }
 
 
-def row_facts(plan: RunPlan) -> dict[str, Any]:
+def kept_facts(plan: RunPlan) -> dict[str, Any]:
     """What decides which of them our own layout keeps."""
     return {
         "last_hidden": "after the final norm" if plan.config.needs_target_logits else "none",
@@ -62,7 +79,7 @@ def row_facts(plan: RunPlan) -> dict[str, Any]:
     }
 
 
-def data_facts(plan: RunPlan) -> dict[str, Any]:
+def sample_facts(plan: RunPlan) -> dict[str, Any]:
     """What decides on the tokens of a sample."""
     day = template_day(plan)
     return {
@@ -101,7 +118,7 @@ def stored_states_of(plan: RunPlan, runtime: Runtime, data: ConversationDataset)
     cache = open_stored_states(plan)
     if runtime.is_main and "target_fingerprint" not in cache.facts:
         print(f"{cache.path} does not say of which weights it is: not checked", flush=True)
-    there, here = cache.facts.get("data", {}), data_facts(plan)
+    there, here = cache.facts.get("data", {}), sample_facts(plan)
     hints = differences(there, here) if there else []
     if hint := clock_hint(there, here):
         hints = [*hints, hint.strip(" .")]
@@ -110,7 +127,7 @@ def stored_states_of(plan: RunPlan, runtime: Runtime, data: ConversationDataset)
 
 def _wrong(plan: RunPlan, there: dict[str, Any]) -> list[str]:
     """How what a cache says of itself does not suit; what it does not say is not compared."""
-    here = {**target_facts(plan), **row_facts(plan)}
+    here = {**states_facts(plan), **kept_facts(plan)}
     if not plan.config.needs_target_logits:
         del here["last_hidden"]
     if there.get("block_size", 0) >= here["block_size"]:

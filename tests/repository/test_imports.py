@@ -25,9 +25,9 @@ ABOVE = {
     "run": set(),
     "planning": {"run"},
     "evaluation": {"run"},
-    "training": {"run", "evaluation"},
+    "training": {"run", "planning", "evaluation"},
     "megatron_lm": {"run", "evaluation", "training"},
-    "train": {"run", "planning", "training"},
+    "train": {"run", "training"},
     "evaluate": {"run", "evaluation"},
 }
 MAY_IMPORT = BELOW | {room: set(BELOW) | more for room, more in ABOVE.items()}

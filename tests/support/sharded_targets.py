@@ -10,10 +10,10 @@ def own_states(runtime, config, with_last_hidden):
     """States of another sequence, and of another length, on each data-parallel rank; elements of
     the target on this rank before and after."""
     from dspark_megatron.run.build import build_target
-    from dspark_megatron.run.check import check_run
+    from dspark_megatron.run.check import check
 
     target = build_target(
-        check_run(config, runtime.world_size), runtime, with_last_hidden=with_last_hidden
+        check(config, runtime.world_size), runtime, with_last_hidden=with_last_hidden
     )
     before = elements(target.model)
     ids = torch.arange(7 + runtime.dp_group.rank())[None] * 3 + 20

@@ -16,9 +16,9 @@ IDS = torch.arange(36).view(3, 12) + 40
 def passes(runtime, config):
     """States of IDS and the shape of every forward pass."""
     from dspark_megatron.run.build import build_target
-    from dspark_megatron.run.check import check_run
+    from dspark_megatron.run.check import check
 
-    target, shapes = build_target(check_run(config, runtime.world_size), runtime), []
+    target, shapes = build_target(check(config, runtime.world_size), runtime), []
     target.model.register_forward_pre_hook(
         lambda _module, _inputs, arguments: shapes.append(tuple(arguments["input_ids"].shape)),
         with_kwargs=True,

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.run.build import build_target
-from dspark_megatron.run.check import check_run
+from dspark_megatron.run.check import check as check_run
 from dspark_megatron.run.runtime import Runtime
 from dspark_megatron.targets.huggingface.target import HuggingFaceTarget
 from dspark_megatron.targets.start_checks import check_packing

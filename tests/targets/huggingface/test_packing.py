@@ -85,10 +85,10 @@ TARGETS = {
 def states_of(runtime, config, ids, lengths, one_row=False):
     """Packed; the shape of every pass; then of each sample alone."""
     from dspark_megatron.run.build import build_target
-    from dspark_megatron.run.check import check_run
+    from dspark_megatron.run.check import check
     from dspark_megatron.targets.huggingface.packing import PackedSequences
 
-    target, shapes = build_target(check_run(config, runtime.world_size), runtime), []
+    target, shapes = build_target(check(config, runtime.world_size), runtime), []
     target.model.register_forward_pre_hook(
         lambda _module, _inputs, arguments: shapes.append(tuple(arguments["input_ids"].shape)),
         with_kwargs=True,
@@ -147,9 +147,9 @@ def test_a_token_of_one_sample_changes_nothing_in_another(pool, tiny_run, tmp_pa
 def states_of_own(runtime, config, every):
     """Packed, of other samples on each data-parallel rank, and which."""
     from dspark_megatron.run.build import build_target
-    from dspark_megatron.run.check import check_run
+    from dspark_megatron.run.check import check
 
-    target = build_target(check_run(config, runtime.world_size), runtime)
+    target = build_target(check(config, runtime.world_size), runtime)
     own = every[runtime.dp_group.rank() % len(every)]
     lengths = [LENGTHS[i] for i in own]
     return target.states(samples()[own, : max(lengths)], lengths=lengths), own

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dspark_megatron.planning.memory import rank_memory
-from dspark_megatron.run.check import check_run
+from dspark_megatron.run.check import check
 from support.megatron_targets import config_of, whole
 from support.target_states import IDS as TOKENS
 
@@ -156,7 +156,7 @@ def checked_states(runtime, config):
     from dspark_megatron.run.build import build_draft, build_target
     from dspark_megatron.targets.start_checks import check_target_logits
 
-    plan = check_run(config, runtime.world_size)
+    plan = check(config, runtime.world_size)
     target, draft = build_target(plan, runtime), build_draft(plan, runtime)
     check_target_logits(target, config.target.path, draft.lm_head, draft.vocab_shard, TOKENS)
     states = target.states(TOKENS)
@@ -195,5 +195,5 @@ def test_stages_of_a_folder_and_of_a_checkpoint(
     for taps, last_hidden, _ in ranks:
         torch.testing.assert_close(taps, expected[0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(last_hidden, expected[1], rtol=1e-4, atol=1e-5)
-    planned = rank_memory(check_run(config, world)).held["frozen target"]
+    planned = rank_memory(check(config, world)).held["frozen target"]
     assert max(held for *_, held in ranks) == planned

@@ -224,11 +224,11 @@ def test_a_cache_of_another_run_is_refused(pool, run, caches, sections, message)
 
 def states_read_ahead(runtime, config):
     """What is expected and asked for, but for one; asked for alone; and how often it was read."""
-    from dspark_megatron.run.check import check_run
+    from dspark_megatron.run.check import check
     from dspark_megatron.run.data import load_run_data
     from dspark_megatron.run.states import stored_states_of
 
-    plan = check_run(config, runtime.world_size)
+    plan = check(config, runtime.world_size)
     data = load_run_data(plan, config.data.train_files)
     target, read = stored_states_of(plan, runtime, data), []
     rows = target._cache.rows
@@ -370,8 +370,8 @@ def test_what_needs_the_target_says_so(run, tiny_run, tmp_path):
     with pytest.raises(ConfigError, match="needs the target for answers that are not in a cache"):
         evaluate = {"every": 2, "heldout_files": [str(other)]}
         cached(run, "x", "somewhere", evaluate=evaluate)
-    from dspark_megatron.evaluate import _with_checkpoint
+    from dspark_megatron.evaluation.command import with_checkpoint
 
     with pytest.raises(ConfigError, match="a cache has no states of new tokens"):
         prompts = {"prompt_files": [str(other)]}
-        _with_checkpoint(cached(run, "x", "somewhere", evaluate=prompts))
+        with_checkpoint(cached(run, "x", "somewhere", evaluate=prompts))
