@@ -106,8 +106,7 @@ def prepare(plan: Any, runtime: Any, output: Path, args: argparse.Namespace) -> 
 
 
 def layout_and_facts(plan: Any, data: Any, args: argparse.Namespace) -> tuple[Any, dict]:
-    from dspark_megatron.data.blocks import BlockRules
-    from dspark_megatron.run.states import data_facts, row_facts, target_facts
+    from dspark_megatron.run.states import data_facts, kept_facts, target_facts
     from dspark_megatron.targets.stored.deepspec_layout import DeepSpecLayout
     from dspark_megatron.targets.stored.safetensors_layout import SafetensorsLayout
 
@@ -124,10 +123,10 @@ def layout_and_facts(plan: Any, data: Any, args: argparse.Namespace) -> tuple[An
         len(shape.target_layer_ids),
         args.dtype,
         shape.block_size,
-        BlockRules.of(config.loss),
+        config.loss,
         with_last_hidden=config.needs_target_logits,
     )
-    return layout, {**facts, **row_facts(plan)}
+    return layout, {**facts, **kept_facts(plan)}
 
 
 def size_line(plan: Any, data: Any, writer: Any) -> str:

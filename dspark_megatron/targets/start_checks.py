@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
@@ -17,6 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from dspark_megatron.data.batch import Batch
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.ops.vocab_parallel import VocabShard
 from dspark_megatron.storage.target_folder import load_target_config
@@ -76,7 +76,7 @@ def _last_states(target: HuggingFaceTarget, input_ids: Tensor) -> tuple[Tensor, 
     hook = target.layers[-1].register_forward_hook(
         lambda _module, _inputs, output: kept.append(layer_output(output))
     )
-    states = target.states(input_ids)
+    states = target.states(Batch(input_ids))
     hook.remove()
     # In several passes it comes in pieces, and what follows them is another rank's need of passes.
     return torch.cat(kept, dim=1)[:, : input_ids.shape[1]], states.last_hidden
@@ -116,11 +116,10 @@ def check_packing(target: HuggingFaceTarget, samples: Sequence[Tensor]) -> None:
     """
     most = min(_TOKENS, (target.packer.max_tokens or len(samples) * _TOKENS) // len(samples))
     ids = [sample[: max(1, most)] for sample in samples]
-    lengths = [len(sample) for sample in ids]
-    packed = target.packed_states(pad_sequence(ids, batch_first=True), lengths, _rows(target, ids))
+    packed = _whole(target.packed_states(Batch.of(ids), _sequences(target, ids)))
     differences = [
-        mean_distance(_whole(packed)[i, :length], _whole(target.states(ids[i][None]))[0])
-        for i, length in enumerate(lengths)
+        mean_distance(packed[i, : len(one)], _whole(target.states(Batch(one[None])))[0])
+        for i, one in enumerate(ids)
     ]
     tolerance = rounding_of(target.model.dtype)
     require(
@@ -133,7 +132,7 @@ def check_packing(target: HuggingFaceTarget, samples: Sequence[Tensor]) -> None:
     )
 
 
-def _rows(target: HuggingFaceTarget, ids: list[Tensor]) -> list[PackedSequences]:
+def _sequences(target: HuggingFaceTarget, ids: list[Tensor]) -> list[PackedSequences]:
     rows = [[0, 1], list(range(2, len(ids)))] if len(ids) > 2 else [[0, 1]]
     groups = [rows] if target.packer.has_masks else [[row] for row in rows]
     return [
@@ -183,7 +182,7 @@ def check_pieces_agree(target: Target, input_ids: Tensor) -> None:
         tokens = torch.cat([own, ids[:, :drafts]], dim=1)
         found.append(target.extend(tokens, cache).last_hidden[:, : end - start])
         target.forget(cache, [drafts])
-    whole = target.states(ids).last_hidden
+    whole = target.states(Batch(ids)).last_hidden
     difference = mean_distance(torch.cat(found, dim=1)[0].float(), whole[0].float())
     most = rounding_of(target.dtype)
     require(

@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dspark_megatron.data.batch import Batch
 from dspark_megatron.run.check import check_run
 from support.target_families import make_family
 from support.target_states import IDS, cached_taps
@@ -78,7 +79,7 @@ def megatron_states(runtime, config):
     plan = check_run(config, runtime.world_size)
     target, draft = build_target(plan, runtime), build_draft(plan, runtime)
     check_target_logits(target, config.target.path, draft.lm_head, draft.vocab_shard, IDS)
-    states = target.states(IDS)
+    states = target.states(Batch(IDS))
     return states.taps, states.last_hidden, cached_taps(target)
 
 

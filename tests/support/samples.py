@@ -1,13 +1,12 @@
 """Lines of chats, tokenizers and the samples made of them."""
 
 import json
-from functools import partial
 from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from dspark_megatron.data.blocks import has_block
+from dspark_megatron.data.blocks import DEFAULT_LOSS
 from dspark_megatron.data.conversation import Sample
 from dspark_megatron.data.dataset import SampleRules
 from support.tiny import tiny_tokenizer
@@ -64,7 +63,8 @@ def sample_rules(max_length: int, min_loss_tokens: int, **rules: object) -> Samp
     return SampleRules(
         max_length=max_length,
         min_loss_tokens=min_loss_tokens,
-        has_block=partial(has_block, block_size=4),
+        block_size=4,
+        loss=DEFAULT_LOSS,
         **rules,
     )
 

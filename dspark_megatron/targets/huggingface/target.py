@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from dspark_megatron.config import TargetConfig
+from dspark_megatron.data.batch import Batch
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.ops.transfer import to_device
 from dspark_megatron.targets.base import Target, TargetStates
@@ -53,29 +54,26 @@ class HuggingFaceTarget(Target):
         for layer_id in target_layer_ids:
             self.layers[layer_id].register_forward_hook(self._keeper(layer_id))
 
-    def states(
-        self, input_ids: Tensor, *, lengths: list[int] | None = None, **_: Any
-    ) -> TargetStates:
-        if self.packer is not None and lengths is not None and len(lengths) > 1:
-            return self.packed_states(input_ids, lengths, self.packer.groups(lengths))
+    def states(self, batch: Batch) -> TargetStates:
+        if self.packer is not None and batch.lengths is not None and len(batch.lengths) > 1:
+            return self.packed_states(batch, self.packer.groups(batch.lengths))
         if self._max_tokens is None:
-            states = self._run(input_ids, use_cache=False)
+            states = self._run(batch.input_ids, use_cache=False)
         else:
             states = states_in_passes(
-                to_device(input_ids, self.device),
+                to_device(batch.input_ids, self.device),
                 self._max_tokens,
                 self._run_pieces,
                 lockstep_group=self._lockstep_group,
             )
-        return replace(states, positions=input_ids.numel())
+        return replace(states, positions=batch.input_ids.numel())
 
-    def packed_states(
-        self, input_ids: Tensor, lengths: list[int], groups: list[PackedSequences]
-    ) -> TargetStates:
-        """`states` with the samples in these rows; 0 where input_ids is padding."""
-        rows = [group.take(to_device(input_ids, self.device), lengths) for group in groups]
-        found = run_in_step(rows, self._run_pieces, lockstep_group=self._lockstep_group)
-        return unpacked(found, groups, lengths)
+    def packed_states(self, batch: Batch, groups: list[PackedSequences]) -> TargetStates:
+        """`states` with the samples packed so; 0 where input_ids is padding."""
+        input_ids = to_device(batch.input_ids, self.device)
+        packed = [group.take(input_ids, batch.lengths) for group in groups]
+        found = run_in_step(packed, self._run_pieces, lockstep_group=self._lockstep_group)
+        return unpacked(found, groups, batch.lengths)
 
     @property
     def _lockstep_group(self) -> dist.ProcessGroup | None:
