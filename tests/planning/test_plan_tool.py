@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dspark_megatron.config.loading import load_config
+from dspark_megatron.data.batch import Batch
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.planning.dry_run import describe_run
 from dspark_megatron.planning.layouts import Machine
@@ -217,7 +218,7 @@ def reduced_bytes(runtime, config):
 
     target = build_target(check(config, runtime.world_size), runtime)
     with Reduced() as counter:
-        target.states(torch.arange(40)[None])
+        target.states(Batch(torch.arange(40)[None]))
     return counter.total
 
 

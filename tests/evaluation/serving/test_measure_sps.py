@@ -10,6 +10,7 @@ import pytest
 import torch
 import verification_steps
 
+from dspark_megatron.data.batch import Batch
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.evaluation.serving.sps_table import AdditiveSps, SampledSps, read_sps_table
 from support.paths import ROOT
@@ -33,7 +34,7 @@ def steps(runtime, config):
     verifier = verification_steps.Verifier(plan, runtime, context_length=20)
     prompts = torch.cat([verifier.token_ids(1, 20) for _ in range(2)])
     new = verifier.token_ids(2, 3)
-    whole = verifier.target.states(torch.cat([prompts, new], dim=1))
+    whole = verifier.target.states(Batch(torch.cat([prompts, new], dim=1)))
     verifier.generator.manual_seed(0)
     cache = verifier.contexts(2)
     twice = [verifier.verify(cache, new) for _ in range(2)]

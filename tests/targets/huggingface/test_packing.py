@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from dspark_megatron.config import TargetConfig
+from dspark_megatron.data.batch import Batch
 from dspark_megatron.data.sampler import StepSampler, global_batch
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.targets.base import TargetStates
@@ -95,11 +96,11 @@ def states_of(runtime, config, ids, lengths, one_row=False):
     )
     if one_row:
         groups = [PackedSequences([list(range(len(lengths)))], sum(lengths))]
-        packed = target.packed_states(ids, lengths, groups)
+        packed = target.packed_states(Batch(ids, lengths), groups)
     else:
-        packed = target.states(ids, lengths=lengths)
+        packed = target.states(Batch(ids, lengths))
     passes = list(shapes)
-    alone = [target.states(ids[i : i + 1, :n]) for i, n in enumerate(lengths)]
+    alone = [target.states(Batch(ids[i : i + 1, :n])) for i, n in enumerate(lengths)]
     return packed, passes, alone
 
 
@@ -152,7 +153,7 @@ def states_of_own(runtime, config, every):
     target = build_target(check(config, runtime.world_size), runtime)
     own = every[runtime.dp_group.rank() % len(every)]
     lengths = [LENGTHS[i] for i in own]
-    return target.states(samples()[own, : max(lengths)], lengths=lengths), own
+    return target.states(Batch(samples()[own, : max(lengths)], lengths)), own
 
 
 def states_alone(model, sample):

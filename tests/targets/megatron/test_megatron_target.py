@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dspark_megatron.data.batch import Batch
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.planning.dry_run import describe_run
 from dspark_megatron.run.check import check
@@ -116,9 +117,9 @@ def built_by_hand(runtime, path, modelopt=False):
         import_mcore_gpt_from_hf(model, path, dtype=torch.float32)
     else:
         load_hf_weights(model, shape, SafetensorsFolder(path))
-    states = MegatronTarget(model, (0, 2)).states(IDS)
+    states = MegatronTarget(model, (0, 2)).states(Batch(IDS))
     part = MegatronTarget(model, (0, 1), with_last_hidden=False)
-    return states.taps, states.last_hidden, part.states(IDS), len(part.layers)
+    return states.taps, states.last_hidden, part.states(Batch(IDS)), len(part.layers)
 
 
 def test_a_model_that_the_user_built(pool, target):
