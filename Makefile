@@ -32,6 +32,7 @@ gpu-check:
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy dspark_megatron
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

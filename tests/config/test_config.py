@@ -1,5 +1,7 @@
 """Bad settings are refused before any work, with the numbers and the way out."""
 
+import re
+
 import pytest
 
 from dspark_megatron.config.loading import config_from_dict, load_config
@@ -89,6 +91,16 @@ def test_bad_values(tmp_path, override, message):
     with pytest.raises(ConfigError) as error:
         load_config(write(tmp_path, MINIMAL), [override])
     assert message in str(error.value)
+
+
+def test_a_choice_is_refused_at_reading_and_when_it_was_set_in_python(tmp_path):
+    message = re.escape("train.dtype ('float23') must be one of bfloat16, float32; did you mean")
+    with pytest.raises(ConfigError, match=message):
+        config_from_dict({"train": {"dtype": "float23"}})
+    config = load_config(write(tmp_path, MINIMAL))
+    config.train.dtype = "float23"
+    with pytest.raises(ConfigError, match=message):
+        config.validate()
 
 
 def test_no_weight_at_all_is_refused(tmp_path):

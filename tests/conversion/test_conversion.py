@@ -20,7 +20,6 @@ from dspark_megatron.conversion.folder_writer import WriteOptions
 from dspark_megatron.conversion.layouts import names
 from dspark_megatron.conversion.layouts.description import DraftDescription
 from dspark_megatron.conversion.layouts.hf_config import description_of_config, hugging_face_config
-from dspark_megatron.conversion.safetensors_writer import parse_size
 from dspark_megatron.conversion.verify import verify_folder
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.ops.rope import RotaryTable
@@ -591,19 +590,6 @@ def test_shared_weights_are_found_or_refused(tmp_path, target):
         found(**head)
     with pytest.raises(ConfigError, match="exactly one token embedding"):
         found(**{f"{x}.embed_tokens.weight": embedding + i for i, x in enumerate("ab")}, **head)
-
-
-@pytest.mark.parametrize(
-    "text, size", [("5GB", 5 * 10**9), ("1.5MB", 1_500_000), ("2KiB", 2048), (77, 77)]
-)
-def test_parse_size(text, size):
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "5 apples"])
-def test_parse_size_refuses(text):
-    with pytest.raises(ConfigError, match="such as 5GB"):
-        parse_size(text)
 
 
 def test_command(tmp_path, target, run, capsys, monkeypatch):

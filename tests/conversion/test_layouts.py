@@ -516,7 +516,7 @@ import test_layouts
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 from pathlib import Path
-from dspark_megatron.config import ConfigError
+from dspark_megatron.errors import ConfigError
 draft, target, out = map(Path, sys.argv[1:4])
 for use in (
     lambda: test_layouts.import_(draft, target, out),

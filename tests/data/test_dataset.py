@@ -7,11 +7,10 @@ import torch
 from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from dspark_megatron.data.collate import collate
-from dspark_megatron.data.conversation import ConversationEncoder, Sample
+from dspark_megatron.data.batch import Batch
+from dspark_megatron.data.conversation import ConversationEncoder, Sample, describe_sample
 from dspark_megatron.data.dataset import ConversationDataset, load_samples
 from dspark_megatron.data.files.jsonl import read_jsonl
-from dspark_megatron.data.show import describe_sample
 from dspark_megatron.errors import ConfigError
 from support.chat_lines import chat, tokens, write_jsonl
 from support.paths import ROOT
@@ -75,7 +74,7 @@ def test_the_answers_and_their_end_of_turn_are_supervised(tokenizer) -> None:
     rendered = tokenizer.apply_chat_template(record["messages"], tokenize=True, return_dict=True)
     assert sample.input_ids.tolist() == rendered["input_ids"]
     assert supervised_text(tokenizer, sample) == "hello<|im_end|>bye<|im_end|>"
-    assert sample.input_ids.dtype == torch.int64 and sample.loss_mask.dtype == torch.bool
+    assert sample.input_ids.dtype == torch.int32 and sample.loss_mask.dtype == torch.bool
 
 
 @pytest.mark.parametrize("name", CHATS)
@@ -303,14 +302,11 @@ def test_several_files_in_their_order(tokenizer, tmp_path: Path) -> None:
     assert [sample.input_ids[0].item() for sample in dataset] == [7, 7, 3, 3]
 
 
-def test_collate_pads_to_the_longest_on_the_right(load) -> None:
+def test_a_batch_is_padded_to_the_longest_on_the_right(load) -> None:
     dataset = load([tokens([1, 2, 3], [0, 1, 1]), tokens([4, 5], [1, 1])])
-    input_ids, loss_mask = collate([dataset[0], dataset[1]])
-    assert input_ids.tolist() == [[1, 2, 3], [4, 5, 0]] and input_ids.dtype == torch.int64
-    assert loss_mask.tolist() == [[False, True, True], [True, True, False]]
-    assert loss_mask.dtype == torch.bool
-    assert collate([dataset[1]], pad_token_id=9)[0].tolist() == [[4, 5]]
-    assert collate([dataset[0], dataset[1]], pad_token_id=9)[0][1].tolist() == [4, 5, 9]
+    batch = Batch.of([dataset[0].input_ids, dataset[1].input_ids])
+    assert batch.input_ids.tolist() == [[1, 2, 3], [4, 5, 0]] and batch.lengths == [3, 2]
+    assert batch.input_ids.dtype == torch.int64
 
 
 def test_a_shown_sample_marks_what_is_supervised(tokenizer) -> None:

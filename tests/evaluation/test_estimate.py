@@ -318,11 +318,11 @@ def greedy(runtime, config):
     )
     from dspark_megatron.evaluation.figures import acceptance
     from dspark_megatron.run.build import build_draft, build_target
-    from dspark_megatron.run.check import check_run
+    from dspark_megatron.run.check import check
     from dspark_megatron.run.checkpoints import load_checkpoint
     from dspark_megatron.storage.target_folder import stop_token_ids
 
-    plan = check_run(config, runtime.world_size)
+    plan = check(config, runtime.world_size)
     draft, target = build_draft(plan, runtime).eval(), build_target(plan, runtime)
     load_checkpoint(find_checkpoint(config.train.output_dir, BEST), draft, optimizer=None)
     decoder = Decoder(

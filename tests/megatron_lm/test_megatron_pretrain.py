@@ -115,10 +115,10 @@ def test_pretrain_makes_the_steps_of_our_loop(pool, tiny_run, tmp_path, world, t
 
 
 def first_weights(runtime, config):
-    from dspark_megatron.run.check import check_run
+    from dspark_megatron.run.check import check
     from dspark_megatron.training.loop import build_run_draft
 
-    return trained(build_run_draft(check_run(config, runtime.world_size), runtime, is_new=True))
+    return trained(build_run_draft(check(config, runtime.world_size), runtime, is_new=True))
 
 
 def test_a_checkpoint_of_pretrain_continues_and_is_known_to_our_tools(pool, tiny_run, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.planning.dry_run import describe_run
-from dspark_megatron.run.check import check_training_device
+from dspark_megatron.run.check import check
 from support.tiny_target import tiny_config
 from support.training_runs import curve, run_training
 
@@ -78,7 +78,7 @@ IMPORTED = [
 def test_a_name_that_gives_no_spec(tiny_run, words, message):
     config = tiny_config(tiny_run, model={"layer_spec": words})
     with pytest.raises(ConfigError, match=f"model.layer_spec.*{message}"):
-        check_training_device(config)
+        check(config, 1, use="train")
 
 
 def test_a_config_that_is_only_read_imports_nothing(tiny_run, tmp_path, monkeypatch):

@@ -144,8 +144,8 @@ def test_a_checkpoint_moves_between_backends(pool, tmp_path, saved, loaded):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Transformer Engine may be there")
 def test_the_backend_must_be_able_to_run(tiny_run):
-    from dspark_megatron.run.check import check_training_device
+    from dspark_megatron.run.check import check
 
     with pytest.raises(ConfigError, match="needs a GPU.*model.backend=local"):
-        check_training_device(tiny_config(tiny_run, model={"backend": "transformer_engine"}))
-    check_training_device(tiny_config(tiny_run, model={"backend": "auto"}))
+        check(tiny_config(tiny_run, model={"backend": "transformer_engine"}), 1, use="train")
+    check(tiny_config(tiny_run, model={"backend": "auto"}), 1, use="train")

@@ -200,8 +200,8 @@ def test_a_compilation_of_flex_serves_all_lengths():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA, flex trains")
 def test_flex_does_not_train_on_a_cpu(tiny_run):
-    from dspark_megatron.run.check import check_training_device
+    from dspark_megatron.run.check import check
 
-    check_training_device(tiny_config(tiny_run))
+    check(tiny_config(tiny_run), 1, use="train")
     with pytest.raises(ConfigError, match="needs CUDA.*attention_backend=sdpa"):
-        check_training_device(tiny_config(tiny_run, model={"attention_backend": "flex"}))
+        check(tiny_config(tiny_run, model={"attention_backend": "flex"}), 1, use="train")

@@ -10,7 +10,7 @@ from dspark_megatron.errors import ConfigError
 from dspark_megatron.planning.dry_run import describe_run
 from dspark_megatron.planning.memory import rank_memory
 from dspark_megatron.planning.meta_draft import draft_elements
-from dspark_megatron.run.check import check_run
+from dspark_megatron.run.check import check
 from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.targets.footprint import target_bytes
 from dspark_megatron.targets.huggingface.split import TargetSplit
@@ -70,7 +70,7 @@ def allocated(runtime, config):
 
     states_source.build_target = keep_target
     try:
-        loop.train(check_run(config, runtime.world_size), runtime, StopRequests())
+        loop.train(check(config, runtime.world_size), runtime, StopRequests())
     finally:
         loop.build_optimizer, states_source.build_target = build, build_target
     model, optimizer = kept
@@ -109,7 +109,7 @@ def config_of(tiny_run, tmp_path, target, tp, shard, dtype, **parallel):
 
 def assert_planned(pool, config, world, tp):
     """Within 2%: buckets are padded, and shards of odd sizes."""
-    planned = rank_memory(check_run(config, world)).held
+    planned = rank_memory(check(config, world)).held
     for rank in pool.run(allocated, world=world, tp=tp, config=config):
         for part, size in rank.items():
             assert size == pytest.approx(planned[part], rel=0.02), part
@@ -158,7 +158,7 @@ def test_a_recipe_fits_as_it_says(name):
     config = load_config(recipe, [f"target.path={PUBLIC_CONFIGS / name}"])
     text = describe_run(config, RECIPES[name])
     assert f"not checked: the tokenizer, since {PUBLIC_CONFIGS / name} has none" in text
-    memory = rank_memory(check_run(config, RECIPES[name], needs_tokenizer=False))
+    memory = rank_memory(check(config, RECIPES[name], use="plan"))
     sizes = [*memory.held.values(), sum(memory.moments[memory.highest].values()), memory.total]
     comment = re.search(r"# Memory of a GPU, GiB:.*?moment", recipe.read_text(), re.DOTALL)
     assert re.findall(r"\d+\.\d", comment[0]) == [f"{size / 2**30:.1f}" for size in sizes]

@@ -8,13 +8,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dspark_megatron.config.loading import load_config
+from dspark_megatron.data.batch import Batch
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.planning.dry_run import describe_run
 from dspark_megatron.planning.layouts import Machine
 from dspark_megatron.planning.memory import plan_target_work, target_passes
 from dspark_megatron.planning.recommend import Wish, evenly_spread_layers, recommend
 from dspark_megatron.planning.target_work import target_work
-from dspark_megatron.run.check import check_run
+from dspark_megatron.run.check import check
 from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.targets.footprint import target_bytes
 from dspark_megatron.targets.huggingface.split import TargetSplit
@@ -82,7 +83,7 @@ def test_passes_of_the_target_are_those_that_it_makes(tmp_path):
     works = {}
     for most in ("null", 9000, 4000):
         config = plan_of(f"target.max_tokens_per_forward={most}")
-        plan = check_run(config, 8, needs_tokenizer=False)
+        plan = check(config, 8, use="plan")
         works[most] = target_passes(plan), plan_target_work(plan)
     assert [works[most][0] for most in works] == [1, 2, 8]
     assert works["null"][1].layer == 2 * works[9000][1].layer
@@ -211,11 +212,11 @@ class Reduced(TorchDispatchMode):
 
 def reduced_bytes(runtime, config):
     from dspark_megatron.run.build import build_target
-    from dspark_megatron.run.check import check_run
+    from dspark_megatron.run.check import check
 
-    target = build_target(check_run(config, runtime.world_size), runtime)
+    target = build_target(check(config, runtime.world_size), runtime)
     with Reduced() as counter:
-        target.states(torch.arange(40)[None])
+        target.states(Batch(torch.arange(40)[None]))
     return counter.total
 
 

@@ -13,7 +13,7 @@ BELOW = {
     "shape": {"errors", "config"},
     "ops": {"errors", "config"},
     "mcore": {"errors", "config"},
-    "data": {"errors", "config", "ops"},
+    "data": {"errors", "config", "ops", "storage"},
     "storage": {"errors", "config", "shape"},
     # The draft reads the blocks of a batch by their names.
     "model": {"errors", "config", "shape", "ops", "mcore", "data"},
@@ -25,9 +25,9 @@ ABOVE = {
     "run": set(),
     "planning": {"run"},
     "evaluation": {"run"},
-    "training": {"run", "evaluation"},
+    "training": {"run", "planning", "evaluation"},
     "megatron_lm": {"run", "evaluation", "training"},
-    "train": {"run", "planning", "training"},
+    "train": {"run", "training"},
     "evaluate": {"run", "evaluation"},
 }
 MAY_IMPORT = BELOW | {room: set(BELOW) | more for room, more in ABOVE.items()}

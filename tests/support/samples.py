@@ -1,10 +1,8 @@
 """Lines of chats, tokenizers and the samples made of them."""
 
-from functools import partial
-
 from transformers import PreTrainedTokenizerFast
 
-from dspark_megatron.data.blocks import has_block
+from dspark_megatron.data.blocks import DEFAULT_LOSS
 from dspark_megatron.data.conversation import Sample
 from dspark_megatron.data.dataset import SampleRules
 
@@ -36,6 +34,7 @@ def sample_rules(max_length: int, min_loss_tokens: int, **rules: object) -> Samp
     return SampleRules(
         max_length=max_length,
         min_loss_tokens=min_loss_tokens,
-        has_block=partial(has_block, block_size=4),
+        block_size=4,
+        loss=DEFAULT_LOSS,
         **rules,
     )

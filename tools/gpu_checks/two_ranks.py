@@ -52,7 +52,7 @@ def step(runtime: Runtime, sequence_parallel: bool) -> dict[str, Any]:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return {
         "device": str(runtime.device),
-        "loss": metrics.means(gradients.draft_loss.weights)["loss"],
+        "loss": metrics.means(gradients.forward_step.term_weights)["loss"],
         "gradients": {name: p.main_grad.cpu() for name, p in trained.items()},
         "layout": layout_of(model),
     }

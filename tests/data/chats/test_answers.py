@@ -3,9 +3,8 @@
 import pytest
 
 from dspark_megatron.data.chats.answers import AnswerRules
-from dspark_megatron.data.chats.said import Tags
-from dspark_megatron.data.conversation import ConversationEncoder
-from dspark_megatron.data.show import describe_sample
+from dspark_megatron.data.chats.reasoning import Tags
+from dspark_megatron.data.conversation import ConversationEncoder, describe_sample
 from dspark_megatron.errors import ConfigError
 from support.samples import VOCAB_SIZE
 from support.tiny_tokenizer import CHATML_TEMPLATE, tiny_tokenizer

@@ -6,8 +6,7 @@ import pytest
 
 from dspark_megatron.data.chats.template import ChatTemplate
 from dspark_megatron.data.conversation import ConversationEncoder
-from dspark_megatron.data.prompts.chat_prompts import make_prompt
-from dspark_megatron.data.prompts.evaluation import load_prompts
+from dspark_megatron.data.prompts.chat_prompts import load_prompts, make_prompt
 from dspark_megatron.errors import ConfigError
 from support.chat_templates import LAST_QUESTION, QWEN3_ANSWER, TEMPLATES, chatml
 from support.samples import GENERATION_TEMPLATE, VOCAB_SIZE, supervised_text
@@ -270,7 +269,7 @@ def test_an_answered_prompt_is_learnt_as_it_was_asked(learnt):
     """Roles and the line's system text are in the messages that a server gets, and on disk."""
     tokenizer = tiny_tokenizer(VOCAB_SIZE)
     line = {"system": "Be kind.", "messages": [message("human", "Peru?"), ANSWER]}
-    record, ids = make_prompt(line, ChatTemplate(tokenizer))
+    ids, _, record = make_prompt(line, ChatTemplate(tokenizer))
     assert record == {"messages": [message("system", "Be kind."), message("user", "Peru?")]}
     [(whole, _)] = learnt([*record["messages"], ANSWER])
     assert whole.startswith(tokenizer.decode(ids)) and whole == learnt(line)[0][0]

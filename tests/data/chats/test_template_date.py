@@ -9,17 +9,16 @@ import pytest
 
 from dspark_megatron.config.loading import config_from_dict
 from dspark_megatron.data.chats.answers import AnswerRules
-from dspark_megatron.data.chats.template import ChatTemplate
-from dspark_megatron.data.chats.template_date import on_day, reads_clock
-from dspark_megatron.data.prompts.evaluation import load_prompts
+from dspark_megatron.data.chats.messages import Chat
+from dspark_megatron.data.chats.template import ChatTemplate, on_day, reads_clock
+from dspark_megatron.data.prompts.chat_prompts import load_prompts
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.run import states as target_cache
-from dspark_megatron.run.check import check_run
+from dspark_megatron.run.check import check
 from dspark_megatron.run.checkpoints import check_same_run
 from dspark_megatron.run.data import load_run_data, sample_rules
-from dspark_megatron.run.identity import run_identity
-from dspark_megatron.run.states import data_facts
-from dspark_megatron.run.template_day import fix_template_day, template_day
+from dspark_megatron.run.identity import fix_template_day, run_identity, template_day
+from dspark_megatron.run.states import sample_facts
 from dspark_megatron.storage.training_checkpoint import FORMAT, META
 from support.chat_lines import chat, write_jsonl
 from support.samples import VOCAB_SIZE
@@ -33,8 +32,8 @@ CLOCK = "{% set day = strftime_now('%d %B %Y') %}Today is {{ day }}.\n" + CHATML
 def rendered(template, day="2026-03-05"):
     tokenizer = tiny_tokenizer(VOCAB_SIZE)
     tokenizer.chat_template = template
-    messages = chat("hi", "hello")["messages"]
-    return ChatTemplate(tokenizer, rules=AnswerRules(template_date=day)).render(messages)
+    asked = Chat(chat("hi", "hello")["messages"], {})
+    return ChatTemplate(tokenizer, rules=AnswerRules(template_date=day)).render_prompt(asked)
 
 
 @pytest.mark.parametrize("directive", ["%Y-%m-%d", "%d %b %Y", "%B %-d, %Y", "%A %j", "%H:%M"])
@@ -53,7 +52,7 @@ def test_a_template_reads_the_day_that_it_is_given(directive):
 @pytest.mark.parametrize("template", [CLOCK, CHATML_TEMPLATE])
 def test_every_rank_asks_for_the_day(tiny_run, template):
     """A rank whose template reads no clock would keep the others waiting."""
-    plan = check_run(tiny_config(tiny_run), 1)
+    plan = check(tiny_config(tiny_run), 1)
     plan.tokenizer.chat_template = template
     asked = []
     fix_template_day(plan, lambda choose: asked.append(choose()) or asked[-1])
@@ -77,7 +76,7 @@ def plan_of(folder, template=CLOCK, **data):
     tokenizer = tiny_tokenizer(VOCAB_SIZE)
     tokenizer.chat_template = template
     config = config_from_dict({"train": {"output_dir": str(folder)}, "data": data})
-    return SimpleNamespace(config=config, tokenizer=tokenizer)
+    return SimpleNamespace(config=config, tokenizer=tokenizer, found_tokenizer=tokenizer)
 
 
 def fixed(plan, **where):
@@ -157,11 +156,11 @@ def test_a_run_of_another_day_is_refused_with_words_on_the_clock(tmp_path):
 
 
 def test_a_runs_description_and_its_caches_have_the_day(tiny_run):
-    plan = check_run(tiny_config(tiny_run, data=DAY), 1)
-    assert "template_date" not in run_identity(plan) and "template_date" not in data_facts(plan)
+    plan = check(tiny_config(tiny_run, data=DAY), 1)
+    assert "template_date" not in run_identity(plan) and "template_date" not in sample_facts(plan)
     plan.tokenizer.chat_template = CLOCK
     assert run_identity(plan)["template_date"] == "2026-03-05"
-    assert data_facts(plan)["template_date"] == "2026-03-05"
+    assert sample_facts(plan)["template_date"] == "2026-03-05"
     rules = sample_rules(plan.config).answers
     assert rules.template_date == "2026-03-05"
 
@@ -177,7 +176,7 @@ def test_a_cache_of_another_day_is_refused_with_words_on_the_clock(tiny_run):
         def key(self, input_ids, loss_mask):
             return b"other"
 
-    plan = check_run(tiny_config(tiny_run, data={**DAY, "template_date": "2026-03-06"}), 1)
+    plan = check(tiny_config(tiny_run, data={**DAY, "template_date": "2026-03-06"}), 1)
     plan.tokenizer.chat_template = CLOCK
     data = load_run_data(plan, plan.config.data.train_files)
     runtime = SimpleNamespace(is_main=False, device=None)
@@ -188,7 +187,7 @@ def test_a_cache_of_another_day_is_refused_with_words_on_the_clock(tiny_run):
 
 
 def test_samples_of_a_run_have_its_day(tiny_run, tmp_path):
-    plan = check_run(tiny_config(tiny_run, data=DAY), 1)
+    plan = check(tiny_config(tiny_run, data=DAY), 1)
     plan.tokenizer.chat_template = CLOCK
     sample = load_run_data(plan, plan.config.data.train_files)[0]
     assert plan.tokenizer.decode(sample.input_ids).startswith("Today is 05 March 2026.")

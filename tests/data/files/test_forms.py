@@ -199,6 +199,7 @@ def test_rules_of_samples_are_the_rules_of_training(tiny_run):
     """Under the rule `token` a gap does not drop a sample that has something to learn."""
     import torch
 
+    from dspark_megatron.data.blocks import has_block
     from dspark_megatron.run.data import sample_rules
     from support.tiny_target import tiny_config
 
@@ -206,7 +207,11 @@ def test_rules_of_samples_are_the_rules_of_training(tiny_run):
 
     def kept(**loss):
         rules = sample_rules(tiny_config(tiny_run, loss=loss))
-        return {name for name, mask in masks.items() if rules.has_block(torch.tensor(mask).bool())}
+        return {
+            name
+            for name, mask in masks.items()
+            if has_block(torch.tensor(mask).bool(), rules.block_size, rules.loss)
+        }
 
     token = {"anchor_rule": "token"}
     assert kept() == kept(**token) == {"adjacent"}

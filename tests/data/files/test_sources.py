@@ -7,10 +7,9 @@ import numpy
 import pytest
 import torch
 
-from dspark_megatron.data.blend import Blend, share_out
 from dspark_megatron.data.dataset import load_samples
 from dspark_megatron.data.files.sources import check_apart, find_files
-from dspark_megatron.data.sampler import SampleRef, StepSampler, global_batch
+from dspark_megatron.data.sampler import Blend, SampleRef, StepSampler, global_batch, share_out
 from dspark_megatron.errors import ConfigError
 from support.chat_lines import talk
 from support.samples import FORGETTING_TEMPLATE, sample_rules

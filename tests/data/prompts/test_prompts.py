@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dspark_megatron.data.prompts.evaluation import load_prompts
+from dspark_megatron.data.prompts.chat_prompts import load_prompts
 from dspark_megatron.errors import ConfigError
 from support.chat_lines import chat, write_jsonl
 

@@ -4,7 +4,9 @@ is tested."""
 import measure_sps
 import pytest
 import torch
+import verification_steps
 
+from dspark_megatron.data.batch import Batch
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.evaluation.serving.sps_table import AdditiveSps, SampledSps, read_sps_table
 from support.tiny_target import tiny_config
@@ -17,18 +19,18 @@ def arguments(*more, output="sps.json"):
 
 
 def plan_of(runtime, config):
-    from dspark_megatron.run.check import check_run
+    from dspark_megatron.run.check import check
 
-    return check_run(config, runtime.world_size)
+    return check(config, runtime.world_size)
 
 
 def steps(runtime, config):
     """Logits of the same step of two requests, twice; of the whole sequences, at once; a table."""
     plan = plan_of(runtime, config)
-    verifier = measure_sps.Verifier(plan, runtime, context_length=20)
+    verifier = verification_steps.Verifier(plan, runtime, context_length=20)
     prompts = torch.cat([verifier.token_ids(1, 20) for _ in range(2)])
     new = verifier.token_ids(2, 3)
-    whole = verifier.target.states(torch.cat([prompts, new], dim=1))
+    whole = verifier.target.states(Batch(torch.cat([prompts, new], dim=1)))
     verifier.generator.manual_seed(0)
     cache = verifier.contexts(2)
     twice = [verifier.verify(cache, new) for _ in range(2)]
@@ -36,7 +38,7 @@ def steps(runtime, config):
     return (
         twice,
         whole.last_hidden[:, -3:] @ verifier.head.t(),
-        measure_sps.measure(plan, runtime, arguments(*command)),
+        verification_steps.measure(plan, runtime, arguments(*command)),
     )
 
 
@@ -63,10 +65,10 @@ def refusals(runtime, config, folder):
         ["--rounds", "0"],
     ):
         with pytest.raises(ConfigError) as caught:
-            measure_sps.check(arguments(*more, output=f"{folder}/sps.json"), plan)
+            verification_steps.check_arguments(arguments(*more, output=f"{folder}/sps.json"), plan)
         messages.append(str(caught.value))
     with pytest.raises(ConfigError) as caught:
-        measure_sps.check(arguments(output=str(folder)), plan)
+        verification_steps.check_arguments(arguments(output=str(folder)), plan)
     return [*messages, str(caught.value)]
 
 
@@ -86,8 +88,8 @@ def test_what_cannot_be_measured_is_refused(pool, tiny_run, tmp_path):
 
 def test_a_measurement_that_cannot_be_right_is_named():
     table = SampledSps([1, 2, 4], [10.0, 8.0, 9.0], 4)
-    assert "2 tokens took longer than 4" in measure_sps.show(table, [1, 2, 4])
-    assert "warning" not in measure_sps.show(SampledSps([1, 2], [10.0, 9.0], 2), [1, 2])
+    assert "2 tokens took longer than 4" in verification_steps.show(table, [1, 2, 4])
+    assert "warning" not in verification_steps.show(SampledSps([1, 2], [10.0, 9.0], 2), [1, 2])
 
 
 @pytest.mark.slow

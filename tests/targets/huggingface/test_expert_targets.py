@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dspark_megatron.errors import ConfigError
-from dspark_megatron.run.check import check_run
+from dspark_megatron.run.check import check
 from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.targets.footprint import target_bytes
 from dspark_megatron.targets.huggingface.split import TargetSplit
@@ -106,7 +106,7 @@ BAD = {
 def test_sizes_that_cannot_work(tiny_run, moe_target, case):
     (world, tp, shards, _), ep, *words = BAD[case]
     with pytest.raises(ConfigError) as error:
-        check_run(config_of(tiny_run, moe_target, tp, shards, ep), world)
+        check(config_of(tiny_run, moe_target, tp, shards, ep), world)
     for word in words:
         assert word in str(error.value)
 
@@ -114,19 +114,19 @@ def test_sizes_that_cannot_work(tiny_run, moe_target, case):
 def test_experts_that_do_not_divide(tiny_run, tmp_path):
     path = make_family(tmp_path / "target", "qwen3_moe", num_experts=6, moe_intermediate_size=15)
     with pytest.raises(ConfigError, match=r"experts \(6\).*work here: \[1, 2\]"):
-        check_run(config_of(tiny_run, path, 1, 4, 4), 4)
+        check(config_of(tiny_run, path, 1, 4, 4), 4)
     with pytest.raises(ConfigError, match=r"width of the target's experts \(15.*expert_parallel"):
-        check_run(config_of(tiny_run, path, 2, 1, 1), 2)
-    check_run(config_of(tiny_run, path, 2, 1, 2), 2)  # whole experts are not cut
+        check(config_of(tiny_run, path, 2, 1, 1), 2)
+    check(config_of(tiny_run, path, 2, 1, 2), 2)  # whole experts are not cut
 
 
 def test_a_dense_target_has_no_experts(tiny_run, tmp_path):
     path = make_target(tmp_path / "target")
     with pytest.raises(ConfigError, match="needs a mixture-of-experts target.*qwen3"):
-        check_run(config_of(tiny_run, path, 2, 1, 2), 2)
+        check(config_of(tiny_run, path, 2, 1, 2), 2)
 
 
 def test_a_family_without_a_tensor_parallel_plan(tiny_run, tmp_path):
     path = make_family(tmp_path / "target", "gpt_oss")
     with pytest.raises(ConfigError, match="no tensor-parallel plan.*gpt_oss.*shard_across"):
-        check_run(config_of(tiny_run, path, 2, 1, 1, attention="eager", model=DRAFT), 2)
+        check(config_of(tiny_run, path, 2, 1, 1, attention="eager", model=DRAFT), 2)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dspark_megatron.errors import ConfigError
-from dspark_megatron.run.check import check_run
+from dspark_megatron.run.check import check
 from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.targets.footprint import target_bytes
 from dspark_megatron.targets.huggingface.split import TargetSplit
@@ -68,7 +68,7 @@ def test_a_family_without_a_tensor_parallel_plan(tiny_run, tmp_path):
     path = make_multimodal(tmp_path / "target", "qwen3_vl")
     config = tiny_config(tiny_run, target={"path": str(path)}, parallel={"tensor_parallel": 2})
     with pytest.raises(ConfigError, match="no tensor-parallel plan.*qwen3_vl"):
-        check_run(config, 2)
+        check(config, 2)
 
 
 def test_experts_that_transformers_cannot_cut(pool, tiny_run, tmp_path):

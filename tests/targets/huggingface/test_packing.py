@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from dspark_megatron.config import TargetConfig
+from dspark_megatron.data.batch import Batch
 from dspark_megatron.data.sampler import StepSampler, global_batch
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.targets.base import TargetStates
@@ -85,21 +86,21 @@ TARGETS = {
 def states_of(runtime, config, ids, lengths, one_row=False):
     """Packed; the shape of every pass; then of each sample alone."""
     from dspark_megatron.run.build import build_target
-    from dspark_megatron.run.check import check_run
+    from dspark_megatron.run.check import check
     from dspark_megatron.targets.huggingface.packing import PackedSequences
 
-    target, shapes = build_target(check_run(config, runtime.world_size), runtime), []
+    target, shapes = build_target(check(config, runtime.world_size), runtime), []
     target.model.register_forward_pre_hook(
         lambda _module, _inputs, arguments: shapes.append(tuple(arguments["input_ids"].shape)),
         with_kwargs=True,
     )
     if one_row:
         groups = [PackedSequences([list(range(len(lengths)))], sum(lengths))]
-        packed = target.packed_states(ids, lengths, groups)
+        packed = target.packed_states(Batch(ids, lengths), groups)
     else:
-        packed = target.states(ids, lengths=lengths)
+        packed = target.states(Batch(ids, lengths))
     passes = list(shapes)
-    alone = [target.states(ids[i : i + 1, :n]) for i, n in enumerate(lengths)]
+    alone = [target.states(Batch(ids[i : i + 1, :n])) for i, n in enumerate(lengths)]
     return packed, passes, alone
 
 
@@ -147,12 +148,12 @@ def test_a_token_of_one_sample_changes_nothing_in_another(pool, tiny_run, tmp_pa
 def states_of_own(runtime, config, every):
     """Packed, of other samples on each data-parallel rank, and which."""
     from dspark_megatron.run.build import build_target
-    from dspark_megatron.run.check import check_run
+    from dspark_megatron.run.check import check
 
-    target = build_target(check_run(config, runtime.world_size), runtime)
+    target = build_target(check(config, runtime.world_size), runtime)
     own = every[runtime.dp_group.rank() % len(every)]
     lengths = [LENGTHS[i] for i in own]
-    return target.states(samples()[own, : max(lengths)], lengths=lengths), own
+    return target.states(Batch(samples()[own, : max(lengths)], lengths)), own
 
 
 def states_alone(model, sample):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from dspark_megatron.conversion.layouts.names import LAYER
 from dspark_megatron.errors import ConfigError
-from dspark_megatron.run.check import check_run
+from dspark_megatron.run.check import check
 from dspark_megatron.run.initial.checkpoint_layers import CheckpointLayers
 from dspark_megatron.run.initial.target_layers import FolderLayers
 from dspark_megatron.storage.gpt_checkpoint import GPTCheckpoint
@@ -101,7 +101,7 @@ def test_folders_that_are_no_checkpoint(tiny_run, target, tmp_path):
     def refused(words):
         config = config_of(tiny_run, target("qwen3"), target={"checkpoint": str(tmp_path / "run")})
         with pytest.raises(ConfigError, match=words):
-            check_run(config, 1)
+            check(config, 1)
 
     refused("is not a folder")
     (tmp_path / "run").mkdir()
@@ -159,7 +159,7 @@ def test_newer_names_of_arguments(pool, tiny_run, target, tmp_path):
     names = {"arguments": {"layernorm_epsilon": 1e-6}, "without": "norm_epsilon"}
     pool.run(write_checkpoint, world=1, tp=1, config=config, output=str(tmp_path), **names)
     config = config_of(tiny_run, target("qwen3"), target={"checkpoint": str(tmp_path)})
-    check_run(config, 1)
+    check(config, 1)
 
 
 def test_names_of_transformer_engine(pool, tiny_run, target, tmp_path):
@@ -239,7 +239,7 @@ def test_layers_for_a_draft_are_those_of_the_folder(checkpoint, target, name):
 def warm_draft(runtime, config):
     from dspark_megatron.training.loop import build_run_draft
 
-    draft = build_run_draft(check_run(config, runtime.world_size), runtime, is_new=True)
+    draft = build_run_draft(check(config, runtime.world_size), runtime, is_new=True)
     return {n: p.detach() for n, p in draft.named_parameters() if p.requires_grad}
 
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dspark_megatron.data.batch import Batch
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.planning.dry_run import describe_run
-from dspark_megatron.run.check import check_run
+from dspark_megatron.run.check import check
 from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.targets.megatron.footprint import gpt_bytes
 from dspark_megatron.targets.megatron.gpt_shape import gpt_shape_of
@@ -116,9 +117,9 @@ def built_by_hand(runtime, path, modelopt=False):
         import_mcore_gpt_from_hf(model, path, dtype=torch.float32)
     else:
         load_hf_weights(model, shape, SafetensorsFolder(path))
-    states = MegatronTarget(model, (0, 2)).states(IDS)
+    states = MegatronTarget(model, (0, 2)).states(Batch(IDS))
     part = MegatronTarget(model, (0, 1), with_last_hidden=False)
-    return states.taps, states.last_hidden, part.states(IDS), len(part.layers)
+    return states.taps, states.last_hidden, part.states(Batch(IDS)), len(part.layers)
 
 
 def test_a_model_that_the_user_built(pool, target):
@@ -141,9 +142,9 @@ def test_weights_by_modelopt(pool, tmp_path):
 
 def held_bytes(runtime, config):
     from dspark_megatron.run.build import build_target
-    from dspark_megatron.run.check import check_run
+    from dspark_megatron.run.check import check
 
-    target = build_target(check_run(config, runtime.world_size), runtime)
+    target = build_target(check(config, runtime.world_size), runtime)
     target.own_logits(IDS)
     return sum(parameter.nbytes for parameter in target.model.parameters())
 
@@ -182,7 +183,7 @@ def test_models_that_are_not_supported(tiny_run, tmp_path, case):
     family, settings, words = BAD_FAMILIES[case]
     path = make_family(tmp_path / "target", family, **settings)
     with pytest.raises(ConfigError) as error:
-        check_run(config_of(tiny_run, path), 1)
+        check(config_of(tiny_run, path), 1)
     assert words in str(error.value)
 
 
@@ -194,10 +195,10 @@ def test_layouts_that_cannot_work(tiny_run, target):
     ):
         config = config_of(tiny_run, target(name), tp, ep)
         if words is None:
-            check_run(config, world)
+            check(config, world)
             continue
         with pytest.raises(ConfigError) as error:
-            check_run(config, world)
+            check(config, world)
         assert words in str(error.value)
 
 

@@ -5,8 +5,9 @@ import zlib
 import pytest
 import torch
 
+from dspark_megatron.data.batch import Batch
 from dspark_megatron.planning.memory import rank_memory
-from dspark_megatron.run.check import check_run
+from dspark_megatron.run.check import check
 from support.megatron_targets import config_of, whole
 from support.target_states import IDS as TOKENS
 
@@ -78,7 +79,7 @@ def whole_states(runtime, shape, ids=IDS, with_last_hidden=True, **options):
 
     model = build_stage(runtime, shape, 1, **options)
     target = MegatronTarget(model, ids, with_last_hidden=with_last_hidden)
-    states = [target.states(batch) for batch in batches()]
+    states = [target.states(Batch(ids)) for ids in batches()]
     return [(one.taps, one.last_hidden) for one in states]
 
 
@@ -94,7 +95,7 @@ def stage_states(runtime, shape, pp_size, per_run=None, ids=IDS, with_last_hidde
     shift = 3 * model.pg_collection.dp.rank()  # pipelines beside each other run other ones
     numbers = range(shift + target.pp_group.rank(), shift + len(LENGTHS), pp_size)
     numbers = [number % len(LENGTHS) for number in numbers]
-    own = [batches()[number] for number in numbers]
+    own = [Batch(batches()[number]) for number in numbers]
     target.expect(own)
     states = [target.states(batch) for batch in [*own, own[0]]]
     pairs = [(one.taps, one.last_hidden) for one in states]
@@ -156,10 +157,10 @@ def checked_states(runtime, config):
     from dspark_megatron.run.build import build_draft, build_target
     from dspark_megatron.targets.start_checks import check_target_logits
 
-    plan = check_run(config, runtime.world_size)
+    plan = check(config, runtime.world_size)
     target, draft = build_target(plan, runtime), build_draft(plan, runtime)
     check_target_logits(target, config.target.path, draft.lm_head, draft.vocab_shard, TOKENS)
-    states = target.states(TOKENS)
+    states = target.states(Batch(TOKENS))
     held = sum(parameter.nbytes for parameter in target.model.parameters())
     return states.taps, states.last_hidden, held
 
@@ -195,5 +196,5 @@ def test_stages_of_a_folder_and_of_a_checkpoint(
     for taps, last_hidden, _ in ranks:
         torch.testing.assert_close(taps, expected[0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(last_hidden, expected[1], rtol=1e-4, atol=1e-5)
-    planned = rank_memory(check_run(config, world)).held["frozen target"]
+    planned = rank_memory(check(config, world)).held["frozen target"]
     assert max(held for *_, held in ranks) == planned

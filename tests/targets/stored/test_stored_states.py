@@ -1,4 +1,4 @@
-"""Caches of target states: the online curve at any layout, after kills, and no other's."""
+"""Stored states of a target: the online curve at any layout, after kills, and no other's."""
 
 import json
 import os
@@ -9,9 +9,10 @@ from unittest import mock
 import pytest
 import torch
 
-from dspark_megatron.data.blocks import BlockRules
+from dspark_megatron.config import LossConfig
+from dspark_megatron.data.batch import Batch
 from dspark_megatron.errors import ConfigError
-from dspark_megatron.targets.stored.kept_states import (
+from dspark_megatron.targets.stored.safetensors_layout import (
     context_size,
     from_float8,
     target_positions,
@@ -107,16 +108,20 @@ def test_rounding_of_the_states_moves_the_curve_little(pool, run, online, caches
 
 
 RULES = [
-    BlockRules(anchor, slots, mask)
+    LossConfig(anchor_rule=anchor, supervised_slots=slots, slot_mask=mask)
     for anchor in ("label", "token")
     for slots in ("prefix", "all")
     for mask in ("label", "input")
 ]
 
 
+def rules_of(loss):
+    return f"{loss.anchor_rule}-{loss.supervised_slots}-{loss.slot_mask}"
+
+
 def needed(mask, block_size, rules):
-    """Positions that any anchor reads: (context, teachers), slot by slot."""
-    seen, teachers, s = {0}, set(), len(mask)
+    """Positions that any anchor reads: (context, targets), slot by slot."""
+    seen, targets, s = {0}, set(), len(mask)
     for anchor in range(s - 1):
         if not mask[anchor] or (rules.anchor_rule == "label" and not mask[anchor + 1]):
             continue
@@ -126,20 +131,20 @@ def needed(mask, block_size, rules):
             inside = label < s
             good = inside and bool(mask[label if rules.slot_mask == "label" else label - 1])
             if good:
-                teachers.add(anchor + k)
+                targets.add(anchor + k)
             elif rules.supervised_slots == "prefix":
                 break
-    return seen, teachers
+    return seen, targets
 
 
-@pytest.mark.parametrize("rules", RULES, ids=str)
+@pytest.mark.parametrize("rules", RULES, ids=rules_of)
 def test_what_is_kept_is_what_some_anchor_reads(rules):
     generator = torch.Generator().manual_seed(0)
     for length in (2, 9, 30):
         mask = torch.rand(length, generator=generator) > 0.4
-        seen, teachers = needed(mask.tolist(), 4, rules)
+        seen, targets = needed(mask.tolist(), 4, rules)
         assert set(range(context_size(mask, rules))) == seen
-        assert set(target_positions(mask, 4, rules).tolist()) == teachers
+        assert set(target_positions(mask, 4, rules).tolist()) == targets
 
 
 def test_float8_rounds_each_row_of_each_layer_by_itself():
@@ -160,7 +165,7 @@ def test_a_stopped_job_goes_on_to_the_same_bytes(pool, run, caches, tmp_path, wo
     pool.run(prepare_options, **{**place, "world": world}, output=output, **stop)
     assert len(list(output.glob("shard_*"))) == stop_after
     reading = cached(run, "never", output)
-    with pytest.raises(AssertionError, match="is not finished; the command that began it"):
+    with pytest.raises(AssertionError, match="are not finished; the command that began them"):
         pool.run(run_training, world=1, tp=1, config=reading)
     pool.run(prepare_options, **place, output=output, dtype="bfloat16")
     assert contents(output) == contents(caches["bfloat16"])
@@ -179,7 +184,7 @@ def test_the_first_and_last_moments_of_a_job(pool, run, caches, tmp_path):
     pool.run(prepare_options, **place)
     assert contents(output) == whole
     (output / "shard_00001.safetensors").unlink()
-    with pytest.raises(AssertionError, match="lacks 1 of 3 shards, the first is shard_00001"):
+    with pytest.raises(AssertionError, match="lack 1 of 3 shards, the first is shard_00001"):
         pool.run(run_training, world=1, tp=1, config=cached(run, "never", output))
     pool.run(prepare_options, **place)
     assert contents(output) == whole
@@ -209,7 +214,7 @@ def test_killed_at_ten_random_points(pool, run, tmp_path):
         ({"model": {"block_size": 4}}, "block_size: 3 there, 4 here"),
         ({"target": {"dtype": "bfloat16"}}, "dtype: torch.float32 there, torch.bfloat16 here"),
         ({"loss": {"slot_mask": "input"}}, "rules.slot_mask: label there, input here"),
-        ({"data": {"max_length": 40}}, "lacks 20 of 24 .* max_length: 48 there, 40 here"),
+        ({"data": {"max_length": 40}}, "lack 20 of 24 .* max_length: 48 there, 40 here"),
     ],
 )
 def test_a_cache_of_another_run_is_refused(pool, run, caches, sections, message):
@@ -220,24 +225,24 @@ def test_a_cache_of_another_run_is_refused(pool, run, caches, sections, message)
 
 def states_read_ahead(runtime, config):
     """What is expected and asked for, but for one; asked for alone; and how often it was read."""
-    from dspark_megatron.run.check import check_run
+    from dspark_megatron.run.check import check
     from dspark_megatron.run.data import load_run_data
     from dspark_megatron.run.states import stored_states_of
 
-    plan = check_run(config, runtime.world_size)
+    plan = check(config, runtime.world_size)
     data = load_run_data(plan, config.data.train_files)
     target, read = stored_states_of(plan, runtime, data), []
-    rows = target._cache.rows
-    target._cache.rows = lambda place: read.append(place) or rows(place)
+    states = target._reader.states
+    target._reader.states = lambda place: read.append(place) or states(place)
     samples = [(0, 1), (2, 3), (0, 1), (4, 5), (6, 7)]
-    ids = [torch.zeros(2, max(len(data[i].input_ids) for i in pair)) for pair in samples]
-    alone = [target.states(*one[:1], samples=one[1]) for one in zip(ids, samples, strict=True)]
+    batches = [Batch.of([data[i].input_ids for i in pair], sample_indices=pair) for pair in samples]
+    alone = [target.states(batch) for batch in batches]
     read.clear()
-    target.expect(ids, samples=samples)
-    ahead = {i: target.states(ids[i], samples=samples[i]) for i in (0, 2, 3, 4)}
-    target.expect(ids[:3], samples=samples[:3])  # left over by a step that was cut short
-    target.expect(ids[:1], samples=samples[:1])
-    again = target.states(ids[0], samples=samples[0])
+    target.expect(batches)
+    ahead = {i: target.states(batches[i]) for i in (0, 2, 3, 4)}
+    target.expect(batches[:3])  # left over by a step that was cut short
+    target.expect(batches[:1])
+    again = target.states(batches[0])
     kept = [
         (alone[i].taps, alone[i].last_hidden, one.taps, one.last_hidden) for i, one in ahead.items()
     ]
@@ -269,7 +274,9 @@ def test_another_target_and_an_unlike_job_are_refused(pool, run, caches, tmp_pat
     with pytest.raises(AssertionError, match="target_fingerprint: .* there, .* here"):
         pool.run(run_training, world=1, tp=1, config=config)
     place = dict(world=1, tp=1, config=run("x"), dtype="float8")
-    with pytest.raises(AssertionError, match="another cache: dtype: float32 there, float8 here"):
+    with pytest.raises(
+        AssertionError, match="states of another job: dtype: float32 there, float8 here"
+    ):
         pool.run(prepare_options, **place, output=caches["float32"])
 
 
@@ -280,7 +287,7 @@ def prepare_on_a_small_disk(runtime, config, output):
 
 
 def test_nothing_is_written_that_cannot_fit(pool, run, tmp_path):
-    with pytest.raises(AssertionError, match="the cache needs .* more and .* has 0.000 GiB"):
+    with pytest.raises(AssertionError, match="the stored states need .* more and .* has 0.000 GiB"):
         output = tmp_path / "cache"
         pool.run(prepare_on_a_small_disk, world=1, tp=1, config=run("x"), output=output)
     assert not output.exists()
@@ -312,13 +319,13 @@ def test_deepspec_layout_holds_every_state(pool, run, caches, tmp_path):
     from dspark_megatron.targets.stored.layout import read_manifest
     from dspark_megatron.targets.stored.safetensors_layout import SafetensorsStates
 
-    rows = SafetensorsStates(caches["bfloat16"], read_manifest(caches["bfloat16"]))
+    ours = SafetensorsStates(caches["bfloat16"], read_manifest(caches["bfloat16"]))
     samples = list(read_deepspec(output))
     assert [i for i, _ in samples] == list(range(24))
     for i, (ids, attention, loss_mask, taps, last_hidden) in samples:
         assert set(attention) == {1} and len(attention) == len(ids)
-        assert rows.key(torch.tensor(ids), torch.tensor(loss_mask).bool()) == rows.keys()[i]
-        kept = rows.rows(i)
+        assert ours.key(torch.tensor(ids), torch.tensor(loss_mask).bool()) == ours.keys()[i]
+        kept = ours.states(i)
         width = kept.taps.shape[1]
         bits = torch.tensor(taps, dtype=torch.int32).view(-1, width)
         assert torch.equal(bits[: len(kept.taps)], kept.taps.view(torch.uint16).int())
@@ -327,10 +334,10 @@ def test_deepspec_layout_holds_every_state(pool, run, caches, tmp_path):
     manifest = json.loads((output / "manifest.json").read_text())
     del manifest["dspark_megatron"]
     (output / "manifest.json").write_text(json.dumps(manifest))
-    for name, cache in (("rows", caches["bfloat16"]), ("deepspec", output)):
+    for name, cache in (("ours", caches["bfloat16"]), ("deepspec", output)):
         config = cached(run, f"from_{name}", cache)
         pool.run(run_without_target, **place, config=config)
-    both = (curve(run.folder / f"from_{name}") for name in ("rows", "deepspec"))
+    both = (curve(run.folder / f"from_{name}") for name in ("ours", "deepspec"))
     assert_same_curve(*both, rel=0)
     shard = output / manifest["shards"][-1]["file_name"]
     os.truncate(shard, 10)
@@ -338,7 +345,7 @@ def test_deepspec_layout_holds_every_state(pool, run, caches, tmp_path):
     with pytest.raises(AssertionError, match="ends before what samples.idx says of it"):
         pool.run(run_training, **place, config=config)
     (output / "samples.idx").unlink()
-    with pytest.raises(AssertionError, match="lacks samples.idx"):
+    with pytest.raises(AssertionError, match="lack samples.idx"):
         pool.run(run_training, **place, config=config)
 
 
@@ -365,8 +372,8 @@ def test_what_needs_the_target_says_so(run, tiny_run, tmp_path):
     with pytest.raises(ConfigError, match="needs the target for answers that are not in a cache"):
         evaluate = {"every": 2, "heldout_files": [str(other)]}
         cached(run, "x", "somewhere", evaluate=evaluate)
-    from dspark_megatron.evaluate import _with_checkpoint
+    from dspark_megatron.evaluation.command import with_checkpoint
 
     with pytest.raises(ConfigError, match="a cache has no states of new tokens"):
         prompts = {"prompt_files": [str(other)]}
-        _with_checkpoint(cached(run, "x", "somewhere", evaluate=prompts))
+        with_checkpoint(cached(run, "x", "somewhere", evaluate=prompts))

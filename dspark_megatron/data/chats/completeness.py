@@ -1,7 +1,8 @@
-"""Whether all that a chat says stands in what a template made of it.
+"""Whether a template's text has all that the chat says.
 
-A template may pass over a message of a role that it does not know, reasoning, tool calls or the
-tools themselves, without a word: the draft would learn answers to questions that nobody asked.
+A template may leave out a message of a role that it does not know, reasoning, tool calls or the
+tools themselves, without an error. The draft would then learn answers to questions that nobody
+asked.
 """
 
 import json
@@ -9,21 +10,22 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from dspark_megatron.data.chats.normalize import REASONING_KEYS, shown
+from dspark_megatron.data.chats.messages import shown
+from dspark_megatron.data.chats.reasoning import texts_and_reasoning
 from dspark_megatron.errors import ConfigError
 
 REASONING_TAGS = re.compile(
     r"</?(?:[a-z]+:)?think(?:ing)?>|\[/?THINK\]|<\|(?:START|END)_THINKING\|>|<\|?channel\|?>"
     r"|<\|inner_(?:prefix|suffix)\|>|◁/?think▷"
 )
-"""What families of models write around their reasoning. A template may set the space beside such a
-tag, or the tag itself, as its model does."""
+"""What families of models write around their reasoning. A template may set such a tag, or the white
+space beside it, as its own model does."""
 
 
 class NotRendered(ConfigError):
     """The chat template fails on the chat.
 
-    `found`: how much of what the chat says was seen to be rendered before.
+    `found`: how many of the chat's statements were seen in the text before that.
     """
 
     def __init__(self, message: str, found: int = -1) -> None:
@@ -42,14 +44,14 @@ class LeftOut(NotRendered):
         )
 
 
-def check_rendered(
+def check_complete(
     text: str, messages: list[dict], options: dict[str, Any], *, answers: range
 ) -> None:
     """LeftOut, naming what was left out, unless the text has what each message says, in the order
     of the messages, and the tools.
 
-    `answers`: messages whose reasoning must stand, too; templates may drop that of earlier turns.
-    System texts may stand anywhere: some templates put them before the last question.
+    `answers`: messages whose reasoning must be there, too. Templates may drop that of earlier
+    turns. System texts may stand anywhere: some templates put them before the last question.
     """
     for message in messages:
         _check_no_data(text, message)
@@ -57,8 +59,8 @@ def check_rendered(
     for number, message in enumerate(messages):
         who = f"message {number} ({message['role']})"
         ends = [position]
-        for what, spellings in _said(message, with_reasoning=number in answers):
-            found = ((text.find(said, position), len(said)) for said in spellings)
+        for what, spellings in _statements(message, with_reasoning=number in answers):
+            found = ((text.find(spelled, position), len(spelled)) for spelled in spellings)
             end = min((start + length for start, length in found if start >= 0), default=None)
             if end is None:
                 raise LeftOut(f"{what} of {who}", spellings[0], count)
@@ -66,9 +68,9 @@ def check_rendered(
             count += 1
         if message["role"] not in ("system", "developer"):
             position = max(ends)
-    for said in _said_by_tools(options.get("tools", [])):
-        if not any(spelled in text for spelled in said):
-            raise LeftOut("the line's tools", said[0], count)
+    for spellings in _statements_of_tools(options.get("tools", [])):
+        if not any(spelled in text for spelled in spellings):
+            raise LeftOut("the line's tools", spellings[0], count)
 
 
 def _check_no_data(text: str, message: dict) -> None:
@@ -94,21 +96,23 @@ def _check_no_data(text: str, message: dict) -> None:
 
 
 def _containers(value: object) -> Iterator[dict | list]:
-    """A value and all inside it that Python and JSON may write otherwise."""
+    """All dicts and lists in a value, itself included, that Python and JSON may write
+    differently."""
     if isinstance(value, dict | list) and value:
         yield value
         for inner in value.values() if isinstance(value, dict) else value:
             yield from _containers(inner)
 
 
-def _said(message: dict, *, with_reasoning: bool) -> Iterator[tuple[str, list[str]]]:
-    """What a message says, each with the spellings of it that a template may choose from."""
-    content, reasoning = _text_and_reasoning(message)
+def _statements(message: dict, *, with_reasoning: bool) -> Iterator[tuple[str, list[str]]]:
+    """What a message says: for each statement its kind, and the spellings of it that a template
+    may choose from."""
+    texts, reasoning = texts_and_reasoning(message)
     if reasoning and with_reasoning:
         yield "the reasoning", _spelled(reasoning)
-    parts = [content]
+    parts = ["".join(texts)]
     if message["role"] == "assistant":
-        parts = REASONING_TAGS.split(content)
+        parts = REASONING_TAGS.split(parts[0])
     for part in parts if with_reasoning else parts[-1:]:
         if part.strip():
             yield "the text", _spelled(part)
@@ -118,28 +122,19 @@ def _said(message: dict, *, with_reasoning: bool) -> Iterator[tuple[str, list[st
         name, arguments = call["function"]["name"], call["function"]["arguments"]
         yield "a call", [name]
         # Text is JSON already: JSON of it would be another text.
-        for said in [[arguments]] if isinstance(arguments, str) else _leaves(arguments):
-            yield f"the call of {name}", said
-
-
-def _text_and_reasoning(message: dict) -> tuple[str, str]:
-    """Of a message in any spelling."""
-    content = message["content"]
-    parts = [{"text": content}] if isinstance(content, str) else content
-    reasoning = [part["thinking"] for part in parts if "thinking" in part]
-    reasoning += [message[key] for key in REASONING_KEYS if key in message]
-    return "".join(part.get("text", "") for part in parts), "".join(reasoning)
+        for spellings in [[arguments]] if isinstance(arguments, str) else _leaves(arguments):
+            yield f"the call of {name}", spellings
 
 
 def _spelled(text: str) -> list[str]:
-    """A text as it is or inside JSON; templates may trim it."""
+    """A text as it is or inside JSON. Templates may trim it."""
     text = text.strip()
     inside = [json.dumps(text, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True)]
     return list(dict.fromkeys([text, *inside]))
 
 
 def _leaves(value: object) -> Iterator[list[str]]:
-    """Keys and values of data."""
+    """The spellings of each key and each value in data."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield _spelled(key)
@@ -153,9 +148,9 @@ def _leaves(value: object) -> Iterator[list[str]]:
         yield [json.dumps(value), str(value)]
 
 
-def _said_by_tools(tools: list) -> Iterator[list[str]]:
-    """What a template must say of tools: names, what they do, names of their parameters; all of a
-    tool in another form."""
+def _statements_of_tools(tools: list) -> Iterator[list[str]]:
+    """What a template must say of tools: their names, descriptions and the names of parameters. Of
+    a tool in another form it must say all."""
     for tool in tools:
         function = tool.get("function", tool) if isinstance(tool, dict) else tool
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
