@@ -21,11 +21,7 @@ from dspark_megatron.targets.stored.safetensors_layout import (
 from support.stored_states import prepare, prepare_options
 from support.tiny_target import make_chats, tiny_config
 from support.tool_runs import run_tool
-from support.training_runs import (
-    assert_same_curve,
-    curve,
-    run_training,
-)
+from support.training_runs import assert_same_curve, curve, run_training
 
 STEPS = 6
 
