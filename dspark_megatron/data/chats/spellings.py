@@ -16,7 +16,6 @@ from dspark_megatron.data.chats.completeness import NotRendered
 from dspark_megatron.data.chats.messages import REASONING_KEYS, Chat
 from dspark_megatron.errors import ConfigError
 
-Step = Callable[[Chat], Chat]
 Result = TypeVar("Result")
 
 
@@ -46,7 +45,7 @@ def _as_it_is(chat: Chat) -> Chat:
     return chat
 
 
-def _each(change: Callable[[dict], dict]) -> Step:
+def _each(change: Callable[[dict], dict]) -> Callable[[Chat], Chat]:
     """Changes every message."""
     return lambda chat: chat._replace(messages=[change(message) for message in chat.messages])
 
@@ -79,12 +78,11 @@ def _reasoning_as_part(message: dict) -> dict:
 def _arguments_as_text(message: dict) -> dict:
     if "tool_calls" not in message:
         return message
-    calls = [{**call, "function": _with_text(call["function"])} for call in message["tool_calls"]]
+    calls = []
+    for call in message["tool_calls"]:
+        text = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        calls.append({**call, "function": {**call["function"], "arguments": text}})
     return {**message, "tool_calls": calls}
-
-
-def _with_text(function: dict) -> dict:
-    return {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}
 
 
 def _tools_wrapped(chat: Chat) -> Chat:
