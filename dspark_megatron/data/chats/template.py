@@ -25,7 +25,6 @@ from dspark_megatron.data.chats.loss_mask import (
     without,
 )
 from dspark_megatron.data.chats.messages import Chat
-from dspark_megatron.data.chats.spellings import developer_as_system
 from dspark_megatron.errors import ConfigError
 
 GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -162,8 +161,9 @@ class ChatTemplate:
             template = self._tokenizer.get_chat_template(tools=options.get("tools"))
             options["chat_template"] = on_day(template, self._rules.template_date)
         messages = chat.messages
-        if not self._knows_developer:
-            messages = list(map(developer_as_system, messages))
+        if not self._knows_developer:  # `system` is its older name
+            roles = ("system" if m["role"] == "developer" else m["role"] for m in messages)
+            messages = [{**m, "role": role} for m, role in zip(messages, roles, strict=True)]
         try:
             return self._tokenizer.apply_chat_template(messages, **options)
         except Exception as error:  # a template is foreign code and may raise anything
