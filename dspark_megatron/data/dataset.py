@@ -15,12 +15,14 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dspark_megatron.data.blend import Shares, share_out
+from dspark_megatron.config import LossConfig
+from dspark_megatron.data.blocks import has_block
 from dspark_megatron.data.chats.answers import AnswerRules
 from dspark_megatron.data.conversation import ConversationEncoder, Sample
 from dspark_megatron.data.files.bad_lines import BadLines
 from dspark_megatron.data.files.jsonl import lines_of, parse_line
 from dspark_megatron.data.files.sources import DataFile, find_files
+from dspark_megatron.data.sampler import Shares, share_out
 from dspark_megatron.errors import ConfigError, require
 
 ReadIndexed = Callable[[Path], Iterable[Tensor]]
@@ -35,8 +37,9 @@ class SampleRules:
     """The most tokens that are kept of a sample."""
     min_loss_tokens: int
     """Supervised tokens that it needs then."""
-    has_block: Callable[[Tensor], bool]
-    """Whether a loss mask [s] has an anchor with something to learn."""
+    block_size: int
+    loss: LossConfig
+    """By these some anchor of it must start a block with something to learn."""
     reasoning_tags: tuple[str, str] | None = None
     """Reasoning between these is not learnt. None: it is learnt."""
     answers: AnswerRules = field(default_factory=AnswerRules)
@@ -242,7 +245,7 @@ class _PackedSamples:
         loss_tokens = int(sample.loss_mask.sum())
         if loss_tokens < rules.min_loss_tokens:
             report.too_few_loss_tokens += 1
-        elif not rules.has_block(sample.loss_mask):
+        elif not has_block(sample.loss_mask, rules.block_size, rules.loss):
             report.no_anchor += 1
         else:
             report.kept += 1

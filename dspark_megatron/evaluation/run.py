@@ -33,6 +33,7 @@ class FileResult:
     @property
     def plain_generations(self) -> list[Generation]:
         """Answers of the target alone; only where it was compared."""
+        assert self.plain is not None
         return _in_order(self.plain)
 
     def figures(self, block_size: int) -> dict[str, Any]:

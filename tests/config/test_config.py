@@ -1,7 +1,6 @@
 """Bad settings are refused before any work, with the numbers and the way out."""
 
 import re
-from pathlib import Path
 
 import pytest
 
@@ -9,9 +8,8 @@ from dspark_megatron.config.loading import config_from_dict, load_config
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.shape import draft_shape
 from dspark_megatron.shape.layout import check_batch_size, check_layout, padded_vocab_size
+from support.paths import ROOT
 from support.tiny_target import make_target, tiny_config
-
-ROOT = Path(__file__).parents[2]
 
 
 def write(tmp_path, text):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
+import generate_responses as tool
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -17,7 +18,7 @@ from dspark_megatron.data.conversation import ConversationEncoder
 from dspark_megatron.data.prompts import local_target
 from dspark_megatron.data.prompts.chat_prompts import Prompt, make_prompt, read_prompts
 from dspark_megatron.data.prompts.local_target import LocalTarget
-from support.response_tool import load_tool, prompt, read_rows, write_lines
+from support.chat_lines import prompt, read_rows, write_lines
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "sun", "moon", "sea"]
 
@@ -37,9 +38,6 @@ OPTIONS = ["--max-new-tokens", "12", "--batch-size", "3", "--seed", "5", "--devi
 
 class Killed(Exception):
     """Stands for the end of a process."""
-
-
-tool = load_tool()
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from dspark_megatron.data.files.jsonl import read_jsonl
 from dspark_megatron.errors import require
+from dspark_megatron.storage.writing import whole_file
 
 SAMPLE_KEYS = ("input_ids", "loss_mask")
 """Keys with the tokens of a line. When an answer is replaced, its tokens go, too."""
@@ -140,8 +141,7 @@ def collect_answers(
 
 def write_responses(output: Path, records: list[dict], answers: dict[int, Answer]) -> None:
     """Write the answered prompts in input order; `output` appears at once and whole."""
-    temporary = output.with_name(f"{output.name}.tmp")
-    with temporary.open("wb") as file:
+    with whole_file(output) as partial, partial.open("wb") as file:
         for index, record in enumerate(records):
             if index in answers:
                 answer = answers[index]
@@ -149,4 +149,3 @@ def write_responses(output: Path, records: list[dict], answers: dict[int, Answer
                 chat = {"messages": messages, "finish_reason": answer.finish_reason}
                 kept = {key: record[key] for key in record if key not in SAMPLE_KEYS}
                 file.write(json_line({**kept, **chat, **answer.sample()}))
-    os.replace(temporary, output)
