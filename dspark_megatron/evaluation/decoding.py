@@ -20,7 +20,7 @@ from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.model.drafting import Drafter, Proposal
 from dspark_megatron.ops.acceptance import judge, overlap, probabilities, sample
 from dspark_megatron.ops.vocab_parallel import gather_vocab
-from dspark_megatron.targets.base import Target, TargetStates
+from dspark_megatron.targets.base import DecodingTarget, TargetStates
 
 Cut = Callable[[Tensor], Tensor]
 """How much of each draft to verify: confidence logits [b, k] -> lengths [b] in 0..k. What it says
@@ -57,7 +57,7 @@ class Decoder:
 
     def __init__(
         self,
-        target: Target,
+        target: DecodingTarget,
         draft: DSparkDraftModel,
         target_head: Tensor,
         sampling: Sampling,

@@ -234,7 +234,7 @@ class DSparkDraftModel(MegatronModule):
         named = [(n, m) for n, m in self.named_children() if n not in ("layers", *FROZEN_REPLICAS)]
         for i, layer in enumerate(self.layers):
             named += [(f"layers.{i}.{name}", module) for name, module in layer.named_children()]
-        state = {}
+        state: dict[str, Any] = {}
         for name, module in named:
             state |= sharded_state_dict_default(
                 module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=self.tp_group

@@ -19,7 +19,6 @@ from dspark_megatron.run.identity import clock_hint, template_day
 from dspark_megatron.run.runtime import Runtime
 from dspark_megatron.targets.base import StatesSource, Target
 from dspark_megatron.targets.huggingface.target import HuggingFaceTarget
-from dspark_megatron.targets.megatron.pipeline import PipelineTarget
 from dspark_megatron.targets.start_checks import check_packing, check_target_logits
 from dspark_megatron.targets.stored import deepspec_layout as deepspec_cache
 from dspark_megatron.targets.stored import safetensors_layout as row_cache
@@ -41,7 +40,7 @@ def checked_target(
     runtime: Runtime,
     dataset: ConversationDataset,
     draft: DSparkDraftModel | None = None,
-) -> Target | PipelineTarget:
+) -> Target:
     """The target, seen on its first samples to be what it seems; ConfigError where it is not.
     Collective over the world. Without a draft the target's LM head is read for it."""
     config = plan.config

@@ -54,6 +54,10 @@ class Target(StatesSource, Protocol):
     dtype: torch.dtype
     """That of its weights, and so of its states."""
 
+
+class DecodingTarget(Target, Protocol):
+    """One that takes sequences in piece by piece."""
+
     def new_cache(self) -> Any:
         """A key/value cache of no sequence."""
 

@@ -20,7 +20,7 @@ from transformers import (
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.ops.vocab_parallel import VocabShard
 from dspark_megatron.storage.target_folder import load_target_config
-from dspark_megatron.targets.base import Target, TargetStates
+from dspark_megatron.targets.base import DecodingTarget, TargetStates
 from dspark_megatron.targets.family import without_layers
 from dspark_megatron.targets.huggingface.packing import PackedSequences
 from dspark_megatron.targets.huggingface.target import HuggingFaceTarget, layer_output
@@ -169,7 +169,7 @@ _PIECES = ((0, 16, 0), (16, 17, 4), (17, 24, 2), (24, 25, 0), (25, 48, 1))
 
 
 @torch.no_grad()
-def check_pieces_agree(target: Target, input_ids: Tensor) -> None:
+def check_pieces_agree(target: DecodingTarget, input_ids: Tensor) -> None:
     """Compare last hidden states [1, s, h] of a prompt, taken in as decoding does, with those of
     one pass. input_ids [1, s >= 1], alike on every tensor-parallel rank. Costs six short passes.
     Raises ConfigError when they differ by more than rounding."""
