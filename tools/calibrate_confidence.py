@@ -26,7 +26,7 @@ from dspark_megatron.evaluation.confidence.calibration import CalibrationSetting
 from dspark_megatron.evaluation.confidence.calibration_records import load_records
 from dspark_megatron.evaluation.pages.plots import png, reliability_diagram, threshold_plot
 from dspark_megatron.run.known_draft import evaluated_checkpoint, with_draft_of
-from dspark_megatron.storage.output_files import claim_file, write_files
+from dspark_megatron.storage.writing import claim_file, write_files
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -20,7 +20,7 @@ from dspark_megatron.run.check import RunPlan, check
 from dspark_megatron.run.known_draft import with_some_draft
 from dspark_megatron.run.rank_facts import launch_facts, target_facts
 from dspark_megatron.run.runtime import Launch, Runtime, start
-from dspark_megatron.storage.output_files import claim_file
+from dspark_megatron.storage.writing import claim_file
 
 Sizes = tuple[int, int]
 """Requests of a step, and new tokens of each of them."""

@@ -5,20 +5,19 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dspark_megatron.config import Config
-from dspark_megatron.data.blend import Blend
-from dspark_megatron.data.blocks import BlockRules, anchor_candidates
+from dspark_megatron.config import Config, LossConfig
+from dspark_megatron.data.blocks import anchor_candidates
 from dspark_megatron.data.conversation import Sample
 from dspark_megatron.data.dataset import ConversationDataset
-from dspark_megatron.data.sampler import sample_at
+from dspark_megatron.data.sampler import Blend, sample_at
 
 PERCENTILES = (0, 10, 50, 90, 99, 100)
 
 
 def describe_data(config: Config, dataset: ConversationDataset) -> str:
     """Lines of figures. Anchors and micro-batches are those of the config; nothing is trained."""
-    rules, num_anchors = BlockRules.of(config.loss), config.model.num_anchors
-    counts = torch.tensor([_counts(dataset[i], rules) for i in range(len(dataset))])  # [n, 3]
+    num_anchors = config.model.num_anchors
+    counts = torch.tensor([_counts(dataset[i], config.loss) for i in range(len(dataset))])
     lengths, loss_tokens, candidates = counts.unbind(1)
     rows = {
         "tokens": lengths,
@@ -40,10 +39,10 @@ def describe_data(config: Config, dataset: ConversationDataset) -> str:
     )
 
 
-def _counts(sample: Sample, rules: BlockRules) -> tuple[int, int, int]:
+def _counts(sample: Sample, loss: LossConfig) -> tuple[int, int, int]:
     """Tokens, supervised ones, candidate anchors."""
     mask = sample.loss_mask
-    return len(mask), int(mask.sum()), anchor_candidates(mask, rules).numel()
+    return len(mask), int(mask.sum()), anchor_candidates(mask, loss).numel()
 
 
 def _percentile_line(name: str, counts: Tensor) -> str:

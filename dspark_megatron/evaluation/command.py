@@ -11,7 +11,7 @@ from dspark_megatron.config import Config, EvaluateConfig
 from dspark_megatron.config.loading import load_config
 from dspark_megatron.conversion.sidecar import SIDECAR, read_temperatures
 from dspark_megatron.data.chats.answers import AnswerRules
-from dspark_megatron.data.prompts.evaluation import Prompt, load_prompts
+from dspark_megatron.data.prompts.chat_prompts import Prompt, load_prompts
 from dspark_megatron.errors import require
 from dspark_megatron.evaluation.decoding import Decoder, Sampling
 from dspark_megatron.evaluation.estimate import EstimateSettings
@@ -43,9 +43,9 @@ from dspark_megatron.run.rank_facts import (
 )
 from dspark_megatron.run.runtime import Launch, Runtime, main_ranks_folder, start
 from dspark_megatron.storage.checkpoint_metadata import check_whole
-from dspark_megatron.storage.output_files import claim_file, write_json
 from dspark_megatron.storage.target_folder import stop_token_ids
 from dspark_megatron.storage.training_checkpoint import read_meta
+from dspark_megatron.storage.writing import claim_file, write_json
 from dspark_megatron.targets.megatron.pipeline import PipelineTarget
 from dspark_megatron.targets.start_checks import check_pieces_agree, check_target_logits
 

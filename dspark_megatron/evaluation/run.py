@@ -8,7 +8,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from dspark_megatron.config import EvaluateConfig
-from dspark_megatron.data.prompts.evaluation import Prompt
+from dspark_megatron.data.prompts.chat_prompts import Prompt
 from dspark_megatron.evaluation.decoding import Decoder
 from dspark_megatron.evaluation.draft_records import DraftRecords
 from dspark_megatron.evaluation.estimate import EstimateSettings, answer_sample, estimate_acceptance

@@ -129,7 +129,7 @@ def _parsing(kind: Any) -> dict[str, Any]:
     if isinstance(kind, types.UnionType):
         kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
         return {"type": _or_null(_mapping if typing.get_origin(kind) is dict else kind)}
-    return {"type": kind}
+    return {"type": kind if isinstance(kind, type) else str}  # a Literal is checked by the config
 
 
 def _mapping(text: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy
@@ -11,11 +10,10 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch import Tensor
 
 from dspark_megatron.config import Config
-from dspark_megatron.data.blocks import BlockRules, has_block
 from dspark_megatron.data.chats.answers import AnswerRules
-from dspark_megatron.data.chats.said import Tags
+from dspark_megatron.data.chats.reasoning import Tags
+from dspark_megatron.data.conversation import describe_sample
 from dspark_megatron.data.dataset import ConversationDataset, SampleRules, load_samples
-from dspark_megatron.data.show import describe_sample
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.run.agreement import agree
 from dspark_megatron.run.check import RunPlan
@@ -26,7 +24,7 @@ from dspark_megatron.storage.target_folder import stop_token_ids
 
 def sample_rules(config: Config) -> SampleRules:
     """What training makes of a sample, the target's stop tokens aside."""
-    data, rules = config.data, BlockRules.of(config.loss)
+    data = config.data
     opening, closing = data.reasoning_tags
     tags = Tags(opening.strip(), closing.strip())
     return SampleRules(
@@ -36,7 +34,8 @@ def sample_rules(config: Config) -> SampleRules:
         skip_bad_lines=data.skip_bad_lines,
         reasoning_tags=(opening, closing) if data.reasoning == "mask" else None,
         answers=AnswerRules(tags=tags, template_date=data.template_date),
-        has_block=partial(has_block, block_size=config.model.block_size, rules=rules),
+        block_size=config.model.block_size,
+        loss=config.loss,
     )
 
 

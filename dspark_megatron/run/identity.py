@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from dspark_megatron.data.chats.template_date import reads_clock
+from dspark_megatron.data.chats.template import reads_clock
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.run.check import RunPlan
 from dspark_megatron.storage.training_checkpoint import META, iteration_folder, latest_iteration

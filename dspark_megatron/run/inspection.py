@@ -4,8 +4,8 @@ import sys
 from argparse import Namespace
 
 from dspark_megatron.config.loading import load_config
+from dspark_megatron.data.conversation import BRACKETS, GREEN, describe_sample
 from dspark_megatron.data.report import describe_data
-from dspark_megatron.data.show import BRACKETS, GREEN, describe_sample
 from dspark_megatron.errors import require
 from dspark_megatron.run.check import check
 from dspark_megatron.run.data import load_run_data

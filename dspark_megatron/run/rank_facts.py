@@ -17,7 +17,7 @@ import dspark_megatron
 from dspark_megatron.config import Config
 from dspark_megatron.data.dataset import ConversationDataset
 from dspark_megatron.data.files.sources import find_files
-from dspark_megatron.data.prompts.evaluation import Prompt
+from dspark_megatron.data.prompts.chat_prompts import Prompt
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.run.agreement import Facts
 from dspark_megatron.run.check import RunPlan

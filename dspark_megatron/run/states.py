@@ -1,15 +1,13 @@
-"""Where the states of a run come from: the target, checked on its first samples, or states on disk,
+"""Where a run's states come from: the target, checked on its first samples, or stored states,
 checked against the run.
 """
 
 import hashlib
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from dspark_megatron.data.blocks import BlockRules
 from dspark_megatron.data.dataset import ConversationDataset
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.model.draft_model import DSparkDraftModel
@@ -20,8 +18,7 @@ from dspark_megatron.run.runtime import Runtime
 from dspark_megatron.targets.base import StatesSource, Target
 from dspark_megatron.targets.huggingface.target import HuggingFaceTarget
 from dspark_megatron.targets.start_checks import check_packing, check_target_logits
-from dspark_megatron.targets.stored import deepspec_layout as deepspec_cache
-from dspark_megatron.targets.stored import safetensors_layout as row_cache
+from dspark_megatron.targets.stored import deepspec_layout, safetensors_layout
 from dspark_megatron.targets.stored.layout import StatesReader, differences, read_manifest
 from dspark_megatron.targets.stored.target import StoredStates
 
@@ -60,7 +57,7 @@ def checked_target(
 
 
 def states_facts(plan: RunPlan) -> dict[str, Any]:
-    """What states are of."""
+    """What the states are of."""
     return {
         "target_fingerprint": plan.target_fingerprint,
         "target_dtype": str(plan.target_dtype),
@@ -71,10 +68,15 @@ def states_facts(plan: RunPlan) -> dict[str, Any]:
 
 def kept_facts(plan: RunPlan) -> dict[str, Any]:
     """What decides which of them our own layout keeps."""
+    loss = plan.config.loss
     return {
         "last_hidden": "after the final norm" if plan.config.needs_target_logits else "none",
         "block_size": plan.shape.block_size,
-        "rules": asdict(BlockRules.of(plan.config.loss)),
+        "rules": {
+            "anchor_rule": loss.anchor_rule,
+            "supervised_slots": loss.supervised_slots,
+            "slot_mask": loss.slot_mask,
+        },
     }
 
 
@@ -91,41 +93,42 @@ def sample_facts(plan: RunPlan) -> dict[str, Any]:
 
 
 def open_stored_states(plan: RunPlan) -> StatesReader:
-    """The finished cache `target.cache`. ConfigError when the run cannot use it, samples aside."""
+    """The finished folder `target.cache`. ConfigError when the run cannot use it, samples aside."""
     folder = Path(plan.config.target.cache)
     manifest = read_manifest(folder)
-    if manifest.get("format") == row_cache.FORMAT:
-        cache: StatesReader = row_cache.SafetensorsStates(folder, manifest)
-    elif manifest.get("version") == deepspec_cache.VERSION:
-        cache = deepspec_cache.DeepSpecStates(folder, manifest)
+    if manifest.get("format") == safetensors_layout.FORMAT:
+        reader: StatesReader = safetensors_layout.SafetensorsStates(folder, manifest)
+    elif manifest.get("version") == deepspec_layout.VERSION:
+        reader = deepspec_layout.DeepSpecStates(folder, manifest)
     else:
         raise ConfigError(
-            f"{folder} must be a cache in the form {row_cache.FORMAT!r} or DeepSpec's version "
-            f"{deepspec_cache.VERSION}; write one with tools/prepare_target_cache.py"
+            f"{folder} must hold stored states in the form {safetensors_layout.FORMAT!r} or "
+            f"DeepSpec's version {deepspec_layout.VERSION}; write them with "
+            "tools/prepare_target_cache.py"
         )
-    wrong = _wrong(plan, cache.facts)
+    wrong = _wrong(plan, reader.facts)
     if wrong:
         raise ConfigError(
-            f"the cache {folder} is not of this run: {'; '.join(wrong)}. Change the config, or "
-            "write a cache for it with tools/prepare_target_cache.py"
+            f"the stored states {folder} are not of this run: {'; '.join(wrong)}. Change the "
+            "config, or store the states of this run with tools/prepare_target_cache.py"
         )
-    return cache
+    return reader
 
 
 def stored_states_of(plan: RunPlan, runtime: Runtime, data: ConversationDataset) -> StoredStates:
-    """The states of a run's data, from its cache."""
-    cache = open_stored_states(plan)
-    if runtime.is_main and "target_fingerprint" not in cache.facts:
-        print(f"{cache.path} does not say of which weights it is: not checked", flush=True)
-    there, here = cache.facts.get("data", {}), sample_facts(plan)
+    """The stored states of a run's data."""
+    reader = open_stored_states(plan)
+    if runtime.is_main and "target_fingerprint" not in reader.facts:
+        print(f"{reader.path} does not say of which weights it is: not checked", flush=True)
+    there, here = reader.facts.get("data", {}), sample_facts(plan)
     hints = differences(there, here) if there else []
     if hint := clock_hint(there, here):
         hints = [*hints, hint.strip(" .")]
-    return StoredStates(cache, data, device=runtime.device, hints=hints)
+    return StoredStates(reader, data, device=runtime.device, hints=hints)
 
 
 def _wrong(plan: RunPlan, there: dict[str, Any]) -> list[str]:
-    """How what a cache says of itself does not suit; what it does not say is not compared."""
+    """How what a folder says of itself does not suit; what it does not say is not compared."""
     here = {**states_facts(plan), **kept_facts(plan)}
     if not plan.config.needs_target_logits:
         del here["last_hidden"]

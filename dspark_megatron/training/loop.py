@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from dspark_megatron.data.batch import MicroBatches
 from dspark_megatron.data.dataset import ConversationDataset
-from dspark_megatron.data.micro_batches import MicroBatches
 from dspark_megatron.mcore.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.run.agreement import agree
@@ -193,7 +193,7 @@ class Trainer:
         row = {
             "iteration": self.state.iteration,
             "consumed_samples": self.state.consumed_samples,
-            **total.means(self.step.draft_loss.weights),
+            **total.means(self.step.forward_step.term_weights),
             "grad_norm": grad_norm,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "tokens_per_second": total.scalars["tokens"].item() / seconds,

@@ -8,7 +8,6 @@ import torch.distributed as dist
 
 from dspark_megatron.config import Config
 from dspark_megatron.config.loading import load_config
-from dspark_megatron.data.blocks import BlockRules
 from dspark_megatron.data.dataset import ConversationDataset
 from dspark_megatron.errors import require
 from dspark_megatron.run.agreement import agree, agree_at_launch
@@ -94,7 +93,7 @@ def _layout(plan: RunPlan, args: Namespace) -> DeepSpecLayout | SafetensorsLayou
         len(shape.target_layer_ids),
         args.dtype,
         shape.block_size,
-        BlockRules.of(config.loss),
+        config.loss,
         with_last_hidden=config.needs_target_logits,
     )
 

@@ -23,6 +23,7 @@ from dspark_megatron.conversion.verify import verify_folder
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.storage.training_checkpoint import CheckpointReader, find_checkpoint
 from support import megatron_on_cpu
+from support.paths import ROOT
 from support.pretrain_runs import (
     PARSING,
     PROVIDERS,
@@ -34,10 +35,7 @@ from support.pretrain_runs import (
 )
 from support.tiny_pretrain import OPTIMIZER, command_line
 
-ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "megatron_lm"
-sys.path.append(str(ROOT / "tools"))  # a folder of scripts, not a package
-
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("megatron.training") is None
     or importlib.util.find_spec("triton") is None,

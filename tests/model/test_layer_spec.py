@@ -38,7 +38,7 @@ def usual(pool, tiny_run, tmp_path_factory):
 @pytest.mark.parametrize("name", ["SAME", "same"])
 def test_classes_that_change_nothing(pool, tiny_run, usual, tmp_path, name):
     before = pool.run(times_used, world=2, tp=2)
-    rows = train(pool, tiny_run, tmp_path, 2, ["user_layers", name])
+    rows = train(pool, tiny_run, tmp_path, 2, ["support.user_layers", name])
     for mine, theirs in zip(rows, usual, strict=True):
         del mine["tokens_per_second"]
         assert mine == {key: theirs[key] for key in mine}
@@ -59,15 +59,18 @@ def test_layers_that_are_no_drafts_are_refused_before_the_data_are_read(
     pool, tiny_run, tmp_path, name, message
 ):
     with pytest.raises(AssertionError, match=f"(?s)ConfigError.*{message}"):
-        spec = ["user_layers", name]
+        spec = ["support.user_layers", name]
         train(pool, tiny_run, tmp_path, 2, spec, train_files=["not there.jsonl"])
 
 
 IMPORTED = [
     (["no_such_module", "layer"], "ModuleNotFoundError.*no_such_module"),
-    (["user_layers", "layer"], "AttributeError.*'layer'"),
-    (["user_layers", "fails"], r"RuntimeError in .*user_layers.py:\d+: on purpose"),
-    (["user_layers", "LINEAR"], "must be a ModuleSpec or a function that returns one, is <class"),
+    (["support.user_layers", "layer"], "AttributeError.*'layer'"),
+    (["support.user_layers", "fails"], r"RuntimeError in .*user_layers.py:\d+: on purpose"),
+    (
+        ["support.user_layers", "LINEAR"],
+        "must be a ModuleSpec or a function that returns one, is <class",
+    ),
 ]
 
 

@@ -14,14 +14,8 @@ import torch
 from dspark_megatron.errors import ConfigError
 from support import transformer_engine_stand_in as stand_in
 from support.draft_steps import assert_plain_step, step_gradients
-from support.tiny_draft import (
-    SHAPE,
-    SHAPES,
-    build_tiny_draft,
-    layout_of,
-    make_samples,
-    sample_logits,
-)
+from support.shapes import SHAPE, SHAPES
+from support.tiny_draft import build_tiny_draft, layout_of, make_samples, sample_logits
 from support.tiny_target import tiny_config
 
 WRAPPERS = "megatron.core.extensions.transformer_engine"

@@ -15,7 +15,8 @@ from dspark_megatron.ops import flex_block_attention
 from dspark_megatron.ops.block_attention import block_attention
 from dspark_megatron.ops.context_ranges import ContextRanges
 from dspark_megatron.ops.flex_block_attention import TILE, FlexBlockAttention
-from support.tiny_draft import SHAPE, build_tiny_draft, make_samples, sample_logits
+from support.shapes import SHAPE
+from support.tiny_draft import build_tiny_draft, make_samples, sample_logits
 from support.tiny_target import tiny_config
 
 

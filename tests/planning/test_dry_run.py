@@ -1,7 +1,6 @@
 """The figures of --dry-run are those of the real model."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +14,10 @@ from dspark_megatron.run.check import check
 from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.targets.footprint import target_bytes
 from dspark_megatron.targets.huggingface.split import TargetSplit
+from support.paths import PUBLIC_CONFIGS, ROOT
+from support.shapes import SHAPES
 from support.target_families import make_family
-from support.tiny_draft import SHAPES, build_tiny_draft
+from support.tiny_draft import build_tiny_draft
 from support.tiny_target import make_target, tiny_config
 
 
@@ -132,8 +133,6 @@ def test_the_memory_with_spread_experts(pool, tiny_run, tmp_path, world, tp, sha
     assert_planned(pool, config, world, tp)
 
 
-PUBLIC = Path(__file__).parents[1] / "support/public_configs"
-"""Folders with nothing but a target's `config.json`, of its public dimensions."""
 RECIPES = {
     "qwen3-4b": 8,
     "qwen3-8b": 8,
@@ -145,7 +144,7 @@ RECIPES = {
     "deepseek-v3": 32,
 }
 """Ranks by recipe."""
-EXAMPLES = PUBLIC.parents[2] / "examples"
+EXAMPLES = ROOT / "examples"
 
 
 def test_every_recipe_has_a_public_config():
@@ -156,9 +155,9 @@ def test_every_recipe_has_a_public_config():
 def test_a_recipe_fits_as_it_says(name):
     """Its comment has the plan's figures, and leaves room for what is not planned."""
     recipe = EXAMPLES / f"{name}.yaml"
-    config = load_config(recipe, [f"target.path={PUBLIC / name}"])
+    config = load_config(recipe, [f"target.path={PUBLIC_CONFIGS / name}"])
     text = describe_run(config, RECIPES[name])
-    assert f"not checked: the tokenizer, since {PUBLIC / name} has none" in text
+    assert f"not checked: the tokenizer, since {PUBLIC_CONFIGS / name} has none" in text
     memory = rank_memory(check(config, RECIPES[name], use="plan"))
     sizes = [*memory.held.values(), sum(memory.moments[memory.highest].values()), memory.total]
     comment = re.search(r"# Memory of a GPU, GiB:.*?moment", recipe.read_text(), re.DOTALL)
@@ -188,7 +187,7 @@ less their LM heads, which Qwen3-4B has not."""
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_bytes_of_public_targets(name):
-    config = load_target_config(PUBLIC / name)
+    config = load_target_config(PUBLIC_CONFIGS / name)
     whole = target_bytes(config, torch.bfloat16, TargetSplit())
     assert whole / 2 == pytest.approx(PARAMETERS[name], rel=0.005)
     if name not in ("qwen3-235b-a22b", "deepseek-v3"):  # whole on each rank: routers, attention

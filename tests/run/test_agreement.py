@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dspark_megatron.data.prompts.evaluation import Prompt
+from dspark_megatron.data.prompts.chat_prompts import Prompt
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.run import rank_facts
 from dspark_megatron.run.agreement import RankFacts, agree_at_launch, disagreement

@@ -26,7 +26,9 @@ def our_steps(runtime, config):
     for _ in range(STEPS):
         metrics = trainer._new_metrics()
         trainer._train_step(metrics)
-        means = metrics.reduced(dp_group=runtime.dp_group).means(trainer.step.draft_loss.weights)
+        means = metrics.reduced(dp_group=runtime.dp_group).means(
+            trainer.step.forward_step.term_weights
+        )
         steps.append((means, trained(trainer.draft)))
     return steps
 

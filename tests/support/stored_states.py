@@ -1,14 +1,10 @@
 """Options of the tool that stores states."""
 
-import importlib
 import os
-import sys
 from pathlib import Path
 from unittest import mock
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
 
 
 class InterruptedJob(Exception):
@@ -17,8 +13,8 @@ class InterruptedJob(Exception):
 
 def prepare(runtime, config, output, *options, stop_after=None):
     """What the tool does in a rank; stop_after: shards after which the writer fails."""
-    sys.path.insert(0, str(ROOT / "tools"))
-    tool = importlib.import_module("prepare_target_cache")
+    import prepare_target_cache as tool
+
     from dspark_megatron.run.check import check
     from dspark_megatron.training.store_states import store_states
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from dspark_megatron.data.batch import Batch
 from dspark_megatron.run.check import check
 
 IDS = torch.arange(30).view(2, 15) + 40
@@ -14,7 +15,7 @@ def tapped(runtime, config):
 
     plan = check(config, runtime.world_size)
     target, draft = build_target(plan, runtime), build_draft(plan, runtime)
-    states = target.states(IDS)
+    states = target.states(Batch(IDS))
     check_target_logits(target, config.target.path, draft.lm_head, draft.vocab_shard, IDS)
     cached = cached_taps(target)
     embedding = draft.embed_tokens.weight

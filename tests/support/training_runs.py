@@ -11,10 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from support.paths import ROOT
 from support.tiny_target import tiny_config
-
-ROOT = Path(__file__).parents[2]
-
 
 CURVE = ("loss", "ce_loss", "l1_loss", "confidence_loss", "tau", "grad_norm", "learning_rate")
 
@@ -47,15 +45,6 @@ def assert_same_curve(got, expected, rel=1e-4):
                 f"{name} at iteration {mine['iteration']}"
             )
         assert mine["accept_rate"] == pytest.approx(theirs["accept_rate"], rel=rel, abs=1e-6)
-
-
-@pytest.fixture(scope="module")
-def unbroken(pool, tiny_run, tmp_path_factory):
-    """Twenty steps on one rank."""
-    output = tmp_path_factory.mktemp("unbroken")
-    config = tiny_config(tiny_run, train={"output_dir": str(output), "micro_batch_size": 4})
-    pool.run(run_training, world=1, tp=1, config=config)
-    return output
 
 
 def torchrun(ranks, *program):

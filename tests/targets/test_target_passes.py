@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 
+from dspark_megatron.data.batch import Batch
 from dspark_megatron.errors import ConfigError
 from support.sharded_targets import own_states
 from support.target_families import SIZES, make_family, make_multimodal, save_target
@@ -23,7 +24,7 @@ def passes(runtime, config):
         lambda _module, _inputs, arguments: shapes.append(tuple(arguments["input_ids"].shape)),
         with_kwargs=True,
     )
-    states = target.states(IDS)
+    states = target.states(Batch(IDS))
     return states.taps, states.last_hidden, shapes
 
 

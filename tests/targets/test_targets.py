@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dspark_megatron.data.batch import Batch
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.ops.vocab_parallel import VocabShard
 from dspark_megatron.run.check import check
@@ -43,7 +44,7 @@ def taps_alone(runtime, config):
     plan, results = check(config, runtime.world_size), []
     for with_last_hidden in (True, False):
         target = build_target(plan, runtime, with_last_hidden=with_last_hidden)
-        states = target.states(IDS)
+        states = target.states(Batch(IDS))
         upper = target.layers[max(config.model.target_layer_ids) + 1 :]
         results.append((states, elements(target.model), elements(upper)))
     return results

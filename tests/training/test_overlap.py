@@ -11,13 +11,8 @@ import torch.distributed as dist
 
 from dspark_megatron.config import LossConfig, OptimizerConfig
 from dspark_megatron.errors import ConfigError
-from support.tiny_draft import (
-    SHAPE,
-    CachedStates,
-    build_tiny_draft,
-    make_samples,
-    rank_micro_batches,
-)
+from support.shapes import SHAPE
+from support.tiny_draft import CachedStates, build_tiny_draft, make_samples, rank_micro_batches
 from support.tiny_target import tiny_config
 
 
@@ -30,9 +25,9 @@ class AnnouncedStates(CachedStates):
     def expect(self, batches, samples=()):
         self.expected = list(batches)
 
-    def states(self, input_ids, **rest):
-        assert self.expected.pop(0) is input_ids
-        return super().states(input_ids, **rest)
+    def states(self, batch):
+        assert torch.equal(self.expected.pop(0).input_ids, batch.input_ids)
+        return super().states(batch)
 
 
 def steps(runtime, overlap, idle=None, distributed=False, recompute=False):

@@ -16,9 +16,9 @@ import yaml
 
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.evaluation.draft_records import DraftRecords
+from support.paths import ROOT
 from support.tiny_target import make_target, tiny_config
 from support.training_runs import (
-    ROOT,
     assert_same_curve,
     curve,
     curve_lines,
@@ -30,7 +30,6 @@ from support.training_runs import (
     run_until_stopped,
     status,
     torchrun,
-    unbroken,  # noqa: F401
     write_config,
 )
 
