@@ -68,6 +68,7 @@ def verify_folder(
         problems.append(f"dtype ({dtype_name!r}) must be one of {', '.join(DTYPES)}")
     raise_if_any(problems, str(folder.path))
 
+    assert dtype_name is not None
     summary = _summary(folder, dtype_name)
     if with_temperatures:
         summary.append(f"{SIDECAR}: a temperature for each of the {shape.block_size} slots")

@@ -4,6 +4,7 @@ Shapes: t context tokens (all samples of the micro-batch flattened), n blocks, k
 layers, h hidden, r Markov rank, v padded vocabulary.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -178,7 +179,8 @@ class DSparkDraftModel(MegatronModule):
         context = self.hidden_norm(self.rows.from_columns(context))
         context = self.rows.to_linears(context, len(taps))
         rope = self.rotary(positions, context.dtype)
-        return [layer.self_attention.key_value(context, rope) for layer in self.layers]
+        layers: Iterable[Any] = self.layers
+        return [layer.self_attention.key_value(context, rope) for layer in layers]
 
     def backbone(
         self,

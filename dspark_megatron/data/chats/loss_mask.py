@@ -138,7 +138,7 @@ class ReasoningMask:
         """The parts of an answer from an opening tag to the closing one, or to its end."""
         position, end = answer
         is_open = text[:position].rstrip().endswith(self._opening)
-        spans = []
+        spans: list[Span] = []
         while True:
             start = position if is_open else text.find(self._opening, position, end)
             if start < 0:

@@ -123,7 +123,7 @@ def _refusal(error: urllib.error.HTTPError) -> NoAnswer:
     passing = error.code in (408, 429) or error.code >= 500
     refusal = NoAnswer(f"HTTP {error.code}", text or error.reason, passing=passing)
     with contextlib.suppress(ValueError, TypeError):  # it may be a date, or missing
-        refusal.delay = max(0.0, float(error.headers.get("Retry-After")))
+        refusal.delay = max(0.0, float(error.headers.get("Retry-After", "")))
     return refusal
 
 
@@ -176,9 +176,9 @@ def ask_all(
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 result = _result(future)
                 yield {running.pop(future): result}
-                is_failure = isinstance(result, NoAnswer)
-                failed = failed + 1 if is_failure and result.passing else 0
-                if failed >= limit or (is_failure and result.reason in HOPELESS):
+                failure = result if isinstance(result, NoAnswer) else None
+                failed = failed + 1 if failure and failure.passing else 0
+                if failed >= limit or (failure and failure.reason in HOPELESS):
                     stop.set()
                     source = iter(())  # what runs may still end well
     finally:
