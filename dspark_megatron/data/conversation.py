@@ -6,7 +6,7 @@ Shapes: s tokens of one sample.
 from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -192,7 +192,8 @@ def _is_text(record: dict) -> bool:
 
 
 def _checked_tokens(record: dict) -> tuple[list[int], list[bool]]:
-    token_ids, mask = record["input_ids"], record.get("loss_mask")
+    token_ids: Any = record["input_ids"]
+    mask: Any = record.get("loss_mask")
     for name, values in (("input_ids", token_ids), ("loss_mask", mask)):
         require(isinstance(values, list), f'"{name}" must be a list, not {shown(values)}')
     require(

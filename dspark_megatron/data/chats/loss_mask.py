@@ -132,21 +132,22 @@ class ReasoningMask:
         if self.tags is None:
             return mask
         answers = spans_of(offsets, mask)
-        spans = [span for answer in answers for span in self._reasoning_in(text, answer)]
+        spans = [span for answer in answers for span in _reasoning_in(text, answer, *self.tags)]
         kept = without(mask, tokens_inside(offsets, spans, len(text)))
         self.hidden_tokens += sum(mask) - sum(kept)
         return kept
 
-    def _reasoning_in(self, text: str, answer: Span) -> list[Span]:
-        """The parts of an answer from an opening tag to the closing one, or to its end."""
-        (opening, closing), (position, end) = self.tags, answer
-        is_open = text[:position].rstrip().endswith(opening)
-        spans = []
-        while True:
-            start = position if is_open else text.find(opening, position, end)
-            if start < 0:
-                return spans
-            close = text.find(closing, start, end)
-            position = end if close < 0 else close + len(closing)
-            spans.append((start, position))
-            is_open = False
+
+def _reasoning_in(text: str, answer: Span, opening: str, closing: str) -> list[Span]:
+    """The parts of an answer from an opening tag to the closing one, or to its end."""
+    position, end = answer
+    is_open = text[:position].rstrip().endswith(opening)
+    spans: list[Span] = []
+    while True:
+        start = position if is_open else text.find(opening, position, end)
+        if start < 0:
+            return spans
+        close = text.find(closing, start, end)
+        position = end if close < 0 else close + len(closing)
+        spans.append((start, position))
+        is_open = False

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from dspark_megatron.errors import ConfigError
 
@@ -84,7 +84,7 @@ def _open(path: str | Path) -> BinaryIO:
     for magic, (kind, way_out) in FOREIGN.items():
         if start.startswith(magic):
             raise ConfigError(f"{path} is {kind}, and lines of JSON are read; {way_out}")
-    packed = (opener for magic, opener in OPENERS.items() if start.startswith(magic))
+    packed: Iterator[Any] = (opener for magic, opener in OPENERS.items() if start.startswith(magic))
     return next(packed, open)(path, "rb")
 
 

@@ -49,8 +49,8 @@ def find_files(entry: str | Path) -> list[DataFile]:
 
 def _files_of_folder(path: Path) -> list[DataFile]:
     """Raises ConfigError also for a folder with data that would be passed over."""
-    found = {file.name for name in FOREIGN_NAMES for file in path.glob(name)}
-    foreign = sorted(found.difference(NO_DATA))
+    others = {file.name for name in FOREIGN_NAMES for file in path.glob(name)}
+    foreign = sorted(others.difference(NO_DATA))
     require(
         not foreign,
         f"the data folder {path} has {len(foreign)} files of data that are not read "

@@ -117,7 +117,7 @@ def _refusal(error: urllib.error.HTTPError) -> NoAnswer:
     passing = error.code in (408, 429) or error.code >= 500
     refusal = NoAnswer(f"HTTP {error.code}", text or error.reason, passing=passing)
     with contextlib.suppress(ValueError, TypeError):  # it may be a date, or missing
-        refusal.delay = max(0.0, float(error.headers.get("Retry-After")))
+        refusal.delay = max(0.0, float(error.headers.get("Retry-After", "")))
     return refusal
 
 
@@ -171,11 +171,11 @@ def ask_all(
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                is_failure = isinstance(future.exception(), NoAnswer)
-                result = future.exception() if is_failure else future.result()
-                yield {running.pop(future): result}
-                failed = failed + 1 if is_failure and result.passing else 0
-                if failed >= limit or (is_failure and result.reason in HOPELESS):
+                error = future.exception()
+                failure = error if isinstance(error, NoAnswer) else None
+                yield {running.pop(future): failure or future.result()}
+                failed = failed + 1 if failure and failure.passing else 0
+                if failed >= limit or (failure and failure.reason in HOPELESS):
                     stop.set()
                     source = iter(())  # what runs may still end well
     finally:

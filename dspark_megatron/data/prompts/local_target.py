@@ -6,8 +6,9 @@ Shapes: b = prompts of a batch, s = longest prompt of the batch, t = longest ans
 import random
 from collections.abc import Collection, Iterator
 from datetime import date
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -67,7 +68,7 @@ class LocalTarget:
         self._folder, self._tokenizer = folder, tokenizer
         self._dtype, self._device, self._messages_only = dtype, device, messages_only
         self._stops = stop_token_ids(folder, tokenizer)
-        choice = {"do_sample": False}
+        choice: dict[str, Any] = {"do_sample": False}
         if temperature > 0:
             choice = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
         self._generation = GenerationConfig(
@@ -104,10 +105,10 @@ class LocalTarget:
 
     def answer(self, prompts: list[list[int]], seed: int) -> list[Answer]:
         """Answer b tokenized prompts at once."""
-        left = {"batch_first": True, "padding_side": "left"}
+        left = partial(pad_sequence, batch_first=True, padding_side="left")
         rows = [torch.tensor(prompt, device=self._device) for prompt in prompts]
-        ids = pad_sequence(rows, padding_value=self._stops[0], **left)  # [b, s]
-        mask = pad_sequence([torch.ones_like(row) for row in rows], **left)  # [b, s]
+        ids = left(rows, padding_value=self._stops[0])  # [b, s]
+        mask = left([torch.ones_like(row) for row in rows])  # [b, s]
         torch.manual_seed(seed)
         with torch.inference_mode():
             tokens = self._model.generate(ids, attention_mask=mask)  # [b, s + t]
