@@ -17,14 +17,14 @@ from dspark_megatron.errors import ConfigError
 
 OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 """How to open compressed files, by their first bytes."""
-TO_JSONL = "write it as JSONL: datasets.load_dataset({!r}, data_files=...)['train'].to_json(...)"
+AS_JSONL = "write it as JSONL: datasets.{}.to_json(...)"
 FOREIGN = {
-    b"PAR1": ("a Parquet file", TO_JSONL.format("parquet")),
-    b"ARROW1": ("an Arrow file", TO_JSONL.format("arrow")),
-    b"\xff\xff\xff\xff": (
-        "an Arrow stream",
-        "write it as JSONL: datasets.load_from_disk(FOLDER).to_json(...)",
+    b"PAR1": (
+        "a Parquet file",
+        AS_JSONL.format("load_dataset('parquet', data_files=...)['train']"),
     ),
+    b"ARROW1": ("an Arrow file", AS_JSONL.format("load_dataset('arrow', data_files=...)['train']")),
+    b"\xff\xff\xff\xff": ("an Arrow stream", AS_JSONL.format("load_from_disk(FOLDER)")),
     b"\x28\xb5\x2f\xfd": ("packed by Zstandard", "unpack it: zstd -d FILE"),
     b"PK\x03\x04": ("a ZIP archive", "unpack it: unzip FILE"),
 }

@@ -8,16 +8,8 @@ from dspark_megatron.errors import ConfigError, require
 
 NAMES = ("*.jsonl", "*.jsonl.gz", "*.jsonl.bz2", "*.jsonl.xz", "*.idx")
 """The files of a folder that are read."""
-FOREIGN_NAMES = (
-    "*.parquet",
-    "*.arrow",
-    "*.zst",
-    "*.csv",
-    "*.tsv",
-    "*.ndjson",
-    "*.json",
-    "*.json.*",
-)
+FOREIGN_NAMES = "*.parquet *.arrow *.zst *.csv *.tsv *.ndjson *.json *.json.*".split()
+"""Files of a folder with data that is not read."""
 NO_DATA = ("dataset_info.json", "dataset_infos.json", "state.json")
 """Files in which Hugging Face's datasets describe themselves."""
 
