@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dspark_megatron.data.chats.answers import WAY_OUT, AnswerRules
 from dspark_megatron.data.chats.loss_mask import (
+    Encoding,
     ReasoningMask,
     check_offsets,
     detokenize,
@@ -70,7 +71,7 @@ class ConversationEncoder:
         self.reasoning = ReasoningMask(reasoning_tags)
 
     def encode(self, record: dict) -> list[Sample]:
-        """The samples of a line in one of the forms of docs/training.md. It is one sample, unless
+        """The samples of a line in one of the forms of docs/data.md. It is one sample, unless
         the chat template rewrites earlier turns.
 
         `"finish_reason": "length"` says that the last answer was cut short, so its end is not
@@ -110,7 +111,7 @@ class ConversationEncoder:
         """Made at the first chat, since a file of ids needs no template."""
         return ChatTemplate(self._tokenizer, self.reasoning, self._rules)
 
-    def _encode_chat(self, record: dict) -> list[tuple[list[int], list[bool]]]:
+    def _encode_chat(self, record: dict) -> list[Encoding]:
         chat = chat_of(record)
         roles = [message["role"] for message in chat.messages[chat.given :]]
         after = f" after the first {chat.given}, which are context" if chat.given else ""
@@ -130,7 +131,7 @@ class ConversationEncoder:
         )
         return encodings
 
-    def _encode_answered(self, record: dict) -> tuple[list[int], list[bool]]:
+    def _encode_answered(self, record: dict) -> Encoding:
         """A chat with the tokens that its target saw and wrote, as tools/generate_responses.py
         keeps them. It needs no template, and reasoning may be masked as in any chat."""
         token_ids, mask = _checked_tokens(record)
@@ -150,7 +151,7 @@ class ConversationEncoder:
         )
         return token_ids, self.reasoning.hide(*detokenize(self._tokenizer, token_ids), mask)
 
-    def _encode_text(self, record: dict) -> tuple[list[int], list[bool]]:
+    def _encode_text(self, record: dict) -> Encoding:
         """Prompt and completion as they are, as TRL does it. There is no template, but the
         tokenizer's special tokens are added, and its eos token ends the completion."""
         check_offsets(self._tokenizer)
@@ -191,7 +192,7 @@ def _is_text(record: dict) -> bool:
     return kinds == {str}
 
 
-def _checked_tokens(record: dict) -> tuple[list[int], list[bool]]:
+def _checked_tokens(record: dict) -> Encoding:
     token_ids: Any = record["input_ids"]
     mask: Any = record.get("loss_mask")
     for name, values in (("input_ids", token_ids), ("loss_mask", mask)):

@@ -11,6 +11,8 @@ from dspark_megatron.errors import ConfigError, require
 
 Span = tuple[int, int]
 """A half-open range of characters, or of tokens."""
+Encoding = tuple[list[int], list[bool]]
+"""The token ids of a text, and whether each is learnt: [s] and [s]."""
 
 
 def check_offsets(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -16,6 +16,7 @@ from dspark_megatron.data.chats.answers import AnswerRules, Rendering, not_writt
 from dspark_megatron.data.chats.completeness import LeftOut, NotRendered, check_complete
 from dspark_megatron.data.chats.loss_mask import (
     AnswerEnds,
+    Encoding,
     ReasoningMask,
     Span,
     check_offsets,
@@ -80,10 +81,9 @@ class ChatTemplate:
         """Ids and character ranges of a rendered chat: [s] and [s] pairs."""
         return tokenize(self._tokenizer, text)
 
-    def encode(self, chat: Chat) -> list[tuple[list[int], list[bool]]]:
-        """Ids of the rendered chat, and whether each is learnt because the assistant wrote it: [s]
-        and [s]. There are several if the template rewrites earlier turns, each up to another
-        assistant turn.
+    def encode(self, chat: Chat) -> list[Encoding]:
+        """The rendered chat, of which is learnt what the assistant wrote. There are several if the
+        template rewrites earlier turns, each up to another assistant turn.
 
         The token that ends a turn counts as written, unless it ends a last answer that was cut
         short. What the template puts after that token does not count.
@@ -102,7 +102,7 @@ class ChatTemplate:
             return None
         return text
 
-    def _encode_marked(self, chat: Chat, text: str) -> tuple[list[int], list[bool]]:
+    def _encode_marked(self, chat: Chat, text: str) -> Encoding:
         encoded = self._apply(
             chat,
             tokenize=True,
@@ -118,7 +118,7 @@ class ChatTemplate:
         mask = without(mask, tokens_inside(offsets, hidden, len(text)))
         return token_ids, self._reasoning.hide(text, offsets, mask)
 
-    def _encode_part(self, part: Rendered) -> tuple[list[int], list[bool]]:
+    def _encode_part(self, part: Rendered) -> Encoding:
         token_ids, offsets = self.tokenize(part.text)
         mask = tokens_inside(offsets, part.answers, len(part.text))
         length = sum(end <= part.answers[-1][1] for _, end in offsets)
