@@ -43,13 +43,12 @@ def ask_target(args: argparse.Namespace, partial: Path) -> response_file.Outcome
     args.template_date = template_day(tokenizer, args.template_date, partial)
     rules = AnswerRules(template_date=args.template_date)
     prompts = read_prompts(args.input, ChatTemplate(tokenizer, rules=rules))
-    sampling = given(args, "dtype", "temperature", "max_new_tokens", "messages_only")
-    target = LocalTarget(args.target, tokenizer, device=args.device, **sampling)
-    rest = given(args, "batch_size", "seed", "template_date")
+    how = given(args, "dtype", "temperature", "max_new_tokens", "messages_only")
+    target = LocalTarget(args.target, tokenizer, device=args.device, **how)
     return response_file.collect_answers(
         args.output,
         [prompt.record for prompt in prompts],
-        {"target": str(args.target), **sampling, **rest},
+        {"target": str(args.target), **how, **given(args, "batch_size", "seed", "template_date")},
         lambda missing: target.answer_all(prompts, missing, args.batch_size, args.seed),
     )
 
@@ -120,8 +119,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     day = args.template_date
     require(day is None or is_day(day), f"--template-date ({day}) must be like 2026-01-31")
     if args.endpoint is None:
-        asked = args.return_token_ids
-        require(not asked, "--token-ids needs --endpoint; --target keeps them anyway")
+        require(not args.return_token_ids, "--token-ids needs --endpoint; --target keeps them")
         sent = list(given(args, *endpoint.SENT_IF_GIVEN))
         require(not sent, f"{', '.join(sent)} need --endpoint; --target samples the plain softmax")
         return

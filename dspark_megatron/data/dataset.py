@@ -246,12 +246,9 @@ class _PackedSamples:
             report.kept += 1
             report.total_tokens += len(sample.loss_mask)
             report.loss_tokens += loss_tokens
-            self._append(sample)
-
-    def _append(self, sample: Sample) -> None:
-        self._token_ids.frombytes(sample.input_ids.numpy().tobytes())
-        self._loss_mask += sample.loss_mask.numpy().tobytes()
-        self._offsets.append(len(self._loss_mask))
+            self._token_ids.frombytes(sample.input_ids.numpy().tobytes())
+            self._loss_mask += sample.loss_mask.numpy().tobytes()
+            self._offsets.append(len(self._loss_mask))
 
     def dataset(self, report: DropReport, shares: Shares | None) -> ConversationDataset:
         return ConversationDataset(
