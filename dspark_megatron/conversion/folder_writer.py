@@ -94,7 +94,10 @@ def write_draft_folder(
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         return map(
-            lambda item: (layout.to_name(item[0]), _cast(*item, dtype)),  # keeps none of them
+            lambda item: (
+                layout.to_name(item[0]),
+                _cast(item[0], item[1], dtype),
+            ),  # keeps none of them
             _tensors(source, shared),
         )
 

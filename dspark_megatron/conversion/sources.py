@@ -1,7 +1,8 @@
 """Where a draft to be written comes from: a training checkpoint or a folder of any layout."""
 
+import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -108,8 +109,5 @@ class FolderSource:
         return {}
 
 
-def _widest(dtypes: Any) -> torch.dtype:
-    widest = None
-    for dtype in dtypes:
-        widest = dtype if widest is None else torch.promote_types(widest, dtype)
-    return widest
+def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    return functools.reduce(torch.promote_types, dtypes)

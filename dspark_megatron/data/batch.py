@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,8 +28,13 @@ class Batch:
     """Of the samples, the longest s; a target may then leave the padding out. None: it may not."""
     sample_indices: tuple[int, ...] = ()
     """Where the samples stand in the data; stored states are found by it."""
-    blocks: DraftBlocks | None = None
+    own_blocks: DraftBlocks | None = None
     """None where nothing is learnt."""
+
+    @property
+    def blocks(self) -> DraftBlocks:
+        assert self.own_blocks is not None, "nothing is learnt from this batch"
+        return self.own_blocks
 
     @classmethod
     def of(
@@ -43,9 +49,11 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same with its blocks on the device, in one transfer."""
-        moved = all_to_device({"input_ids": self.input_ids, **self.blocks.tensors}, device)
+        moved: dict[str, Any] = all_to_device(
+            {"input_ids": self.input_ids, **self.blocks.tensors}, device
+        )
         input_ids = moved.pop("input_ids")
-        return replace(self, input_ids=input_ids, blocks=replace(self.blocks, **moved))
+        return replace(self, input_ids=input_ids, own_blocks=replace(self.blocks, **moved))
 
 
 def padded(samples: Sequence[Tensor]) -> Tensor:

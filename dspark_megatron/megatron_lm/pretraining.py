@@ -55,8 +55,9 @@ class DraftPretraining:
         self._batches = MicroBatches(config, self.dataset, dp_group=runtime.dp_group)
         agree(draft_facts(self.draft, runtime.tp_group.rank()))
         target = states_source(plan, runtime, self.dataset, self.draft)
-        place = dict(tp_group=runtime.tp_group, device=runtime.device)
-        self._step = ForwardStep(config.loss, self.draft, target, **place)
+        self._step = ForwardStep(
+            config.loss, self.draft, target, tp_group=runtime.tp_group, device=runtime.device
+        )
         anchors = config.train.global_batch_size * config.model.num_anchors
         slots = slot_weights(plan.shape.block_size, config.loss.loss_decay_gamma)
         self._unit = tokens_per_weight(anchors * float(slots.sum()))
@@ -140,7 +141,8 @@ def datasets_provider(num_samples: Any, vp_stage: int | None = None) -> tuple[An
     return pretraining.micro_batches(args.consumed_train_samples), None, None
 
 
-datasets_provider.is_distributed = True  # every tensor-parallel rank reads the data
+# Every tensor-parallel rank reads the data.
+setattr(datasets_provider, "is_distributed", True)  # noqa: B010
 
 
 def forward_step(data_iterator: Iterator[Batch], model: Any) -> tuple[Tensor, partial]:

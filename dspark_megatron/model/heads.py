@@ -3,6 +3,9 @@
 logit (Eq. 7).
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import VocabParallelEmbedding
@@ -59,11 +62,15 @@ class MarkovHead(MegatronModule):
 class GatedMarkovHead(MarkovHead):
     """z = sigmoid(W_g [h_k ; e] + b_g) * e with e = W1[x_{k-1}]."""
 
-    def __init__(self, config, padded_vocab_size, rank, *, tp_group) -> None:
-        super().__init__(config, padded_vocab_size, rank, tp_group=tp_group)
+    def __init__(
+        self, config: TransformerConfig, padded_vocab_size: int, rank: int, **group: Any
+    ) -> None:
+        super().__init__(config, padded_vocab_size, rank, **group)
         self.gate_proj = _replicated_linear(config, config.hidden_size + rank, rank)
 
-    def step(self, embedding, hidden, state):
+    def step(
+        self, embedding: Tensor, hidden: Tensor, state: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         gate = self.gate_proj(torch.cat([hidden, embedding], dim=-1)).sigmoid()
         return gate * embedding, None
 
@@ -72,11 +79,15 @@ class RNNMarkovHead(MarkovHead):
     """A gated recurrence over the block (Eq. 6): [g; c; o] = W_j [s; e; h] + b_j,
     s' = sigmoid(g) s + (1 - sigmoid(g)) tanh(c), z = tanh(o), s_0 = 0."""
 
-    def __init__(self, config, padded_vocab_size, rank, *, tp_group) -> None:
-        super().__init__(config, padded_vocab_size, rank, tp_group=tp_group)
+    def __init__(
+        self, config: TransformerConfig, padded_vocab_size: int, rank: int, **group: Any
+    ) -> None:
+        super().__init__(config, padded_vocab_size, rank, **group)
         self.joint_proj = _replicated_linear(config, config.hidden_size + 2 * rank, 3 * rank)
 
-    def step(self, embedding, hidden, state):
+    def step(
+        self, embedding: Tensor, hidden: Tensor, state: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         state = torch.zeros_like(embedding) if state is None else state
         joint = self.joint_proj(torch.cat([state, embedding, hidden], dim=-1))
         gate, candidate, output = joint.chunk(3, dim=-1)
@@ -84,7 +95,11 @@ class RNNMarkovHead(MarkovHead):
         return output.tanh(), gate * state + (1 - gate) * candidate.tanh()
 
 
-MARKOV_HEADS = {"vanilla": MarkovHead, "gated": GatedMarkovHead, "rnn": RNNMarkovHead}
+MARKOV_HEADS: dict[str, Callable[..., MarkovHead]] = {
+    "vanilla": MarkovHead,
+    "gated": GatedMarkovHead,
+    "rnn": RNNMarkovHead,
+}
 
 
 def _replicated_linear(config: TransformerConfig, inputs: int, outputs: int) -> torch.nn.Linear:
@@ -101,5 +116,6 @@ class ConfidenceHead(MegatronModule):
 
     def forward(self, hidden: Tensor, embeddings: Tensor | None) -> Tensor:
         """hidden [..., h], embeddings [..., r] -> fp32 confidence_logits [...]. No collective."""
-        features = torch.cat([hidden, embeddings], dim=-1) if self.with_markov else hidden
+        assert embeddings is not None or not self.with_markov
+        features = hidden if embeddings is None else torch.cat([hidden, embeddings], dim=-1)
         return self.proj(features).squeeze(-1).float()

@@ -17,8 +17,10 @@ META = "dspark.json"
 """Beside the tensors of our own checkpoints: what they are."""
 _DCP = "torch.distributed.checkpoint"
 _PLANS = ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
-_ENTRIES = ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING")
-_ENTRIES += ("TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata")
+_ENTRIES = (
+    *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+    *("TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
+)
 _KNOWN = {
     ("collections", "OrderedDict"),
     ("torch", "Size"),

@@ -69,7 +69,7 @@ class GPTCheckpoint:
     @cached_property
     def args(self) -> argparse.Namespace:
         """The command line that trained the model."""
-        args = self._common().get("args")
+        args: Any = self._common().get("args")
         require(
             isinstance(args, argparse.Namespace),
             f"{self.path} must hold Megatron-LM's arguments ('args'), which say what the model is; "
@@ -153,7 +153,7 @@ class _Inert:
 @contextmanager
 def known_classes() -> Iterator[None]:
     """Lets PyTorch's `weights_only` unpickler take what stands among a checkpoint's arguments."""
-    known = [*_PLAIN, *((_Inert, name) for name in _INERT)]
+    known: list[Any] = [*_PLAIN, *((_Inert, name) for name in _INERT)]
     # What is allowed already, such as by Megatron-Core, must stay so afterwards.
     allowed = torch.serialization.get_safe_globals()
     with torch.serialization.safe_globals([one for one in known if one not in allowed]):

@@ -21,8 +21,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.storage.safetensors_folder import SafetensorsFolder, open_safetensors
 
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embeddings.weight")
-EMBEDDINGS += ("embed_in.weight",)
+EMBEDDINGS = (
+    *("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embeddings.weight"),
+    "embed_in.weight",
+)
 HEADS = ("lm_head.weight", "embed_out.weight")
 
 

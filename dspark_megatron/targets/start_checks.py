@@ -20,7 +20,7 @@ from dspark_megatron.data.batch import Batch
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.ops.vocab_parallel import VocabShard
 from dspark_megatron.storage.target_folder import load_target_config
-from dspark_megatron.targets.base import Target, TargetStates
+from dspark_megatron.targets.base import DecodingTarget, TargetStates
 from dspark_megatron.targets.family import without_layers
 from dspark_megatron.targets.huggingface.packing import PackedSequences
 from dspark_megatron.targets.huggingface.target import HuggingFaceTarget, layer_output
@@ -84,7 +84,7 @@ def _last_states(target: HuggingFaceTarget, input_ids: Tensor) -> tuple[Tensor, 
     states = target.states(Batch(input_ids))
     hook.remove()
     # In several passes it comes in pieces, and what follows them is another rank's need of passes.
-    return torch.cat(kept, dim=1)[:, : input_ids.shape[1]], states.last_hidden
+    return torch.cat(kept, dim=1)[:, : input_ids.shape[1]], states.hidden
 
 
 def _without_layers(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -115,6 +115,7 @@ def check_packing(target: HuggingFaceTarget, samples: Sequence[Tensor]) -> None:
 
     Raises ConfigError when they differ by more than rounding.
     """
+    assert target.packer is not None
     allowed = target.packer.max_tokens or len(samples) * _PACKED_TOKENS
     most = min(_PACKED_TOKENS, allowed // len(samples))
     ids = [sample[: max(1, most)] for sample in samples]
@@ -136,6 +137,7 @@ def check_packing(target: HuggingFaceTarget, samples: Sequence[Tensor]) -> None:
 
 def _sequences(target: HuggingFaceTarget, ids: list[Tensor]) -> list[PackedSequences]:
     rows = [[0, 1], list(range(2, len(ids)))] if len(ids) > 2 else [[0, 1]]
+    assert target.packer is not None
     groups = [rows] if target.packer.has_masks else [[row] for row in rows]
     return [
         PackedSequences(group, max(sum(len(ids[i]) for i in row) for row in group))
@@ -163,7 +165,7 @@ def mean_distance(packed: Tensor, alone: Tensor) -> float:
 
 
 @torch.no_grad()
-def check_pieces_agree(target: Target, input_ids: Tensor) -> None:
+def check_pieces_agree(target: DecodingTarget, input_ids: Tensor) -> None:
     """Compare last hidden states [1, s, h] of a prompt, taken in as decoding does, with those of
     one pass. input_ids [1, s >= 1], alike on every tensor-parallel rank. Costs six short passes.
     Raises ConfigError when they differ by more than rounding."""
@@ -173,12 +175,12 @@ def check_pieces_agree(target: Target, input_ids: Tensor) -> None:
     for start, end, drafts in _PIECES:
         own = ids[:, start:end]
         if start == 0:
-            found.append(target.add_sequence(own, cache).last_hidden)
+            found.append(target.add_sequence(own, cache).hidden)
             continue
-        tokens = torch.cat([own, ids[:, :drafts]], dim=1)
-        found.append(target.extend(tokens, cache).last_hidden[:, : end - start])
+        drafted = torch.cat([own, ids[:, :drafts]], dim=1)
+        found.append(target.extend(drafted, cache).hidden[:, : end - start])
         target.forget(cache, [drafts])
-    whole = target.states(Batch(ids)).last_hidden
+    whole = target.states(Batch(ids)).hidden
     difference = mean_distance(torch.cat(found, dim=1)[0].float(), whole[0].float())
     most = rounding_of(target.dtype)
     require(

@@ -58,7 +58,7 @@ class ForwardStep:
     def __call__(self, batch: Batch, model: Any, metrics: MetricSums) -> Tensor | None:
         """[] with gradients; None where nothing is learnt. Adds to `metrics`. model: the draft, or
         what a loop has wrapped it in."""
-        lengths, blocks = batch.lengths, batch.blocks
+        blocks, lengths = batch.blocks, batch.lengths or []
         metrics.add(samples=len(lengths), tokens=sum(lengths), candidates=blocks.candidates)
         if blocks.weight == 0:  # on every tensor-parallel rank alike
             if self.target.lockstep:
@@ -92,7 +92,7 @@ class ForwardStep:
     def _target_states(self, batch: Batch, metrics: MetricSums) -> TargetStates:
         states = self.target.states(batch)
         if states.positions is not None:
-            padding = states.positions - sum(batch.lengths)
+            padding = states.positions - sum(batch.lengths or [])
             metrics.add(positions=states.positions, padding=padding)
         return states
 

@@ -24,7 +24,8 @@ class HeldOut:
 
     def __init__(self, plan: RunPlan, runtime: Runtime, dataset: ConversationDataset) -> None:
         settings = plan.config.evaluate
-        self.config, self.runtime = plan.config, runtime
+        assert settings.every is not None
+        self.config, self.runtime, self.every = plan.config, runtime, settings.every
         count = min(len(dataset), settings.heldout_samples or len(dataset))
         self.samples = [dataset[i] for i in range(count)]
         self.conditions = {
@@ -49,7 +50,7 @@ class HeldOut:
         return cls(plan, runtime, dataset)
 
     def is_due(self, iteration: int) -> bool:
-        return iteration % self.config.evaluate.every == 0
+        return iteration % self.every == 0
 
     def estimate(
         self, state: RunState, draft: DSparkDraftModel, target: Target, reporter: Reporter | None

@@ -43,8 +43,9 @@ class GradientStep:
         """model: the data-parallel wrapper of a DSparkDraftModel."""
         self.loss, self.model = loss, model
         self.dp_group, self.device = dp_group, device
-        place = dict(tp_group=tp_group, device=device)
-        self.forward_step = ForwardStep(loss, model.module, target, **place)
+        self.forward_step = ForwardStep(
+            loss, model.module, target, tp_group=tp_group, device=device
+        )
 
     def run(self, batches: list[Batch], metrics: MetricSums) -> None:
         """Leave the step's gradients in the model's buckets, reduced; add to `metrics`."""

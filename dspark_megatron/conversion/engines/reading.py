@@ -15,17 +15,23 @@ from dspark_megatron.conversion.layouts.rope_config import rope_differences
 from dspark_megatron.shape import DraftShape
 
 DEEPSPEC, VLLM, SGLANG, MLX, TRT = "DeepSpec", "vLLM", "SGLang", "mlx-dspark", "TensorRT-LLM"
-SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-SIZES += ("num_key_value_heads", "vocab_size", "target_layer_ids", "markov_rank")
+SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "vocab_size", "target_layer_ids", "markov_rank"),
+)
 FLAGS = ("enable_confidence_head", "confidence_head_with_markov")
-KEYS = (*SIZES, "head_dim", "block_size", "mask_token_id", "markov_head_type", *FLAGS)
-KEYS += ("num_anchors",)
+KEYS = (
+    *(*SIZES, "head_dim", "block_size", "mask_token_id", "markov_head_type", *FLAGS),
+    "num_anchors",
+)
 AUX = "eagle_aux_hidden_state_layer_ids"
 """vLLM's first place for layer ids; it counts the embedding as 0."""
 FOREIGN = r"(model|logit_head|markov_w[12]|gate_proj|joint_proj|confidence_proj)\."
 """Names of a wrapped model, of older SpecForge (`logit_head.`) and of ModelOpt (flat heads)."""
-BUNDLED = ("dspark_block_size", "dspark_markov_rank", "dspark_markov_head_type")
-BUNDLED += ("dspark_noise_token_id", "dspark_target_layer_ids")
+BUNDLED = (
+    *("dspark_block_size", "dspark_markov_rank", "dspark_markov_head_type"),
+    *("dspark_noise_token_id", "dspark_target_layer_ids"),
+)
 INHERITED = ("text_config", "num_nextn_predict_layers", "auto_map", "num_experts")
 VLLM_METHODS = ("eagle-", "eagle3", "dflash")
 HF = "export with --layout hf"
@@ -88,7 +94,8 @@ def _first(config: dict[str, Any], places: tuple[str, ...]) -> str | None:
 
 def unfolded(engine: Engine, config: dict[str, Any], speculators: bool) -> dict[str, Any]:
     """The config after the engine has lifted nested keys to the top level, if it does."""
-    layers, nested = config.get("transformer_layer_config"), config.get("dflash_config")
+    layers: Any = config.get("transformer_layer_config")
+    nested: Any = config.get("dflash_config")
     if speculators:
         aux = {engine.speculators_ids: config.get("aux_hidden_state_layer_ids")}
         known = {"architectures": ["Qwen3DSparkModel"]}
@@ -102,7 +109,8 @@ def unfolded(engine: Engine, config: dict[str, Any], speculators: bool) -> dict[
 def resolve(engine: Engine, config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The values of KEYS, and a line for each that is missing or malformed. A value that stands
     where this engine does not look is used on, so that the tensors can be judged as well."""
-    values, lines = {}, []
+    values: dict[str, Any] = {}
+    lines: list[str] = []
     for key in KEYS:
         place = _first(config, engine.places.get(key, (key,)))
         value = _lookup(config, place) if place else engine.defaults.get(key)
@@ -145,7 +153,9 @@ def _expected_tensors(r: Reading) -> dict[str, tuple[int, ...]] | None:
     if any(v[key] is None for key in SIZES):
         return None
     keys = {"ffn_hidden_size": "intermediate_size", "num_layers": "num_hidden_layers"}
-    sizes = {f.name: v.get(keys.get(f.name, f.name)) for f in dataclasses.fields(DraftShape)}
+    sizes: dict[str, Any] = {
+        f.name: v.get(keys.get(f.name, f.name)) for f in dataclasses.fields(DraftShape)
+    }
     sizes |= {
         "head_dim": v["head_dim"] or v["hidden_size"] // v["num_attention_heads"],
         "target_layer_ids": tuple(v["target_layer_ids"]),
@@ -164,7 +174,7 @@ def _expected_tensors(r: Reading) -> dict[str, tuple[int, ...]] | None:
     return expected
 
 
-def _draft_vocab(r: Reading) -> int | None:
+def _draft_vocab(r: Reading) -> int:
     size = r.get("draft_vocab_size")
     return size if type(size) is int else r.values["vocab_size"]
 

@@ -70,10 +70,11 @@ class HuggingFaceTarget(Target):
 
     def packed_states(self, batch: Batch, groups: list[PackedSequences]) -> TargetStates:
         """`states` with the samples packed so; 0 where input_ids is padding."""
-        input_ids = to_device(batch.input_ids, self.device)
-        packed = [group.take(input_ids, batch.lengths) for group in groups]
+        input_ids, lengths = to_device(batch.input_ids, self.device), batch.lengths
+        assert lengths is not None
+        packed = [group.take(input_ids, lengths) for group in groups]
         found = run_in_step(packed, self._run_pieces, lockstep_group=self._lockstep_group)
-        return unpacked(found, groups, batch.lengths)
+        return unpacked(found, groups, lengths)
 
     @property
     def _lockstep_group(self) -> dist.ProcessGroup | None:

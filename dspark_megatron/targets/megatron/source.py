@@ -33,15 +33,16 @@ class GPTSource:
         another model than the Hugging Face config describes."""
         shape = hf_shape.gpt_shape_of(target_config)
         if config.checkpoint:
-            weights = GPTCheckpoint(config.checkpoint)
-            own = checkpoint.gpt_shape_of(weights, shape.vocab_size)
-            own.require_same(shape, f"target.checkpoint {weights.path}", "config.json")
-            saved = weights.dtype
+            gpt = GPTCheckpoint(config.checkpoint)
+            own = checkpoint.gpt_shape_of(gpt, shape.vocab_size)
+            own.require_same(shape, f"target.checkpoint {gpt.path}", "config.json")
+            weights: GPTCheckpoint | SafetensorsFolder = gpt
+            saved = gpt.dtype
         else:
-            weights = SafetensorsFolder(config.path)
+            weights = folder = SafetensorsFolder(config.path)
             embedding, head = shared_weights(config.path)
             shape = replace(shape, share_embeddings_and_output_weights=embedding == head)
-            saved = target_config.dtype or weights.dtypes[embedding]
+            saved = target_config.dtype or folder.dtypes[embedding]
         dtype = saved if config.dtype == "auto" else getattr(torch, config.dtype)
         return cls(shape, dtype, weights)
 
@@ -88,7 +89,7 @@ def check_gpt_target(config: Config, target_config: PretrainedConfig, stage_size
         f"be a multiple of them that divides its query heads ({heads})",
     )
     widths = {"FFN layers": shape.ffn_hidden_size}
-    if shape.num_experts is not None and ep == 1:
+    if shape.moe_ffn_hidden_size is not None and ep == 1:
         widths["experts"] = shape.moe_ffn_hidden_size
     for name, width in widths.items():
         require(

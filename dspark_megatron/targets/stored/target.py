@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from dspark_megatron.data.batch import Batch
-from dspark_megatron.data.conversation import Sample
+from dspark_megatron.data.dataset import ConversationDataset
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.ops.transfer import to_device
 from dspark_megatron.targets.base import StatesSource, TargetStates
@@ -28,7 +28,7 @@ class StoredStates(StatesSource):
     def __init__(
         self,
         reader: StatesReader,
-        data: Sequence[Sample],
+        data: ConversationDataset,
         *,
         device: torch.device,
         hints: Sequence[str] = (),
@@ -47,7 +47,7 @@ class StoredStates(StatesSource):
                 f"0): {'; '.join(hints) or 'other tokens or loss masks'}. Store the states of "
                 "these data, or set target.provider=huggingface"
             )
-        self._places = found
+        self._places = [place for place in found if place is not None]
         self._thread = ThreadPoolExecutor(1, "states-reader")
         self._expected: deque[Batch] = deque()
         self._ahead: deque[tuple[tuple[int, ...], Future[TargetStates]]] = deque()
@@ -85,8 +85,8 @@ class StoredStates(StatesSource):
 
 def _spread(parts: list[KeptStates], seq_length: int) -> Tensor:
     """Last hidden states at their positions: [b, s, h]."""
-    width = parts[0].last_hidden.shape[-1]
-    spread = parts[0].last_hidden.new_full((len(parts), seq_length, width), torch.nan)
-    for states, part in zip(spread, parts, strict=True):
-        states[part.positions] = part.last_hidden
+    kept = [part.last_hidden for part in parts if part.last_hidden is not None]
+    spread = kept[0].new_full((len(parts), seq_length, kept[0].shape[-1]), torch.nan)
+    for states, part, last_hidden in zip(spread, parts, kept, strict=True):
+        states[part.positions] = last_hidden
     return spread
