@@ -4,7 +4,7 @@ import hashlib
 import json
 from typing import Any
 
-from dspark_megatron.conversion.engines.reading import SGLANG, VLLM
+from dspark_megatron.conversion.engines.table import SGLANG, VLLM
 from dspark_megatron.conversion.layouts.description import DraftDescription
 
 WHOSE = {
