@@ -140,10 +140,10 @@ def _write_tensors(
 ) -> None:
     sizes = megatron_shapes(shape, padded_vocab_size)
     planned = {name: torch.empty(size, dtype=dtype, device="meta") for name, size in sizes.items()}
-    rows = {row.megatron: (row,) for row in name_table(shape)}
+    table = {entry.megatron: [entry] for entry in name_table(shape)}
 
     def tensor(name: str) -> Tensor:
-        ((_, whole),) = to_megatron(shape, get, padded_vocab_size, rows=rows[name])
+        ((_, whole),) = to_megatron(shape, get, padded_vocab_size, entries=table[name])
         return whole.to(dtype)
 
     with warnings.catch_warnings():

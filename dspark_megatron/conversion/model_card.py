@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dspark_megatron.conversion.engines.table import SGLANG, VLLM
-from dspark_megatron.conversion.layouts.description import DraftDescription
+from dspark_megatron.conversion.layouts.hf_config import DraftDescription
 from dspark_megatron.shape import DraftShape
 
 WHOSE = {

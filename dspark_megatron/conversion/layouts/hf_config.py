@@ -4,16 +4,46 @@ DSpark's own keys stand twice, at the top level and in `dflash_config`, because 
 where they look; `verify.py` checks that the two agree.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from dspark_megatron.conversion.layouts.description import DraftDescription
+from dspark_megatron.config import LossConfig, ModelConfig
 from dspark_megatron.conversion.layouts.names import LATENT, raise_if_any
 from dspark_megatron.errors import require
 from dspark_megatron.shape import DraftShape
 
 ARCHITECTURE = "Qwen3DSparkModel"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftDescription:
+    """What a draft is, in whatever layout: its shape, and the few facts of its training that some
+    layout's config wants."""
+
+    shape: DraftShape
+    num_anchors: int = ModelConfig.num_anchors
+    initializer_range: float = ModelConfig.initializer_range
+    confidence_head_alpha: float = LossConfig.confidence_head_alpha
+
+    @classmethod
+    def of_checkpoint(cls, meta: dict[str, Any]) -> "DraftDescription":
+        """From a training checkpoint's `dspark.json`."""
+        return cls(
+            shape=DraftShape.from_dict(meta["shape"]),
+            num_anchors=meta["num_anchors"],
+            initializer_range=meta["initializer_range"],
+            confidence_head_alpha=meta["confidence_head_alpha"],
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """All but the shape."""
+        return {
+            "num_anchors": self.num_anchors,
+            "initializer_range": self.initializer_range,
+            "confidence_head_alpha": self.confidence_head_alpha,
+        }
 
 
 def hugging_face_config(
