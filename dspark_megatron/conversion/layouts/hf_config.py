@@ -30,20 +30,12 @@ class DraftDescription:
     @classmethod
     def of_checkpoint(cls, meta: dict[str, Any]) -> "DraftDescription":
         """From a training checkpoint's `dspark.json`."""
-        return cls(
-            shape=DraftShape.from_dict(meta["shape"]),
-            num_anchors=meta["num_anchors"],
-            initializer_range=meta["initializer_range"],
-            confidence_head_alpha=meta["confidence_head_alpha"],
-        )
+        shape = DraftShape.from_dict(meta["shape"])
+        return cls(shape=shape, **{key: meta[key] for key in cls(shape=shape).facts()})
 
     def facts(self) -> dict[str, Any]:
         """All but the shape."""
-        return {
-            "num_anchors": self.num_anchors,
-            "initializer_range": self.initializer_range,
-            "confidence_head_alpha": self.confidence_head_alpha,
-        }
+        return {key: value for key, value in vars(self).items() if key != "shape"}
 
 
 def hugging_face_config(
