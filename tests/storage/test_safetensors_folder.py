@@ -2,9 +2,7 @@
 
 import json
 import os
-import resource
 import shutil
-import signal
 import weakref
 from collections import namedtuple
 from pathlib import Path
@@ -26,6 +24,7 @@ from dspark_megatron.storage.target_folder import (
     shared_weights,
     target_fingerprint,
 )
+from support.full_disk import files_of_at_most
 
 LARGE = 10**9
 
@@ -151,15 +150,8 @@ def test_errors_of_the_source_pass_through(tmp_path):
 
 
 def test_a_write_that_the_system_refuses(tmp_path):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-        with pytest.raises(ConfigError) as error:
-            write(tmp_path, {str(i): torch.zeros(2000) for i in range(4)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+    with files_of_at_most(20_000), pytest.raises(ConfigError) as error:
+        write(tmp_path, {str(i): torch.zeros(2000) for i in range(4)})
     assert str(error.value).startswith(f"cannot write {tmp_path / 'model.safetensors'}: ")
     assert "File too large" in str(error.value) and not os.listdir(tmp_path)
 
