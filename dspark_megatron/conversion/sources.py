@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dspark_megatron.conversion.draft_folder import DraftFolder
-from dspark_megatron.conversion.layouts.description import DraftDescription
+from dspark_megatron.conversion.layouts.hf_config import DraftDescription
 from dspark_megatron.conversion.layouts.names import (
     check_megatron_tensors,
     hugging_face_shapes,

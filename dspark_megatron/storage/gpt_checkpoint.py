@@ -161,8 +161,8 @@ def known_classes() -> Iterator[None]:
 
 
 def _load_data(path: Path, content: io.BytesIO) -> Any:
-    """Unpickle what names no class but the known ones. A pickle can otherwise run whatever it
-    likes, and Megatron-Core reads the same file again when it loads the tensors."""
+    """Unpickle a file that names no class but the known ones: a pickle could otherwise run any
+    code, and Megatron-Core reads the same file again when it loads the tensors."""
     with known_classes():
         try:
             foreign = torch.serialization.get_unsafe_globals_in_checkpoint(content)
@@ -172,7 +172,7 @@ def _load_data(path: Path, content: io.BytesIO) -> Any:
             not foreign,
             f"{path} names {', '.join(sorted(foreign))}, which has no place among a checkpoint's "
             "arguments and could run foreign code; nothing of it was run; get the checkpoint from "
-            "whom you trust",
+            "someone you trust",
         )
         content.seek(0)
         try:

@@ -9,8 +9,7 @@ from safetensors.torch import save_file
 
 from dspark_megatron.config.loading import load_config
 from dspark_megatron.conversion.import_draft import import_folder
-from dspark_megatron.conversion.layouts.description import DraftDescription
-from dspark_megatron.conversion.layouts.hf_config import hugging_face_config
+from dspark_megatron.conversion.layouts.hf_config import DraftDescription, hugging_face_config
 from dspark_megatron.conversion.layouts.names import hugging_face_shapes
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.evaluation.draft_records import DraftRecords
