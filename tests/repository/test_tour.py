@@ -22,6 +22,7 @@ def walk(pool, tiny_run, tmp_path_factory):
     chats = folder / "chats.jsonl"
     chats.write_text(LINE + "\n", encoding="utf-8")
     train = {"output_dir": str(folder / "run"), "iterations": 2, "global_batch_size": 1}
+    train["tensorboard"] = False
     config = tiny_config(tiny_run, data={"train_files": [str(chats)]}, train=train)
     (sample,) = pool.run(read_sample, world=1, tp=1, config=config)
     pool.run(run_training, world=1, tp=1, config=config)
@@ -64,6 +65,8 @@ def test_anchors_and_blocks(walk):
     assert anchors == sample_anchors(mask, 6, anchor_seed(1234, 0, 0)).tolist()
     blocks = plain_blocks(ids, mask, torch.tensor(anchors), 3)
     supervised = int(blocks.eval_mask.sum())
+    weight = float((blocks.eval_mask * torch.exp(torch.arange(3) / -4)).sum())
+    assert f"(sum {weight:.3f})" in PAGE
     assert f"`n` = {len(anchors)} blocks have {supervised} supervised slots" in PAGE
     assert f"the {supervised} supervised slots alone" in PAGE
 
