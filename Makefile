@@ -6,15 +6,20 @@ BIN := $(VENV)/bin
 # does not import it).
 CORE_TESTS := tests/model/test_draft_model.py tests/model/test_device_discipline.py \
 	tests/model/test_layer_spec.py tests/training/test_training.py tests/training/test_overlap.py \
-	tests/run/test_initial_checkpoint.py tests/targets/test_sharded_target.py tests/megatron_lm
+	tests/run/test_initial_checkpoint.py tests/targets/huggingface/test_sharded_target.py \
+	tests/megatron_lm
 
-.PHONY: quickstart test test-core gpu-check lint format clean
+.PHONY: quickstart test test-fast test-core gpu-check lint format clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python examples/quickstart/quickstart.py
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+# Minutes, in one process: no rank processes and no torchrun.
+test-fast: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "not slow"
 
 test-core: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not commands" $(CORE_TESTS)
@@ -27,6 +32,7 @@ gpu-check:
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy dspark_megatron
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

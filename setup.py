@@ -33,6 +33,6 @@ setup(
         "transformer-engine": ["transformer-engine[pytorch]"],
         "modelopt": ["nvidia-modelopt>=0.47", "requests"],  # weights of more GPTModels
         "quickstart": ["gguf", "accelerate"],  # reading the GGUF target
-        "dev": ["pytest", "ruff"],
+        "dev": ["pytest", "ruff", "mypy", "types-PyYAML"],
     },
 )

@@ -1,13 +1,8 @@
 """Train a drafter: `torchrun --nproc-per-node N -m dspark_megatron.train --config FILE ...`."""
 
 import argparse
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from dspark_megatron.training.stop_requests import StopRequests
-
-# Nothing heavy is imported here: signals are taken up first, and megatron must not be imported
-# before the CPU support is installed.
+from dspark_megatron.training.stop_requests import stop_requests
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -23,46 +18,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The imports within are slow, and no signal may be lost meanwhile; those of the work need the
+    CPU support that `launch` installs."""
     arguments = parse_arguments(argv)
-    from dspark_megatron.training.stop_requests import stop_requests
+    with stop_requests() as stop:
+        from dspark_megatron.run.runtime import launch
 
-    with stop_requests() as stop:  # before the slow imports: from here on no signal is lost
-        run(arguments, stop)
+        with launch() as job:
+            from dspark_megatron.training.command import run
 
-
-def run(arguments: argparse.Namespace, stop: "StopRequests") -> None:
-    from dspark_megatron.run.runtime import launch, start
-
-    with launch() as job:
-        from dspark_megatron.config.loading import load_config
-        from dspark_megatron.run.agreement import agree_at_launch
-        from dspark_megatron.run.check import check_run, check_training_device
-        from dspark_megatron.run.rank_facts import launch_facts
-        from dspark_megatron.shape.layout import check_batch_size
-        from dspark_megatron.targets.huggingface.quantization import check_quantization
-
-        config = load_config(arguments.config, arguments.overrides)
-        facts = launch_facts(config, command="train", dry_run=arguments.dry_run)
-        agree_at_launch(job, facts)
-        if arguments.dry_run:
-            from dspark_megatron.planning.dry_run import describe_run
-
-            if job.rank == 0:
-                print(describe_run(config, job.world_size), flush=True)
-            return
-        plan = check_run(config, job.world_size)
-        check_batch_size(config.train, plan.dp_size)
-        check_training_device(config)
-        shards_target = False
-        if not config.target.is_stored:
-            check_quantization(plan.target_config, plan.target_split)
-            shards_target = plan.target_split.lockstep
-        runtime = start(job, config.parallel.tensor_parallel, shards_target=shards_target)
-        from dspark_megatron.run.template_day import fix_template_day
-        from dspark_megatron.training.loop import train
-
-        fix_template_day(plan, job.main_ranks)
-        train(plan, runtime, stop)
+            run(job, arguments, stop)
 
 
 if __name__ == "__main__":

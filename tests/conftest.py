@@ -1,6 +1,16 @@
+"""What tests of several rooms share."""
+
 import pytest
 
 from support.ranks import RankPool
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """`make test-fast` leaves out what needs rank processes or starts whole commands."""
+    for item in items:
+        if "pool" in item.fixturenames or item.get_closest_marker("commands"):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")
@@ -9,6 +19,14 @@ def pool():
     pool = RankPool()
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def megatron_without_a_gpu():
+    """The plan builds a draft in the test's own process, on the meta device."""
+    from dspark_megatron.mcore.prepare import prepare_megatron
+
+    prepare_megatron()
 
 
 @pytest.fixture(scope="session")
@@ -21,9 +39,13 @@ def tiny_run(tmp_path_factory):
     return tiny_settings(target, make_chats(folder / "chats.jsonl"), folder / "unused")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def megatron_without_a_gpu():
-    """The plan builds a draft in the test's own process, on the meta device."""
-    from dspark_megatron.mcore.prepare import prepare_megatron
+@pytest.fixture(scope="session")
+def unbroken(pool, tiny_run, tmp_path_factory):
+    """The output of twenty steps on one rank; to be read, and copied before it is changed."""
+    from support.tiny_target import tiny_config
+    from support.training_runs import run_training
 
-    prepare_megatron()
+    output = tmp_path_factory.mktemp("unbroken")
+    config = tiny_config(tiny_run, train={"output_dir": str(output), "micro_batch_size": 4})
+    pool.run(run_training, world=1, tp=1, config=config)
+    return output

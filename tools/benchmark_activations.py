@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from dspark_megatron.data.blocks import draft_blocks
-from dspark_megatron.data.device_blocks import DeviceBlocks
 from dspark_megatron.run.runtime import Runtime, launch
 from dspark_megatron.shape import DraftShape
 
@@ -30,8 +29,7 @@ def saved_bytes(draft: torch.nn.Module, tokens: int, num_anchors: int) -> int:
     ids = torch.arange(tokens)[None] % shape.vocab_size
     anchors = torch.linspace(1, tokens - shape.block_size - 1, num_anchors).long()
     mask = torch.ones(1, tokens, dtype=torch.bool)
-    blocks = draft_blocks(ids, mask, [anchors], shape.block_size)
-    blocks = DeviceBlocks.of(blocks, device)
+    blocks = draft_blocks(ids, mask, [anchors], shape.block_size).to(device)
     width = len(shape.target_layer_ids) * shape.hidden_size
     taps = torch.zeros(1, tokens, width, dtype=draft.config.params_dtype, device=device)
     weights = {p.untyped_storage().data_ptr() for p in draft.parameters()}

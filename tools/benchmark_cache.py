@@ -15,12 +15,12 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import benchmarking
 import torch
 
-from dspark_megatron.data.blocks import DEFAULT_RULES
+from dspark_megatron.data.batch import Batch
+from dspark_megatron.data.blocks import DEFAULT_LOSS
 from dspark_megatron.data.conversation import Sample
 from dspark_megatron.targets.base import TargetStates
 from dspark_megatron.targets.stored.layout import read_manifest
@@ -36,8 +36,8 @@ class RandomTarget:
 
     lockstep = False
 
-    def states(self, input_ids: torch.Tensor, **_: Any) -> TargetStates:
-        taps = torch.rand(*input_ids.shape, TAPS * HIDDEN, dtype=torch.bfloat16)
+    def states(self, batch: Batch) -> TargetStates:
+        taps = torch.rand(*batch.input_ids.shape, TAPS * HIDDEN, dtype=torch.bfloat16)
         return TargetStates(taps, taps[..., :HIDDEN])
 
 
@@ -56,7 +56,7 @@ def write_cache(folder: Path, samples: list[Sample]) -> None:
 
     prepare_megatron()
     runtime = start(Launch.alone(), 1)
-    layout = SafetensorsLayout(HIDDEN, TAPS, "bfloat16", 7, DEFAULT_RULES)
+    layout = SafetensorsLayout(HIDDEN, TAPS, "bfloat16", 7, DEFAULT_LOSS)
     writer = StatesWriter(layout, samples, folder, {}, shard_bytes=512 * 2**20)
     groups = dict(tp_group=runtime.tp_group, dp_group=runtime.dp_group)
     writer.write(writer.claim(), RandomTarget(), micro_batch_size=1, **groups)
@@ -88,7 +88,7 @@ def read_states(folder: Path, samples: list[Sample]) -> None:
     cache = SafetensorsStates(folder, read_manifest(folder))
     target = StoredStates(cache, samples, device=torch.device("cpu"))
     for i in torch.randperm(len(samples)).tolist():
-        target.states(samples[i].input_ids[None], samples=(i,))
+        target.states(Batch(samples[i].input_ids[None], sample_indices=(i,)))
 
 
 def measure(

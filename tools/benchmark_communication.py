@@ -122,8 +122,8 @@ def count_step(
     with CollectiveCounter(runtime.tp_group) as counter:
         step(Item(Sample(ids, mask), anchors, states))
     blocks = draft_blocks([ids], [mask], [anchors], shape.block_size)
-    context = blocks.visible_context().positions
-    return counter, StepSize(blocks.num_blocks, len(context), int(blocks.eval_mask.sum()))
+    sizes = len(blocks.positions), len(blocks.context_positions), len(blocks.labels)
+    return counter, StepSize(*sizes)
 
 
 def table_rows(runtime: Runtime, args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -37,7 +37,7 @@ def micro_batches(
     config: Config, dataset: ConversationDataset, steps: int, grouped: bool, runtime: Runtime
 ) -> list:
     """Of the first steps."""
-    from dspark_megatron.data.micro_batches import MicroBatches
+    from dspark_megatron.data.batch import MicroBatches
 
     data = replace(config.data, group_by_length=grouped)
     batches = MicroBatches(replace(config, data=data), dataset, dp_group=runtime.dp_group)
@@ -51,11 +51,11 @@ class Variants:
     def __init__(self, config: Config, runtime: Runtime, steps: int) -> None:
         from dspark_megatron.mcore.optimizer import wrap_data_parallel
         from dspark_megatron.run.build import build_draft, build_target
-        from dspark_megatron.run.check import check_run
+        from dspark_megatron.run.check import check
         from dspark_megatron.run.data import load_run_data
         from dspark_megatron.training.step import GradientStep
 
-        plan = check_run(config, runtime.world_size)
+        plan = check(config, runtime.world_size)
         self.block_size, self.device = plan.shape.block_size, runtime.device
         dataset = load_run_data(plan, config.data.train_files, weights=config.data.weights)
         self.batches = {
@@ -80,7 +80,7 @@ class Variants:
     def run_target(self, grouped: bool, packed: bool) -> None:
         self.target.packer = self.planner if packed else None
         for batch in self.batches[grouped]:
-            self.target.states(batch.input_ids, lengths=batch.lengths)
+            self.target.states(batch)
 
     def run_step(self, grouped: bool, packed: bool) -> dict[str, Any]:
         """The metrics."""
@@ -89,7 +89,7 @@ class Variants:
         self.target.packer = self.planner if packed else None
         metrics = MetricSums.zeros(self.block_size, self.device)
         self.step.run(self.batches[grouped], metrics)
-        return metrics.means(self.step.draft_loss.weights)
+        return metrics.means(self.step.forward_step.term_weights)
 
 
 def measure(variants: Variants, rounds: int) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from dspark_megatron.config import TargetConfig
+from dspark_megatron.data.batch import Batch
 from dspark_megatron.planning.target_work import target_work
 from dspark_megatron.run.runtime import Runtime, launch
 from dspark_megatron.targets.huggingface.split import TargetSplit
@@ -85,7 +86,7 @@ def measured(case: Case, args: argparse.Namespace, runtime: Runtime, folder: Pat
     )
     ids = torch.arange(args.seq_length)[None] % config.vocab_size
     peak = benchmarking.peak_memory(
-        lambda: target.states(ids), runtime.device, barrier=dist.barrier
+        lambda: target.states(Batch(ids)), runtime.device, barrier=dist.barrier
     )
     work = target_work(
         config, dtype, split, (1, args.seq_length), last_layer=3, max_tokens=max_tokens

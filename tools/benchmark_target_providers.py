@@ -18,6 +18,7 @@ import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from dspark_megatron.config import TargetConfig
+from dspark_megatron.data.batch import Batch
 from dspark_megatron.run.runtime import Runtime, launch
 from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.targets.base import Target
@@ -71,7 +72,7 @@ def build(provider: str, path: Path, ep: int, runtime: Runtime) -> Target:
 def both(family: str, ep: int, runtime: Runtime, folder: Path) -> dict[str, Target]:
     targets = {name: build(name, folder / family, ep, runtime) for name in PROVIDERS}
     ids = torch.arange(24)[None] * 7 % 512
-    theirs, ours = (target.states(ids) for target in targets.values())
+    theirs, ours = (target.states(Batch(ids)) for target in targets.values())
     torch.testing.assert_close(ours.taps, theirs.taps, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(ours.last_hidden, theirs.last_hidden, rtol=1e-3, atol=1e-4)
     return targets
@@ -87,7 +88,7 @@ def memory(targets: dict[str, Target], ids: torch.Tensor, device: torch.device) 
     peaks = {}
     for name, target in targets.items():
         peaks[name] = benchmarking.peak_memory(
-            lambda target=target: target.states(ids), device, barrier=dist.barrier
+            lambda target=target: target.states(Batch(ids)), device, barrier=dist.barrier
         )
     return {"weights": {n: weight_bytes(t) for n, t in targets.items()}, "peak": peaks}
 
@@ -95,7 +96,7 @@ def memory(targets: dict[str, Target], ids: torch.Tensor, device: torch.device) 
 def seconds(
     targets: dict[str, Target], ids: torch.Tensor, device: torch.device, rounds: int
 ) -> dict:
-    calls = {name: lambda t=target: t.states(ids) for name, target in targets.items()}
+    calls = {name: lambda t=target: t.states(Batch(ids)) for name, target in targets.items()}
     return benchmarking.interleaved_seconds(
         calls, device, rounds=rounds, warm_up=2, barrier=dist.barrier
     )

@@ -18,7 +18,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dspark_megatron import evaluate
+from dspark_megatron.config.loading import load_config
+from dspark_megatron.conversion.sidecar import SIDECAR, check_place, sidecar_json
 from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.evaluation.confidence.calibration import CalibrationSettings, calibrate
+from dspark_megatron.evaluation.confidence.calibration_records import load_records
+from dspark_megatron.evaluation.pages.plots import png, reliability_diagram, threshold_plot
+from dspark_megatron.run.known_draft import evaluated_checkpoint, with_draft_of
+from dspark_megatron.storage.writing import claim_file, write_files
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -45,12 +53,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _calibrate(args: argparse.Namespace) -> None:
-    from dspark_megatron.conversion.sidecar import SIDECAR, check_place, sidecar_json
-    from dspark_megatron.evaluation.confidence.calibration import CalibrationSettings, calibrate
-    from dspark_megatron.evaluation.confidence.calibration_records import load_records
-    from dspark_megatron.evaluation.pages.plots import png, reliability_diagram, threshold_plot
-    from dspark_megatron.storage.output_files import write_files
-
     settings = CalibrationSettings(
         labels=args.labels,
         bins=args.bins,
@@ -78,11 +80,6 @@ def _calibrate(args: argparse.Namespace) -> None:
 
 def _evaluate(args: argparse.Namespace) -> bool:
     """Make the records; whether this is the rank that calibrates on them."""
-    from dspark_megatron import evaluate
-    from dspark_megatron.config.loading import load_config
-    from dspark_megatron.run.known_draft import evaluated_checkpoint, with_draft_of
-    from dspark_megatron.storage.output_files import claim_file
-
     require(
         len(args.records) == 1 and args.records[0].parent.is_dir(),
         f"with --config one file of --records is written, in a folder that exists; got "

@@ -38,13 +38,13 @@ def _report(args: argparse.Namespace) -> None:
         read_simulation,
     )
     from dspark_megatron.evaluation.pages.report_page import report_page
-    from dspark_megatron.storage.output_files import write_files
+    from dspark_megatron.storage.writing import write_text
 
     evaluation = read_evaluation(args.evaluation)
     calibration = args.calibration and read_calibration(args.calibration, evaluation)
     simulation = args.simulation and read_simulation(args.simulation, evaluation)
     text = report_page(evaluation, calibration, simulation)
-    write_files(args.output.parent, {args.output.name: text.encode()})
+    write_text(args.output, text)
     print(f"wrote {args.output}")
 
 

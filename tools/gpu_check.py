@@ -9,7 +9,6 @@ loses nothing. `--device cpu` rehearses every check at tiny sizes. Exits with 1 
 """
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -24,6 +23,7 @@ from gpu_checks.processes import FAILED, NOT_RUN, run_check, run_in_process
 from gpu_checks.wheels import install_wheels
 
 from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.storage.writing import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = ".gpu_check"
@@ -125,13 +125,6 @@ def child_environment(wheels: Path | None, output: Path) -> dict[str, str]:
         print(f"installed {', '.join(install_wheels(wheels, site))}", flush=True)
         path.insert(0, str(site))
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
-
-
-def write_json(file: Path, report: dict[str, Any]) -> None:
-    """In one step: a kill leaves the file before or this one."""
-    new = file.with_suffix(".new")
-    new.write_text(json.dumps(report, indent=2) + "\n")
-    new.replace(file)
 
 
 def line_of(result: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ it needs the target and the data; the draft is that of the model section, or of 
 import argparse
 import sys
 
-from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.errors import ConfigError
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -21,44 +21,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def inspect(args: argparse.Namespace) -> str:
-    from dspark_megatron.config.loading import load_config
-    from dspark_megatron.data.show import BRACKETS, GREEN, describe_sample
-    from dspark_megatron.run.check import check_run
-    from dspark_megatron.run.data import load_run_data
-    from dspark_megatron.run.data_report import describe_data
-    from dspark_megatron.run.known_draft import with_some_draft
-    from dspark_megatron.run.template_day import fix_template_day
-
-    config = with_some_draft(load_config(args.config, args.overrides, trains=False))
-    layout = config.parallel
-    ranks = layout.tensor_parallel * max(1, config.target.shard_across_data_parallel)
-    plan = check_run(config, max(ranks, layout.expert_parallel))  # the smallest job that it allows
-    fix_template_day(plan, lambda choose: choose())
-    data = config.data
-    entries = config.evaluate.heldout_files if args.held_out else data.train_files
-    name, other = "data.train_files", "give --held-out"
-    if args.held_out:
-        name, other = "evaluate.heldout_files", "leave out --held-out"
-    require(bool(entries), f"{name} is empty; name files, or {other}")
-    weights = None if args.held_out else data.weights
-    dataset = load_run_data(plan, entries, weights=weights, show_progress=sys.stderr.isatty())
-    require(
-        0 <= args.sample < len(dataset),
-        f"--sample ({args.sample}) must be one of the {len(dataset):,} samples, from 0",
-    )
-    marks = GREEN if sys.stdout.isatty() else BRACKETS
-    shown = describe_sample(dataset[args.sample], plan.tokenizer, marks)
-    return f"{describe_data(config, dataset)}\n\n{shown}"
-
-
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     from dspark_megatron.mcore.prepare import prepare_megatron
 
     prepare_megatron()
+    from dspark_megatron.run.inspection import inspect_data
+
     try:
-        print(inspect(args))
+        print(inspect_data(args))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     prepare_megatron()
     from dspark_megatron.planning.layouts import Machine
     from dspark_megatron.planning.recommend import Wish, recommend
-    from dspark_megatron.run.output import replace_text
+    from dspark_megatron.storage.writing import write_text
 
     machine = Machine(
         args.gpus_per_node,
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.output is None:
         print(text, end="")
     else:
-        replace_text(args.output, text)
+        write_text(args.output, text)
         print(f"wrote {args.output}")
 
 

@@ -23,7 +23,7 @@ from dspark_megatron.evaluation.pages.plots import png
 from dspark_megatron.evaluation.serving.serving_plot import serving_plot
 from dspark_megatron.evaluation.serving.serving_simulation import ServingSettings, simulate_serving
 from dspark_megatron.evaluation.serving.sps_table import read_sps_table
-from dspark_megatron.storage.output_files import write_files
+from dspark_megatron.storage.writing import write_files
 
 FORMATS = {"requests": "d", "policy": "", "tokens_per_second": ",.1f", "per_request": ",.1f"}
 FORMATS |= {"tau": ".3f", "verified": ".3f", "speedup": ".3f"}

@@ -17,9 +17,9 @@ from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
 from dspark_megatron.config import LossConfig, OptimizerConfig
 from dspark_megatron.conversion.layouts.names import to_hugging_face
+from dspark_megatron.data.batch import Batch
 from dspark_megatron.data.blocks import draft_blocks
 from dspark_megatron.data.conversation import Sample
-from dspark_megatron.data.micro_batches import MicroBatch
 from dspark_megatron.mcore.optimizer import wrap_data_parallel
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.run.runtime import Runtime
@@ -151,7 +151,7 @@ class OurStep:
     """Gradients by `GradientStep`, one sample a step."""
 
     def __init__(self, draft: DSparkDraftModel, runtime: Runtime, loss: LossConfig) -> None:
-        self.device, self.slots = runtime.device, draft.shape.block_size
+        self.device, self.slots, self.loss = runtime.device, draft.shape.block_size, loss
         self.target = PreparedTarget()
         self.step = GradientStep(
             loss,
@@ -163,15 +163,15 @@ class OurStep:
         )
 
     def __call__(self, item: Item) -> float:
-        return self.gradients(item).means(self.step.draft_loss.weights)["loss"]
+        return self.gradients(item).means(self.step.forward_step.term_weights)["loss"]
 
     def gradients(self, item: Item) -> MetricSums:
         """The step without a look at its loss, for which the host would wait."""
         ids, loss_mask = item.sample
-        blocks = draft_blocks([ids], [loss_mask], [item.anchors], self.slots)
+        blocks = draft_blocks([ids], [loss_mask], [item.anchors], self.slots, self.loss)
         self.target.prepared = item.states
         metrics = MetricSums.zeros(self.slots, self.device)
-        self.step.run([MicroBatch(ids[None], [len(ids)], blocks)], metrics)
+        self.step.run([Batch.of([ids], blocks)], metrics)
         return metrics
 
 
@@ -181,7 +181,7 @@ class PreparedTarget(StatesSource):
     prepared: TargetStates
     lockstep = False
 
-    def states(self, input_ids: Tensor, **_: Any) -> TargetStates:
+    def states(self, batch: Batch) -> TargetStates:
         return self.prepared
 
 

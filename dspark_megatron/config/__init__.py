@@ -1,7 +1,7 @@
-"""Every knob of a run, once: its default, meaning, unit and the checks that need nothing else.
+"""All settings of a run: their defaults, meanings, units, and the checks that need no files.
 
-A section of the YAML file is a module here, and `Config` is all of them with the rules between
-sections. `config/loading.py` reads them. Rules that need the target's own shape are in `shape.py`.
+Each section of the YAML file is a module. `Config` holds all sections and checks the rules between
+them. `loading.py` reads a config; the rules that need the target's own shape are in `shape`.
 """
 
 import dataclasses
@@ -16,13 +16,13 @@ from dspark_megatron.config.loss import LossConfig
 from dspark_megatron.config.model import ModelConfig
 from dspark_megatron.config.optimizer import OptimizerConfig
 from dspark_megatron.config.parallel import ParallelConfig
+from dspark_megatron.config.rules import check_choices
 from dspark_megatron.config.target import TargetConfig
 from dspark_megatron.config.train import TrainConfig
-from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.errors import require
 
 __all__ = [
     "Config",
-    "ConfigError",
     "DataConfig",
     "EvaluateConfig",
     "LossConfig",
@@ -31,7 +31,6 @@ __all__ = [
     "ParallelConfig",
     "TargetConfig",
     "TrainConfig",
-    "require",
 ]
 
 
@@ -49,8 +48,10 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def validate(self, *, trains: bool = True) -> None:
-        """trains: false leaves out what training alone needs, its data, folder and length."""
+        """Raises ConfigError unless all settings are valid, alone and together. trains: whether
+        what only training needs must be given (its data, folder and length)."""
         for section in dataclasses.fields(self):
+            check_choices(section.name, getattr(self, section.name))
             getattr(self, section.name).validate()
         if trains:
             self.data.check_given()

@@ -4,8 +4,8 @@ import contextlib
 import math
 from dataclasses import dataclass, field
 from datetime import date
+from typing import Literal
 
-from dspark_megatron.config.rules import one_of
 from dspark_megatron.errors import require
 
 
@@ -14,37 +14,37 @@ class DataConfig:
     """Training conversations."""
 
     train_files: list[str] = field(default_factory=list)
-    """JSONL files (also packed, or JSON arrays) of chats, completions or token ids, prefixes of
-    Megatron indexed datasets, folders and globs of these; docs/data.md has the forms."""
+    """JSONL files (also compressed, or JSON arrays) of chats, completions or token ids, prefixes of
+    Megatron indexed datasets, or folders and globs of these. docs/data.md describes the forms."""
     weights: list[float] = field(default_factory=list)
-    """For each entry of train_files, the share that it fills of an epoch's samples, against the
-    others'; empty: every sample comes once an epoch."""
-    reasoning: str = "keep"
-    """Reasoning inside answers: `keep` (learnt like all else) or `mask` (read, but not learnt).
-    Lines with `input_ids` and indexed datasets are left as they are."""
+    """For each entry of train_files its share of an epoch's samples, relative to the others.
+    Empty: every sample comes once an epoch."""
+    reasoning: Literal["keep", "mask"] = "keep"
+    """What becomes of reasoning in answers: `keep` learns it like all else, `mask` lets the draft
+    read it but not learn it. Lines with `input_ids` and indexed datasets stay as they are."""
     reasoning_tags: list[str] = field(default_factory=lambda: ["<think>", "</think>"])
-    """What reasoning begins and ends with in the text that the target writes. An answer without
-    reasoning does not learn the empty block that a chat template puts before it."""
+    """The texts that open and close reasoning in what the target writes. Where a chat template puts
+    an empty block of reasoning before an answer without any, that block is not learnt."""
     template_date: str | None = None
-    """The day (YYYY-MM-DD) that a chat template which reads the clock is given, the same on every
-    rank. null: that of the run's first start, which its config.yaml keeps; with a cache of states
-    that of the cache."""
+    """The day (YYYY-MM-DD) that is given to a chat template which reads the clock, the same on
+    every rank. Null takes the day of the run's first start, which its config.yaml keeps; with
+    stored states it is the day of those."""
     max_length: int = 4096
-    """Tokens kept of a sample; the rest is cut off."""
+    """The most tokens of a sample. The rest is cut off."""
     min_loss_tokens: int | None = None
-    """Supervised tokens that a sample needs after truncation; null means 2 * block_size."""
+    """Supervised tokens that a sample must have after it is cut. Null means 2 * block_size."""
     skip_bad_lines: float = 0.0
-    """Share of the lines that may be left out since they cannot be used (malformed, or not rendered
-    whole by the chat template), such as 0.01; they are counted and listed by reason. 0: any of them
-    ends the run before it starts, with the same list."""
+    """The share of lines that may be left out because they cannot be used (malformed, or not
+    rendered whole by the chat template), for example 0.01. They are counted and listed by reason.
+    With 0 any such line ends the run before it starts, with the same list."""
     group_by_length: bool = False
-    """Deal the samples of a step out to micro-batches by length, so that less is padded. The step
+    """Put samples of similar length into the same micro-batch, so that less is padded. The step
     learns from the same samples."""
     show_sample: bool = True
     """Print one decoded sample with its loss mask at start."""
 
     def check_given(self) -> None:
-        """What training needs."""
+        """ConfigError if something is missing that only training needs."""
         require(bool(self.train_files), "data.train_files is empty; name at least one JSONL file")
 
     def validate(self) -> None:
@@ -54,7 +54,6 @@ class DataConfig:
             f"data.weights ({self.weights}) must have a number > 0 for each of the "
             f"{len(self.train_files)} entries of data.train_files, or be empty",
         )
-        one_of("data.reasoning", self.reasoning, ("keep", "mask"))
         require(
             len(self.reasoning_tags) == 2 and all(self.reasoning_tags),
             f"data.reasoning_tags ({self.reasoning_tags}) must be two texts: what reasoning begins "
@@ -78,6 +77,7 @@ class DataConfig:
 
 
 def is_day(text: str) -> bool:
+    """Whether a text is a date in the form YYYY-MM-DD."""
     with contextlib.suppress(ValueError):
         return date.fromisoformat(text).isoformat() == text
     return False

@@ -1,58 +1,62 @@
 """The section `evaluate`."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
-from dspark_megatron.config.rules import one_of, positive
+from dspark_megatron.config.rules import positive
 from dspark_megatron.errors import require
 
 
 @dataclass(kw_only=True)
 class EvaluateConfig:
-    """Real speculative decoding of prompt files, and its estimate from answers while training."""
+    """Real speculative decoding of prompt files, and estimates on held-out answers in training."""
 
     prompt_files: list[str] = field(default_factory=list)
-    """JSONL files; each line has `messages`, `turns` (the first is used) or `prompt`."""
+    """JSONL files. Each line has `messages`, `turns` (the first one is used) or `prompt`."""
     checkpoint: str = ""
-    """Run folder, checkpoint folder or `iter_*` folder; empty means train.output_dir."""
+    """A run folder, checkpoint folder or `iter_*` folder. Empty means train.output_dir."""
     untrained: bool = False
-    """Evaluate the draft as it is before the first step, from train.seed and, where it starts from
-    them, the target's layers."""
+    """Evaluate the draft as it is before the first step: made from train.seed and, if it starts
+    from them, the target's layers."""
     temperature: float = 1.0
-    """Sampling temperature of target and draft; 0 is greedy."""
+    """Sampling temperature of target and draft. 0 is greedy."""
     max_new_tokens: int = 256
-    """Tokens generated per prompt, at most."""
+    """The most tokens that are generated for a prompt."""
     max_prompts: int | None = None
-    """Prompts used of each file, from its start; null means all."""
+    """How many prompts of each file are used, from its start. Null means all."""
     max_prompt_length: int = 4096
-    """Prompts longer than this many tokens are refused."""
+    """Prompts with more tokens than this are refused."""
     batch_size: int = 8
-    """Prompts that each data-parallel rank decodes at one time; one that is done makes room for the
-    next."""
+    """Prompts that a data-parallel rank decodes at the same time. When one ends, the next takes its
+    place."""
     compare_plain: bool = True
-    """Decode the same prompts without the draft too, to report the speed-up."""
-    scheduler: str = "none"
-    """How much of each draft is verified: all of it (`none`), or what pays by the confidence head
-    and `sps_table`: `early_stopping` (Algorithm 1) or `lagged_budget` (as engines run it)."""
+    """Decode the same prompts without the draft as well, to report the speed-up."""
+    scheduler: Literal["none", "early_stopping", "lagged_budget"] = "none"
+    """How much of each draft is verified. `none` verifies all of it. The others decide by the
+    confidence head and `sps_table`: `early_stopping` is Algorithm 1, `lagged_budget` is what
+    engines run."""
     sps_table: str = ""
     """JSON table of steps per second by verified tokens, from tools/measure_sps.py or SGLang."""
     temperatures: str = ""
-    """Folder with the `dspark_sts.json` of a calibration, for the scheduler; empty: all 1."""
+    """Folder with the `dspark_sts.json` of a calibration, for the scheduler. Empty means that all
+    temperatures are 1."""
     seed: int = 980406
-    """Seeds the sampling of each prompt, whatever the layout."""
+    """Seed of the sampling. The results of a prompt do not depend on the layout."""
     output: str = ""
-    """JSON file for the results; empty means train.output_dir/evaluation.json."""
+    """JSON file for the results. Empty means train.output_dir/evaluation.json."""
     records: str = ""
-    """Safetensors file for every draft and what became of it, which calibration and the serving
-    simulation read; empty: none."""
+    """Safetensors file that keeps every draft and its outcome. Calibration and the serving
+    simulation read it. Empty means that none is written."""
     best: bool = False
-    """Evaluate the checkpoint of the best held-out tau, not the newest."""
+    """Evaluate the checkpoint with the best held-out tau instead of the newest one."""
     heldout_files: list[str] = field(default_factory=list)
-    """JSONL files of answers that are not trained on, in the forms of data.train_files."""
+    """Files of answers that are not trained on, in the forms of data.train_files."""
     heldout_samples: int | None = None
-    """Samples used of them, from the start; null means all."""
+    """How many of their samples are used, from the start. Null means all."""
     every: int | None = None
-    """Train steps between estimates of tau on the held-out answers, at `temperature`; the last step
-    has one too. Null: none. The best one so far saves a checkpoint, which is kept."""
+    """Steps between estimates of tau on the held-out answers, at `temperature`. There is one after
+    the last step, too. The best one so far saves a checkpoint, which is kept. Null means that
+    there are none."""
 
     def validate(self) -> None:
         require(
@@ -73,13 +77,8 @@ class EvaluateConfig:
             self.temperature >= 0,
             f"evaluate.temperature ({self.temperature}) must be >= 0 (0 is greedy)",
         )
-        for name in ("max_new_tokens", "max_prompt_length", "batch_size"):
-            positive(f"evaluate.{name}", getattr(self, name))
-        for name in ("max_prompts", "heldout_samples", "every"):
-            if getattr(self, name) is not None:
-                positive(f"evaluate.{name}", getattr(self, name))
-        schedulers = ("none", "early_stopping", "lagged_budget")
-        one_of("evaluate.scheduler", self.scheduler, schedulers)
+        positive("evaluate", self, "max_new_tokens", "max_prompt_length", "batch_size")
+        positive("evaluate", self, "max_prompts", "heldout_samples", "every")
         require(
             (self.scheduler == "none") != bool(self.sps_table),
             f"evaluate.scheduler ({self.scheduler!r}) and evaluate.sps_table ({self.sps_table!r}) "

@@ -1,17 +1,19 @@
-"""A config from a YAML file of sections, changed by `section.key=value` overrides; strict."""
+"""Reads a Config, strictly, from a YAML file of sections and `section.key=value` overrides."""
 
+import contextlib
 import dataclasses
 import datetime
 import difflib
 import types
 import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from dspark_megatron.config import Config
 from dspark_megatron.config.presets import check_new_preset, with_preset
+from dspark_megatron.config.rules import one_of
 from dspark_megatron.errors import ConfigError, require
 
 RENAMED = {"target.check_teacher_logits": "target.check_logits"}
@@ -24,8 +26,8 @@ def load_config(
     *,
     trains: bool = True,
 ) -> Config:
-    """Read a YAML file, apply `section.key=value` overrides, check everything; without a file, the
-    overrides alone. trains: false asks for nothing that training alone needs.
+    """The checked config of a YAML file with overrides, or of the overrides alone if there is no
+    file. trains: whether what only training needs must be given.
 
     Raises ConfigError for an unreadable file, an unknown key (naming the nearest valid one), a
     value of the wrong type, or settings that contradict each other.
@@ -53,12 +55,13 @@ def _sections_of(path: str | Path) -> dict[str, Any]:
 
 
 def config_from_dict(raw: dict[str, Any]) -> Config:
-    """Sections and keys to a Config, strictly; no cross-field checks."""
+    """The Config of a dict of sections. Keys and values are checked, the rules between them are
+    not."""
     return _build(Config, with_preset(_with_new_names(raw)), prefix="")
 
 
 def _with_new_names(raw: dict[str, Any]) -> dict[str, Any]:
-    """The sections, with keys of older versions under the names they have now."""
+    """The sections, with keys of older versions under the names that they have now."""
     for old, new in RENAMED.items():
         (section, old_key), (_, new_key) = old.split("."), new.split(".")
         values = raw.get(section)
@@ -70,7 +73,7 @@ def _with_new_names(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def nested_overrides(overrides: typing.Iterable[str]) -> dict[str, dict[str, Any]]:
-    """`section.key=value` texts as sections of keys."""
+    """`section.key=value` texts as a dict of sections."""
     sections: dict[str, dict[str, Any]] = {}
     for override in overrides:
         name, separator, text = override.partition("=")
@@ -117,27 +120,22 @@ def _build(cls: type, raw: dict[str, Any], prefix: str) -> Any:
 
 
 def _convert(name: str, value: Any, kind: Any) -> Any:
-    """A YAML value as the field's type; only lossless conversions."""
+    """A YAML value as the field's type. Only conversions that lose nothing are made."""
     if isinstance(kind, types.UnionType):  # X | None
         if value is None:
             return None
         kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
-    if typing.get_origin(kind) is list:
-        if isinstance(value, list):
-            return [
-                _convert(f"{name}[{i}]", v, typing.get_args(kind)[0]) for i, v in enumerate(value)
-            ]
-    elif typing.get_origin(kind) is dict:
-        if isinstance(value, dict):
-            return value
-    elif kind is float and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML 1.1 reads 6e-4 as a string
-        except (TypeError, ValueError):
-            pass
-    elif type(value) is kind:
+    plain, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if plain is Literal:
+        one_of(name, value, inner)
         return value
-    elif kind is str and type(value) is datetime.date:
+    if plain is list and isinstance(value, list):
+        return [_convert(f"{name}[{i}]", v, inner[0]) for i, v in enumerate(value)]
+    if plain is float and not isinstance(value, bool):
+        with contextlib.suppress(TypeError, ValueError):
+            return float(value)  # YAML 1.1 reads 6e-4 as a string
+    if plain is str and type(value) is datetime.date:
         return value.isoformat()  # YAML makes a date of an unquoted 2026-01-31
-    kind_name = str(kind) if typing.get_origin(kind) else kind.__name__
-    raise ConfigError(f"{name} must be of type {kind_name}, got {value!r}")
+    if type(value) is plain:
+        return value
+    raise ConfigError(f"{name} must be of type {kind if inner else kind.__name__}, got {value!r}")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dspark_megatron.config.rules import positive
+from dspark_megatron.config.rules import not_negative, positive
 from dspark_megatron.errors import require
 
 
@@ -15,31 +15,29 @@ class OptimizerConfig:
     min_lr_ratio: float = 0.0
     """Final learning rate as a share of the peak."""
     warmup_ratio: float = 0.04
-    """Share of the iterations over which the rate rises from peak / warm-up steps to the peak."""
+    """Share of the iterations in which the rate rises linearly to the peak. The first step's
+    rate is peak / warm-up steps."""
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_eps: float = 1e-8
     weight_decay: float = 0.0
     clip_grad: float = 1.0
-    """Largest gradient norm; 0 means no clipping."""
+    """Largest gradient norm. With 0 gradients are not clipped."""
     use_distributed_optimizer: bool = True
     """Shard optimizer state and fp32 main weights over data-parallel ranks."""
     overlap_grad_reduce: bool = False
-    """Reduce a bucket of gradients over data-parallel ranks as soon as it is full, while the
-    backward pass of the step's last micro-batch goes on."""
+    """Reduce each bucket of gradients over data-parallel ranks as soon as it is full, while the
+    backward pass of the step's last micro-batch still runs."""
     gradient_accumulation_fusion: bool = False
-    """Add weight gradients to the fp32 buckets inside the matrix product. Needs a GPU and Apex's
-    extension `fused_weight_gradient_mlp_cuda`."""
+    """Add weight gradients to the fp32 buckets inside the matrix product. This needs a GPU and
+    Apex's extension `fused_weight_gradient_mlp_cuda`."""
 
     def validate(self) -> None:
-        positive("optimizer.lr", self.lr)
-        positive("optimizer.adam_eps", self.adam_eps)
+        positive("optimizer", self, "lr", "adam_eps")
         for name in ("min_lr_ratio", "warmup_ratio"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"optimizer.{name} ({value}) must be in [0, 1]")
         for name in ("adam_beta1", "adam_beta2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optimizer.{name} ({value}) must be in [0, 1)")
-        for name in ("weight_decay", "clip_grad"):
-            value = getattr(self, name)
-            require(value >= 0, f"optimizer.{name} ({value}) must be >= 0")
+        not_negative("optimizer", self, "weight_decay", "clip_grad")

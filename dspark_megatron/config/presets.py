@@ -1,4 +1,4 @@
-"""What each neighbour's training does otherwise: defaults of the loss section, by preset."""
+"""The values of `loss.preset`: how the training code of other projects sets the loss section."""
 
 from typing import Any
 
@@ -19,11 +19,11 @@ LOSS_PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 DISTANCES = ("l1_loss_alpha", "tvd_loss_alpha")
-"""Two names of one term: whoever gives it under one name means nothing under the other."""
+"""Two names of one term. If one of them is given, the other is 0."""
 
 
 def with_preset(raw: dict[str, Any]) -> dict[str, Any]:
-    """The sections of a config, with what the preset of the loss says of keys left out."""
+    """The sections of a config, with the preset's values for keys of the loss that are left out."""
     loss = raw.get("loss")
     if not isinstance(loss, dict):
         return raw
@@ -34,8 +34,8 @@ def with_preset(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_new_preset(raw: dict[str, Any], changes: dict[str, dict[str, Any]]) -> None:
-    """ConfigError where an override of the preset would not reach keys that the file gives, as a
-    saved config.yaml gives all."""
+    """ConfigError if an override of the preset would not change keys that the file gives. A saved
+    config.yaml gives all keys, so it would change none."""
     new = changes.get("loss", {})
     if "preset" not in new:
         return
@@ -53,7 +53,7 @@ def check_new_preset(raw: dict[str, Any], changes: dict[str, dict[str, Any]]) ->
 
 
 def _values(preset: Any) -> dict[str, Any]:
-    """The preset's value of every key that any preset sets; of an unknown one the default's."""
+    """A value for every key that any preset sets: this preset's, or else the default."""
     own = LOSS_PRESETS.get(preset, {}) if isinstance(preset, str) else {}
     names = {name for values in LOSS_PRESETS.values() for name in values}
     return {name: own.get(name, getattr(LossConfig(), name)) for name in sorted(names)}

@@ -1,58 +1,57 @@
 """The section `target`."""
 
 from dataclasses import dataclass
+from typing import Literal
 
-from dspark_megatron.config.rules import one_of, positive
+from dspark_megatron.config.rules import positive
 from dspark_megatron.errors import require
 
 
 @dataclass(kw_only=True)
 class TargetConfig:
-    """The frozen model that the drafter is trained for."""
+    """The frozen model that the draft is trained for."""
 
     path: str = ""
     """Folder with the target's `config.json`, safetensors and tokenizer."""
-    provider: str = "huggingface"
-    """Where its states come from. `huggingface`: the target, split by Transformers' native tensor
-    parallelism. `megatron`: a Megatron-Core GPTModel, of Llama, Qwen2, Qwen3 and Qwen3-MoE.
-    `cache`: the folder `cache`, and no target is loaded."""
+    provider: Literal["huggingface", "megatron", "cache"] = "huggingface"
+    """Where the target's states come from. `huggingface` runs the target, split by Transformers'
+    native tensor parallelism. `megatron` runs it as a Megatron-Core GPTModel (Llama, Qwen2, Qwen3
+    and Qwen3-MoE). `cache` reads stored states from the folder `cache` and loads no target."""
     checkpoint: str = ""
-    """For provider `megatron`: a Megatron-LM checkpoint (a folder with
-    `latest_checkpointed_iteration.txt`, or an `iter_*` or `release` folder in it) that the target's
-    weights come from, whatever layout wrote it; `path` then needs no safetensors. For `cache`: the
-    same, where the cache was written with it."""
+    """A Megatron-LM checkpoint with the target's weights, for provider `megatron`: a folder with
+    `latest_checkpointed_iteration.txt`, or an `iter_*` or `release` folder in it, written by any
+    layout. `path` then needs no safetensors. For provider `cache` give the same one, if the states
+    were stored with it."""
     cache: str = ""
-    """Folder of states that `tools/prepare_target_cache.py` has written, or of DeepSpec's cache
+    """Folder of stored states, written by `tools/prepare_target_cache.py` or as DeepSpec's cache
     (version 2)."""
-    dtype: str = "auto"
-    """`auto` (as saved), `float32`, `bfloat16` or `float16`."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Data type of the target: `auto` (as saved), `float32`, `bfloat16` or `float16`."""
     attention: str = "sdpa"
     """Transformers' attention implementation for the target: `sdpa`, `eager`,
     `flash_attention_2`, ..."""
     shard_across_data_parallel: int = 1
-    """Data-parallel ranks that share one copy of the target's weights: each holds a part of its
-    tensor-parallel slice, and a layer is whole only while it runs. 1: none do; a divisor of the
-    data-parallel size; 0: all of them."""
+    """Data-parallel ranks that share one copy of the target's weights. Each holds a part of its
+    tensor-parallel slice, and a layer is gathered only while it runs. 1 means no sharing, 0 means
+    all data-parallel ranks; else it must divide their number."""
     max_tokens_per_forward: int | None = None
-    """Tokens that one forward pass of the target takes at most in training: a larger micro-batch
-    goes through it in several passes, a longer sample in pieces with a key/value cache. Null: all
-    at once."""
+    """The most tokens in one forward pass of the target in training. A larger micro-batch takes
+    several passes, and a longer sample is cut into pieces with a key/value cache. Null means no
+    limit."""
     packing: bool = False
-    """Put the samples of a micro-batch behind one another in rows of a forward pass in training,
-    without padding: the same states, where the target's family keeps the samples of a row apart,
+    """Pack the samples of a micro-batch into sequences without padding for the target's forward
+    pass in training. The states stay the same if the target's family keeps packed samples apart,
     which is tried at start."""
     check_logits: bool = True
-    """Compare `lm_head(last_hidden)` with the target's own logits on the first batch at start."""
+    """Compare `lm_head(last_hidden)` with the target's own logits on the first batch."""
 
     def validate(self) -> None:
         require(bool(self.path), "target.path is missing; set it to the target's folder")
-        one_of("target.provider", self.provider, ("huggingface", "megatron", "cache"))
         require(
             bool(self.cache) or not self.is_stored,
             "target.provider 'cache' needs target.cache: name the folder that "
             "tools/prepare_target_cache.py has written, or set target.provider=huggingface",
         )
-        one_of("target.dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         require(
             self.shard_across_data_parallel >= 0,
             f"target.shard_across_data_parallel ({self.shard_across_data_parallel}) must be >= 0 "
@@ -67,11 +66,10 @@ class TargetConfig:
             self._validate_megatron()
         require(
             not self.packing or not self.is_stored,
-            "target.packing is of a target's forward pass, and target.provider 'cache' makes none; "
-            "set target.packing=false",
+            "target.packing is for a target's forward pass, and target.provider 'cache' makes "
+            "none; set target.packing=false",
         )
-        if self.max_tokens_per_forward is not None:
-            positive("target.max_tokens_per_forward", self.max_tokens_per_forward)
+        positive("target", self, "max_tokens_per_forward")
 
     def _validate_megatron(self) -> None:
         require(
@@ -92,5 +90,5 @@ class TargetConfig:
 
     @property
     def is_stored(self) -> bool:
-        """Whether states are read, and the target itself is not loaded."""
+        """Whether states are read from disk, so that the target itself is not loaded."""
         return self.provider == "cache"

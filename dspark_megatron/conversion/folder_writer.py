@@ -1,7 +1,7 @@
 """Writes a draft as a folder of some layout: config, safetensors, model card, sidecar.
 
-Tensors pass through one at a time. The folder appears whole, by a rename, or not at all; the same
-draft always gives the same bytes.
+One safetensors file is in memory at a time. The folder appears whole or not at all; the same draft
+always gives the same bytes.
 """
 
 import json
@@ -24,12 +24,6 @@ from dspark_megatron.conversion.layouts.names import (
 )
 from dspark_megatron.conversion.layouts.table import LAYOUTS, detect_layout
 from dspark_megatron.conversion.model_card import is_unedited, model_card
-from dspark_megatron.conversion.safetensors_writer import (
-    TensorSpec,
-    parse_size,
-    plan_files,
-    write_safetensors,
-)
 from dspark_megatron.conversion.sidecar import (
     SIDECAR,
     carry_sidecar,
@@ -40,12 +34,17 @@ from dspark_megatron.conversion.sources import DraftSource
 from dspark_megatron.conversion.target_match import not_finite, shape_problems, target_problems
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.shape import DraftShape
-from dspark_megatron.storage.new_folder import new_folder
-from dspark_megatron.storage.safetensors_folder import SafetensorsFolder
+from dspark_megatron.storage.safetensors_folder import (
+    INDEX,
+    SafetensorsFolder,
+    plan_files,
+    write_tensor_files,
+)
 from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.storage.target_weights import SharedMatrix, shared_matrices
+from dspark_megatron.storage.writing import new_folder, write_text
 
-WRITTEN = {"config.json", "model.safetensors.index.json", "README.md", SIDECAR}
+WRITTEN = {"config.json", INDEX, "README.md", SIDECAR}
 """Files of an export, beside the safetensors."""
 
 
@@ -82,7 +81,6 @@ def write_draft_folder(
     facts = TargetFacts.of(target_config, options.target_name or target_dir.resolve().name)
     canonical = hugging_face_config(source.description, target_config=target_config, dtype=dtype)
     config = layout.to_config(canonical, facts)
-    shard_limit = parse_size(options.max_shard_size)
     history = source.history()
     # Iteration 0 is an import, whose sidecar came with it.
     iteration = history.get("iterations") or None
@@ -91,7 +89,8 @@ def write_draft_folder(
     config_text = json.dumps(config, indent=2) + "\n"
     names = hugging_face_shapes(shape, shared_weights=bool(shared))
     sizes = {layout.to_name(name): size for name, size in names.items()}
-    specs = {name: TensorSpec(size, dtype) for name, size in sizes.items()}
+    shapes = {name: torch.empty(size, dtype=dtype, device="meta") for name, size in sizes.items()}
+    plan = plan_files(shapes, options.max_shard_size)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         return map(
@@ -101,13 +100,13 @@ def write_draft_folder(
 
     if _holds_earlier_export(output_dir) and not options.force:
         require(
-            _is_same(output_dir, config_text, plan_files(specs, shard_limit), tensors()),
+            _is_same(output_dir, config_text, plan.tensor_to_filename, tensors()),
             f"{output_dir} holds an earlier export, of other weights or settings; give --force to "
             "replace it",
         )
     _check_nothing_lost(output_dir, source.neighbours())
     with new_folder(output_dir) as folder:
-        _write_text(folder / "config.json", config_text)
+        write_text(folder / "config.json", config_text)
         verdicts = engine_verdicts(config, sizes, target_config=target_config)
         card = model_card(
             source.description,
@@ -118,9 +117,9 @@ def write_draft_folder(
             history=history,
             with_temperatures=with_temperatures,
         )
-        _write_text(folder / "README.md", card)
+        write_text(folder / "README.md", card)
         carry_sidecar(source.neighbours(), folder)
-        write_safetensors(folder, tensors(), specs, shard_limit)
+        write_tensor_files(folder, tensors(), plan)
     return output_dir
 
 
@@ -159,13 +158,6 @@ def _shared_matrices(
     return dict(zip((EMBEDDING, LM_HEAD), matrices, strict=True))
 
 
-def _write_text(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
-
-
 def _holds_earlier_export(output_dir: Path) -> bool:
     """False where it is empty. ConfigError where it holds anything but what an export writes."""
     try:
@@ -186,12 +178,12 @@ def _holds_earlier_export(output_dir: Path) -> bool:
 def _is_same(
     folder: Path,
     config_text: str,
-    files: dict[str, dict[str, TensorSpec]],
+    files: dict[str, str],
     tensors: Iterable[tuple[str, Tensor]],
 ) -> bool:
     """Whether an earlier export has this config and these tensors in these files, so that nothing
     is lost when it is written again."""
-    places = {name: folder / file for file, part in files.items() for name in part}
+    places = {name: folder / file for name, file in files.items()}
     try:
         there = SafetensorsFolder(folder)
         return (

@@ -4,7 +4,6 @@ Written by one plain process, one tensor at a time, in the format that Megatron-
 reads at every tensor-parallel size.
 """
 
-import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +29,6 @@ from dspark_megatron.conversion.target_match import not_finite
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.shape import DraftShape
 from dspark_megatron.shape.layout import check_draft_split, padded_vocab_size
-from dspark_megatron.storage.new_folder import new_folder
 from dspark_megatron.storage.torch_dist_folder import cause_of
 from dspark_megatron.storage.training_checkpoint import (
     FORMAT,
@@ -40,6 +38,7 @@ from dspark_megatron.storage.training_checkpoint import (
     find_checkpoint,
     iteration_folder,
 )
+from dspark_megatron.storage.writing import new_folder, write_json, write_text
 
 BACKEND = {
     "sharded_backend": "torch_dist",
@@ -101,10 +100,10 @@ def import_folder(
             checkpoint = iteration_folder(folder / "checkpoints", 0)
             checkpoint.mkdir(parents=True)
             _write_tensors(checkpoint, shape, get, source.dtype(), padded)
-            (checkpoint / "metadata.json").write_text(json.dumps(BACKEND))
+            write_json(checkpoint / "metadata.json", BACKEND)
             torch.save({}, checkpoint / "common.pt")
-            (checkpoint / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-            (checkpoint.parent / TRACKER).write_text("0\n")
+            write_json(checkpoint / META, meta)
+            write_text(checkpoint.parent / TRACKER, "0\n")
             carry_sidecar(draft.path, folder)
     except (OSError, CheckpointException) as error:  # the latter is what a full disk becomes
         if isinstance(cause := cause_of(error), ConfigError | KeyboardInterrupt):

@@ -17,7 +17,6 @@ from dspark_megatron.conversion.draft_tensors import fill_draft
 from dspark_megatron.conversion.layouts.names import EMBEDDING, LM_HEAD
 from dspark_megatron.conversion.sources import CheckpointSource
 from dspark_megatron.data.blocks import draft_blocks
-from dspark_megatron.data.device_blocks import DeviceBlocks
 from dspark_megatron.model.draft_model import FROZEN_REPLICAS, DSparkDraftModel
 from dspark_megatron.shape import DraftShape
 from dspark_megatron.storage.target_weights import shared_matrices
@@ -91,7 +90,7 @@ def _forward(draft: DSparkDraftModel) -> Iterator[tuple[str, Tensor]]:
     ids = torch.randint(0, shape.vocab_size, size, generator=generator)
     anchors = torch.tensor([1, TOKENS // 2, TOKENS])
     blocks = draft_blocks([ids], [torch.ones_like(ids)], [anchors], shape.block_size)
-    out = draft(taps, DeviceBlocks.of(blocks, taps.device))
+    out = draft(taps, blocks)
     weights = draft.head_weights()
     logits = out.hidden @ weights.lm_head.t()
     if out.latents is not None:

@@ -1,11 +1,12 @@
 """Anchors of a sample and the blocks they start.
 
 A block belongs to one anchor: slot k holds position `anchor + k` and predicts token
-`anchor + k + 1`. Everything here is made on the CPU, where the data is, from the data and a seed
-alone, so it is the same on every tensor-parallel rank and for every layout.
+`anchor + k + 1`. Blocks are made on the host, where the data is, from the data and a seed alone, so
+they are the same on every tensor-parallel rank and for every layout; a GPU would have to be waited
+for to count supervised slots.
 
 Shapes: b samples, s tokens, n blocks of the whole micro-batch (only real ones: no filler), k slots,
-t context tokens that some block sees.
+t context tokens that some block sees, r supervised slots.
 """
 
 from collections.abc import Sequence
@@ -15,100 +16,146 @@ import torch
 from torch import Tensor
 
 from dspark_megatron.config import LossConfig
+from dspark_megatron.ops.context_ranges import ContextRanges
 from dspark_megatron.ops.seeds import derived_seed
+from dspark_megatron.ops.transfer import all_to_device
 
-
-@dataclass(frozen=True)
-class BlockRules:
-    """Which positions are anchors and which slots are learnt; LossConfig says what each means."""
-
-    anchor_rule: str
-    supervised_slots: str
-    slot_mask: str
-
-    @classmethod
-    def of(cls, loss: LossConfig) -> "BlockRules":
-        return cls(loss.anchor_rule, loss.supervised_slots, loss.slot_mask)
-
-
-DEFAULT_RULES = BlockRules.of(LossConfig())
-
-
-@dataclass(frozen=True)
-class VisibleContext:
-    """The context that some block of a micro-batch sees, packed sample by sample; on the CPU."""
-
-    samples: Tensor
-    """[t] row of the micro-batch."""
-    positions: Tensor
-    """[t] position in that sample."""
-    ranges: list[tuple[int, int]]
-    """For each block the half-open range of the t tokens that it sees: those of its sample,
-    strictly before its anchor. Ranges of one sample start alike, those of two never do."""
+DEFAULT_LOSS = LossConfig()
 
 
 @dataclass(frozen=True)
 class DraftBlocks:
-    """The blocks of a micro-batch of right-padded samples, each with a slot to learn; all tensors
-    on the CPU."""
+    """The blocks of a micro-batch, each with a slot to learn, and the indices by which the draft
+    and its loss read context and labels. int64 where nothing else is said."""
 
     sample_index: Tensor
-    """[n] row of the micro-batch that the block belongs to; ascending."""
-    anchor_positions: Tensor
-    """[n] position of the anchor in its sample; ascending within a sample."""
-    labels: Tensor
-    """[n, k] ground-truth next tokens; 0 past the end of the sample."""
-    prev_token_ids: Tensor
-    """[n, k] token before each label; slot 0 sees the anchor."""
+    """[n] sample of the micro-batch that the block belongs to; ascending."""
+    positions: Tensor
+    """[n, k] of each slot in its sample: `anchor + k`. Anchors ascend within a sample."""
+    tokens: Tensor
+    """[n, k + 1] the anchor's and the ground-truth next ones; 0 past the end of the sample."""
     eval_mask: Tensor
     """[n, k] bool: the supervised slots, at least one in each block."""
+    context_samples: Tensor
+    """[t] sample of each context token: what stands before the last anchor of each sample."""
+    context_positions: Tensor
+    """[t] position in that sample."""
+    context_bounds: Tensor
+    """[n, 2] half-open range of the t tokens that the block sees: those of its sample, strictly
+    before its anchor. Ranges of one sample start alike, those of two never do."""
+    bounds_on_host: list[tuple[int, int]]
+    """The same numbers."""
+    slot_index: Tensor
+    """[r] supervised slots of the flattened [n * k]."""
+    labels: Tensor
+    """[r] ground-truth next tokens."""
+    target_samples: Tensor
+    """[r] sample of the target state that predicts the label."""
+    target_positions: Tensor
+    """[r] its position there."""
+    weights: Tensor
+    """[r] fp32 weights in the loss."""
+    loss_decay_gamma: float | None
+    """That they come from."""
+    weight: float
+    """Their sum; 0 where nothing is learnt."""
     candidates: int
     """Anchors that could have been sampled in the micro-batch."""
 
-    @property
-    def num_blocks(self) -> int:
-        return self.labels.shape[0]
-
-    def position_ids(self) -> Tensor:
-        """[n, k]: slot k stands at `anchor + k`."""
-        return self.anchor_positions[:, None] + torch.arange(self.labels.shape[1])
-
-    def visible_context(self) -> VisibleContext:
-        """What stands before the last anchor of each sample; there must be a block."""
-        samples, blocks = self.sample_index.unique_consecutive(return_counts=True)
+    @classmethod
+    def of(
+        cls,
+        sample_index: Tensor,
+        positions: Tensor,
+        tokens: Tensor,
+        eval_mask: Tensor,
+        *,
+        loss_decay_gamma: float | None,
+        candidates: int,
+    ) -> "DraftBlocks":
+        samples, blocks = sample_index.unique_consecutive(return_counts=True)
+        anchors = positions[:, 0]
         # An anchor at 0 sees nothing, but one token keeps every tensor and collective from being
         # empty, and the ranges of two samples from starting alike.
-        sizes = self.anchor_positions[blocks.cumsum(0) - 1].clamp(min=1)
-        positions = torch.cat([torch.arange(size) for size in sizes.tolist()])  # [t]
+        sizes = anchors[blocks.cumsum(0) - 1].clamp(min=1)
         starts = (sizes.cumsum(0) - sizes).repeat_interleave(blocks)  # [n]
-        ends = starts + self.anchor_positions
-        return VisibleContext(
-            samples=samples.repeat_interleave(sizes),
+        bounds = torch.stack([starts, starts + anchors], dim=1)
+        weights = slot_weights(positions.shape[1], loss_decay_gamma)
+        return cls(
+            sample_index=sample_index,
             positions=positions,
-            ranges=list(zip(starts.tolist(), ends.tolist(), strict=True)),
+            tokens=tokens,
+            eval_mask=eval_mask,
+            context_samples=samples.repeat_interleave(sizes),
+            context_positions=torch.cat([sizes[:0], *map(torch.arange, sizes.tolist())]),
+            context_bounds=bounds,
+            bounds_on_host=list(map(tuple, bounds.tolist())),
+            slot_index=eval_mask.flatten().nonzero().squeeze(1),
+            labels=tokens[:, 1:][eval_mask],
+            target_samples=sample_index[:, None].expand_as(eval_mask)[eval_mask],
+            target_positions=positions[eval_mask],
+            weights=weights.expand(eval_mask.shape)[eval_mask],
+            loss_decay_gamma=loss_decay_gamma,
+            # A small loss_decay_gamma may round the weight of late slots, and of all, to 0.
+            weight=float((eval_mask.double() * weights).sum()),
+            candidates=candidates,
         )
 
     def part(self, blocks: slice) -> "DraftBlocks":
         """Some of the blocks; `candidates` stays that of the micro-batch."""
-        tensors = ("sample_index", "anchor_positions", "labels", "prev_token_ids", "eval_mask")
-        return replace(self, **{name: getattr(self, name)[blocks] for name in tensors})
+        kept = (self.sample_index, self.positions, self.tokens, self.eval_mask)
+        numbers = dict(loss_decay_gamma=self.loss_decay_gamma, candidates=self.candidates)
+        return DraftBlocks.of(*(tensor[blocks] for tensor in kept), **numbers)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def to(self, device: torch.device) -> "DraftBlocks":
+        """The same on the device, in one transfer."""
+        return replace(self, **all_to_device(self.tensors, device))
+
+    @property
+    def prev_token_ids(self) -> Tensor:
+        """[n, k] token before each label; slot 0 sees the anchor."""
+        return self.tokens[:, :-1]
+
+    @property
+    def context_ranges(self) -> ContextRanges:
+        return ContextRanges(self.bounds_on_host, self.context_bounds)
+
+    def context_of(self, taps: Tensor) -> Tensor:
+        """[b, s, x] -> [t, x]"""
+        return taps[self.context_samples, self.context_positions]
+
+    def target_of(self, last_hidden: Tensor) -> Tensor:
+        """[b, s, h] -> [r, h]"""
+        return last_hidden[self.target_samples, self.target_positions]
+
+    def supervised(self, by_slot: Tensor) -> Tensor:
+        """[n, k, ...] -> [r, ...]"""
+        return by_slot.flatten(0, 1).index_select(0, self.slot_index)
+
+    def by_slot(self, values: Tensor) -> Tensor:
+        """[r] -> [n, k]; 0 where a slot is not supervised."""
+        slots = values.new_zeros(self.eval_mask.numel())
+        return slots.index_copy(0, self.slot_index, values).view(self.eval_mask.shape)
 
 
-def anchor_candidates(loss_mask: Tensor, rules: BlockRules = DEFAULT_RULES) -> Tensor:
+def anchor_candidates(loss_mask: Tensor, loss: LossConfig = DEFAULT_LOSS) -> Tensor:
     """Positions of a sample that may be anchors: in the loss mask, not the last, and with the
     rule `label` the next one is in the mask, too. [s] bool -> ascending [c] int64."""
     mask = loss_mask.bool()
-    allowed = mask[:-1] & mask[1:] if rules.anchor_rule == "label" else mask[:-1]
+    allowed = mask[:-1] & mask[1:] if loss.anchor_rule == "label" else mask[:-1]
     return allowed.nonzero().flatten()
 
 
-def has_block(loss_mask: Tensor, block_size: int, rules: BlockRules = DEFAULT_RULES) -> bool:
+def has_block(loss_mask: Tensor, block_size: int, loss: LossConfig = DEFAULT_LOSS) -> bool:
     """Whether some candidate of a sample starts a block with a supervised slot. [s] bool."""
-    anchors = anchor_candidates(loss_mask, rules)
-    if rules.anchor_rule == "label" or not len(anchors):
+    anchors = anchor_candidates(loss_mask, loss)
+    if loss.anchor_rule == "label" or not len(anchors):
         return len(anchors) > 0  # slot 0 is supervised wherever both its tokens are in the mask
-    ids = torch.zeros_like(loss_mask, dtype=torch.int64)
-    return len(_sample_blocks(ids, loss_mask, anchors, block_size, rules)[0]) > 0
+    return bool(supervised_slots(loss_mask, anchors, block_size, loss).any())
 
 
 def anchor_seed(seed: int, epoch: int, sample_index: int) -> int:
@@ -117,10 +164,10 @@ def anchor_seed(seed: int, epoch: int, sample_index: int) -> int:
 
 
 def sample_anchors(
-    loss_mask: Tensor, num_anchors: int, seed: int, rules: BlockRules = DEFAULT_RULES
+    loss_mask: Tensor, num_anchors: int, seed: int, loss: LossConfig = DEFAULT_LOSS
 ) -> Tensor:
     """At most `num_anchors` candidates, uniform without replacement, ascending. [s] -> [n]."""
-    candidates = anchor_candidates(loss_mask, rules)
+    candidates = anchor_candidates(loss_mask, loss)
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(candidates.numel(), generator=generator)[:num_anchors]
     return candidates[chosen].sort().values
@@ -131,41 +178,36 @@ def draft_blocks(
     loss_masks: Sequence[Tensor],
     anchors: Sequence[Tensor],
     block_size: int,
-    rules: BlockRules = DEFAULT_RULES,
+    loss: LossConfig = DEFAULT_LOSS,
 ) -> DraftBlocks:
     """Blocks of a micro-batch, but for those without a supervised slot. For each sample its
     input_ids and loss_mask [s] before padding, so that no label lies in it, and its anchors."""
-    parts = [
-        _sample_blocks(*sample, block_size, rules)
-        for sample in zip(input_ids, loss_masks, anchors, strict=True)
-    ]
-    positions, tokens, eval_mask = (torch.cat(part) for part in zip(*parts, strict=True))
-    return DraftBlocks(
-        sample_index=torch.cat([torch.full_like(part[0], i) for i, part in enumerate(parts)]),
-        anchor_positions=positions,
-        labels=tokens[:, 1:],
-        prev_token_ids=tokens[:, :-1],
-        eval_mask=eval_mask,
-        candidates=sum(anchor_candidates(mask, rules).numel() for mask in loss_masks),
+    parts = []
+    for i, (ids, mask, own) in enumerate(zip(input_ids, loss_masks, anchors, strict=True)):
+        supervised = supervised_slots(mask, own, block_size, loss)
+        keep = supervised.any(dim=1)
+        positions = own[keep, None] + torch.arange(block_size + 1)  # [n, k + 1]
+        tokens = ids[positions.clamp(max=len(ids) - 1)].where(positions < len(ids), 0)
+        index = torch.full_like(positions[:, 0], i)
+        parts.append((index, positions[:, :-1], tokens, supervised[keep]))
+    return DraftBlocks.of(
+        *(torch.cat(part) for part in zip(*parts, strict=True)),
+        loss_decay_gamma=loss.loss_decay_gamma,
+        candidates=sum(anchor_candidates(mask, loss).numel() for mask in loss_masks),
     )
 
 
-def _sample_blocks(
-    input_ids: Tensor, loss_mask: Tensor, anchors: Tensor, block_size: int, rules: BlockRules
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Blocks of one sample: anchors [n], the anchor's token and the labels [n, k + 1], supervised
-    slots [n, k]."""
+def supervised_slots(
+    loss_mask: Tensor, anchors: Tensor, block_size: int, loss: LossConfig
+) -> Tensor:
+    """[n, k] bool of anchors [n] of a sample: the slots that are learnt."""
     positions = anchors[:, None] + torch.arange(block_size + 1)  # [n, k + 1]
-    inside = positions < len(input_ids)
-    safe = positions.clamp(max=len(input_ids) - 1)
-    tokens = torch.where(inside, input_ids[safe], 0)
-    in_mask = loss_mask.bool()[safe]
-    deciding = in_mask[:, 1:] if rules.slot_mask == "label" else in_mask[:, :-1]
-    supervised = inside[:, 1:] & deciding  # [n, k]
-    if rules.supervised_slots == "prefix":
+    in_mask = loss_mask.bool()[positions.clamp(max=len(loss_mask) - 1)]
+    deciding = in_mask[:, 1:] if loss.slot_mask == "label" else in_mask[:, :-1]
+    supervised = deciding & (positions[:, 1:] < len(loss_mask))
+    if loss.supervised_slots == "prefix":
         supervised = supervised.int().cumprod(dim=1).bool()
-    keep = supervised.any(dim=1)
-    return anchors[keep], tokens[keep], supervised[keep]
+    return supervised
 
 
 def slot_weights(block_size: int, loss_decay_gamma: float | None) -> Tensor:

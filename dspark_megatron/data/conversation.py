@@ -1,45 +1,59 @@
-"""One line of a training file to token ids and the mask of the tokens to learn.
+"""From one line of a training file to token ids and their loss mask.
 
 Shapes: s tokens of one sample.
 """
 
 from functools import cached_property
+from itertools import groupby
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dspark_megatron.data.chats.answer_ends import up_to_first_stop
 from dspark_megatron.data.chats.answers import WAY_OUT, AnswerRules
-from dspark_megatron.data.chats.messages import chat_of, checked_messages, is_cut_short
-from dspark_megatron.data.chats.normalize import check_learnt, shown
-from dspark_megatron.data.chats.reasoning import ReasoningMask
-from dspark_megatron.data.chats.said import Said, Tags
+from dspark_megatron.data.chats.loss_mask import (
+    ReasoningMask,
+    check_offsets,
+    detokenize,
+    tokenize,
+    tokens_inside,
+    up_to_first_stop,
+)
+from dspark_megatron.data.chats.messages import (
+    chat_of,
+    check_learnt,
+    checked_messages,
+    is_cut_short,
+    shown,
+)
+from dspark_megatron.data.chats.reasoning import AnswerText, Tags
 from dspark_megatron.data.chats.spellings import in_first_spelling
 from dspark_megatron.data.chats.template import ChatTemplate
-from dspark_megatron.data.chats.tokens import check_offsets, spelled_out, tokenize, tokens_inside
 from dspark_megatron.errors import ConfigError, require
 
 FORMS = ("messages", "conversations", "completion", "input_ids")
-"""The key that tells a line's form; a line has exactly one of them, but for an answered chat with
-the very tokens of its target, which has `messages` and `input_ids`."""
+"""The keys that tell a line's form. A line has exactly one of them. Only an answered chat with the
+tokens that its target saw and wrote has two, `messages` and `input_ids`."""
+BRACKETS, GREEN = ("⟦", "⟧"), ("\x1b[32m", "\x1b[0m")
+"""Marks around what is supervised when a sample is printed."""
 
 
 class Sample(NamedTuple):
     """A conversation as the draft sees it."""
 
     input_ids: Tensor
-    """[s] int64."""
+    """[s] int32 where it is encoded and stored, int64 where the dataset gives it."""
     loss_mask: Tensor
-    """[s] bool: the target wrote this token, so it may be learnt."""
+    """[s] bool. True where the target wrote the token, so that it may be learnt."""
 
 
 class ConversationEncoder:
-    """Turns records into samples for one tokenizer and one target.
+    """Turns the lines of a file into samples for one tokenizer and one target.
 
-    `vocab_size`: rows of the target's embedding; every id must be below it.
-    `reasoning_tags`: reasoning of answers between these is not learnt; null: it is.
+    `vocab_size`: rows of the target's embedding. Every id must be below it.
+    `reasoning_tags`: reasoning between these is not learnt. None: it is learnt.
     `rules`: where answers begin and end.
     """
 
@@ -56,13 +70,13 @@ class ConversationEncoder:
         self.reasoning = ReasoningMask(*reasoning_tags) if reasoning_tags else None
 
     def encode(self, record: dict) -> list[Sample]:
-        """The samples of a line in one of the forms of docs/training.md: one, or as many as a chat
-        template that rewrites earlier turns makes of a chat.
+        """The samples of a line in one of the forms of docs/training.md. It is one sample, unless
+        the chat template rewrites earlier turns.
 
-        `"finish_reason": "length"` says that the last answer was cut short, so its end is not to
-        be learnt. Other keys are ignored. Raises ConfigError (without the line) for a record of
-        none of the forms or of several, malformed parts, ids outside the vocabulary, a chat
-        without an assistant turn, and a chat template that does not tell the assistant's tokens.
+        `"finish_reason": "length"` says that the last answer was cut short, so its end is not
+        learnt. Other keys are ignored. Raises ConfigError (which does not name the line) for a line
+        of no form or of several, malformed parts, ids outside the vocabulary, a chat without an
+        assistant turn, and a chat template that does not show the assistant's tokens.
         """
         forms = [key for key in FORMS if key in record]
         require(
@@ -81,14 +95,14 @@ class ConversationEncoder:
         return [self._sample(token_ids, mask) for token_ids, mask in encodings]
 
     def encode_document(self, token_ids: Tensor) -> Sample:
-        """A document of an indexed dataset, [s] int64; every token may be learnt."""
+        """A document of an indexed dataset, [s] of any integer type. Every token may be learnt."""
         outside = (token_ids < 0) | (token_ids >= self._vocab_size)
         self._check_vocabulary(token_ids[outside].tolist())
-        return Sample(token_ids, torch.ones(len(token_ids), dtype=torch.bool))
+        return Sample(token_ids.int(), torch.ones(len(token_ids), dtype=torch.bool))
 
     @cached_property
     def _template(self) -> ChatTemplate:
-        """Made at the first chat: a file of ids needs no template."""
+        """Made at the first chat, since a file of ids needs no template."""
         return ChatTemplate(self._tokenizer, self.reasoning, self._rules)
 
     def _encode_chat(self, record: dict) -> list[tuple[list[int], list[bool]]]:
@@ -113,7 +127,7 @@ class ConversationEncoder:
 
     def _encode_answered(self, record: dict) -> tuple[list[int], list[bool]]:
         """A chat with the tokens that its target saw and wrote, as tools/generate_responses.py
-        keeps them: no template, but reasoning may be masked as in any chat."""
+        keeps them. It needs no template, and reasoning may be masked as in any chat."""
         token_ids, mask = _checked_tokens(record)
         self._check_vocabulary(token_ids)
         answer = [i for i, written in zip(token_ids, mask, strict=True) if written]
@@ -121,7 +135,7 @@ class ConversationEncoder:
             answer, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         answers = [m for m in checked_messages(record["messages"]) if m["role"] == "assistant"]
-        pieces = [piece for last in answers[-1:] for piece in Said.of(last, Tags()).pieces()]
+        pieces = [piece for last in answers[-1:] for piece in AnswerText.of(last, Tags()).pieces()]
         missing = [piece for piece in pieces if piece.strip() not in text]
         require(
             not missing,
@@ -131,11 +145,11 @@ class ConversationEncoder:
         )
         if self.reasoning is None:
             return token_ids, mask
-        return token_ids, self.reasoning.hide(*spelled_out(self._tokenizer, token_ids), mask)
+        return token_ids, self.reasoning.hide(*detokenize(self._tokenizer, token_ids), mask)
 
     def _encode_text(self, record: dict) -> tuple[list[int], list[bool]]:
-        """Prompt and completion as they are, as TRL does: no template, but the special tokens that
-        the tokenizer adds to a text, and its eos token at the end of the completion."""
+        """Prompt and completion as they are, as TRL does it. There is no template, but the
+        tokenizer's special tokens are added, and its eos token ends the completion."""
         check_offsets(self._tokenizer)
         eos, cut_short = self._tokenizer.eos_token_id, is_cut_short(record)
         require(
@@ -157,7 +171,7 @@ class ConversationEncoder:
     def _sample(self, token_ids: list[int], mask: list[bool]) -> Sample:
         self._check_vocabulary(token_ids)
         return Sample(
-            torch.tensor(token_ids, dtype=torch.int64), torch.tensor(mask, dtype=torch.bool)
+            torch.tensor(token_ids, dtype=torch.int32), torch.tensor(mask, dtype=torch.bool)
         )
 
     def _check_vocabulary(self, token_ids: list[int]) -> None:
@@ -170,8 +184,8 @@ class ConversationEncoder:
 
 
 def _is_text(record: dict) -> bool:
-    """Whether prompt and completion are strings, not lists of messages. ConfigError for a mixture
-    or anything else."""
+    """Whether prompt and completion are strings, and not lists of messages. ConfigError for
+    anything else."""
     kinds = {type(record.get(name)) for name in ("prompt", "completion")}
     require(
         kinds in ({str}, {list}),
@@ -195,3 +209,20 @@ def _checked_tokens(record: dict) -> tuple[list[int], list[bool]]:
         if learn not in (0, 1):
             raise ConfigError(f"loss_mask[{position}] must be 0 or 1, not {shown(learn)}")
     return token_ids, list(map(bool, mask))
+
+
+def describe_sample(
+    sample: Sample, tokenizer: PreTrainedTokenizerBase, marks: tuple[str, str] = BRACKETS
+) -> str:
+    """A line of token counts, then the whole text with supervised parts between the marks."""
+    before, after = marks
+    token_ids, mask = sample.input_ids.tolist(), sample.loss_mask.tolist()
+    parts = []
+    for supervised, run in groupby(zip(token_ids, mask, strict=True), key=itemgetter(1)):
+        ids = [token_id for token_id, _ in run]
+        text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        parts.append(f"{before}{text}{after}" if supervised else text)
+    return (
+        f"a sample of {len(mask):,} tokens, {sum(mask):,} of them supervised, "
+        f"marked {before}like this{after}:\n" + "".join(parts)
+    )

@@ -1,4 +1,4 @@
-"""All training samples, tokenized at start and held compactly in memory.
+"""All samples of a run. They are tokenized at start and kept in memory, 5 bytes per token.
 
 Shapes: n kept samples, t tokens of all of them, s tokens of one.
 """
@@ -15,37 +15,39 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dspark_megatron.data.blend import Shares, share_out
+from dspark_megatron.config import LossConfig
+from dspark_megatron.data.blocks import has_block
 from dspark_megatron.data.chats.answers import AnswerRules
 from dspark_megatron.data.conversation import ConversationEncoder, Sample
 from dspark_megatron.data.files.bad_lines import BadLines
-from dspark_megatron.data.files.forms import lines_of
-from dspark_megatron.data.files.jsonl import parse_line
+from dspark_megatron.data.files.jsonl import lines_of, parse_line
 from dspark_megatron.data.files.sources import DataFile, find_files
+from dspark_megatron.data.sampler import Shares, share_out
 from dspark_megatron.errors import ConfigError, require
 
 ReadIndexed = Callable[[Path], Iterable[Tensor]]
-"""The documents of a Megatron indexed dataset by its prefix, each [s] int64."""
+"""Gives the documents of a Megatron indexed dataset by its prefix, each [s]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleRules:
-    """What becomes of a sample after its tokens are known."""
+    """Which tokens of a sample are kept and learnt, and which samples are dropped."""
 
     max_length: int
-    """Tokens kept of a sample."""
+    """The most tokens that are kept of a sample."""
     min_loss_tokens: int
     """Supervised tokens that it needs then."""
-    has_block: Callable[[Tensor], bool]
-    """Whether a loss mask [s] has an anchor with something to learn."""
+    block_size: int
+    loss: LossConfig
+    """By these some anchor of it must start a block with something to learn."""
     reasoning_tags: tuple[str, str] | None = None
-    """Reasoning of answers between these is not learnt; null: it is."""
+    """Reasoning between these is not learnt. None: it is learnt."""
     answers: AnswerRules = field(default_factory=AnswerRules)
     """Where answers begin and end."""
     mask_token_id: int | None = None
-    """The token that stands for unknown ones, so that no sample may have it; null: not known."""
+    """The draft's mask token, which no sample may have. None: not known."""
     skip_bad_lines: float = 0.0
-    """Share of the lines that may be left out since they cannot be used."""
+    """Share of the lines that may be left out because they cannot be used."""
 
 
 @dataclass(kw_only=True)
@@ -54,30 +56,30 @@ class DropReport:
 
     kept: int = 0
     too_few_loss_tokens: int = 0
-    """Dropped: fewer supervised tokens than asked for, after truncation."""
+    """Samples dropped because too few supervised tokens are left after truncation."""
     no_anchor: int = 0
-    """Dropped: enough of them, but no anchor has any to learn."""
+    """Samples dropped because no anchor has anything to learn."""
     truncated: int = 0
-    """Cut to the largest length; kept or dropped afterwards."""
+    """Samples cut to the largest length, whether they were kept or dropped then."""
     total_tokens: int = 0
     """Of the kept samples."""
     loss_tokens: int = 0
     """Supervised tokens of the kept samples."""
     split_chats: int = 0
-    """Chats that became several samples, since the chat template rewrites earlier turns."""
+    """Chats that became several samples because the chat template rewrites earlier turns."""
     reasoning_tokens: int | None = None
-    """Tokens of reasoning that are not learnt, before truncation; null: it is learnt."""
+    """Tokens of reasoning that are not learnt, before truncation. None: it is learnt."""
     lines: int = 0
     """Lines and documents that were read, the bad ones included."""
     bad_lines: BadLines = field(default_factory=BadLines)
-    """Left out, since they cannot be used."""
+    """Lines left out because they cannot be used."""
 
     @property
     def read(self) -> int:
         return self.kept + self.too_few_loss_tokens + self.no_anchor
 
     def describe(self) -> str:
-        """All counts in one line; lines that were left out by reason in further ones."""
+        """All counts in one line. Lines that were left out follow, by reason."""
         split = f"; {self.split_chats:,} chats were split by turns" if self.split_chats else ""
         hidden = ""
         if self.reasoning_tokens is not None:
@@ -109,9 +111,9 @@ class ConversationDataset:
         report: DropReport,
         shares: Shares | None = None,
     ) -> None:
-        """token_ids: [t] int32. loss_mask: [t] bool. offsets: [n + 1] int64; sample i is the
-        half-open range from offsets[i] to offsets[i + 1]. shares: of the sources, if not each
-        sample comes once an epoch."""
+        """token_ids: [t] int32, half the memory of int64. loss_mask: [t] bool. offsets: [n + 1]
+        int64; sample i is the half-open range from offsets[i] to offsets[i + 1]. shares: those of
+        the sources, unless each sample comes once an epoch."""
         self._token_ids, self._loss_mask, self._offsets = token_ids, loss_mask, offsets
         self.report, self.shares = report, shares
 
@@ -119,7 +121,7 @@ class ConversationDataset:
         return len(self._offsets) - 1
 
     def __getitem__(self, index: int) -> Sample:
-        """Sample `index` in [0, n). IndexError outside."""
+        """Sample `index` in [0, n), its ids as int64. IndexError outside."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} is not in [0, {len(self)})")
         start, end = self._offsets[index : index + 2].tolist()
@@ -127,13 +129,13 @@ class ConversationDataset:
 
     @property
     def lengths(self) -> Tensor:
-        """[n] int64 tokens of each sample."""
+        """Tokens of each sample, [n] int64."""
         return self._offsets.diff()
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hexadecimal) of all samples, their order and the shares of their sources; equal
-        means the same data."""
+        """SHA-256 (hexadecimal) of all samples, their order and the shares of their sources. Equal
+        fingerprints mean the same data."""
         digest = hashlib.sha256()
         for tensor in (self._offsets, self._token_ids, self._loss_mask):
             digest.update(tensor.numpy())
@@ -152,13 +154,13 @@ def load_samples(
     read_indexed: ReadIndexed | None = None,
     show_progress: bool = False,
 ) -> ConversationDataset:
-    """Tokenize all files of all entries, cut each sample to the largest length and drop what cannot
-    be trained on: it has too few supervised tokens left, or no anchor.
+    """Tokenize all files of all entries and cut each sample to the largest length. Samples with too
+    few supervised tokens left, or without an anchor, are dropped.
 
-    `weights`: shares of an epoch that the entries fill; null: every sample comes once an epoch.
-    `read_indexed`: how to read indexed datasets; null: there must be none.
-    Raises ConfigError for lines that cannot be used (all of them by reason, naming `file:line`), if
-    they are more than may be left out, and when no sample is kept.
+    `weights`: the entries' shares of an epoch. None: every sample comes once an epoch.
+    `read_indexed`: how to read indexed datasets. None: there must be none.
+    Raises ConfigError when no sample is kept, and for lines that cannot be used, if they are more
+    than may be left out. It lists all of them by reason and names `file:line`.
     """
     files = [find_files(entry) for entry in entries]  # a missing one is known before the work
     encoder = ConversationEncoder(tokenizer, vocab_size, rules.reasoning_tags, rules.answers)
@@ -188,7 +190,7 @@ def load_samples(
 def _read(
     file: DataFile, read_indexed: ReadIndexed | None, show_progress: bool
 ) -> Iterator[tuple[int, object]]:
-    """The lines of a file, or the documents, which have no lines: by number from 0."""
+    """The lines of a file by number, or the documents of an indexed dataset, from 0."""
     if file.indexed:
         assert read_indexed is not None, f"no reader for the indexed dataset {file.path}"
         lines: Iterable[tuple[int, object]] = enumerate(read_indexed(file.path))
@@ -198,7 +200,7 @@ def _read(
 
 
 def _samples(line: object, encoder: ConversationEncoder, rules: SampleRules) -> list[Sample]:
-    """The samples of a line or document, as long as they are. ConfigError if it cannot be used."""
+    """The samples of a line or document, before they are cut. ConfigError if it cannot be used."""
     if isinstance(line, Tensor):
         samples = [encoder.encode_document(line)]
     else:
@@ -229,7 +231,7 @@ def _nothing_kept(
 
 
 class _PackedSamples:
-    """Samples while they are read: growing flat buffers, 5 bytes per token."""
+    """Collects samples in flat buffers that grow."""
 
     def __init__(self) -> None:
         self._token_ids = array("i")
@@ -237,13 +239,13 @@ class _PackedSamples:
         self._offsets = array("q", [0])
 
     def add(self, sample: Sample, rules: SampleRules, report: DropReport) -> None:
-        """Cut the sample, and keep or drop it; the report says which."""
+        """Cut the sample, then keep or drop it. The report counts which."""
         report.truncated += len(sample.input_ids) > rules.max_length
         sample = Sample(*(part[: rules.max_length] for part in sample))
         loss_tokens = int(sample.loss_mask.sum())
         if loss_tokens < rules.min_loss_tokens:
             report.too_few_loss_tokens += 1
-        elif not rules.has_block(sample.loss_mask):
+        elif not has_block(sample.loss_mask, rules.block_size, rules.loss):
             report.no_anchor += 1
         else:
             report.kept += 1
@@ -252,7 +254,7 @@ class _PackedSamples:
             self._append(sample)
 
     def _append(self, sample: Sample) -> None:
-        self._token_ids.frombytes(sample.input_ids.int().numpy().tobytes())
+        self._token_ids.frombytes(sample.input_ids.numpy().tobytes())
         self._loss_mask += sample.loss_mask.numpy().tobytes()
         self._offsets.append(len(self._loss_mask))
 

@@ -11,11 +11,10 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from dspark_megatron.errors import ConfigError, require
-from dspark_megatron.storage.output_files import write_files
+from dspark_megatron.storage.safetensors_folder import write_tensors
 
 _KINDS = {
     "confidence_logits": (2, torch.float32),
@@ -85,8 +84,7 @@ class DraftRecords:
     def save(self, path: Path) -> None:
         """Write a safetensors file, whole or not at all."""
         tensors = {name: getattr(self, name).contiguous() for name in _KINDS}
-        content = save(tensors, metadata={"facts": json.dumps(self.facts)})
-        write_files(path.parent, {path.name: content})
+        write_tensors(path, tensors, {"facts": json.dumps(self.facts)})
 
     @classmethod
     def load(cls, path: str | Path) -> "DraftRecords":

@@ -16,10 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dspark_megatron.config import Config
+from dspark_megatron.data.batch import Batch, padded
 from dspark_megatron.data.blocks import DraftBlocks, anchor_candidates, draft_blocks
-from dspark_megatron.data.collate import collate
 from dspark_megatron.data.conversation import Sample
-from dspark_megatron.data.device_blocks import DeviceBlocks
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.ops.accept_rates import LogitRows, accept_rates
 from dspark_megatron.ops.acceptance import round_starts, tau
@@ -82,14 +81,14 @@ def estimate_acceptance(
     for batch in _shares(samples, settings.micro_batch_size, dp_group):
         if not batch:
             if target.lockstep:  # others still need this rank's part of the weights
-                target.states(samples[0].input_ids[None])
+                target.states(Batch(samples[0].input_ids[None]))
             continue
         blocks = _every_block(batch, draft.shape.block_size)
-        states = target.states(collate(batch)[0])
+        states = target.states(Batch(padded([sample.input_ids for sample in batch])))
         rates = _accept_rates(draft, target_head, states, blocks, settings)
         for i in range(len(batch)):
             own = blocks.sample_index == i
-            sums.add(rates[own], blocks.eval_mask[own], blocks.anchor_positions[own])
+            sums.add(rates[own], blocks.eval_mask[own], blocks.positions[own, 0])
     return sums.figures(len(samples), target_head.device, dp_group=dp_group)
 
 
@@ -117,7 +116,7 @@ def _accept_rates(
 ) -> Tensor:
     """[n, k] fp32 on the CPU; 0 in slots that are not supervised."""
     rates = torch.zeros(blocks.eval_mask.shape)
-    for start in range(0, blocks.num_blocks, settings.max_blocks):
+    for start in range(0, len(rates), settings.max_blocks):
         part = blocks.part(slice(start, start + settings.max_blocks))
         found = accept_rates(
             *_logit_rows(draft, target_head, states, part),
@@ -134,11 +133,11 @@ def _logit_rows(
     draft: DSparkDraftModel, target_head: Tensor, states: TargetStates, blocks: DraftBlocks
 ) -> tuple[LogitRows, LogitRows]:
     """The draft's and the target's, of every supervised slot."""
-    on_device = DeviceBlocks.of(blocks, states.taps.device)
-    output = draft(states.taps, on_device)
+    blocks = blocks.to(states.taps.device)
+    output = draft(states.taps, blocks)
     sources = [output.hidden] if output.latents is None else [output.hidden, output.latents]
-    features = torch.cat([on_device.supervised(source) for source in sources], dim=1)
-    target_hidden = on_device.target_of(states.last_hidden).to(target_head.dtype)
+    features = torch.cat([blocks.supervised(source) for source in sources], dim=1)
+    target_hidden = blocks.target_of(states.last_hidden).to(target_head.dtype)
     joint = draft.head_weights().fill_joint()
     return LogitRows(features, joint), LogitRows(target_hidden, target_head)
 

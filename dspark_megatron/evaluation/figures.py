@@ -25,10 +25,8 @@ def acceptance(generations: Sequence[Generation], block_size: int) -> dict[str, 
     token that the target had to verify. `confidence_intervals`: of each of them, 95%, by resampling
     prompts; rounds of a prompt are not independent of one another. Null below two prompts.
     """
-    parts = [_parts(g.rounds, block_size) for g in generations]
-    parts, wholes = (
-        torch.tensor(parts, dtype=torch.float64).reshape(-1, 2, 2 * block_size + 2).unbind(1)
-    )
+    counts = torch.tensor([_parts(g.rounds, block_size) for g in generations], dtype=torch.float64)
+    parts, wholes = counts.reshape(-1, 2, 2 * block_size + 2).unbind(1)
     values = _by_name(_ratios(parts.sum(0), wholes.sum(0)), block_size)
     return {
         "prompts": len(generations),

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from dspark_megatron.config import EvaluateConfig
-from dspark_megatron.data.prompts.evaluation import Prompt
+from dspark_megatron.data.prompts.chat_prompts import Prompt
 from dspark_megatron.evaluation.decoding import Decoder
 from dspark_megatron.evaluation.draft_records import DraftRecords
 from dspark_megatron.evaluation.estimate import EstimateSettings, answer_sample, estimate_acceptance
@@ -33,6 +33,7 @@ class FileResult:
     @property
     def plain_generations(self) -> list[Generation]:
         """Answers of the target alone; only where it was compared."""
+        assert self.plain is not None
         return _in_order(self.plain)
 
     def figures(self, block_size: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 Shapes: b sequences under way, k slots.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 
 from torch import Tensor
@@ -23,7 +24,7 @@ class ScheduledCut:
         slot; None takes the confidence as it is."""
         self._temperatures = temperatures or [1.0] * block_size
         self._sps_of = lru_cache(lambda sequences: sps_of_step(table, sequences, block_size))
-        self._lengths = self._early_stopping
+        self._lengths: Callable[[Tensor], Tensor] = self._early_stopping
         if scheduler == "lagged_budget":
             self._lengths = LaggedBudget(self._sps_of, LAG)
 

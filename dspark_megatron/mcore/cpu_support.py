@@ -22,8 +22,9 @@ def install() -> bool:
     if torch.cuda.is_available() or hasattr(torch.cuda, _INSTALLED):
         return False
     # Their kernels need a driver; without them Megatron-Core takes its PyTorch paths.
+    modules: dict[str, Any] = sys.modules
     for name in ("transformer_engine", "apex"):
-        sys.modules.setdefault(name, None)
+        modules.setdefault(name, None)
     # torch._dynamo indexes torch's functions by identity when it is first imported, and
     # `with torch.device(...)` caches them: both must see the originals.
     import megatron.core.optimizer  # noqa: F401
@@ -49,7 +50,9 @@ class _Nothing:
 
 def _redirect_device_calls() -> None:
     """`torch.cuda.current_device()` is used as a device argument all over Megatron-Core."""
-    cuda, cpu = torch.cuda, torch.device("cpu")
+    cuda: Any = torch.cuda
+    tensor: Any = torch.Tensor
+    cpu = torch.device("cpu")
     cuda.current_device = lambda: cpu
     cuda.device_count = lambda: 1  # the async checkpoint worker takes rank % device_count
     # One function for each name: dynamo refuses an object that has two.
@@ -60,7 +63,7 @@ def _redirect_device_calls() -> None:
     cuda.manual_seed = lambda seed: torch.manual_seed(seed)
     cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    tensor.cuda = lambda self, *args, **kwargs: self
 
 
 def _redirect_factories() -> None:
@@ -82,7 +85,8 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 def _name_cpu_tensors_as_cuda() -> None:
     """The optimizers compare `param.type()` with 'torch.cuda.*Tensor' strings."""
-    plain_type = torch.Tensor.type
+    tensor: Any = torch.Tensor
+    plain_type = tensor.type
 
     def tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         result = plain_type(self, *args, **kwargs)
@@ -91,7 +95,7 @@ def _name_cpu_tensors_as_cuda() -> None:
             return result.replace("torch.", "torch.cuda.")
         return result
 
-    torch.Tensor.type = tensor_type
+    tensor.type = tensor_type
 
 
 def _use_cpu_random_state(random: Any) -> None:

@@ -8,6 +8,7 @@ import types
 import typing
 from argparse import Namespace
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import yaml
@@ -128,7 +129,7 @@ def _parsing(kind: Any) -> dict[str, Any]:
     if isinstance(kind, types.UnionType):
         kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
         return {"type": _or_null(_mapping if typing.get_origin(kind) is dict else kind)}
-    return {"type": kind}
+    return {"type": kind if isinstance(kind, type) else str}  # a Literal is checked by the config
 
 
 def _mapping(text: str) -> dict[str, Any]:
@@ -148,18 +149,18 @@ def _or_null(kind: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def _default(field: dataclasses.Field) -> str:
-    made = field.default_factory is not dataclasses.MISSING
-    value = field.default_factory() if made else field.default
+    factory: Any = field.default_factory
+    value = field.default if factory is dataclasses.MISSING else factory()
     return "null" if value is None else str(value)
 
 
 def _docstrings(cls: type) -> dict[str, str]:
     """The text below each field of a class."""
-    body = ast.parse(inspect.getsource(cls)).body[0].body
-    return {
-        field.target.id: " ".join(text.value.value.split())
-        for field, text in zip(body, body[1:], strict=False)
-        if isinstance(field, ast.AnnAssign)
-        and isinstance(text, ast.Expr)
-        and isinstance(text.value, ast.Constant)
-    }
+    (definition,) = ast.parse(inspect.getsource(cls)).body
+    assert isinstance(definition, ast.ClassDef)
+    found = {}
+    for pair in pairwise(definition.body):
+        match pair:
+            case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(text))):
+                found[name] = " ".join(text.split())
+    return found

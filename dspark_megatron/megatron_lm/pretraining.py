@@ -3,7 +3,6 @@
 Megatron wraps and saves the draft alone; the frozen target is beside it.
 """
 
-import json
 import math
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -16,25 +15,24 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dspark_megatron.config import Config
-from dspark_megatron.data.micro_batches import MicroBatch, MicroBatches
+from dspark_megatron.data.batch import Batch, MicroBatches
+from dspark_megatron.data.blocks import slot_weights
 from dspark_megatron.errors import require
 from dspark_megatron.megatron_lm.arguments import config_from_args
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.run.agreement import agree
-from dspark_megatron.run.check import check_run, check_training_device
+from dspark_megatron.run.check import check
 from dspark_megatron.run.checkpoints import check_same_run
-from dspark_megatron.run.identity import export_settings, run_identity
-from dspark_megatron.run.output import replace_text
+from dspark_megatron.run.data import load_train_data
+from dspark_megatron.run.identity import export_settings, fix_template_day, run_identity
 from dspark_megatron.run.rank_facts import draft_facts, launch_facts, target_facts
 from dspark_megatron.run.runtime import Runtime, main_ranks_folder
 from dspark_megatron.run.states import states_source
-from dspark_megatron.run.template_day import fix_template_day
-from dspark_megatron.shape.layout import check_batch_size
 from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.storage.training_checkpoint import FORMAT, META, TRACKER
-from dspark_megatron.targets.huggingface.quantization import check_quantization
+from dspark_megatron.storage.writing import write_json
 from dspark_megatron.training.forward_step import ForwardStep
-from dspark_megatron.training.loop import build_run_draft, load_data
+from dspark_megatron.training.loop import build_run_draft
 from dspark_megatron.training.metrics import MetricSums
 
 _MOST_TOKENS = 2**31 - 1
@@ -48,44 +46,41 @@ class DraftPretraining:
         """Makes the draft, reads the data and loads the target. Raises ConfigError for settings
         that cannot work. is_new: no checkpoint is to be loaded, so the draft has the weights that
         it starts from."""
-        self.plan = plan = check_run(config, runtime.world_size)
-        check_batch_size(config.train, plan.dp_size)
-        check_training_device(config)
+        self.plan = plan = check(config, runtime.world_size, use="train")
         fix_template_day(plan, _main_ranks)
-        if not config.target.is_stored:
-            check_quantization(plan.target_config, plan.target_split)
         self.runtime = runtime
         agree(launch_facts(config, command="pretrain") | target_facts(plan))
         self.draft = build_run_draft(plan, runtime, is_new=is_new)
-        self.dataset = load_data(plan, runtime)
+        self.dataset = load_train_data(plan, runtime)
         self._batches = MicroBatches(config, self.dataset, dp_group=runtime.dp_group)
         agree(draft_facts(self.draft, runtime.tp_group.rank()))
         target = states_source(plan, runtime, self.dataset, self.draft)
         place = dict(tp_group=runtime.tp_group, device=runtime.device)
         self._step = ForwardStep(config.loss, self.draft, target, **place)
         anchors = config.train.global_batch_size * config.model.num_anchors
-        self._unit = tokens_per_weight(anchors * float(self._step.draft_loss.slots.sum()))
+        slots = slot_weights(plan.shape.block_size, config.loss.loss_decay_gamma)
+        self._unit = tokens_per_weight(anchors * float(slots.sum()))
 
-    def micro_batches(self, consumed_samples: int) -> Iterator[MicroBatch]:
+    def micro_batches(self, consumed_samples: int) -> Iterator[Batch]:
         """Those after so many samples, without end. The target is told of each step's before their
         first."""
         while True:
             step = self._batches.of_step(consumed_samples)
-            self._step.expect(step)
+            self._step.target.expect(step)
             yield from step
             consumed_samples += self.plan.config.train.global_batch_size
 
-    def forward_step(self, micro_batch: MicroBatch, model: Any) -> tuple[Tensor, partial]:
+    def forward_step(self, batch: Batch, model: Any) -> tuple[Tensor, partial]:
         """The weighted sum of the loss [], and the function that makes Megatron's three of it."""
         metrics = MetricSums.zeros(self.plan.shape.block_size, self.runtime.device)
-        loss = self._step(micro_batch, model, metrics)
+        loss = self._step(batch, model, metrics)
         if loss is None:
             loss = torch.zeros((), device=self.runtime.device)
         return loss, partial(
             loss_func,
-            weight=self._step.weight(micro_batch),
+            weight=batch.blocks.weight,
             unit=self._unit,
-            ratios=metrics.ratios(self._step.draft_loss.weights),
+            ratios=metrics.ratios(self._step.term_weights),
         )
 
 
@@ -148,15 +143,15 @@ def datasets_provider(num_samples: Any, vp_stage: int | None = None) -> tuple[An
 datasets_provider.is_distributed = True  # every tensor-parallel rank reads the data
 
 
-def forward_step(data_iterator: Iterator[MicroBatch], model: Any) -> tuple[Tensor, partial]:
+def forward_step(data_iterator: Iterator[Batch], model: Any) -> tuple[Tensor, partial]:
     """The loss of the next micro-batch, and what Megatron divides it by."""
     from megatron.training import get_timers
 
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
-    micro_batch = next(data_iterator)
+    batch = next(data_iterator)
     timers("batch-generator").stop()
-    return _this_run()[0].forward_step(micro_batch, model)
+    return _this_run()[0].forward_step(batch, model)
 
 
 @cache
@@ -210,5 +205,4 @@ def _keep_meta(pretraining: DraftPretraining, args: Namespace) -> None:
         "global_batch_size": plan.config.train.global_batch_size,
         "open_metrics": [],
     }
-    Path(args.save).mkdir(parents=True, exist_ok=True)
-    replace_text(Path(args.save) / META, json.dumps(meta, indent=2) + "\n")
+    write_json(Path(args.save) / META, meta)

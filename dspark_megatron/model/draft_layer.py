@@ -1,21 +1,115 @@
-"""One decoder layer of the draft: pre-norm attention and SwiGLU with residuals (Qwen3 style).
+"""One decoder layer of the draft (Qwen3 style): pre-norm attention and SwiGLU with residuals. The
+attention is context-injected (Eq. 3): queries of a block over the target's context and the block.
 
-Shapes: as in `attention`.
+Shapes: n blocks, k slots, t context tokens, a/tp query heads, g/tp key/value heads, d head width,
+R slots that a rank has between the linears: n*k, or with sequence parallelism 1/tp of them.
 """
 
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 
+from dspark_megatron.model.token_split import TokenSplit, without_sequence_parallel
 from dspark_megatron.ops.block_attention import BlockAttention
+from dspark_megatron.ops.rope import apply_rope
+
+
+@dataclass
+class ContextInjectionAttentionSubmodules:
+    """Classes or specs; `linear_q` and `linear_kv` leave rows and their gradients to the caller."""
+
+    linear_q: Any
+    linear_kv: Any
+    linear_proj: Any
+    q_layernorm: Any
+    k_layernorm: Any
+
+
+class ContextInjectionAttention(MegatronModule):
+    """Queries from the block; keys and values from context and block with the same weights.
+
+    `linear_kv` holds, for each key/value head, its key rows and then its value rows (as
+    Megatron-Core's CrossAttention), so a tensor-parallel split is a split of heads.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: ContextInjectionAttentionSubmodules,
+        *,
+        tp_group: dist.ProcessGroup,
+    ) -> None:
+        super().__init__(config)
+        self.rows = TokenSplit(config, tp_group=tp_group)
+        self.head_dim = config.kv_channels
+        hidden, width = config.hidden_size, config.kv_channels
+        column = dict(
+            config=without_sequence_parallel(config),
+            init_method=config.init_method,
+            bias=False,
+            gather_output=False,
+            skip_bias_add=False,
+            disable_grad_reduce=True,
+            tp_group=tp_group,
+        )
+        self.linear_q = build_module(
+            submodules.linear_q, hidden, config.num_attention_heads * width, **column
+        )
+        self.linear_kv = build_module(
+            submodules.linear_kv, hidden, 2 * config.num_query_groups * width, **column
+        )
+        self.linear_proj = build_module(
+            submodules.linear_proj,
+            config.num_attention_heads * width,
+            hidden,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_group=tp_group,
+        )
+        norm = dict(config=config, hidden_size=width, eps=config.layernorm_epsilon)
+        self.q_layernorm = build_module(submodules.q_layernorm, **norm)
+        self.k_layernorm = build_module(submodules.k_layernorm, **norm)
+
+    def key_value(self, states: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys (normed, rotated) and values of [..., h] states at rope's positions, each
+        [..., g/tp, d]. No collective: the caller has already made `states` the input of linears
+        (`TokenSplit.to_linears`), once for all users of it."""
+        mixed, _ = self.linear_kv(states)
+        key, value = mixed.unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)
+        return apply_rope(self.k_layernorm(key), *rope), value
+
+    def forward(
+        self,
+        hidden: Tensor,
+        context_kv: tuple[Tensor, Tensor],
+        attend: BlockAttention,
+        rope: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """hidden [R, h], context_kv each [t, g/tp, d], rope cos/sin [n, k, d] -> [R, h].
+
+        Forward: one all-reduce of [n*k, h]. Backward: one of the same size. With sequence
+        parallelism an all-gather and a reduce-scatter in place of each.
+        """
+        n, k, _ = rope[0].shape
+        hidden = self.rows.to_linears(hidden, n * k).view(n, k, -1)
+        query, _ = self.linear_q(hidden)
+        query = query.unflatten(-1, (-1, self.head_dim))  # [n, k, a/tp, d]
+        query = apply_rope(self.q_layernorm(query), *rope)
+        block_kv = self.key_value(hidden, rope)
+        out = attend(query, context_kv, block_kv).flatten(-2).flatten(0, 1)  # [n*k, a*d/tp]
+        out, _ = self.linear_proj(self.rows.padded(out))
+        return out
 
 
 @dataclass
@@ -66,7 +160,7 @@ class DraftLayer(MegatronModule):
         """[R, h] -> [R, h]; the other arguments as in ContextInjectionAttention."""
         # A checkpoint passes on tensors only; what needs no gradient is bound here.
         run = partial(self._forward, attend, rope)
-        if self.recompute_activations and torch.is_grad_enabled():
+        if self.recompute_activations and is_grad_enabled():
             return checkpoint(run, False, hidden, *context_kv)
         return run(hidden, *context_kv)
 

@@ -18,7 +18,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor
 
-from dspark_megatron.data.device_blocks import DeviceBlocks
+from dspark_megatron.data.blocks import DraftBlocks
 from dspark_megatron.mcore.rms_norm import RMSNorm
 from dspark_megatron.model.heads import MARKOV_HEADS, ConfidenceHead, MarkovHead
 from dspark_megatron.model.layer_specs import local_layer_spec
@@ -205,7 +205,7 @@ class DSparkDraftModel(MegatronModule):
         hidden = self.final_layernorm(hidden)
         return self.rows.whole(hidden, n * k).view(n, k, -1)
 
-    def forward(self, taps: Tensor, blocks: DeviceBlocks) -> DraftOutput:
+    def forward(self, taps: Tensor, blocks: DraftBlocks) -> DraftOutput:
         """Training pass over the n blocks of a micro-batch. taps [b, s, m*h]."""
         context = blocks.context_of(taps)  # [t, m*h]
         context_kv = self.encode_context(context, blocks.context_positions)

@@ -15,11 +15,12 @@ from dspark_megatron.config import ModelConfig
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.mcore import transformer_engine
 from dspark_megatron.mcore.rms_norm import RMSNorm
-from dspark_megatron.model.attention import (
+from dspark_megatron.model.draft_layer import (
     ContextInjectionAttention,
     ContextInjectionAttentionSubmodules,
+    DraftLayer,
+    DraftLayerSubmodules,
 )
-from dspark_megatron.model.draft_layer import DraftLayer, DraftLayerSubmodules
 
 
 def layer_spec(backend: str) -> ModuleSpec:

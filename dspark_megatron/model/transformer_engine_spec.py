@@ -20,11 +20,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from dspark_megatron.model.attention import (
+from dspark_megatron.model.draft_layer import (
     ContextInjectionAttention,
     ContextInjectionAttentionSubmodules,
+    DraftLayer,
+    DraftLayerSubmodules,
 )
-from dspark_megatron.model.draft_layer import DraftLayer, DraftLayerSubmodules
 
 
 def transformer_engine_layer_spec() -> ModuleSpec:

@@ -1,7 +1,5 @@
 """From the host to the device without a wait."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -14,8 +12,13 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def all_to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Copies of tensors of one type, in one transfer; they share its memory."""
-    packed = to_device(torch.cat([tensor.flatten() for tensor in tensors]), device)
-    parts = packed.split([tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+def all_to_device(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Copies of tensors in one transfer, whose memory they share."""
+    # Wide numbers first: each must begin at a multiple of its size.
+    ordered = sorted(tensors.items(), key=lambda named: -named[1].itemsize)
+    flat = [tensor.flatten().view(torch.uint8) for _, tensor in ordered]
+    parts = to_device(torch.cat(flat), device).split([len(part) for part in flat])
+    return {
+        name: part.view(tensor.dtype).view(tensor.shape)
+        for (name, tensor), part in zip(ordered, parts, strict=True)
+    }

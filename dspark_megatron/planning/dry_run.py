@@ -15,10 +15,9 @@ from dspark_megatron.planning.memory import (
 from dspark_megatron.planning.meta_draft import draft_elements
 from dspark_megatron.planning.pipeline import PipelineStates
 from dspark_megatron.planning.traffic import Traffic, step_traffic
-from dspark_megatron.run.check import RunPlan, check_run
+from dspark_megatron.run.check import RunPlan, check
 from dspark_megatron.run.initial.initial_weights import InitialWeights
 from dspark_megatron.run.initial.warm_start import check_warm_start
-from dspark_megatron.shape.layout import check_batch_size
 from dspark_megatron.storage.training_checkpoint import latest_iteration
 
 GIB = 2**30
@@ -27,14 +26,13 @@ GIB = 2**30
 def describe_run(config: Config, world_size: int) -> str:
     """The text of `--dry-run`. Raises ConfigError where the run would, as far as that needs
     neither weights nor data nor the run's machine."""
-    plan = check_run(config, world_size, needs_tokenizer=False)
-    check_batch_size(config.train, plan.dp_size)
+    plan = check(config, world_size, use="plan")
     checkpoints = Path(config.train.output_dir) / "checkpoints"
     if not config.train.resume or latest_iteration(checkpoints) is None:
         InitialWeights.open(plan)
         check_warm_start(plan)
     lines = [config.to_yaml(), describe_plan(plan)]
-    if plan.tokenizer is None:
+    if plan.found_tokenizer is None:
         lines.append(f"not checked: the tokenizer, since {config.target.path} has none")
     return "\n".join(lines)
 

@@ -9,10 +9,9 @@ from dspark_megatron.config import Config
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.planning.memory import RankMemory, rank_memory
 from dspark_megatron.planning.traffic import step_traffic
-from dspark_megatron.run.check import RunPlan, check_family
+from dspark_megatron.run.check import RunPlan, check_family, planned_layout
 from dspark_megatron.shape import draft_shape
-from dspark_megatron.shape.layout import check_batch_size, check_layout
-from dspark_megatron.targets.huggingface.split import TargetSplit, check_target_split
+from dspark_megatron.shape.layout import check_batch_size
 
 GIB = 2**30
 SEARCHED = (
@@ -115,14 +114,14 @@ def layouts(
         "out, or look at one layout with --dry-run",
     )
     check_family(base, target_config)
-    shape, found, refused = draft_shape(base.model, target_config), [], {}
+    shape = draft_shape(base.model, target_config)
+    found: list[Candidate] = []
+    refused: dict[int, str] = {}
     for config in _configs(base, machine, fixed):
         tp = config.parallel.tensor_parallel
         try:
-            dp_size = check_layout(config, shape, target_config, machine.world_size)
-            check_batch_size(config.train, dp_size)
-            check_target_split(target_config, TargetSplit.of(config, dp_size))
-            plan = RunPlan(config, target_config, shape, None, dp_size)
+            plan = planned_layout(config, target_config, shape, machine.world_size)
+            check_batch_size(config.train, plan.dp_size)
             found.append(_candidate(plan, machine))
         except ConfigError as error:
             refused.setdefault(tp, str(error))

@@ -136,6 +136,7 @@ def quantization_note(plan: RunPlan, *, counted: bool) -> list[str]:
     how = "counted as it is saved" if counted else "not counted"
     arguments = load_target_config(plan.config.target.path), plan.target_dtype, plan.target_split
     whole = target_bytes(*arguments, last_layer=_last_layer(plan), dequantized=True)
+    assert whole is not None, "its quantizer is known by now"
     return [
         f"the target is quantized ({method}), and {how}; where Transformers dequantizes it, for "
         f"want of a GPU or a kernel, it takes {whole / 2**30:.3f} GiB"

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -23,18 +24,11 @@ class DraftElements(NamedTuple):
 def draft_elements(shape: DraftShape, tp_size: int) -> DraftElements:
     """Counted on the real model. The process must not have joined a job's ranks, and Megatron-Core
     must be ready for this machine (`prepare_megatron`)."""
-    return _counted(_Shape(shape.to_dict()), tp_size)
-
-
-class _Shape(dict):
-    """A shape's fields as a key of the cache: it holds lists and dicts."""
-
-    def __hash__(self) -> int:
-        return hash(repr(self))
+    return _counted(json.dumps(shape.to_dict()), tp_size)
 
 
 @functools.cache
-def _counted(shape: _Shape, tp_size: int) -> DraftElements:
+def _counted(shape: str, tp_size: int) -> DraftElements:
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     from dspark_megatron.model.draft_model import DSparkDraftModel
@@ -43,7 +37,7 @@ def _counted(shape: _Shape, tp_size: int) -> DraftElements:
         # Megatron-Core's layers ask for its random states, and draw nothing from them here.
         model_parallel_cuda_manual_seed(1, tp_rank=0, ep_rank=0, etp_rank=0)
         model = DSparkDraftModel(
-            DraftShape.from_dict(shape),
+            DraftShape.from_dict(json.loads(shape)),
             tp_group=group,
             params_dtype=torch.bfloat16,
             device=torch.device("meta"),
@@ -61,6 +55,7 @@ def one_of_ranks(size: int) -> Iterator[dist.ProcessGroup]:
     assert not dist.is_initialized(), "a plan is made outside of a job's process groups"
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
     try:
+        assert dist.group.WORLD is not None
         yield dist.group.WORLD
     finally:
         dist.destroy_process_group()

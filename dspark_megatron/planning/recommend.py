@@ -160,7 +160,7 @@ def _yaml(config: Config) -> str:
     """Keys that differ from the defaults, and what the user is to look at."""
     chosen = {}
     for section in dataclasses.fields(Config):
-        values, plain = getattr(config, section.name), section.default_factory()
+        values, plain = (getattr(c, section.name) for c in (config, Config()))
         shown = {
             entry.name: getattr(values, entry.name)
             for entry in dataclasses.fields(values)

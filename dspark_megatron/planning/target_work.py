@@ -171,7 +171,8 @@ def _expert_width(text: Any, split: TargetSplit, dtype: torch.dtype) -> int:
     too, unless tokens travel: then a rank has as many as it sends, and those that arrived beside.
     """
     chosen, h = _experts_of_a_token(text), text.hidden_size
-    width = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", 0)
+    width = getattr(text, "moe_intermediate_size", None)
+    width = width or getattr(text, "intermediate_size", None) or 0
     weighted = 2 * h + 2 * FP32 * h // dtype.itemsize
     if split.ep_size > split.tp_size:
         return chosen * (h + max(h + 4 * width, weighted)) // split.tp_size

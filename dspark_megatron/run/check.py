@@ -3,9 +3,11 @@
 import importlib.util
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -15,7 +17,12 @@ from dspark_megatron.errors import require
 from dspark_megatron.model.layer_specs import chosen_layer_spec
 from dspark_megatron.ops.chunk_budget import chunk_rows
 from dspark_megatron.shape import DraftShape, check_special_tokens, draft_shape
-from dspark_megatron.shape.layout import check_layout, padded_vocab_size
+from dspark_megatron.shape.layout import (
+    check_batch_size,
+    check_layout,
+    padded_vocab_size,
+    target_shards,
+)
 from dspark_megatron.storage.gpt_checkpoint import GPTCheckpoint
 from dspark_megatron.storage.target_folder import load_target_config, load_tokenizer, stop_token_ids
 from dspark_megatron.storage.target_weights import weights_fingerprint
@@ -25,10 +32,13 @@ from dspark_megatron.targets.family import (
     check_logits,
     check_pieces,
 )
+from dspark_megatron.targets.huggingface.quantization import check_quantization
 from dspark_megatron.targets.huggingface.split import TargetSplit, check_target_split
 from dspark_megatron.targets.megatron.source import check_gpt_target
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+Use = Literal["train", "plan", "store_states", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -38,9 +48,14 @@ class RunPlan:
     config: Config
     target_config: PretrainedConfig
     shape: DraftShape
-    tokenizer: PreTrainedTokenizerBase | None
-    """None: its folder has none, and the plan is only to be looked at."""
     dp_size: int
+    found_tokenizer: PreTrainedTokenizerBase | None = None
+    """None: its folder has none, and the run is only planned."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        assert self.found_tokenizer is not None, "a run that is only planned reads no texts"
+        return self.found_tokenizer
 
     @cached_property
     def target_fingerprint(self) -> str:
@@ -62,41 +77,79 @@ class RunPlan:
         return TargetSplit.of(self.config, self.dp_size)
 
     @property
+    def shards_target(self) -> bool:
+        """Whether data-parallel ranks hold parts of one copy of the target."""
+        return not self.config.target.is_stored and self.target_split.lockstep
+
+    @property
     def dtype(self) -> torch.dtype:
         return DTYPES[self.config.train.dtype]
 
 
-def check_run(config: Config, world_size: int, *, needs_tokenizer: bool = True) -> RunPlan:
-    """Settings against the target's config and tokenizer; ConfigError if they cannot work.
-    needs_tokenizer: false passes over a folder that has none."""
+def check(config: Config, world_size: int, *, use: Use | None = None) -> RunPlan:
+    """What all uses of a target and its draft need of the settings, the target's config and its
+    tokenizer, and what this use needs; ConfigError where it does not hold. A use that only plans
+    does without a tokenizer where the target's folder has none."""
     target_config = load_target_config(config.target.path)
     check_family(config, target_config)
     shape = draft_shape(config.model, target_config)
-    dp_size = check_layout(config, shape, target_config, world_size)
+    plan = planned_layout(config, target_config, shape, world_size)
     if config.target.provider == "megatron":
         check_gpt_target(config, target_config, world_size // config.parallel.pipeline_parallel)
-    elif not config.target.is_stored:
-        check_target_split(target_config, TargetSplit.of(config, dp_size))
-    _check_memory_budget(config, shape)
-    if not needs_tokenizer and not list(Path(config.target.path).glob("tokenizer*")):
-        return RunPlan(config, target_config, shape, None, dp_size)
-    tokenizer = load_tokenizer(config.target.path)
-    stops = stop_token_ids(config.target.path, tokenizer)
-    special = {"pad": tokenizer.pad_token_id, "eos": stops}
-    check_special_tokens(shape.mask_token_id, special)
-    return RunPlan(config, target_config, shape, tokenizer, dp_size)
+    _check_memory_budget(plan)
+    if use != "plan" or list(Path(config.target.path).glob("tokenizer*")):
+        tokenizer = load_tokenizer(config.target.path)
+        stops = stop_token_ids(config.target.path, tokenizer)
+        special = {"pad": tokenizer.pad_token_id, "eos": stops}
+        check_special_tokens(shape.mask_token_id, special)
+        plan = replace(plan, found_tokenizer=tokenizer)
+    for rule in _RULES[use] if use else ():
+        rule(plan)
+    return plan
 
 
-def _check_memory_budget(config: Config, shape: DraftShape) -> None:
-    """ConfigError unless the head loss may hold a row of logits."""
-    tp_size = config.parallel.tensor_parallel
-    vocab_local = padded_vocab_size(shape.vocab_size, tp_size) // tp_size
-    dtype = DTYPES[config.train.dtype]
-    chunk_rows(config.loss, vocab_local, dtype, with_target=config.needs_target_logits)
+def check_family(config: Config, target_config: PretrainedConfig) -> None:
+    """ConfigError for a target whose family works otherwise than any use needs."""
+    target = config.target
+    if config.needs_target_logits and target.check_logits:
+        check_logits(target_config)
+    if target.provider != "huggingface":
+        return
+    check_attention(target_config, target.attention)
+    most, longest = target.max_tokens_per_forward, config.data.max_length
+    if most is not None and most < longest:
+        check_pieces(
+            target_config,
+            f"set target.max_tokens_per_forward (now {most}) to null or at least to "
+            f"data.max_length ({longest})",
+        )
 
 
-def check_training_device(config: Config) -> None:
-    """ConfigError if the settings cannot train on this machine; other commands may still use it."""
+def planned_layout(
+    config: Config, target_config: PretrainedConfig, shape: DraftShape, world_size: int
+) -> RunPlan:
+    """The plan without a tokenizer; ConfigError unless draft and target can be split so."""
+    dp_size = check_layout(config, shape, target_config, world_size)
+    plan = RunPlan(config, target_config, shape, dp_size)
+    if config.target.provider == "huggingface":
+        check_target_split(target_config, plan.target_split)
+    return plan
+
+
+def _check_memory_budget(plan: RunPlan) -> None:
+    """The head loss must be able to hold a row of logits."""
+    config, tp_size = plan.config, plan.config.parallel.tensor_parallel
+    vocab_local = padded_vocab_size(plan.shape.vocab_size, tp_size) // tp_size
+    chunk_rows(config.loss, vocab_local, plan.dtype, with_target=config.needs_target_logits)
+
+
+def _check_batch_size(plan: RunPlan) -> None:
+    check_batch_size(plan.config.train, plan.dp_size)
+
+
+def _check_training_device(plan: RunPlan) -> None:
+    """This machine must be able to train so; other uses may still work on it."""
+    config = plan.config
     has_gpu, extension = torch.cuda.is_available(), "fused_weight_gradient_mlp_cuda"
     require(
         not config.optimizer.gradient_accumulation_fusion
@@ -120,31 +173,20 @@ def check_training_device(config: Config) -> None:
     )
 
 
-def check_family(config: Config, target_config: PretrainedConfig) -> None:
-    """ConfigError for a target whose family works otherwise than the run needs."""
-    target = config.target
-    if config.needs_target_logits and target.check_logits:
-        check_logits(target_config)
-    if target.provider != "huggingface":
-        return
-    check_attention(target_config, target.attention)
-    most, longest = target.max_tokens_per_forward, config.data.max_length
-    if most is not None and most < longest:
-        check_pieces(
-            target_config,
-            f"set target.max_tokens_per_forward (now {most}) to null or at least to "
-            f"data.max_length ({longest})",
-        )
+def _check_quantization(plan: RunPlan) -> None:
+    """This machine must be able to run the target as it is saved, unless its states are stored."""
+    if not plan.config.target.is_stored:
+        check_quantization(plan.target_config, plan.target_split)
 
 
-def check_decodes(plan: RunPlan, batch_size: int) -> None:
-    """ConfigError if the target makes states of whole samples only, or cannot take drafts of so
-    many sequences back."""
+def _check_decoding(plan: RunPlan) -> None:
+    """The target must make states of sequences that go on, and take drafts of so many of them
+    back."""
     config = plan.config
     if config.target.check_logits and not config.needs_target_logits:
         check_logits(plan.target_config)
     if config.target.provider == "huggingface":
-        check_decoding(plan.target_config, batch_size)
+        check_decoding(plan.target_config, config.evaluate.batch_size)
     stages = config.parallel.pipeline_parallel
     require(
         stages == 1,
@@ -152,3 +194,29 @@ def check_decodes(plan: RunPlan, batch_size: int) -> None:
         "other at every token; set parallel.pipeline_parallel=1 with more tensor parallelism, or "
         "target.provider=huggingface. Estimates in training (evaluate.every) do run in stages",
     )
+
+
+def _check_own_target(plan: RunPlan) -> None:
+    """A data-parallel rank must decode without the others."""
+    config, parallel = plan.config, plan.config.parallel
+    require(
+        target_shards(config.target, plan.dp_size) == 1,
+        "evaluation decodes other prompts on each data-parallel rank, so these cannot share a copy "
+        "of the target; set target.shard_across_data_parallel=1, with more tensor parallelism "
+        "where the target does not fit",
+    )
+    tp, ep = parallel.tensor_parallel, parallel.expert_parallel
+    require(
+        config.target.provider != "megatron" or ep <= tp,
+        "evaluation decodes other prompts on each data-parallel rank, so these cannot share "
+        f"experts: parallel.expert_parallel ({ep}) must be at most parallel.tensor_parallel ({tp})",
+    )
+
+
+_RULES: dict[Use, tuple[Callable[[RunPlan], None], ...]] = {
+    "train": (_check_batch_size, _check_training_device, _check_quantization),
+    "plan": (_check_batch_size,),
+    "store_states": (_check_quantization,),
+    "evaluate": (_check_decoding, _check_quantization, _check_own_target),
+}
+"""What a use needs beyond the rest, in the order of the checks."""

@@ -8,7 +8,6 @@ A checkpoint is written under a temporary name and renamed when every rank is do
 an `iter_` name is always whole. It loads at any tensor- or data-parallel size.
 """
 
-import json
 import os
 import queue
 import shutil
@@ -25,8 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from dspark_megatron.config import LossConfig
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.model.draft_model import DSparkDraftModel
-from dspark_megatron.run.output import replace_text
-from dspark_megatron.run.template_day import clock_hint
+from dspark_megatron.run.identity import clock_hint
 from dspark_megatron.storage.checkpoint_metadata import check_whole, damaged
 from dspark_megatron.storage.torch_dist_folder import cause_of
 from dspark_megatron.storage.training_checkpoint import (
@@ -36,6 +34,7 @@ from dspark_megatron.storage.training_checkpoint import (
     iteration_folder,
     read_meta,
 )
+from dspark_megatron.storage.writing import write_json, write_text
 
 _SHARDING = {
     # The only type of the distributed optimizer that loads at another TP and DP size.
@@ -104,12 +103,11 @@ def save_checkpoint(
         content_metadata=_SHARDING,
     )
     if is_main:
-        meta = {**meta, **asdict(state)}
-        (partial / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        write_json(partial / META, {**meta, **asdict(state)})
         if final.exists():  # it loses its name whole; pruning deletes it
             final.rename(partial.with_name(f"{partial.name}_{os.urandom(4).hex()}"))
         partial.rename(final)
-        replace_text(checkpoints / TRACKER, f"{state.iteration}\n")
+        write_text(checkpoints / TRACKER, f"{state.iteration}\n")
         track_best(checkpoints, state.best)
         _prune(checkpoints, final, keep_last, state.best)
     dist.barrier()
@@ -122,7 +120,7 @@ def track_best(checkpoints: Path, best: BestEstimate | None) -> None:
     if best is None:
         tracker.unlink(missing_ok=True)
     else:
-        replace_text(tracker, f"{best.iteration}\n")
+        write_text(tracker, f"{best.iteration}\n")
 
 
 def load_checkpoint(folder: Path, model: DSparkDraftModel, optimizer: Any | None) -> RunState:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy
@@ -11,27 +10,32 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch import Tensor
 
 from dspark_megatron.config import Config
-from dspark_megatron.data.blocks import BlockRules, has_block
 from dspark_megatron.data.chats.answers import AnswerRules
-from dspark_megatron.data.chats.said import Tags
+from dspark_megatron.data.chats.reasoning import Tags
+from dspark_megatron.data.conversation import describe_sample
 from dspark_megatron.data.dataset import ConversationDataset, SampleRules, load_samples
 from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.run.agreement import agree
 from dspark_megatron.run.check import RunPlan
+from dspark_megatron.run.rank_facts import data_facts
+from dspark_megatron.run.runtime import Runtime
 from dspark_megatron.storage.target_folder import stop_token_ids
 
 
 def sample_rules(config: Config) -> SampleRules:
     """What training makes of a sample, the target's stop tokens aside."""
-    data, rules = config.data, BlockRules.of(config.loss)
-    tags = Tags(*map(str.strip, data.reasoning_tags))
+    data = config.data
+    opening, closing = data.reasoning_tags
+    tags = Tags(opening.strip(), closing.strip())
     return SampleRules(
         max_length=data.max_length,
         min_loss_tokens=config.min_loss_tokens,
         mask_token_id=config.model.mask_token_id,
         skip_bad_lines=data.skip_bad_lines,
-        reasoning_tags=tuple(data.reasoning_tags) if data.reasoning == "mask" else None,
+        reasoning_tags=(opening, closing) if data.reasoning == "mask" else None,
         answers=AnswerRules(tags=tags, template_date=data.template_date),
-        has_block=partial(has_block, block_size=config.model.block_size, rules=rules),
+        block_size=config.model.block_size,
+        loss=config.loss,
     )
 
 
@@ -55,6 +59,21 @@ def load_run_data(
         read_indexed=read_indexed,
         show_progress=show_progress,
     )
+
+
+def load_train_data(plan: RunPlan, runtime: Runtime) -> ConversationDataset:
+    """The training samples, the same on all ranks; the main rank says what became of the files'
+    lines."""
+    data = plan.config.data
+    dataset = load_run_data(
+        plan, data.train_files, weights=data.weights, show_progress=runtime.is_main
+    )
+    agree(data_facts("data.train_files", data.train_files, dataset))
+    if runtime.is_main:
+        print(dataset.report.describe(), flush=True)
+        if data.show_sample:
+            print(describe_sample(dataset[0], plan.tokenizer), flush=True)
+    return dataset
 
 
 def read_indexed(prefix: Path) -> Iterator[Tensor]:

@@ -1,11 +1,11 @@
 """The folder of a run, claimed before any long work."""
 
-import os
 from pathlib import Path
 
 from dspark_megatron.config import Config
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.storage.training_checkpoint import latest_iteration
+from dspark_megatron.storage.writing import claim_folder, write_text
 
 
 def claim_output(output_dir: Path, config: Config) -> None:
@@ -19,20 +19,13 @@ def claim_output(output_dir: Path, config: Config) -> None:
             f"train.output_dir {output_dir} holds checkpoints and train.resume is false; "
             "name another folder, or set train.resume=true"
         )
-    try:
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        probe = checkpoints / ".partial_probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(
-            f"train.output_dir {output_dir} must be writable: {error.strerror}"
-        ) from error
+    for folder in (output_dir, checkpoints):
+        claim_folder(folder, f"train.output_dir {output_dir}")
 
 
 def write_config(output_dir: Path, config: Config) -> None:
     """Write the resolved config, once the run is sure to be this one."""
-    replace_text(output_dir / "config.yaml", config.to_yaml())
+    write_text(output_dir / "config.yaml", config.to_yaml())
 
 
 def write_status(output_dir: Path, status: str) -> None:
@@ -41,11 +34,4 @@ def write_status(output_dir: Path, status: str) -> None:
     `running` (also after a kill or a failure), `stopped` (saved; starting it again continues it)
     or `completed` (the last iteration is saved).
     """
-    replace_text(output_dir / "run_status", f"{status}\n")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file whole, or leave the one that is there."""
-    partial = path.with_name(f".partial_{path.name}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_text(output_dir / "run_status", f"{status}\n")

@@ -17,21 +17,16 @@ import dspark_megatron
 from dspark_megatron.config import Config
 from dspark_megatron.data.dataset import ConversationDataset
 from dspark_megatron.data.files.sources import find_files
-from dspark_megatron.data.prompts.evaluation import Prompt
+from dspark_megatron.data.prompts.chat_prompts import Prompt
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.run.agreement import Facts
 from dspark_megatron.run.check import RunPlan
 from dspark_megatron.run.initial.initial_weights import initial_folder
 from dspark_megatron.run.states import tokenizer_text
 
-_PACKAGES = ("torch", "megatron-core", "transformers", "tokenizers", "safetensors", "jinja2")
-_PACKAGES += (
-    "numpy",
-    "triton",
-    "transformer-engine",
-    "flash-attn",
-    "compressed-tensors",
-    "fla-core",
+_PACKAGES = (
+    *("torch", "megatron-core", "transformers", "tokenizers", "safetensors", "jinja2", "numpy"),
+    *("triton", "transformer-engine", "flash-attn", "compressed-tensors", "fla-core"),
 )
 _ENVIRONMENT = (
     "ATEN_CPU_CAPABILITY",
@@ -74,7 +69,7 @@ def config_facts(config: Config) -> Facts:
     return {
         f"{section.name}.{key.name}": repr(getattr(getattr(config, section.name), key.name))
         for section in fields(config)
-        for key in fields(section.type)
+        for key in fields(getattr(config, section.name))
     }
 
 
@@ -110,8 +105,8 @@ def _user_code(config: Config) -> Facts:
     if not words:
         return {}
     try:
-        origin = importlib.util.find_spec(words[0]).origin
-        text = file_digest(Path(origin))
+        found = importlib.util.find_spec(words[0])
+        text = file_digest(Path(found.origin)) if found and found.origin else "none"
     except Exception:  # said where it is imported
         text = "none"
     return {f"the code of {words[0]}": text}
@@ -124,7 +119,7 @@ def _environment() -> dict[str, str]:
 
 def target_facts(plan: RunPlan) -> Facts:
     """The target's config, tokenizer, template and weights."""
-    path, tokenizer = Path(plan.config.target.path), plan.tokenizer
+    path, tokenizer = Path(plan.config.target.path), plan.found_tokenizer
     facts = {
         f"the target's {name}": file_digest(path / name)
         for name in ("config.json", "generation_config.json")
@@ -188,7 +183,8 @@ def prompt_facts(files: dict[str, list[Prompt]]) -> Facts:
 def draft_facts(draft: DSparkDraftModel, tp_rank: int) -> Facts:
     """The draft's weights: what tensor-parallel ranks share, and this one's own part, with its rows
     of the target's embedding and LM head."""
-    shared, own = [], [("embedding", draft.embed_tokens.weight), ("LM head", draft.lm_head)]
+    own = [("embedding", draft.embed_tokens.weight), ("LM head", draft.lm_head)]
+    shared: list[tuple[str, torch.Tensor]] = []
     for name, parameter in draft.named_parameters():
         if parameter.requires_grad:
             is_split = getattr(parameter, "tensor_model_parallel", False)

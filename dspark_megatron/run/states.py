@@ -1,26 +1,25 @@
-"""Where the states of a run come from: the target, checked on its first samples, or states on disk,
+"""Where a run's states come from: the target, checked on its first samples, or stored states,
 checked against the run.
 """
 
 import hashlib
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from dspark_megatron.data.blocks import BlockRules
 from dspark_megatron.data.dataset import ConversationDataset
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.model.draft_model import DSparkDraftModel
-from dspark_megatron.run.build import build_target
+from dspark_megatron.run.build import build_target, read_target_head
 from dspark_megatron.run.check import RunPlan
+from dspark_megatron.run.identity import clock_hint, template_day
 from dspark_megatron.run.runtime import Runtime
-from dspark_megatron.run.template_day import clock_hint, template_day
-from dspark_megatron.targets.base import StatesSource
+from dspark_megatron.targets.base import StatesSource, Target
+from dspark_megatron.targets.huggingface.target import HuggingFaceTarget
+from dspark_megatron.targets.megatron.pipeline import PipelineTarget
 from dspark_megatron.targets.start_checks import check_packing, check_target_logits
-from dspark_megatron.targets.stored import deepspec_layout as deepspec_cache
-from dspark_megatron.targets.stored import safetensors_layout as row_cache
+from dspark_megatron.targets.stored import deepspec_layout, safetensors_layout
 from dspark_megatron.targets.stored.layout import StatesReader, differences, read_manifest
 from dspark_megatron.targets.stored.target import StoredStates
 
@@ -29,22 +28,37 @@ def states_source(
     plan: RunPlan, runtime: Runtime, dataset: ConversationDataset, draft: DSparkDraftModel
 ) -> StatesSource:
     """Collective over the world. Raises ConfigError for a target that is not what it seems."""
-    config = plan.config
-    if config.target.is_stored:
+    if plan.config.target.is_stored:
         return stored_states_of(plan, runtime, dataset)
+    return checked_target(plan, runtime, dataset, draft)
+
+
+def checked_target(
+    plan: RunPlan,
+    runtime: Runtime,
+    dataset: ConversationDataset,
+    draft: DSparkDraftModel | None = None,
+) -> Target | PipelineTarget:
+    """The target, seen on its first samples to be what it seems; ConfigError where it is not.
+    Collective over the world. Without a draft the target's LM head is read for it."""
+    config = plan.config
     target = build_target(plan, runtime, with_last_hidden=config.needs_target_logits)
     if config.target.check_logits and config.needs_target_logits:
+        if draft is not None:
+            head, shard = draft.lm_head, draft.vocab_shard
+        else:
+            head, shard = read_target_head(plan, target, tp_group=runtime.tp_group)
         first = dataset[0].input_ids[None]
-        place = draft.lm_head, draft.vocab_shard
-        check_target_logits(target, config.target.path, *place, first)
+        check_target_logits(target, config.target.path, head, shard, first)
     if config.target.packing:
+        assert isinstance(target, HuggingFaceTarget), "no other packs"
         few = (dataset[i % len(dataset)] for i in range(3))
         check_packing(target, [sample.input_ids for sample in few])
     return target
 
 
-def target_facts(plan: RunPlan) -> dict[str, Any]:
-    """What states are of."""
+def states_facts(plan: RunPlan) -> dict[str, Any]:
+    """What the states are of."""
     return {
         "target_fingerprint": plan.target_fingerprint,
         "target_dtype": str(plan.target_dtype),
@@ -53,16 +67,21 @@ def target_facts(plan: RunPlan) -> dict[str, Any]:
     }
 
 
-def row_facts(plan: RunPlan) -> dict[str, Any]:
+def kept_facts(plan: RunPlan) -> dict[str, Any]:
     """What decides which of them our own layout keeps."""
+    loss = plan.config.loss
     return {
         "last_hidden": "after the final norm" if plan.config.needs_target_logits else "none",
         "block_size": plan.shape.block_size,
-        "rules": asdict(BlockRules.of(plan.config.loss)),
+        "rules": {
+            "anchor_rule": loss.anchor_rule,
+            "supervised_slots": loss.supervised_slots,
+            "slot_mask": loss.slot_mask,
+        },
     }
 
 
-def data_facts(plan: RunPlan) -> dict[str, Any]:
+def sample_facts(plan: RunPlan) -> dict[str, Any]:
     """What decides on the tokens of a sample."""
     day = template_day(plan)
     return {
@@ -75,42 +94,43 @@ def data_facts(plan: RunPlan) -> dict[str, Any]:
 
 
 def open_stored_states(plan: RunPlan) -> StatesReader:
-    """The finished cache `target.cache`. ConfigError when the run cannot use it, samples aside."""
+    """The finished folder `target.cache`. ConfigError when the run cannot use it, samples aside."""
     folder = Path(plan.config.target.cache)
     manifest = read_manifest(folder)
-    if manifest.get("format") == row_cache.FORMAT:
-        cache: StatesReader = row_cache.SafetensorsStates(folder, manifest)
-    elif manifest.get("version") == deepspec_cache.VERSION:
-        cache = deepspec_cache.DeepSpecStates(folder, manifest)
+    if manifest.get("format") == safetensors_layout.FORMAT:
+        reader: StatesReader = safetensors_layout.SafetensorsStates(folder, manifest)
+    elif manifest.get("version") == deepspec_layout.VERSION:
+        reader = deepspec_layout.DeepSpecStates(folder, manifest)
     else:
         raise ConfigError(
-            f"{folder} must be a cache in the form {row_cache.FORMAT!r} or DeepSpec's version "
-            f"{deepspec_cache.VERSION}; write one with tools/prepare_target_cache.py"
+            f"{folder} must hold stored states in the form {safetensors_layout.FORMAT!r} or "
+            f"DeepSpec's version {deepspec_layout.VERSION}; write them with "
+            "tools/prepare_target_cache.py"
         )
-    wrong = _wrong(plan, cache.facts)
+    wrong = _wrong(plan, reader.facts)
     if wrong:
         raise ConfigError(
-            f"the cache {folder} is not of this run: {'; '.join(wrong)}. Change the config, or "
-            "write a cache for it with tools/prepare_target_cache.py"
+            f"the stored states {folder} are not of this run: {'; '.join(wrong)}. Change the "
+            "config, or store the states of this run with tools/prepare_target_cache.py"
         )
-    return cache
+    return reader
 
 
 def stored_states_of(plan: RunPlan, runtime: Runtime, data: ConversationDataset) -> StoredStates:
-    """The states of a run's data, from its cache."""
-    cache = open_stored_states(plan)
-    if runtime.is_main and "target_fingerprint" not in cache.facts:
-        print(f"{cache.path} does not say of which weights it is: not checked", flush=True)
-    there, here = cache.facts.get("data", {}), data_facts(plan)
+    """The stored states of a run's data."""
+    reader = open_stored_states(plan)
+    if runtime.is_main and "target_fingerprint" not in reader.facts:
+        print(f"{reader.path} does not say of which weights it is: not checked", flush=True)
+    there, here = reader.facts.get("data", {}), sample_facts(plan)
     hints = differences(there, here) if there else []
     if hint := clock_hint(there, here):
         hints = [*hints, hint.strip(" .")]
-    return StoredStates(cache, data, device=runtime.device, hints=hints)
+    return StoredStates(reader, data, device=runtime.device, hints=hints)
 
 
 def _wrong(plan: RunPlan, there: dict[str, Any]) -> list[str]:
-    """How what a cache says of itself does not suit; what it does not say is not compared."""
-    here = {**target_facts(plan), **row_facts(plan)}
+    """How what a folder says of itself does not suit; what it does not say is not compared."""
+    here = {**states_facts(plan), **kept_facts(plan)}
     if not plan.config.needs_target_logits:
         del here["last_hidden"]
     if there.get("block_size", 0) >= here["block_size"]:

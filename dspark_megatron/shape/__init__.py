@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dspark_megatron.config import ModelConfig
-from dspark_megatron.errors import require
+from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.shape.rope import draft_rope
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -50,7 +50,7 @@ def draft_shape(model: ModelConfig, target_config: Any) -> DraftShape:
     text = target_config.get_text_config()
     _check_facts(text)
     _check_layer_ids(model.target_layer_ids, text.num_hidden_layers)
-    _check_mask_token(model.mask_token_id, text)
+    mask_token_id = _checked_mask_token(model.mask_token_id, text)
     heads, kv_heads, head_dim = _draft_heads(model, text)
     with_markov = model.enable_confidence_head and model.confidence_head_with_markov
     return DraftShape(
@@ -66,7 +66,7 @@ def draft_shape(model: ModelConfig, target_config: Any) -> DraftShape:
         max_position_embeddings=text.max_position_embeddings,
         num_target_layers=text.num_hidden_layers,
         target_layer_ids=tuple(model.target_layer_ids),
-        mask_token_id=model.mask_token_id,
+        mask_token_id=mask_token_id,
         block_size=model.block_size,
         markov_rank=model.markov_rank,
         markov_head_type=model.markov_head_type if model.markov_rank else "vanilla",
@@ -135,7 +135,8 @@ def has_latent_attention(text: Any) -> bool:
 
 def _dense_width(text: Any) -> int:
     """Width of the target's dense FFN layers."""
-    width, hidden_size = getattr(text, "intermediate_size", None), text.hidden_size
+    width: Any = getattr(text, "intermediate_size", None)
+    hidden_size = text.hidden_size
     plans = (getattr(text, f"base_model_{kind}_plan", None) or {} for kind in ("tp", "ep"))
     has_experts = any("experts" in name for plan in plans for name in plan) and _may_have(text)
     of_experts = has_experts and getattr(text, "moe_intermediate_size", None) is None
@@ -158,9 +159,8 @@ def _may_have(text: Any) -> bool:
 def check_special_tokens(mask_token_id: int, special: dict[str, int | list[int] | None]) -> None:
     """Refuse a mask token that is one of the given `{name: id or ids}` (pad, eos)."""
     for name, ids in special.items():
-        ids = ids if isinstance(ids, list) else [ids]
         require(
-            mask_token_id not in ids,
+            mask_token_id not in (ids if isinstance(ids, list) else [ids]),
             f"model.mask_token_id ({mask_token_id}) must not be the {name} token; "
             "choose an id that never occurs in the data, such as a reserved token",
         )
@@ -184,11 +184,11 @@ def _check_layer_ids(ids: list[int], num_layers: int) -> None:
     )
 
 
-def _check_mask_token(mask_token_id: int | None, text: Any) -> None:
-    require(
-        mask_token_id is not None,
-        "model.mask_token_id is missing; choose a token id that never occurs in the data",
-    )
+def _checked_mask_token(mask_token_id: int | None, text: Any) -> int:
+    if mask_token_id is None:
+        raise ConfigError(
+            "model.mask_token_id is missing; choose a token id that never occurs in the data"
+        )
     require(
         0 <= mask_token_id < text.vocab_size,
         f"model.mask_token_id ({mask_token_id}) must be in the target's vocabulary "
@@ -196,3 +196,4 @@ def _check_mask_token(mask_token_id: int | None, text: Any) -> None:
     )
     special = {"pad": text.pad_token_id, "eos": text.eos_token_id}
     check_special_tokens(mask_token_id, special)
+    return mask_token_id

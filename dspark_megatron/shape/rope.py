@@ -16,9 +16,11 @@ _WHY_NOT = {
     "longrope": "it changes with the length of the text",
     "proportional": "it turns a part of each head only, by frequencies of the whole one",
 }
-_KEYS = ("rope_type", "rope_theta", "factor", "original_max_position_embeddings")
-_KEYS += ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
-_KEYS += ("low_freq_factor", "high_freq_factor")
+_KEYS = (
+    *("rope_type", "rope_theta", "factor", "original_max_position_embeddings"),
+    *("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    *("low_freq_factor", "high_freq_factor"),
+)
 
 
 def draft_rope(own: dict[str, Any] | None, text: Any) -> dict[str, Any]:
@@ -64,7 +66,8 @@ def _own_rope(own: dict[str, Any], text: Any) -> dict[str, Any]:
         f"it can have: {', '.join(_KEYS)}",
     )
     rope = {"rope_type": "default", **{key: _number(value) for key, value in own.items()}}
-    theta, kind = rope.get("rope_theta"), rope["rope_type"]
+    theta: Any = rope.get("rope_theta")
+    kind = rope["rope_type"]
     require(
         type(theta) in (int, float) and 0 < theta < math.inf,
         f"model.rope_parameters must have a rope_theta > 0, and has {theta!r}; 10000.0 is usual, "

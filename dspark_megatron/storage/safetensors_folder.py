@@ -1,18 +1,25 @@
-"""A folder with one safetensors file, or several and an index: its tensors, one at a time."""
+"""A folder with one safetensors file, or several and an index: read a tensor at a time, written a
+file at a time."""
 
 import json
-from collections.abc import Iterator
+import re
+import shutil
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.storage.writing import whole_file, write_json
 
+INDEX = "model.safetensors.index.json"
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -41,6 +48,63 @@ def open_safetensors(path: Path) -> Iterator[Any]:
         raise ConfigError(
             f"{path} must be there as a whole, readable safetensors file ({error}); copy it again"
         ) from error
+
+
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """One safetensors file, whole or not at all."""
+    with whole_file(path) as partial:
+        try:
+            save_file(tensors, partial, metadata)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of `5GB` (decimal), `5GiB` (binary) or a plain number."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", str(size).strip().upper())
+    require(
+        match is not None and float(match[1]) > 0,
+        f"max_shard_size ({size!r}) must be a positive size such as 5GB or 500MB",
+    )
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** " KMGT".index(match[2] or " "))
+
+
+def plan_files(tensors: dict[str, Tensor], max_shard_size: int | str) -> StateDictSplit:
+    """Which file each tensor goes into, in the order of `tensors`, which may have no data (meta).
+    A file has at most max_shard_size bytes, but for a single larger tensor."""
+    return split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=parse_size(max_shard_size),
+    )
+
+
+def write_tensor_files(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], plan: StateDictSplit
+) -> None:
+    """Write a stream of tensors as planned. A file is in memory until its last tensor has come."""
+    needed, free = plan.metadata["total_size"], shutil.disk_usage(folder).free
+    require(
+        needed <= free,
+        f"writing to {folder} takes {needed:,} bytes, its disk has {free:,} free; "
+        "free some or choose another folder",
+    )
+    waiting: dict[str, dict[str, Tensor]] = {file: {} for file in plan.filename_to_tensors}
+    for name, tensor in tensors:
+        file = plan.tensor_to_filename[name]
+        waiting[file][name] = tensor.contiguous()
+        del tensor
+        if len(waiting[file]) == len(plan.filename_to_tensors[file]):
+            write_tensors(folder / file, waiting.pop(file), {"format": "pt"})
+    if waiting:
+        raise ValueError(f"the tensors ended before {', '.join(waiting)} had all of theirs")
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        write_json(folder / INDEX, index)
 
 
 class SafetensorsFolder:
@@ -119,7 +183,7 @@ class SafetensorsFolder:
 
 
 def _files_of(folder: Path) -> dict[str, Path]:
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    index, single = folder / INDEX, folder / "model.safetensors"
     if index.is_file():
         return {name: folder / file for name, file in _weight_map(index).items()}
     require(

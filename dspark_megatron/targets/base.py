@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dspark_megatron.data.batch import Batch
+
 
 @dataclass(frozen=True)
 class TargetStates:
@@ -23,27 +25,19 @@ class TargetStates:
 
 
 class StatesSource(Protocol):
-    """What training takes states from: a target that makes them, or a cache of them. All
+    """What training takes states from: a target that makes them, or files that store them. All
     tensor-parallel ranks call together."""
 
     lockstep: bool
     """Whether data-parallel ranks must call `states` equally often, too: the weights, or tokens on
     their way to experts, travel between them."""
 
-    def expect(self, batches: Sequence[Tensor], *, samples: Sequence[Sequence[int]] = ()) -> None:
-        """Called before the `states` of several micro-batches, with what they will be given, in
-        their order: a cache reads ahead, and pipeline stages run them together."""
+    def expect(self, batches: Sequence[Batch]) -> None:
+        """Called before `states` of several batches, in their order: stored states are read ahead,
+        and pipeline stages run them together."""
 
-    def states(
-        self,
-        input_ids: Tensor,
-        *,
-        lengths: list[int] | None = None,
-        samples: Sequence[int] = (),
-    ) -> TargetStates:
-        """States of right-padded sequences. input_ids [b, s]. No gradient. With their lengths, of
-        which the longest is s, a target may leave the padding out, whose states are then 0.
-        samples [b]: their indices in the training data, by which a cache finds them."""
+    def states(self, batch: Batch) -> TargetStates:
+        """States of its samples, without gradient; those of padding that is left out are 0."""
 
 
 class Target(StatesSource, Protocol):

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
@@ -17,6 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from dspark_megatron.data.batch import Batch
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.ops.vocab_parallel import VocabShard
 from dspark_megatron.storage.target_folder import load_target_config
@@ -25,7 +25,12 @@ from dspark_megatron.targets.family import without_layers
 from dspark_megatron.targets.huggingface.packing import PackedSequences
 from dspark_megatron.targets.huggingface.target import HuggingFaceTarget, layer_output
 
-_POSITIONS = 16
+_HEAD_TOKENS = 16
+"""Of the sample whose logits are compared."""
+_PACKED_TOKENS = 512
+"""Of a packed sample, at most: a packed sequence and its mask stay small."""
+_PIECES = ((0, 16, 0), (16, 17, 4), (17, 24, 2), (24, 25, 0), (25, 48, 1))
+"""Of a text that comes in pieces: first token, end, and drafts that are rejected after it."""
 
 
 @torch.no_grad()
@@ -46,7 +51,7 @@ def check_target_logits(
     every tensor-parallel rank; each compares its own columns, without a collective of ours.
     Raises ConfigError when they differ by more than rounding.
     """
-    input_ids = input_ids[:1, :_POSITIONS]
+    input_ids = input_ids[:1, :_HEAD_TOKENS]
     if isinstance(target, HuggingFaceTarget):
         last_layer, last_hidden = _last_states(target, input_ids)
         causal = _without_layers(folder, target.dtype)
@@ -76,7 +81,7 @@ def _last_states(target: HuggingFaceTarget, input_ids: Tensor) -> tuple[Tensor, 
     hook = target.layers[-1].register_forward_hook(
         lambda _module, _inputs, output: kept.append(layer_output(output))
     )
-    states = target.states(input_ids)
+    states = target.states(Batch(input_ids))
     hook.remove()
     # In several passes it comes in pieces, and what follows them is another rank's need of passes.
     return torch.cat(kept, dim=1)[:, : input_ids.shape[1]], states.last_hidden
@@ -102,10 +107,6 @@ def _without_layers(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
         transformers.logging.set_verbosity(verbosity)
 
 
-_TOKENS = 512
-"""Of a sample, at most: a row of them and its mask stay small."""
-
-
 @torch.no_grad()
 def check_packing(target: HuggingFaceTarget, samples: Sequence[Tensor]) -> None:
     """Compare the states of packed samples [s] with those of each alone; every rank calls it with
@@ -114,13 +115,13 @@ def check_packing(target: HuggingFaceTarget, samples: Sequence[Tensor]) -> None:
 
     Raises ConfigError when they differ by more than rounding.
     """
-    most = min(_TOKENS, (target.packer.max_tokens or len(samples) * _TOKENS) // len(samples))
+    allowed = target.packer.max_tokens or len(samples) * _PACKED_TOKENS
+    most = min(_PACKED_TOKENS, allowed // len(samples))
     ids = [sample[: max(1, most)] for sample in samples]
-    lengths = [len(sample) for sample in ids]
-    packed = target.packed_states(pad_sequence(ids, batch_first=True), lengths, _rows(target, ids))
+    packed = _whole(target.packed_states(Batch.of(ids), _sequences(target, ids)))
     differences = [
-        mean_distance(_whole(packed)[i, :length], _whole(target.states(ids[i][None]))[0])
-        for i, length in enumerate(lengths)
+        mean_distance(packed[i, : len(one)], _whole(target.states(Batch(one[None])))[0])
+        for i, one in enumerate(ids)
     ]
     tolerance = rounding_of(target.model.dtype)
     require(
@@ -133,7 +134,7 @@ def check_packing(target: HuggingFaceTarget, samples: Sequence[Tensor]) -> None:
     )
 
 
-def _rows(target: HuggingFaceTarget, ids: list[Tensor]) -> list[PackedSequences]:
+def _sequences(target: HuggingFaceTarget, ids: list[Tensor]) -> list[PackedSequences]:
     rows = [[0, 1], list(range(2, len(ids)))] if len(ids) > 2 else [[0, 1]]
     groups = [rows] if target.packer.has_masks else [[row] for row in rows]
     return [
@@ -161,19 +162,13 @@ def mean_distance(packed: Tensor, alone: Tensor) -> float:
     return mean if mean == mean else float("inf")
 
 
-_TOKENS = 48
-
-
-_PIECES = ((0, 16, 0), (16, 17, 4), (17, 24, 2), (24, 25, 0), (25, 48, 1))
-"""First token, end, and drafts that are rejected after it."""
-
-
 @torch.no_grad()
 def check_pieces_agree(target: Target, input_ids: Tensor) -> None:
     """Compare last hidden states [1, s, h] of a prompt, taken in as decoding does, with those of
     one pass. input_ids [1, s >= 1], alike on every tensor-parallel rank. Costs six short passes.
     Raises ConfigError when they differ by more than rounding."""
-    ids = input_ids.repeat(1, -(-_TOKENS // input_ids.shape[1]))[:, :_TOKENS].to(target.device)
+    tokens = _PIECES[-1][1]
+    ids = input_ids.repeat(1, -(-tokens // input_ids.shape[1]))[:, :tokens].to(target.device)
     cache, found = target.new_cache(), []
     for start, end, drafts in _PIECES:
         own = ids[:, start:end]
@@ -183,7 +178,7 @@ def check_pieces_agree(target: Target, input_ids: Tensor) -> None:
         tokens = torch.cat([own, ids[:, :drafts]], dim=1)
         found.append(target.extend(tokens, cache).last_hidden[:, : end - start])
         target.forget(cache, [drafts])
-    whole = target.states(ids).last_hidden
+    whole = target.states(Batch(ids)).last_hidden
     difference = mean_distance(torch.cat(found, dim=1)[0].float(), whole[0].float())
     most = rounding_of(target.dtype)
     require(

@@ -1,22 +1,29 @@
-"""A micro-batch through target and draft to its loss: the same in our loop and in Megatron's."""
+"""A micro-batch through target and draft to its loss: the same in our loop and in Megatron's.
+
+Shapes: n blocks, k slots of a block, r supervised slots, h hidden.
+"""
 
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from dspark_megatron.config import LossConfig
-from dspark_megatron.data.device_blocks import DeviceBlocks
-from dspark_megatron.data.micro_batches import MicroBatch
+from dspark_megatron.data.batch import Batch
+from dspark_megatron.data.blocks import DraftBlocks
 from dspark_megatron.model.draft_model import DSparkDraftModel
+from dspark_megatron.ops.acceptance import tau
+from dspark_megatron.ops.chunk_budget import chunk_rows
+from dspark_megatron.ops.head_loss import HeadLossOutput, head_loss
+from dspark_megatron.ops.logit_terms import Objective
 from dspark_megatron.targets.base import StatesSource, TargetStates
-from dspark_megatron.training.draft_loss import DraftLoss
 from dspark_megatron.training.metrics import MetricSums
 
 
 class ForwardStep:
-    """The loss of micro-batches. What its sum is divided by is the loop's."""
+    """The weighted sum of the loss over supervised slots; the loop divides it."""
 
     def __init__(
         self,
@@ -27,43 +34,110 @@ class ForwardStep:
         tp_group: dist.ProcessGroup,
         device: torch.device,
     ) -> None:
-        self.target, self.device = target, device
-        self.draft_loss = DraftLoss(loss, draft, tp_group=tp_group, device=device)
+        self.draft, self.target, self.device, self.tp_group = draft, target, device, tp_group
+        has_head = draft.confidence_head is not None
+        self.confidence_alpha = loss.confidence_head_alpha if has_head else 0.0
+        self.with_target = loss.needs_target_logits(with_confidence_head=has_head)
+        self.compile = loss.compile
+        self.objective = Objective.of(loss)
+        joint = draft.head_weights().joint
+        self.chunk_rows = chunk_rows(loss, len(joint), joint.dtype, with_target=self.with_target)
 
-    def weight(self, micro_batch: MicroBatch) -> float:
-        """What the loss of a micro-batch weighs; 0 where nothing is learnt from it."""
-        return micro_batch.weight(self.draft_loss.slots)
+    @property
+    def term_weights(self) -> dict[str, float]:
+        """Weight of each term in use, by its name in the metrics."""
+        terms = {"ce": self.objective.ce}
+        if self.with_target:
+            terms["l1"] = self.objective.l1
+        if self.objective.kl > 0:
+            terms["kl"] = self.objective.kl
+        if self.confidence_alpha > 0:
+            terms["confidence"] = self.confidence_alpha
+        return terms
 
-    def expect(self, micro_batches: list[MicroBatch]) -> None:
-        """Tell the target what comes, in its order; of use where a loop knows it."""
-        ids = [micro_batch.input_ids for micro_batch in micro_batches]
-        self.target.expect(ids, samples=[micro_batch.samples for micro_batch in micro_batches])
-
-    def __call__(self, micro_batch: MicroBatch, model: Any, metrics: MetricSums) -> Tensor | None:
-        """[] sum of weighted terms, with gradients; None where nothing is learnt. Adds to
-        `metrics`. model: the draft, or what a loop has wrapped it in."""
-        blocks = micro_batch.blocks
-        metrics.add(
-            samples=len(micro_batch.lengths),
-            tokens=sum(micro_batch.lengths),
-            candidates=blocks.candidates,
-        )
-        # A small loss_decay_gamma may round the weight of late slots, and of all there are, to 0.
-        if self.weight(micro_batch) == 0:  # the same on every tensor-parallel rank
+    def __call__(self, batch: Batch, model: Any, metrics: MetricSums) -> Tensor | None:
+        """[] with gradients; None where nothing is learnt. Adds to `metrics`. model: the draft, or
+        what a loop has wrapped it in."""
+        lengths, blocks = batch.lengths, batch.blocks
+        metrics.add(samples=len(lengths), tokens=sum(lengths), candidates=blocks.candidates)
+        if blocks.weight == 0:  # on every tensor-parallel rank alike
             if self.target.lockstep:
-                self._target_states(micro_batch, metrics)
+                self._target_states(batch, metrics)
             return None
-        metrics.add(blocks=blocks.num_blocks, rows=float(blocks.eval_mask.sum()))
-        on_device = DeviceBlocks.of(blocks, self.device)
-        states = self._target_states(micro_batch, metrics)
-        output = model(states.taps, on_device)
-        return self.draft_loss(on_device, states, output, metrics)
+        metrics.add(blocks=len(blocks.eval_mask), slots=len(blocks.labels))
+        batch = batch.to(self.device)
+        states = self._target_states(batch, metrics)
+        output = model(states.taps, batch.blocks)
 
-    def _target_states(self, micro_batch: MicroBatch, metrics: MetricSums) -> TargetStates:
-        lengths = micro_batch.lengths
-        states = self.target.states(
-            micro_batch.input_ids, lengths=lengths, samples=micro_batch.samples
+        of, blocks = batch.blocks.supervised, batch.blocks
+        result = head_loss(
+            of(output.hidden),
+            None if output.latents is None else of(output.latents),
+            self._target_hidden(blocks, states, output.hidden.dtype),
+            blocks.labels,
+            blocks.weights,
+            self.draft.head_weights(),
+            self.objective,
+            chunk_rows=self.chunk_rows,
+            compile=self.compile,
+            tp_group=self.tp_group,
         )
+        _add_terms(blocks, result, metrics)
+        if self.confidence_alpha == 0:
+            return result.loss
+        logits = of(output.confidence_logits)
+        confidence_sum = _confidence(logits, result.accept_rate, blocks.weights, metrics)
+        return result.loss + self.confidence_alpha * confidence_sum
+
+    def _target_states(self, batch: Batch, metrics: MetricSums) -> TargetStates:
+        states = self.target.states(batch)
         if states.positions is not None:
-            metrics.add(positions=states.positions, padding=states.positions - sum(lengths))
+            padding = states.positions - sum(batch.lengths)
+            metrics.add(positions=states.positions, padding=padding)
         return states
+
+    def _target_hidden(
+        self, blocks: DraftBlocks, states: TargetStates, dtype: torch.dtype
+    ) -> Tensor | None:
+        """[r, h] states of the target that predict the supervised labels."""
+        if not self.with_target:
+            return None
+        if states.last_hidden is None:
+            raise ValueError(
+                "the L1, KL and confidence terms compare with the target, but its last hidden "
+                "states are missing; provide them, or train with cross entropy alone "
+                "(loss.l1_loss_alpha=0 loss.tvd_loss_alpha=0 loss.kl_loss_alpha=0 "
+                "loss.ce_labels=data model.enable_confidence_head=false)"
+            )
+        return blocks.target_of(states.last_hidden).to(dtype)
+
+
+def _add_terms(blocks: DraftBlocks, result: HeadLossOutput, metrics: MetricSums) -> None:
+    weights = blocks.weights
+    metrics.add(weight=weights.sum(), ce_sum=(weights * result.ce).sum())
+    if result.kl is not None:
+        metrics.add(kl_sum=(weights * result.kl).sum())
+    if result.l1 is None:
+        return
+    accept_rates = blocks.by_slot(result.accept_rate.to(weights.dtype))
+    metrics.add(
+        l1_sum=(weights * result.l1).sum(),
+        accept_sum=accept_rates.sum(dim=0),
+        accept_count=blocks.eval_mask.sum(dim=0),
+        tau_sum=tau(accept_rates, blocks.eval_mask).sum(),
+    )
+
+
+def _confidence(
+    logits: Tensor, accept_rate: Tensor, weights: Tensor, metrics: MetricSums
+) -> Tensor:
+    """Weighted binary cross entropy with the accept rate as its (constant) label."""
+    bce = F.binary_cross_entropy_with_logits(logits, accept_rate, reduction="none")
+    total = (bce * weights).sum()
+    error = logits.detach().sigmoid() - accept_rate
+    metrics.add(
+        confidence_sum=total.detach(),
+        confidence_error_sum=(error.abs() * weights).sum(),
+        confidence_bias_sum=(error * weights).sum(),
+    )
+    return total

@@ -7,9 +7,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from dspark_megatron.data.batch import MicroBatches
 from dspark_megatron.data.dataset import ConversationDataset
-from dspark_megatron.data.micro_batches import MicroBatches
-from dspark_megatron.data.show import describe_sample
 from dspark_megatron.mcore.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.run.agreement import agree
@@ -23,12 +22,12 @@ from dspark_megatron.run.checkpoints import (
     save_checkpoint,
     track_best,
 )
-from dspark_megatron.run.data import load_run_data
+from dspark_megatron.run.data import load_train_data
 from dspark_megatron.run.identity import export_settings, run_identity
 from dspark_megatron.run.initial.initial_weights import InitialWeights
 from dspark_megatron.run.initial.warm_start import WarmStart
 from dspark_megatron.run.output import claim_output, write_config, write_status
-from dspark_megatron.run.rank_facts import data_facts, draft_facts, start_facts, target_facts
+from dspark_megatron.run.rank_facts import draft_facts, start_facts, target_facts
 from dspark_megatron.run.runtime import Runtime
 from dspark_megatron.run.states import open_stored_states, states_source
 from dspark_megatron.storage.training_checkpoint import FORMAT, iteration_folder
@@ -55,14 +54,14 @@ def train(plan: RunPlan, runtime: Runtime, stop: StopRequests) -> None:
         claim_output(output_dir, plan.config)
     dist.barrier()
     resume_from = checkpoint_to_resume(plan, output_dir / "checkpoints", runtime)
-    if state := finished_state(plan, resume_from, output_dir, runtime):
-        return finish_again(plan, runtime, output_dir, state)
+    if finished := finished_state(plan, resume_from, output_dir, runtime):
+        return finish_again(plan, runtime, output_dir, finished)
     agree(start_facts(plan, resume_from))
     if plan.config.target.is_stored:
         open_stored_states(plan)  # refused before the data are read
     draft = build_run_draft(plan, runtime, is_new=resume_from is None)
     heldout = HeldOut.load(plan, runtime)
-    dataset = load_data(plan, runtime)
+    dataset = load_train_data(plan, runtime)
     if resume_from is not None:
         check_same_run(resume_from, {"data_fingerprint": dataset.fingerprint})
         end, state = RunEnd.of(plan.config.train, len(dataset)), read_state(resume_from)
@@ -194,7 +193,7 @@ class Trainer:
         row = {
             "iteration": self.state.iteration,
             "consumed_samples": self.state.consumed_samples,
-            **total.means(self.step.draft_loss.weights),
+            **total.means(self.step.forward_step.term_weights),
             "grad_norm": grad_norm,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "tokens_per_second": total.scalars["tokens"].item() / seconds,
@@ -271,18 +270,3 @@ def build_run_draft(plan: RunPlan, runtime: Runtime, *, is_new: bool) -> DSparkD
         if runtime.is_main:
             print(initial.describe(), flush=True)
     return draft
-
-
-def load_data(plan: RunPlan, runtime: Runtime) -> ConversationDataset:
-    """The training samples, the same on all ranks; the main rank says what became of the files'
-    lines."""
-    data = plan.config.data
-    dataset = load_run_data(
-        plan, data.train_files, weights=data.weights, show_progress=runtime.is_main
-    )
-    agree(data_facts("data.train_files", data.train_files, dataset))
-    if runtime.is_main:
-        print(dataset.report.describe(), flush=True)
-        if data.show_sample:
-            print(describe_sample(dataset[0], plan.tokenizer), flush=True)
-    return dataset

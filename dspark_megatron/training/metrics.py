@@ -16,7 +16,7 @@ SCALARS = (
     "weight",
     "tau_sum",
     "blocks",
-    "rows",
+    "slots",
     "candidates",
     "samples",
     "tokens",
@@ -76,7 +76,7 @@ class MetricSums:
             **{f"{name}_loss": (s[f"{name}_sum"], s["weight"]) for name in weights},
             "sampler/anchors_per_sample": (s["blocks"], s["samples"]),
             "sampler/candidates_per_sample": (s["candidates"], s["samples"]),
-            "sampler/supervised_slots_per_block": (s["rows"], s["blocks"]),
+            "sampler/supervised_slots_per_block": (s["slots"], s["blocks"]),
             "sampler/padding_share": (s["padding"], s["positions"]),
         }
         if "l1" in weights:

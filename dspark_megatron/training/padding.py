@@ -3,8 +3,7 @@
 from torch import Tensor
 
 from dspark_megatron.config import Config
-from dspark_megatron.data.blend import Blend
-from dspark_megatron.data.sampler import StepSampler
+from dspark_megatron.data.sampler import Blend, StepSampler
 from dspark_megatron.targets.huggingface.packing import SequencePacker
 
 _SAMPLES = 4096

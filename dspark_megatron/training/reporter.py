@@ -8,6 +8,8 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from dspark_megatron.storage.writing import write_text
+
 
 class Reporter:
     """Writes each logged step once; lines past a resumed iteration are dropped first.
@@ -78,6 +80,4 @@ def _forget_after(path: Path, iteration: int) -> None:
             continue
         if row["iteration"] <= iteration:
             kept.append(line)
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    partial.replace(path)
+    write_text(path, "".join(f"{line}\n" for line in kept))

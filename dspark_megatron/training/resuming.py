@@ -43,19 +43,19 @@ class RunEnd:
     def is_reached(self, state: RunState) -> bool:
         if self.iterations is not None:
             return state.iteration >= self.iterations
-        return state.consumed_samples >= self.samples
+        return state.consumed_samples >= (self.samples or 0)
 
     def last_iteration(self, state: RunState) -> int:
         """The iteration that a run in this state ends with; its own when it has ended."""
         if self.iterations is not None:
             return max(state.iteration, self.iterations)
-        left = max(0, self.samples - state.consumed_samples)
+        left = max(0, (self.samples or 0) - state.consumed_samples)
         return state.iteration + math.ceil(left / self.global_batch_size)
 
     @property
     def steps(self) -> int:
         """Of a run that has this batch size from its start to its end."""
-        return self.iterations or math.ceil(self.samples / self.global_batch_size)
+        return self.iterations or math.ceil((self.samples or 0) / self.global_batch_size)
 
     @property
     def progress_of_a_step(self) -> int:
@@ -103,10 +103,10 @@ def _chosen(config: Config, checkpoints: Path) -> Path | None:
         return None if newest is None else iteration_folder(checkpoints, newest)
     named = find_checkpoint(checkpoints, train.resume_from)
     try:
-        newest = iteration_folder(checkpoints, latest_iteration(checkpoints) or 0)
-        if read_meta(newest).get("resumed_from") == train.resume_from:
-            check_whole(newest)
-            return newest
+        folder = iteration_folder(checkpoints, latest_iteration(checkpoints) or 0)
+        if read_meta(folder).get("resumed_from") == train.resume_from:
+            check_whole(folder)
+            return folder
     except ConfigError:  # what is wrong with the newest may be why another one is named
         pass
     return named

@@ -9,7 +9,7 @@ from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
 
 from dspark_megatron.config import LossConfig
-from dspark_megatron.data.micro_batches import MicroBatch
+from dspark_megatron.data.batch import Batch
 from dspark_megatron.ops.transfer import to_device
 from dspark_megatron.targets.base import StatesSource
 from dspark_megatron.training.forward_step import ForwardStep
@@ -45,18 +45,16 @@ class GradientStep:
         self.dp_group, self.device = dp_group, device
         place = dict(tp_group=tp_group, device=device)
         self.forward_step = ForwardStep(loss, model.module, target, **place)
-        self.draft_loss = self.forward_step.draft_loss
 
-    def run(self, micro_batches: list[MicroBatch], metrics: MetricSums) -> None:
+    def run(self, batches: list[Batch], metrics: MetricSums) -> None:
         """Leave the step's gradients in the model's buckets, reduced; add to `metrics`."""
         self.model.zero_grad_buffer()
-        divisors = self._divisors(micro_batches)
-        passes = list(zip(micro_batches, divisors, strict=True))
+        passes = list(zip(batches, self._divisors(batches), strict=True))
         overlap = self.model.ddp_config.overlap_grad_reduce
         if overlap:
-            passes.sort(key=lambda one: self._learns(one[0]))
-            overlap = self._on_every_rank(self._learns(passes[-1][0]))
-        self.forward_step.expect([micro_batch for micro_batch, _ in passes])
+            passes.sort(key=lambda one: one[0].blocks.weight > 0)
+            overlap = self._on_every_rank(passes[-1][0].blocks.weight > 0)
+        self.forward_step.target.expect([batch for batch, _ in passes])
         with self.model.no_sync():
             for one in passes[:-1]:
                 self._forward_backward(*one, metrics)
@@ -64,9 +62,6 @@ class GradientStep:
             self._forward_backward(*passes[-1], metrics)
         self._start_reductions()
         finalize_model_grads([self.model])
-
-    def _learns(self, micro_batch: MicroBatch) -> bool:
-        return self.forward_step.weight(micro_batch) > 0
 
     def _on_every_rank(self, flag: bool) -> bool:
         """Whether all data-parallel ranks say so. One all-reduce of one number."""
@@ -82,17 +77,14 @@ class GradientStep:
                 if group.grad_reduce_handle is None:
                     group.start_grad_sync()
 
-    def _divisors(self, micro_batches: list[MicroBatch]) -> list[Tensor]:
+    def _divisors(self, batches: list[Batch]) -> list[Tensor]:
         """[] fp32 for each micro-batch, on the device: nobody waits for them. 0 where there is
         nothing to learn. One all-reduce of a double per micro-batch, none for the local forms."""
         form = self.loss.normalization
-        slots = self.draft_loss.slots
-        if form == "local_count":
-            slots = torch.ones_like(slots)
-        own = [micro_batch.weight(slots) for micro_batch in micro_batches]
+        blocks = [batch.blocks for batch in batches]
+        own = [len(x.labels) if form == "local_count" else x.weight for x in blocks]
         weights = to_device(torch.tensor(own, dtype=torch.float64), self.device)
-        is_local = form in ("local", "local_count")
-        if is_local:
+        if form in ("local", "local_count"):
             weights = weights * self.dp_group.size()
         elif self.dp_group.size() > 1:
             dist.all_reduce(weights, group=self.dp_group)
@@ -102,9 +94,7 @@ class GradientStep:
             weights = weights * len(own)
         return list(weights.float().unbind())
 
-    def _forward_backward(
-        self, micro_batch: MicroBatch, divisor: Tensor, metrics: MetricSums
-    ) -> None:
-        loss = self.forward_step(micro_batch, self.model, metrics)
+    def _forward_backward(self, batch: Batch, divisor: Tensor, metrics: MetricSums) -> None:
+        loss = self.forward_step(batch, self.model, metrics)
         if loss is not None:
             (loss / divisor).backward()

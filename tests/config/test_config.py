@@ -1,6 +1,6 @@
 """Bad settings are refused before any work, with the numbers and the way out."""
 
-from pathlib import Path
+import re
 
 import pytest
 
@@ -8,9 +8,8 @@ from dspark_megatron.config.loading import config_from_dict, load_config
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.shape import draft_shape
 from dspark_megatron.shape.layout import check_batch_size, check_layout, padded_vocab_size
+from support.paths import ROOT
 from support.tiny_target import make_target, tiny_config
-
-ROOT = Path(__file__).parents[2]
 
 
 def write(tmp_path, text):
@@ -92,6 +91,16 @@ def test_bad_values(tmp_path, override, message):
     with pytest.raises(ConfigError) as error:
         load_config(write(tmp_path, MINIMAL), [override])
     assert message in str(error.value)
+
+
+def test_a_choice_is_refused_at_reading_and_when_it_was_set_in_python(tmp_path):
+    message = re.escape("train.dtype ('float23') must be one of bfloat16, float32; did you mean")
+    with pytest.raises(ConfigError, match=message):
+        config_from_dict({"train": {"dtype": "float23"}})
+    config = load_config(write(tmp_path, MINIMAL))
+    config.train.dtype = "float23"
+    with pytest.raises(ConfigError, match=message):
+        config.validate()
 
 
 def test_no_weight_at_all_is_refused(tmp_path):

@@ -6,6 +6,7 @@ import os
 import pickle
 from pathlib import Path
 
+import convert_checkpoint as tool
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,28 +20,22 @@ from dspark_megatron.conversion.folder_writer import WriteOptions
 from dspark_megatron.conversion.layouts import names
 from dspark_megatron.conversion.layouts.description import DraftDescription
 from dspark_megatron.conversion.layouts.hf_config import description_of_config, hugging_face_config
-from dspark_megatron.conversion.safetensors_writer import parse_size
 from dspark_megatron.conversion.verify import verify_folder
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.ops.rope import RotaryTable
 from dspark_megatron.shape import DraftShape
 from dspark_megatron.storage.target_folder import read_rows, read_tensor, shared_weights
 from dspark_megatron.storage.training_checkpoint import CheckpointReader, find_checkpoint
-from support.draft_folders import (  # noqa: F401
+from support.draft_folders import (
     FINGERPRINT,
     PADDED_VOCAB,
     ROPES,
-    SHAPES,
-    TOOL,
-    VANILLA,
-    load_tool,
-    run,
-    shape,
     trained_tensors,
     write_checkpoint,
     write_target,
 )
 from support.reference import PlainDraft
+from support.shapes import FOLDER_SHAPES, VANILLA
 
 FILES = ["README.md", "config.json", "model.safetensors"]
 """Of an export."""
@@ -50,9 +45,19 @@ def export(run: Path, target: Path, out: Path, **options) -> Path:
     return export_checkpoint(run, target, out, WriteOptions(**options))
 
 
+@pytest.fixture(params=FOLDER_SHAPES)
+def shape(request) -> DraftShape:
+    return FOLDER_SHAPES[request.param]
+
+
 @pytest.fixture
 def target(tmp_path) -> Path:
     return write_target(tmp_path / "target")
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    return write_checkpoint(tmp_path / "run", VANILLA)
 
 
 def test_round_trip_is_bit_exact(shape):
@@ -310,7 +315,7 @@ def test_config_has_exactly_the_keys_of_the_layout(shape):
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (7, 8, None)
     nested = config["dflash_config"]
     assert nested["projector_type"] == "dspark" and nested["confidence_head_alpha"] == 1.0
-    assert nested["attention_mode"] == ("mha" if shape is SHAPES["mha"] else "gqa")
+    assert nested["attention_mode"] == ("mha" if shape is FOLDER_SHAPES["mha"] else "gqa")
     copies = nested.keys() - {"projector_type", "attention_mode", "confidence_head_alpha"}
     assert len(copies) == 6 and all(nested[key] == config[key] for key in copies)
     assert description_of_config(json.loads(json.dumps(config))).shape == shape
@@ -587,21 +592,7 @@ def test_shared_weights_are_found_or_refused(tmp_path, target):
         found(**{f"{x}.embed_tokens.weight": embedding + i for i, x in enumerate("ab")}, **head)
 
 
-@pytest.mark.parametrize(
-    "text, size", [("5GB", 5 * 10**9), ("1.5MB", 1_500_000), ("2KiB", 2048), (77, 77)]
-)
-def test_parse_size(text, size):
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "5 apples"])
-def test_parse_size_refuses(text):
-    with pytest.raises(ConfigError, match="such as 5GB"):
-        parse_size(text)
-
-
 def test_command(tmp_path, target, run, capsys, monkeypatch):
-    tool = load_tool()
     monkeypatch.setattr(tool, "weights_fingerprint", lambda path, checkpoint: FINGERPRINT)
     out = tmp_path / "out"
     command = ["export", "--checkpoint", str(run), "--target", str(target), "--output", str(out)]

@@ -12,7 +12,7 @@ from dspark_megatron.conversion.engines.verdicts import engine_verdicts
 from dspark_megatron.conversion.layouts.description import DraftDescription
 from dspark_megatron.conversion.layouts.hf_config import hugging_face_config
 from dspark_megatron.conversion.layouts.names import EMBEDDING, LM_HEAD, hugging_face_shapes
-from support.draft_folders import VANILLA
+from support.shapes import VANILLA
 
 ALL = {DEEPSPEC, VLLM, SGLANG, MLX, TRT}
 TARGET = Qwen3Config(

@@ -14,7 +14,8 @@ from dspark_megatron.conversion.import_draft import import_folder
 from dspark_megatron.conversion.layouts.table import LAYOUTS
 from dspark_megatron.conversion.verify import verify_folder
 from dspark_megatron.errors import ConfigError
-from support.draft_folders import FINGERPRINT, VANILLA, trained_tensors, write_target
+from support.draft_folders import FINGERPRINT, trained_tensors, write_target
+from support.shapes import VANILLA
 
 PLAIN = replace(
     VANILLA, markov_rank=0, enable_confidence_head=False, confidence_head_with_markov=False

@@ -27,19 +27,18 @@ from dspark_megatron.storage.training_checkpoint import CheckpointReader, find_c
 from support.draft_folders import (
     FINGERPRINT,
     ROPES,
-    SHAPES,
-    VANILLA,
     trained_tensors,
     write_checkpoint,
     write_target,
 )
+from support.shapes import FOLDER_SHAPES, VANILLA
 
 FP32 = torch.float32
-NOT_MODELOPT = ("rank 0", "plain confidence")
+NOT_MODELOPT = ("no Markov head", "confidence without Markov")
 """Drafts that ModelOpt's layout cannot express."""
 CASES = [
     (name, layout)
-    for name in SHAPES
+    for name in FOLDER_SHAPES
     for layout in LAYOUTS
     if layout != "modelopt" or name not in NOT_MODELOPT
 ]
@@ -60,7 +59,7 @@ def import_(folder, target, run, **options):
 
 @pytest.mark.parametrize("name, layout", CASES)
 def test_a_checkpoint_comes_back_as_it_was(tmp_path, target, name, layout):
-    shape = SHAPES[name]
+    shape = FOLDER_SHAPES[name]
     run = write_checkpoint(tmp_path / "run", shape)
     folder = export(run, target, tmp_path / "draft", layout)
     facts = TargetFacts.of(load_target_config(target), "target")
@@ -90,9 +89,9 @@ def without_facts(path):
 
 
 @pytest.mark.parametrize("theirs", ["speculators", "modelopt", "specforge"])
-@pytest.mark.parametrize("name", ["vanilla", "gated", "rnn", "no confidence"])
+@pytest.mark.parametrize("name", ["vanilla", "gated", "rnn", "no confidence head"])
 def test_between_two_layouts_and_back(tmp_path, target, name, theirs):
-    run = write_checkpoint(tmp_path / "run", SHAPES[name])
+    run = write_checkpoint(tmp_path / "run", FOLDER_SHAPES[name])
     ours = export(run, target, tmp_path / "ours")
     foreign = convert_folder(ours, target, tmp_path / "foreign", WriteOptions(layout=theirs))
     direct = export(run, target, tmp_path / "direct", theirs, dtype=torch.bfloat16)
@@ -106,10 +105,10 @@ def test_between_two_layouts_and_back(tmp_path, target, name, theirs):
 
 
 def test_names_and_keys_of_modelopt(tmp_path, target):
-    run = write_checkpoint(tmp_path / "run", SHAPES["gated"])
+    run = write_checkpoint(tmp_path / "run", FOLDER_SHAPES["gated"])
     folder = export(run, target, tmp_path / "draft", "modelopt")
     found = load_file(folder / "model.safetensors")
-    ours = trained_tensors(SHAPES["gated"])
+    ours = trained_tensors(FOLDER_SHAPES["gated"])
     assert found.keys() == {
         name.replace("markov_head.", "").replace("confidence_head.proj", "confidence_proj")
         for name in ours
@@ -138,7 +137,7 @@ def test_keys_of_speculators(tmp_path, target):
 
 
 def test_a_layout_that_cannot_express_the_draft(tmp_path, target):
-    run = write_checkpoint(tmp_path / "run", SHAPES["plain confidence"])
+    run = write_checkpoint(tmp_path / "run", FOLDER_SHAPES["confidence without Markov"])
     with pytest.raises(ConfigError, match="ModelOpt's confidence head always sees"):
         export(run, target, tmp_path / "draft", "modelopt")
     assert not (tmp_path / "draft").exists()
@@ -517,7 +516,7 @@ import test_layouts
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 from pathlib import Path
-from dspark_megatron.config import ConfigError
+from dspark_megatron.errors import ConfigError
 draft, target, out = map(Path, sys.argv[1:4])
 for use in (
     lambda: test_layouts.import_(draft, target, out),
@@ -530,6 +529,7 @@ for use in (
 """
 
 
+@pytest.mark.slow
 def test_a_write_that_the_system_refuses_leaves_nothing(tmp_path, target, draft):
     """A limit on file sizes is to a program what a full disk is."""
     out = tmp_path / "out"
@@ -621,7 +621,7 @@ def test_a_newer_calibration_of_the_same_checkpoint_takes_the_place_of_an_older(
 
 
 def test_the_card_has_what_is_known(tmp_path, target):
-    run = write_checkpoint(tmp_path / "run", SHAPES["gated"])
+    run = write_checkpoint(tmp_path / "run", FOLDER_SHAPES["gated"])
     figures = {"heldout.jsonl": {"prompts": 5, "tau": 3.25}}
     evaluation = {"iteration": 100, "temperature": 0.0, "files": figures}
     evaluation["checkpoint"] = "/elsewhere/run/checkpoints/iter_0000100"
@@ -712,7 +712,7 @@ def test_a_checkpoint_of_the_same_iteration_is_replaced(pool, tmp_path, target):
 
 
 def test_every_layout_has_each_tensor_once():
-    for shape in SHAPES.values():
+    for shape in FOLDER_SHAPES.values():
         names = hugging_face_shapes(shape)
         for layout in LAYOUTS.values():
             theirs = [layout.to_name(name) for name in names]

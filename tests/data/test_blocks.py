@@ -5,9 +5,10 @@ from itertools import product
 import pytest
 import torch
 
+from dspark_megatron.config import LossConfig
 from dspark_megatron.config.loading import config_from_dict
+from dspark_megatron.data.batch import Batch
 from dspark_megatron.data.blocks import (
-    BlockRules,
     anchor_candidates,
     anchor_seed,
     draft_blocks,
@@ -58,23 +59,31 @@ RULES = list(product(("label", "token"), ("prefix", "all"), ("label", "input")))
 @pytest.mark.parametrize("anchor_rule, supervised_slots, slot_mask", RULES)
 def test_blocks_equal_the_plain_ones(anchor_rule, supervised_slots, slot_mask):
     """Three samples of unequal length; few tokens in the mask, so that blocks have gaps."""
-    rules = BlockRules(anchor_rule, supervised_slots, slot_mask)
+    loss = LossConfig(
+        anchor_rule=anchor_rule, supervised_slots=supervised_slots, slot_mask=slot_mask
+    )
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(1, 50, (s,), generator=generator) for s in (30, 17, 24)]
     masks = [torch.rand(len(row), generator=generator) > 0.4 for row in ids]
-    anchors = [sample_anchors(row, 8, i, rules) for i, row in enumerate(masks)]
-    blocks = draft_blocks(ids, masks, anchors, 5, rules)
+    anchors = [sample_anchors(row, 8, i, loss) for i, row in enumerate(masks)]
+    blocks, slots = draft_blocks(ids, masks, anchors, 5, loss), slot_weights(5, 4.0)
     for i, positions in enumerate(anchors):
         assert set(positions.tolist()) <= set(plain_candidates(masks[i], anchor_rule))
         expected = plain_blocks(ids[i], masks[i], positions, 5, supervised_slots, slot_mask)
         keep = expected.eval_mask.any(dim=1)
         mine = blocks.sample_index == i
-        assert torch.equal(blocks.anchor_positions[mine], positions[keep])
+        assert torch.equal(blocks.positions[mine, 0], positions[keep])
         assert torch.equal(blocks.eval_mask[mine], expected.eval_mask[keep])
-        assert torch.equal(blocks.labels[mine], expected.labels[keep])
+        assert torch.equal(blocks.tokens[mine, 1:], expected.labels[keep])
+        at = blocks.target_samples == i
+        assert torch.equal(blocks.labels[at], expected.labels[expected.eval_mask])
+        assert torch.equal(blocks.weights[at], slots.expand(len(positions), 5)[expected.eval_mask])
         assert torch.equal(blocks.prev_token_ids[mine], expected.prev_token_ids[keep])
     assert blocks.candidates == sum(len(plain_candidates(m, anchor_rule)) for m in masks)
-    assert torch.equal(blocks.position_ids()[:, 0], blocks.anchor_positions)
+    assert torch.equal(blocks.positions, blocks.positions[:, :1] + torch.arange(5))
+    assert blocks.weight == pytest.approx(blocks.weights.double().sum().item())
+    assert torch.equal(blocks.supervised(blocks.positions), blocks.target_positions)
+    assert torch.equal(blocks.by_slot(blocks.labels), blocks.tokens[:, 1:] * blocks.eval_mask)
 
 
 PRESET_BLOCKS = {
@@ -88,27 +97,28 @@ PRESET_BLOCKS = {
 @pytest.mark.parametrize("preset", PRESET_BLOCKS)
 def test_the_blocks_of_a_preset(preset):
     """Beside a longer sample, so that slot 2 of anchor 7 would have its label in the padding."""
-    rules = BlockRules.of(config_from_dict({"loss": {"preset": preset}}).loss)
+    loss = config_from_dict({"loss": {"preset": preset}}).loss
     masks = [MASK, torch.ones(14, dtype=torch.bool)]
-    anchors = [sample_anchors(mask, 100, 0, rules) for mask in masks]
+    anchors = [sample_anchors(mask, 100, 0, loss) for mask in masks]
     ids = [torch.arange(len(mask)) for mask in masks]
-    blocks = draft_blocks(ids, masks, anchors, 3, rules)
+    blocks = draft_blocks(ids, masks, anchors, 3, loss)
     mine = blocks.sample_index == 0
     slots = ["".join("01"[flag] for flag in row) for row in blocks.eval_mask[mine].tolist()]
-    got = dict(zip(blocks.anchor_positions[mine].tolist(), slots, strict=True))
+    got = dict(zip(blocks.positions[mine, 0].tolist(), slots, strict=True))
     assert got == PRESET_BLOCKS[preset]
 
 
 def test_a_block_without_a_supervised_slot_is_a_candidate_but_no_block():
     """The last token of each answer, under a rule that looks at the token alone."""
-    rules = BlockRules("token", "all", "label")
+    loss = LossConfig(anchor_rule="token", supervised_slots="all")
     mask = torch.tensor([0, 1, 1, 0, 0, 1, 0, 0], dtype=torch.bool)
-    anchors = sample_anchors(mask, 100, 0, rules)
+    anchors = sample_anchors(mask, 100, 0, loss)
     assert anchors.tolist() == [1, 2, 5]
-    blocks = draft_blocks([torch.arange(8)], [mask], [anchors], 2, rules)
-    assert blocks.anchor_positions.tolist() == [1]
+    blocks = draft_blocks([torch.arange(8)], [mask], [anchors], 2, loss)
+    assert blocks.positions[:, 0].tolist() == [1]
     assert blocks.candidates == 3
-    assert blocks.labels.tolist() == [[2, 3]] and blocks.eval_mask.tolist() == [[True, False]]
+    assert blocks.labels.tolist() == [2] and blocks.tokens.tolist() == [[1, 2, 3]]
+    assert blocks.eval_mask.tolist() == [[True, False]]
 
 
 def test_the_visible_context_is_packed_up_to_the_last_anchor():
@@ -116,10 +126,12 @@ def test_the_visible_context_is_packed_up_to_the_last_anchor():
     ids = torch.arange(40).view(4, 10)
     masks = torch.ones(4, 10, dtype=torch.bool)
     anchors = [torch.tensor(a, dtype=torch.long) for a in ([0, 2, 3], [], [0], [0, 4])]
-    context = draft_blocks(ids, masks, anchors, 2).visible_context()
-    assert context.samples.tolist() == [0, 0, 0, 2, 3, 3, 3, 3]
-    assert context.positions.tolist() == [0, 1, 2, 0, 0, 1, 2, 3]
-    assert context.ranges == [(0, 0), (0, 2), (0, 3), (3, 3), (4, 4), (4, 8)]
+    blocks = draft_blocks(ids, masks, anchors, 2)
+    assert blocks.context_samples.tolist() == [0, 0, 0, 2, 3, 3, 3, 3]
+    assert blocks.context_positions.tolist() == [0, 1, 2, 0, 0, 1, 2, 3]
+    ranges = blocks.context_ranges
+    assert ranges.on_host == [(0, 0), (0, 2), (0, 3), (3, 3), (4, 4), (4, 8)]
+    assert ranges.on_device.tolist() == list(map(list, ranges.on_host))
 
 
 @pytest.mark.parametrize("group_size", [1, 3, 64])
@@ -128,7 +140,7 @@ def test_attention_to_the_packed_context_is_that_to_all_of_it(group_size):
     torch.manual_seed(0)
     anchors = [torch.tensor(a) for a in ([0, 2, 3], [0], [0, 4])]
     masks = torch.ones(3, 10, dtype=torch.bool)
-    packed = draft_blocks(masks.long(), masks, anchors, 2).visible_context()
+    blocks = draft_blocks(masks.long(), masks, anchors, 2)
     query, key, value = (torch.randn(6, 2, 2, 4) for _ in range(3))
     context = torch.randn(2, 30, 2, 4)
 
@@ -140,9 +152,8 @@ def test_attention_to_the_packed_context_is_that_to_all_of_it(group_size):
 
     everything = [(0, 0), (0, 2), (0, 3), (10, 10), (20, 20), (20, 24)]
     expected = attend(everything, list(range(30)))
-    torch.testing.assert_close(
-        attend(packed.ranges, (packed.samples * 10 + packed.positions).tolist()), expected
-    )
+    index = (blocks.context_samples * 10 + blocks.context_positions).tolist()
+    torch.testing.assert_close(attend(blocks.bounds_on_host, index), expected)
     alike = [(0, 0), (0, 2), (0, 3), (3, 3), (3, 3), (3, 7)]
     torch.testing.assert_close(attend(alike, [0, 1, 2, 20, 21, 22, 23]), expected)
 
@@ -154,6 +165,27 @@ def test_a_sample_without_candidates_makes_no_block():
     blocks = draft_blocks(ids, mask, anchors, block_size=3)
     assert blocks.sample_index.tolist() == [1, 1]
     assert blocks.eval_mask.tolist() == [[True, True, False], [True, False, False]]
+
+
+def test_blocks_on_the_device_are_the_same_in_one_piece_of_memory():
+    ids, mask = torch.arange(9), torch.ones(9, dtype=torch.bool)
+    batch = Batch.of([ids], draft_blocks([ids], [mask], [torch.tensor([0, 3])], 3), (7,))
+    moved = batch.to(ids.device)
+    assert torch.equal(moved.input_ids, batch.input_ids) and moved.sample_indices == (7,)
+    for name, tensor in batch.blocks.tensors.items():
+        assert torch.equal(getattr(moved.blocks, name), tensor), name
+    memory = {tensor.untyped_storage().data_ptr() for tensor in moved.blocks.tensors.values()}
+    assert memory == {moved.input_ids.untyped_storage().data_ptr()}
+
+
+def test_some_of_the_blocks_read_what_they_read_among_all():
+    ids, mask = torch.arange(9), torch.ones(9, dtype=torch.bool)
+    blocks = draft_blocks([ids, ids + 9], [mask] * 2, [torch.tensor([0, 3])] * 2, 3)
+    part = blocks.part(slice(1, 3))
+    assert part.sample_index.tolist() == [0, 1] and part.candidates == blocks.candidates
+    assert part.labels.tolist() == [4, 5, 6, 10, 11, 12]
+    assert part.bounds_on_host == [(0, 3), (3, 3)]
+    assert not blocks.part(slice(0)).weight
 
 
 def test_slot_weights():

@@ -4,6 +4,7 @@ decoder, and figures equal to those of real decoding."""
 import json
 import shutil
 
+import convert_checkpoint
 import pytest
 import torch
 
@@ -11,13 +12,13 @@ from dspark_megatron.errors import ConfigError
 from dspark_megatron.ops.acceptance import probabilities, round_starts
 from dspark_megatron.storage.training_checkpoint import BEST, find_checkpoint, iteration_folder
 from support.decoded import PROMPTS
-from support.draft_folders import load_tool
 from support.draft_steps import whole
 from support.head_loss_inputs import make_inputs, shard_of
 from support.reference import PlainDraft, plain_blocks, plain_candidates, plain_tau
-from support.tiny_draft import SHAPE, build_tiny_draft, layout_of, make_samples, target_head
+from support.shapes import SHAPE
+from support.tiny_draft import build_tiny_draft, layout_of, make_samples, target_head
 from support.tiny_target import make_chats, tiny_config
-from support.training_runs import curve, run_training, run_until_stopped, unbroken  # noqa: F401
+from support.training_runs import curve, run_training, run_until_stopped
 
 
 def plain_accept_rates(inputs, temperature):
@@ -246,7 +247,7 @@ def best_of(output):
     return tracked, highest, {int(p.name[5:]) for p in checkpoints.glob("iter_*")}
 
 
-def test_estimates_leave_the_curve_as_it_is(unbroken, estimated):  # noqa: F811
+def test_estimates_leave_the_curve_as_it_is(unbroken, estimated):
     rows = [curve(unbroken), curve(estimated)]
     for row in (*rows[0], *rows[1]):
         del row["tokens_per_second"]
@@ -265,12 +266,12 @@ def test_the_best_checkpoint_is_kept(estimated):
 def test_the_best_checkpoint_is_exported(tiny_run, estimated, tmp_path):
     command = ["export", "--checkpoint", str(estimated), "--target", tiny_run["target"]["path"]]
     command += ["--output", str(tmp_path / "out"), "--iteration", "best", "--skip-logits"]
-    assert load_tool().main(command) == 0
+    assert convert_checkpoint.main(command) == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"{best_of(estimated)[0]} iterations" in card
 
 
-def test_a_run_without_estimates_has_no_best_checkpoint(unbroken):  # noqa: F811
+def test_a_run_without_estimates_has_no_best_checkpoint(unbroken):
     with pytest.raises(ConfigError, match="no best_checkpointed_iteration.txt"):
         find_checkpoint(unbroken, BEST)
 
@@ -317,11 +318,11 @@ def greedy(runtime, config):
     )
     from dspark_megatron.evaluation.figures import acceptance
     from dspark_megatron.run.build import build_draft, build_target
-    from dspark_megatron.run.check import check_run
+    from dspark_megatron.run.check import check
     from dspark_megatron.run.checkpoints import load_checkpoint
     from dspark_megatron.storage.target_folder import stop_token_ids
 
-    plan = check_run(config, runtime.world_size)
+    plan = check(config, runtime.world_size)
     draft, target = build_draft(plan, runtime).eval(), build_target(plan, runtime)
     load_checkpoint(find_checkpoint(config.train.output_dir, BEST), draft, optimizer=None)
     decoder = Decoder(

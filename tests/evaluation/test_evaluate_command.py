@@ -81,23 +81,22 @@ def configured(wanted, **changes):
 def evaluate(runtime, config, fault=None):
     """The command's own steps on the ranks of the pool. fault: a lossy target, found at start or,
     where that is not looked at, in its answers."""
-    from dspark_megatron import evaluate as command
-    from dspark_megatron.run import runtime as ranks
-    from dspark_megatron.targets import start_checks as cache_check
+    from dspark_megatron.evaluation import command
+    from dspark_megatron.run.runtime import Launch
     from dspark_megatron.targets.huggingface.target import HuggingFaceTarget
 
-    start, check, forget = ranks.start, cache_check.check_pieces_agree, HuggingFaceTarget.forget
-    ranks.start = lambda *_, **__: runtime
+    start, check, forget = command.start, command.check_pieces_agree, HuggingFaceTarget.forget
+    command.start = lambda *_, **__: runtime
     if fault is not None:
         HuggingFaceTarget.forget = forget_nothing
     if fault == "in the answers":
-        cache_check.check_pieces_agree = lambda *_: None
+        command.check_pieces_agree = lambda *_: None
     try:
-        command._evaluate(ranks.Launch.alone(), config)
+        command.evaluate(Launch.alone(), config)
     except ConfigError as error:
         return str(error)
     finally:
-        ranks.start, cache_check.check_pieces_agree = start, check
+        command.start, command.check_pieces_agree = start, check
         HuggingFaceTarget.forget = forget
     return None
 

@@ -4,13 +4,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 from dspark_megatron.evaluation.draft_records import DraftRecords
 from dspark_megatron.evaluation.serving.sps_table import SampledSps, write_sps_table
-from support.training_runs import unbroken, write_config  # noqa: F401
-
-ROOT = Path(__file__).parents[2]
+from support.paths import ROOT
+from support.training_runs import write_config
 
 
 def run(*command):
@@ -27,7 +25,7 @@ def run(*command):
     return done.returncode, done.stdout
 
 
-def test_from_a_checkpoint_to_a_report(tiny_run, unbroken, tmp_path):  # noqa: F811
+def test_from_a_checkpoint_to_a_report(tiny_run, unbroken, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     lines = [{"prompt": text} for text in ("hello", "the hill", "inn well", "then all bells")]
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -16,9 +16,10 @@ def check(logits, ours, own, dtype=torch.float32):
     that both answers share, as it is asked for them."""
     asked = []
 
-    def states(ids):
-        asked.append(ids.tolist())
-        return SimpleNamespace(last_hidden=torch.tensor(logits).expand(1, ids.shape[1], -1))
+    def states(batch):
+        asked.append(batch.input_ids.tolist())
+        size = 1, batch.input_ids.shape[1], -1
+        return SimpleNamespace(last_hidden=torch.tensor(logits).expand(size))
 
     decoder = SimpleNamespace(
         target=SimpleNamespace(states=states),

@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import math
+from dataclasses import replace
 from functools import partial
 from unittest import mock
 
@@ -114,15 +115,15 @@ def test_the_schedule_makes_the_same_steps(
 
 def steps_with_idle_micro_batches(runtime, config, steps_of):
     """The fourth micro-batch of each step teaches the second data-parallel rank nothing."""
-    from dspark_megatron.data.micro_batches import MicroBatches
+    from dspark_megatron.data.batch import MicroBatches
 
     make, number = MicroBatches._of, itertools.count(1)
 
     def make_idle(self, refs):
-        micro_batch = make(self, refs)
+        batch = make(self, refs)
         if runtime.dp_group.rank() == 1 and next(number) % 4 == 0:
-            micro_batch.blocks.eval_mask[:] = False
-        return micro_batch
+            return replace(batch, blocks=batch.blocks.part(slice(0)))
+        return batch
 
     with mock.patch.object(MicroBatches, "_of", make_idle):
         return globals()[steps_of](runtime, config)

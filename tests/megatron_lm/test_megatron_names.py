@@ -1,7 +1,6 @@
 """Megatron's argument names and ours: the table in the docs, both sides' defaults, the values."""
 
 import argparse
-from pathlib import Path
 
 import pytest
 
@@ -10,8 +9,9 @@ from dspark_megatron.config.loading import config_from_dict
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.megatron_lm.names import ARGUMENTS, settings, table
 from support.megatron_parsing import parsed
+from support.paths import ROOT
 
-PAGE = Path(__file__).parents[2] / "docs" / "megatron_arguments.md"
+PAGE = ROOT / "docs" / "megatron_arguments.md"
 
 
 def test_the_docs_hold_the_table():

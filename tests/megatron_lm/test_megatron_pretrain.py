@@ -23,6 +23,7 @@ from dspark_megatron.conversion.verify import verify_folder
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.storage.training_checkpoint import CheckpointReader, find_checkpoint
 from support import megatron_on_cpu
+from support.paths import ROOT
 from support.pretrain_runs import (
     PARSING,
     PROVIDERS,
@@ -34,10 +35,7 @@ from support.pretrain_runs import (
 )
 from support.tiny_pretrain import OPTIMIZER, command_line
 
-ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "megatron_lm"
-sys.path.append(str(ROOT / "tools"))  # a folder of scripts, not a package
-
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("megatron.training") is None
     or importlib.util.find_spec("triton") is None,
@@ -117,10 +115,10 @@ def test_pretrain_makes_the_steps_of_our_loop(pool, tiny_run, tmp_path, world, t
 
 
 def first_weights(runtime, config):
-    from dspark_megatron.run.check import check_run
+    from dspark_megatron.run.check import check
     from dspark_megatron.training.loop import build_run_draft
 
-    return trained(build_run_draft(check_run(config, runtime.world_size), runtime, is_new=True))
+    return trained(build_run_draft(check(config, runtime.world_size), runtime, is_new=True))
 
 
 def test_a_checkpoint_of_pretrain_continues_and_is_known_to_our_tools(pool, tiny_run, tmp_path):

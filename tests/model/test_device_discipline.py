@@ -10,7 +10,7 @@ import torch
 
 from dspark_megatron.config import LossConfig
 from support.meta_step import META, step_on_meta
-from support.tiny_draft import SHAPES
+from support.shapes import SHAPES
 
 TENSOR_PARALLEL = 1, 2, 8
 HEADS = {name: replace(shape, num_key_value_heads=8) for name, shape in SHAPES.items()}
@@ -70,25 +70,25 @@ def test_with_other_objectives(tp, loss):
 
 
 def test_a_host_tensor_in_the_step_is_found():
-    from dspark_megatron.training.draft_loss import DraftLoss
+    from dspark_megatron.data.batch import Batch
 
-    def left_on_the_host(self, *arguments, **place):
-        plain_init(self, *arguments, **place)
-        self._slots_on_device = self.slots
+    def left_on_the_host(self, device):
+        moved = move(self, device)
+        return replace(moved, blocks=replace(moved.blocks, weights=self.blocks.weights))
 
-    plain_init = DraftLoss.__init__
+    move = Batch.to
     with (
-        mock.patch.object(DraftLoss, "__init__", left_on_the_host),
+        mock.patch.object(Batch, "to", left_on_the_host),
         pytest.raises((AssertionError, RuntimeError), match="host and device|expected device meta"),
     ):
         check()
 
 
 def test_a_wait_for_the_device_is_found():
-    from dspark_megatron.training import draft_loss
+    from dspark_megatron.training import forward_step
 
     def waits(rates, mask):
         return rates.new_tensor(rates.sum().item())
 
-    with mock.patch.object(draft_loss, "tau", waits), pytest.raises(RuntimeError, match="item"):
+    with mock.patch.object(forward_step, "tau", waits), pytest.raises(RuntimeError, match="item"):
         check()

@@ -7,7 +7,7 @@ import pytest
 
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.planning.dry_run import describe_run
-from dspark_megatron.run.check import check_training_device
+from dspark_megatron.run.check import check
 from support.tiny_target import tiny_config
 from support.training_runs import curve, run_training
 
@@ -38,7 +38,7 @@ def usual(pool, tiny_run, tmp_path_factory):
 @pytest.mark.parametrize("name", ["SAME", "same"])
 def test_classes_that_change_nothing(pool, tiny_run, usual, tmp_path, name):
     before = pool.run(times_used, world=2, tp=2)
-    rows = train(pool, tiny_run, tmp_path, 2, ["user_layers", name])
+    rows = train(pool, tiny_run, tmp_path, 2, ["support.user_layers", name])
     for mine, theirs in zip(rows, usual, strict=True):
         del mine["tokens_per_second"]
         assert mine == {key: theirs[key] for key in mine}
@@ -59,15 +59,18 @@ def test_layers_that_are_no_drafts_are_refused_before_the_data_are_read(
     pool, tiny_run, tmp_path, name, message
 ):
     with pytest.raises(AssertionError, match=f"(?s)ConfigError.*{message}"):
-        spec = ["user_layers", name]
+        spec = ["support.user_layers", name]
         train(pool, tiny_run, tmp_path, 2, spec, train_files=["not there.jsonl"])
 
 
 IMPORTED = [
     (["no_such_module", "layer"], "ModuleNotFoundError.*no_such_module"),
-    (["user_layers", "layer"], "AttributeError.*'layer'"),
-    (["user_layers", "fails"], r"RuntimeError in .*user_layers.py:\d+: on purpose"),
-    (["user_layers", "LINEAR"], "must be a ModuleSpec or a function that returns one, is <class"),
+    (["support.user_layers", "layer"], "AttributeError.*'layer'"),
+    (["support.user_layers", "fails"], r"RuntimeError in .*user_layers.py:\d+: on purpose"),
+    (
+        ["support.user_layers", "LINEAR"],
+        "must be a ModuleSpec or a function that returns one, is <class",
+    ),
 ]
 
 
@@ -75,7 +78,7 @@ IMPORTED = [
 def test_a_name_that_gives_no_spec(tiny_run, words, message):
     config = tiny_config(tiny_run, model={"layer_spec": words})
     with pytest.raises(ConfigError, match=f"model.layer_spec.*{message}"):
-        check_training_device(config)
+        check(config, 1, use="train")
 
 
 def test_a_config_that_is_only_read_imports_nothing(tiny_run, tmp_path, monkeypatch):

@@ -5,7 +5,8 @@ from unittest import mock
 import pytest
 import torch
 
-from support.tiny_draft import SHAPE, build_tiny_draft, make_samples, make_step, rank_micro_batches
+from support.shapes import SHAPE
+from support.tiny_draft import build_tiny_draft, make_samples, make_step, rank_micro_batches
 
 
 class Counted:
@@ -54,7 +55,6 @@ def test_gradients_are_the_same_and_layers_run_twice(pool, world, tp):
 def one_pass(runtime, recompute, with_grad):
     """Hidden states, bytes saved for backward, and how many layers went through a checkpoint."""
     from dspark_megatron.data.blocks import draft_blocks
-    from dspark_megatron.data.device_blocks import DeviceBlocks
     from dspark_megatron.model import draft_layer
 
     checkpoint = mock.patch.object(draft_layer, "checkpoint", wraps=draft_layer.checkpoint)
@@ -62,8 +62,7 @@ def one_pass(runtime, recompute, with_grad):
     counted, samples = Counted(model), make_samples(SHAPE, lengths=(20,))
     ids, anchors = samples.input_ids[0], torch.arange(19)
     mask = torch.ones(1, len(ids), dtype=torch.bool)
-    blocks = draft_blocks(ids[None], mask, [anchors], SHAPE.block_size)
-    blocks = DeviceBlocks.of(blocks, runtime.device)
+    blocks = draft_blocks(ids[None], mask, [anchors], SHAPE.block_size).to(runtime.device)
     with torch.set_grad_enabled(with_grad), counted.saving(), checkpoint as checkpointed:
         output = model(samples.taps[0][None], blocks)
     return output.hidden.detach(), counted.saved_bytes, checkpointed.call_count

@@ -14,14 +14,8 @@ import torch
 from dspark_megatron.errors import ConfigError
 from support import transformer_engine_stand_in as stand_in
 from support.draft_steps import assert_plain_step, step_gradients
-from support.tiny_draft import (
-    SHAPE,
-    SHAPES,
-    build_tiny_draft,
-    layout_of,
-    make_samples,
-    sample_logits,
-)
+from support.shapes import SHAPE, SHAPES
+from support.tiny_draft import build_tiny_draft, layout_of, make_samples, sample_logits
 from support.tiny_target import tiny_config
 
 WRAPPERS = "megatron.core.extensions.transformer_engine"
@@ -150,8 +144,8 @@ def test_a_checkpoint_moves_between_backends(pool, tmp_path, saved, loaded):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Transformer Engine may be there")
 def test_the_backend_must_be_able_to_run(tiny_run):
-    from dspark_megatron.run.check import check_training_device
+    from dspark_megatron.run.check import check
 
     with pytest.raises(ConfigError, match="needs a GPU.*model.backend=local"):
-        check_training_device(tiny_config(tiny_run, model={"backend": "transformer_engine"}))
-    check_training_device(tiny_config(tiny_run, model={"backend": "auto"}))
+        check(tiny_config(tiny_run, model={"backend": "transformer_engine"}), 1, use="train")
+    check(tiny_config(tiny_run, model={"backend": "auto"}), 1, use="train")

@@ -15,7 +15,8 @@ from dspark_megatron.ops import flex_block_attention
 from dspark_megatron.ops.block_attention import block_attention
 from dspark_megatron.ops.context_ranges import ContextRanges
 from dspark_megatron.ops.flex_block_attention import TILE, FlexBlockAttention
-from support.tiny_draft import SHAPE, build_tiny_draft, make_samples, sample_logits
+from support.shapes import SHAPE
+from support.tiny_draft import build_tiny_draft, make_samples, sample_logits
 from support.tiny_target import tiny_config
 
 
@@ -199,8 +200,8 @@ def test_a_compilation_of_flex_serves_all_lengths():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA, flex trains")
 def test_flex_does_not_train_on_a_cpu(tiny_run):
-    from dspark_megatron.run.check import check_training_device
+    from dspark_megatron.run.check import check
 
-    check_training_device(tiny_config(tiny_run))
+    check(tiny_config(tiny_run), 1, use="train")
     with pytest.raises(ConfigError, match="needs CUDA.*attention_backend=sdpa"):
-        check_training_device(tiny_config(tiny_run, model={"attention_backend": "flex"}))
+        check(tiny_config(tiny_run, model={"attention_backend": "flex"}), 1, use="train")

@@ -1,7 +1,6 @@
 """The figures of --dry-run are those of the real model."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +10,14 @@ from dspark_megatron.errors import ConfigError
 from dspark_megatron.planning.dry_run import describe_run
 from dspark_megatron.planning.memory import rank_memory
 from dspark_megatron.planning.meta_draft import draft_elements
-from dspark_megatron.run.check import check_run
+from dspark_megatron.run.check import check
 from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.targets.footprint import target_bytes
 from dspark_megatron.targets.huggingface.split import TargetSplit
+from support.paths import PUBLIC_CONFIGS, ROOT
+from support.shapes import SHAPES
 from support.target_families import make_family
-from support.tiny_draft import SHAPES, build_tiny_draft
+from support.tiny_draft import build_tiny_draft
 from support.tiny_target import make_target, tiny_config
 
 
@@ -69,7 +70,7 @@ def allocated(runtime, config):
 
     states_source.build_target = keep_target
     try:
-        loop.train(check_run(config, runtime.world_size), runtime, StopRequests())
+        loop.train(check(config, runtime.world_size), runtime, StopRequests())
     finally:
         loop.build_optimizer, states_source.build_target = build, build_target
     model, optimizer = kept
@@ -108,7 +109,7 @@ def config_of(tiny_run, tmp_path, target, tp, shard, dtype, **parallel):
 
 def assert_planned(pool, config, world, tp):
     """Within 2%: buckets are padded, and shards of odd sizes."""
-    planned = rank_memory(check_run(config, world)).held
+    planned = rank_memory(check(config, world)).held
     for rank in pool.run(allocated, world=world, tp=tp, config=config):
         for part, size in rank.items():
             assert size == pytest.approx(planned[part], rel=0.02), part
@@ -132,8 +133,6 @@ def test_the_memory_with_spread_experts(pool, tiny_run, tmp_path, world, tp, sha
     assert_planned(pool, config, world, tp)
 
 
-PUBLIC = Path(__file__).parents[1] / "support/public_configs"
-"""Folders with nothing but a target's `config.json`, of its public dimensions."""
 RECIPES = {
     "qwen3-4b": 8,
     "qwen3-8b": 8,
@@ -145,7 +144,7 @@ RECIPES = {
     "deepseek-v3": 32,
 }
 """Ranks by recipe."""
-EXAMPLES = PUBLIC.parents[1] / "examples"
+EXAMPLES = ROOT / "examples"
 
 
 def test_every_recipe_has_a_public_config():
@@ -156,10 +155,10 @@ def test_every_recipe_has_a_public_config():
 def test_a_recipe_fits_as_it_says(name):
     """Its comment has the plan's figures, and leaves room for what is not planned."""
     recipe = EXAMPLES / f"{name}.yaml"
-    config = load_config(recipe, [f"target.path={PUBLIC / name}"])
+    config = load_config(recipe, [f"target.path={PUBLIC_CONFIGS / name}"])
     text = describe_run(config, RECIPES[name])
-    assert f"not checked: the tokenizer, since {PUBLIC / name} has none" in text
-    memory = rank_memory(check_run(config, RECIPES[name], needs_tokenizer=False))
+    assert f"not checked: the tokenizer, since {PUBLIC_CONFIGS / name} has none" in text
+    memory = rank_memory(check(config, RECIPES[name], use="plan"))
     sizes = [*memory.held.values(), sum(memory.moments[memory.highest].values()), memory.total]
     comment = re.search(r"# Memory of a GPU, GiB:.*?moment", recipe.read_text(), re.DOTALL)
     assert re.findall(r"\d+\.\d", comment[0]) == [f"{size / 2**30:.1f}" for size in sizes]
@@ -188,7 +187,7 @@ less their LM heads, which Qwen3-4B has not."""
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_bytes_of_public_targets(name):
-    config = load_target_config(PUBLIC / name)
+    config = load_target_config(PUBLIC_CONFIGS / name)
     whole = target_bytes(config, torch.bfloat16, TargetSplit())
     assert whole / 2 == pytest.approx(PARAMETERS[name], rel=0.005)
     if name not in ("qwen3-235b-a22b", "deepseek-v3"):  # whole on each rank: routers, attention

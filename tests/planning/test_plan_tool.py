@@ -4,35 +4,33 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dspark_megatron.config.loading import load_config
+from dspark_megatron.data.batch import Batch
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.planning.dry_run import describe_run
 from dspark_megatron.planning.layouts import Machine
 from dspark_megatron.planning.memory import plan_target_work, target_passes
 from dspark_megatron.planning.recommend import Wish, evenly_spread_layers, recommend
 from dspark_megatron.planning.target_work import target_work
-from dspark_megatron.run.check import check_run
+from dspark_megatron.run.check import check
 from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.targets.footprint import target_bytes
 from dspark_megatron.targets.huggingface.split import TargetSplit
+from support.paths import PUBLIC_CONFIGS, ROOT
 from support.target_families import make_family
 from support.tiny_target import make_target, tiny_config
 
-ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "tools"))  # a folder of scripts, not a package
-PUBLIC = ROOT / "tests/support/public_configs"
 NODE = Machine(gpus_per_node=8, nodes=1, gpu_memory_gib=74.5)
 MASK = "model.mask_token_id=128255"
 
 
 def wish(name, *overrides, **options):
-    return Wish(str(PUBLIC / name), overrides=list(overrides), **options)
+    return Wish(str(PUBLIC_CONFIGS / name), overrides=list(overrides), **options)
 
 
 def loaded(text, tmp_path, *overrides):
@@ -41,9 +39,10 @@ def loaded(text, tmp_path, *overrides):
     return load_config(file, overrides)
 
 
+@pytest.mark.slow
 def test_the_yaml_passes_its_own_dry_run(tmp_path):
     """From the command line, with the target given as a file."""
-    target, file = PUBLIC / "llama-3.1-70b" / "config.json", tmp_path / "run.yaml"
+    target, file = PUBLIC_CONFIGS / "llama-3.1-70b" / "config.json", tmp_path / "run.yaml"
     command = [sys.executable, "tools/plan.py", "--target", target, "--output", file, MASK]
     subprocess.run(list(map(str, command)), cwd=ROOT, check=True, timeout=300)
     config = load_config(file)
@@ -86,7 +85,7 @@ def test_passes_of_the_target_are_those_that_it_makes(tmp_path):
     works = {}
     for most in ("null", 9000, 4000):
         config = plan_of(f"target.max_tokens_per_forward={most}")
-        plan = check_run(config, 8, needs_tokenizer=False)
+        plan = check(config, 8, use="plan")
         works[most] = target_passes(plan), plan_target_work(plan)
     assert [works[most][0] for most in works] == [1, 2, 8]
     assert works["null"][1].layer == 2 * works[9000][1].layer
@@ -96,7 +95,9 @@ def test_passes_of_the_target_are_those_that_it_makes(tmp_path):
 
 
 def test_a_length_that_the_target_was_not_made_for_is_noted(tmp_path):
-    config = load_config(ROOT / "examples" / "qwen3-4b.yaml", [f"target.path={PUBLIC}/qwen3-4b"])
+    config = load_config(
+        ROOT / "examples" / "qwen3-4b.yaml", [f"target.path={PUBLIC_CONFIGS}/qwen3-4b"]
+    )
     assert "max_position_embeddings" not in describe_run(config, 8)
     config.data.max_length = 50000
     assert "(50000) is more than the target's max_position_embeddings (40960)" in describe_run(
@@ -149,7 +150,7 @@ def test_an_output_without_a_folder_is_refused_first(capsys):
     import plan
 
     with pytest.raises(SystemExit, match="folder of --output no/such/run.yaml must exist"):
-        plan.main(["--target", str(PUBLIC / "qwen3-8b"), "--output", "no/such/run.yaml"])
+        plan.main(["--target", str(PUBLIC_CONFIGS / "qwen3-8b"), "--output", "no/such/run.yaml"])
     assert not capsys.readouterr().out
 
 
@@ -183,7 +184,7 @@ def test_a_cache_of_the_paper_s_size():
 )
 def test_a_sharded_target_s_weights_travel(name, split):
     """What a rank gets in a forward pass is what it does not hold of its split of the layers."""
-    config = load_target_config(PUBLIC / name)
+    config = load_target_config(PUBLIC_CONFIGS / name)
     split = TargetSplit(*split)
     last = config.num_hidden_layers - 1
     work = target_work(config, torch.bfloat16, split, (1, 4096), last_layer=last)
@@ -213,11 +214,11 @@ class Reduced(TorchDispatchMode):
 
 def reduced_bytes(runtime, config):
     from dspark_megatron.run.build import build_target
-    from dspark_megatron.run.check import check_run
+    from dspark_megatron.run.check import check
 
-    target = build_target(check_run(config, runtime.world_size), runtime)
+    target = build_target(check(config, runtime.world_size), runtime)
     with Reduced() as counter:
-        target.states(torch.arange(40)[None])
+        target.states(Batch(torch.arange(40)[None]))
     return counter.total
 
 

@@ -1,23 +1,17 @@
 """The plan's formulas are held to what is allocated, saved and sent."""
 
-import sys
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
+import benchmark_activations
 import pytest
 import torch
 
 from dspark_megatron.config import LossConfig
 from dspark_megatron.planning.activations import DraftPass, kept_bytes
 from dspark_megatron.planning.loss_memory import HeadLossSize, head_loss_parts
-from support.tiny_draft import SHAPE
+from support.shapes import SHAPE
 from support.tool_runs import figures, run_tool
-
-ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "tools"))  # a folder of scripts, not a package
-
-import benchmark_activations  # noqa: E402
 
 WIDE = replace(
     SHAPE,
@@ -65,6 +59,7 @@ def test_kept_activations_are_those_that_autograd_saves(pool, tp, head, layers, 
             assert kept_bytes(shape, one) == pytest.approx(size, rel=0.05), (split, recompute)
 
 
+@pytest.mark.slow
 def test_the_peak_of_the_target(tmp_path):
     """Measured by the benchmark. A shared target's layer counts a copy more than a CPU keeps."""
     file = tmp_path / "target.json"
@@ -83,6 +78,7 @@ LOSS = dict(rows=1024, vocab=16384, hidden=256, rank=128)
 BUDGETS = {"float32": 32, "bfloat16": 24}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", BUDGETS)
 def test_the_peak_of_the_loss(tmp_path, dtype):
     """Measured by the benchmark, in processes of its own: it compares and shows what it says."""

@@ -1,18 +1,19 @@
 """Data flows one way, and so do imports: a room knows only the rooms it may know."""
 
 import ast
-from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[2] / "dspark_megatron"
+from support.paths import ROOT
+
+PACKAGE = ROOT / "dspark_megatron"
 BELOW = {
     "errors": set(),
     "config": {"errors"},
     "shape": {"errors", "config"},
     "ops": {"errors", "config"},
     "mcore": {"errors", "config"},
-    "data": {"errors", "config", "ops"},
+    "data": {"errors", "config", "ops", "storage"},
     "storage": {"errors", "config", "shape"},
     # The draft reads the blocks of a batch by their names.
     "model": {"errors", "config", "shape", "ops", "mcore", "data"},
@@ -24,33 +25,29 @@ ABOVE = {
     "run": set(),
     "planning": {"run"},
     "evaluation": {"run"},
-    "training": {"run", "evaluation"},
+    "training": {"run", "planning", "evaluation"},
     "megatron_lm": {"run", "evaluation", "training"},
-    "train": {"run", "planning", "training"},
+    "train": {"run", "training"},
     "evaluate": {"run", "evaluation"},
 }
 MAY_IMPORT = BELOW | {room: set(BELOW) | more for room, more in ABOVE.items()}
 
 
-def imported_parts(path):
-    """The parts of the package that a file imports, wherever in it."""
+def imports(path):
+    """What a file imports, wherever in it, by full names."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        names = []
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path}: relative imports hide their direction"
-            inside = node.module == PACKAGE.name
-            names = [f"{node.module}.{a.name}" for a in node.names] if inside else [node.module]
-        for name in names:
-            if name.startswith("dspark_megatron."):
-                yield name.split(".")[1]
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 @pytest.mark.parametrize("room", MAY_IMPORT)
 def test_a_room_imports_only_what_is_upstream(room):
     for path in [*(PACKAGE / room).rglob("*.py")] or [PACKAGE / f"{room}.py"]:
-        wrong = set(imported_parts(path)) - MAY_IMPORT[room] - {room}
+        parts = {n.split(".")[1] for n in imports(path) if n.startswith("dspark_megatron.")}
+        wrong = parts - MAY_IMPORT[room] - {room}
         assert not wrong, f"{path.relative_to(PACKAGE)} imports {wrong}"
 
 
@@ -67,3 +64,10 @@ def test_rooms_without_megatron(room):
     for path in set((PACKAGE / room).rglob("*.py")) - set(provider.glob("*.py")):
         content = path.read_text(encoding="utf-8")
         assert "megatron.core" not in content and "targets.megatron" not in content, path
+
+
+def test_no_test_imports_a_test():
+    """What tests share lies in tests/support, or is a fixture of a conftest.py."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        wrong = [name for name in imports(path) if name.startswith(("test", "conftest"))]
+        assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from support.paths import ROOT
+
 SCRIPTS = ROOT / "examples" / "multi_node"
 STAND_INS = {
     "srun": 'echo "srun $*" >> "$CALLS"; eval "$SRUN_DOES"',

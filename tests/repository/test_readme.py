@@ -19,12 +19,12 @@ from unittest import mock
 import pytest
 import yaml
 
+from support.chat_lines import prompt, write_lines
 from support.chat_server import KEY, Server
-from support.response_tool import prompt, write_lines
-from support.tiny import tiny_tokenizer
+from support.paths import ROOT
 from support.tiny_target import VOCAB_SIZE, make_chats, tiny_config
+from support.tiny_tokenizer import tiny_tokenizer
 
-ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PLACES = {
     "examples/qwen3-8b.yaml": str(ROOT / "examples/qwen3-8b.yaml"),
@@ -192,6 +192,7 @@ def words_of(line, change, url, extra):
     return [places.get(word, word) for word in shlex.split(f"{plain} {extra}")]
 
 
+@pytest.mark.slow
 def test_every_command_of_the_readme_works_twice_in_one_folder(place, monkeypatch):
     server = Server()
     threading.Thread(target=server.serve_forever, daemon=True).start()

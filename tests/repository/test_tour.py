@@ -30,10 +30,10 @@ def walk(pool, tiny_run, tmp_path_factory):
 
 
 def read_sample(runtime, config):
-    from dspark_megatron.run.check import check_run
+    from dspark_megatron.run.check import check
     from dspark_megatron.run.data import load_run_data
 
-    plan = check_run(config, 1)
+    plan = check(config, 1)
     return [part.tolist() for part in load_run_data(plan, config.data.train_files)[0]]
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dspark_megatron.data.prompts.evaluation import Prompt
+from dspark_megatron.data.prompts.chat_prompts import Prompt
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.run import rank_facts
 from dspark_megatron.run.agreement import RankFacts, agree_at_launch, disagreement
@@ -187,9 +187,9 @@ def draft_of_another_start(runtime, config, changed):
     """A draft's weights, of which the last rank has changed one."""
     from dspark_megatron.run.agreement import agree
     from dspark_megatron.run.build import build_draft
-    from dspark_megatron.run.check import check_run
+    from dspark_megatron.run.check import check
 
-    draft = build_draft(check_run(config, runtime.world_size), runtime)
+    draft = build_draft(check(config, runtime.world_size), runtime)
     if runtime.rank == runtime.world_size - 1 and changed:
         with torch.no_grad():
             draft.get_parameter(changed)[0] += 1

@@ -4,8 +4,8 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
+import convert_checkpoint
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,13 +16,11 @@ from dspark_megatron.conversion.import_draft import import_folder
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.planning.dry_run import describe_run
 from dspark_megatron.storage.target_folder import target_fingerprint
+from support.paths import ROOT
 from support.tiny_target import make_target, tiny_config
 from support.training_runs import assert_same_curve, curve, run_training
 
-TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
-sys.path.append(str(TOOL.parent))  # a folder of scripts, not a package
-
-import convert_checkpoint  # noqa: E402
+TOOL = ROOT / "tools" / "convert_checkpoint.py"
 
 
 @pytest.fixture(scope="module")

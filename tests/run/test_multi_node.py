@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from support.paths import ROOT
 from support.tiny_target import tiny_config
 from support.training_runs import (
-    ROOT,
     assert_same_curve,
     curve,
     curve_lines,

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.planning.dry_run import describe_run
-from dspark_megatron.run.check import check_run
+from dspark_megatron.run.check import check
 from dspark_megatron.run.initial.warm_start import WarmStart
 from support.target_families import make_family, make_multimodal
 from support.tiny_draft import assemble, layout_of
@@ -34,7 +34,7 @@ def untrained(runtime, config, checkpoints=None):
     from dspark_megatron.run.build import build_draft
     from dspark_megatron.run.identity import export_settings, run_identity
 
-    plan = check_run(config, runtime.world_size)
+    plan = check(config, runtime.world_size)
     draft, warm_start = build_draft(plan, runtime), WarmStart.open(plan)
     if warm_start is not None:
         warm_start.load(draft, tp_group=runtime.tp_group)
@@ -118,10 +118,10 @@ def test_training_starts_from_them_and_a_resume_does_not_look(pool, tiny_run, ta
 
 
 def decoded_draft(runtime, config):
-    from dspark_megatron.evaluate import _build_decoder
+    from dspark_megatron.evaluation.command import build_decoder
 
-    plan = check_run(config, runtime.world_size)
-    decoder, _ = _build_decoder(plan, runtime, None, torch.tensor([[5, 6, 7]]), None)
+    plan = check(config, runtime.world_size)
+    decoder, _ = build_decoder(plan, runtime, None, torch.tensor([[5, 6, 7]]), None)
     return decoder.draft.layers[0].mlp.linear_fc2.weight.detach()
 
 
@@ -131,7 +131,7 @@ def test_evaluation_of_the_untrained_draft(pool, tiny_run, target, whole):
 
 
 def report_of(tiny_run, path, **sections):
-    return WarmStart.open(check_run(warm_config(tiny_run, path, **sections), 1)).describe()
+    return WarmStart.open(check(warm_config(tiny_run, path, **sections), 1)).describe()
 
 
 def test_llama_has_no_norms_of_queries_and_keys(tiny_run, tmp_path):

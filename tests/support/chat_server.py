@@ -6,8 +6,6 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import pytest
-
 KEY = "secret"
 
 
@@ -101,16 +99,3 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.bodies[-1].get("return_token_ids") and "old" not in text:
             choice["token_ids"], ids = [3, 4], {"prompt_token_ids": [1, 2]}
         self.reply(200, {"choices": [choice], "usage": {"completion_tokens": 7}, **ids})
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    yield server
-    server.silence.set()
-    server.shutdown()
-    thread.join()
-    server.server_close()

@@ -10,10 +10,10 @@ def decode(runtime, config, prompts, seeds=(0,), cut=None, confidence_scale=0):
     of the decoder's own kind. confidence_scale: of random weights for the confidence head."""
     from dspark_megatron.evaluation.decoding import Decoder, Sampling
     from dspark_megatron.run.build import build_draft, build_target, load_target_head
-    from dspark_megatron.run.check import check_run
+    from dspark_megatron.run.check import check
     from dspark_megatron.storage.target_folder import stop_token_ids
 
-    plan, settings = check_run(config, runtime.world_size), config.evaluate
+    plan, settings = check(config, runtime.world_size), config.evaluate
     draft, target = build_draft(plan, runtime).eval(), build_target(plan, runtime)
     if confidence_scale:
         weight = draft.confidence_head.proj.weight

@@ -1,11 +1,8 @@
 """Checkpoints and folders of tiny drafts to convert."""
 
-import dataclasses
-import importlib.util
 import json
 from pathlib import Path
 
-import pytest
 import torch
 import torch.distributed.checkpoint as distributed_checkpoint
 from safetensors.torch import save_file
@@ -14,44 +11,7 @@ from transformers import LlamaConfig
 
 from dspark_megatron.conversion.layouts import names
 from dspark_megatron.shape import DraftShape
-
-TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
-
-
-VANILLA = DraftShape(
-    hidden_size=16,
-    ffn_hidden_size=24,
-    num_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=6,
-    vocab_size=33,
-    rms_norm_eps=1e-6,
-    rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-    max_position_embeddings=256,
-    num_target_layers=6,
-    target_layer_ids=(0, 2, 4),
-    mask_token_id=32,
-    block_size=3,
-    markov_rank=5,
-    markov_head_type="vanilla",
-    enable_confidence_head=True,
-    confidence_head_with_markov=True,
-)
-
-
-SHAPES = {
-    "vanilla": VANILLA,
-    "gated": dataclasses.replace(VANILLA, markov_head_type="gated"),
-    "rnn": dataclasses.replace(VANILLA, markov_head_type="rnn"),
-    "rank 0": dataclasses.replace(VANILLA, markov_rank=0, confidence_head_with_markov=False),
-    "plain confidence": dataclasses.replace(VANILLA, confidence_head_with_markov=False),
-    "no confidence": dataclasses.replace(
-        VANILLA, enable_confidence_head=False, confidence_head_with_markov=False
-    ),
-    "mha": dataclasses.replace(VANILLA, num_key_value_heads=4),
-}
-
+from support.shapes import VANILLA
 
 ROPES = {
     "default": {"rope_type": "default", "rope_theta": 10000.0},
@@ -77,11 +37,6 @@ PADDED_VOCAB = 36
 
 
 FINGERPRINT = "0123456789abcdef"
-
-
-@pytest.fixture(params=SHAPES)
-def shape(request) -> DraftShape:
-    return SHAPES[request.param]
 
 
 def trained_tensors(shape: DraftShape, seed: int = 0) -> dict[str, Tensor]:
@@ -136,15 +91,3 @@ def write_checkpoint(
     (folder / "dspark.json").write_text(json.dumps(meta))
     (folder.parent / "latest_checkpointed_iteration.txt").write_text(f"{iteration}\n")
     return run
-
-
-@pytest.fixture
-def run(tmp_path) -> Path:
-    return write_checkpoint(tmp_path / "run", VANILLA)
-
-
-def load_tool():
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

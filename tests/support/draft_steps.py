@@ -35,7 +35,7 @@ def step_gradients(runtime, shape, micro_batch_size, loss=None, dtype="float32",
         "weights": {n: p.detach().clone() for n, p in trained.items()},
         "grads": {n: p.main_grad.clone() for n, p in trained.items()},
         "layout": layout_of(model),
-        "metrics": total.means(step.draft_loss.weights),
+        "metrics": total.means(step.forward_step.term_weights),
         "tp_rank": runtime.tp_group.rank(),
         "dp_rank": runtime.dp_group.rank(),
     }

@@ -60,12 +60,12 @@ def write_checkpoint(
     object that runs code when it is unpickled. without: an argument to leave out."""
     from megatron.core import dist_checkpointing
 
-    from dspark_megatron.run.check import check_run
+    from dspark_megatron.run.check import check
     from dspark_megatron.run.checkpoints import _collect_results_here
     from dspark_megatron.targets.megatron.groups import TargetGroups
     from dspark_megatron.targets.megatron.source import GPTSource
 
-    plan = check_run(config, runtime.world_size // pp)
+    plan = check(config, runtime.world_size // pp)
     source = GPTSource.open(config.target, plan.target_config)
     groups = TargetGroups.make(
         tp_group=runtime.tp_group, pp_size=pp, ep_size=config.parallel.expert_parallel

@@ -1,10 +1,10 @@
 """States of the provider `megatron` beside those of Transformers."""
 
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dspark_megatron.run.check import check_run
+from dspark_megatron.data.batch import Batch
+from dspark_megatron.run.check import check
 from support.target_families import make_family
 from support.target_states import IDS, cached_taps
 from support.tiny_target import tiny_config
@@ -34,20 +34,12 @@ TARGETS = {
 }
 
 
-@pytest.fixture(scope="module")
-def target(tmp_path_factory):
-    """Makes a folder of TARGETS once."""
-    made = {}
-
-    def make(name):
-        if name not in made:
-            family, settings = TARGETS[name]
-            folder = tmp_path_factory.mktemp(name) / "target"
-            made[name] = make_family(folder, family, **settings)
-            with_noise(made[name])
-        return made[name]
-
-    return make
+def make_target(name, folder):
+    """Save a target of TARGETS with Hugging Face weights; returns its folder."""
+    family, settings = TARGETS[name]
+    make_family(folder, family, **settings)
+    with_noise(folder)
+    return folder
 
 
 def with_noise(folder):
@@ -75,10 +67,10 @@ def megatron_states(runtime, config):
     from dspark_megatron.run.build import build_draft, build_target
     from dspark_megatron.targets.start_checks import check_target_logits
 
-    plan = check_run(config, runtime.world_size)
+    plan = check(config, runtime.world_size)
     target, draft = build_target(plan, runtime), build_draft(plan, runtime)
     check_target_logits(target, config.target.path, draft.lm_head, draft.vocab_shard, IDS)
-    states = target.states(IDS)
+    states = target.states(Batch(IDS))
     return states.taps, states.last_hidden, cached_taps(target)
 
 

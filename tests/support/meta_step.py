@@ -51,9 +51,10 @@ class MetaTarget(StatesSource):
         self.widths = len(shape.target_layer_ids) * shape.hidden_size, shape.hidden_size
         self.dtype = dtype
 
-    def states(self, input_ids, **_):
+    def states(self, batch):
         made = (
-            torch.empty(*input_ids.shape, w, dtype=self.dtype, device=META) for w in self.widths
+            torch.empty(*batch.input_ids.shape, w, dtype=self.dtype, device=META)
+            for w in self.widths
         )
         return TargetStates(*made)
 

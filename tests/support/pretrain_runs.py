@@ -12,13 +12,12 @@ def our_steps(runtime, config):
     """Means and trained weights after each step of our loop."""
     from pathlib import Path
 
-    from dspark_megatron.run.check import check_run
-    from dspark_megatron.shape.layout import check_batch_size
-    from dspark_megatron.training.loop import Trainer, build_run_draft, load_data
+    from dspark_megatron.run.check import check
+    from dspark_megatron.run.data import load_train_data
+    from dspark_megatron.training.loop import Trainer, build_run_draft
 
-    plan = check_run(config, runtime.world_size)
-    check_batch_size(config.train, plan.dp_size)
-    data = load_data(plan, runtime)
+    plan = check(config, runtime.world_size, use="train")
+    data = load_train_data(plan, runtime)
     output = Path(config.train.output_dir)
     output.mkdir(exist_ok=True)
     draft = build_run_draft(plan, runtime, is_new=True)
@@ -27,7 +26,9 @@ def our_steps(runtime, config):
     for _ in range(STEPS):
         metrics = trainer._new_metrics()
         trainer._train_step(metrics)
-        means = metrics.reduced(dp_group=runtime.dp_group).means(trainer.step.draft_loss.weights)
+        means = metrics.reduced(dp_group=runtime.dp_group).means(
+            trainer.step.forward_step.term_weights
+        )
         steps.append((means, trained(trainer.draft)))
     return steps
 

@@ -1,16 +1,10 @@
 """Lines of chats, tokenizers and the samples made of them."""
 
-import json
-from functools import partial
-from pathlib import Path
-
-import pytest
 from transformers import PreTrainedTokenizerFast
 
-from dspark_megatron.data.blocks import has_block
+from dspark_megatron.data.blocks import DEFAULT_LOSS
 from dspark_megatron.data.conversation import Sample
 from dspark_megatron.data.dataset import SampleRules
-from support.tiny import tiny_tokenizer
 
 VOCAB_SIZE = 320
 
@@ -33,28 +27,6 @@ FORGETTING_TEMPLATE = (
 )
 
 
-def chat(*texts: str) -> dict:
-    """User and assistant by turns; "<" marks a system text, ">" a further answer."""
-    messages, role = [], "assistant"
-    for text in texts:
-        if text.startswith("<"):
-            messages.append({"role": "system", "content": text[1:]})
-            continue
-        if not text.startswith(">"):
-            role = "user" if role == "assistant" else "assistant"
-        messages.append({"role": role, "content": text.removeprefix(">")})
-    return {"messages": messages}
-
-
-def tokens(ids: list[int], mask: list[int]) -> dict:
-    return {"input_ids": ids, "loss_mask": mask}
-
-
-def write_jsonl(path: Path, records: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return path
-
-
 def supervised_text(tokenizer: PreTrainedTokenizerFast, sample: Sample) -> str:
     return tokenizer.decode(sample.input_ids[sample.loss_mask])
 
@@ -64,11 +36,7 @@ def sample_rules(max_length: int, min_loss_tokens: int, **rules: object) -> Samp
     return SampleRules(
         max_length=max_length,
         min_loss_tokens=min_loss_tokens,
-        has_block=partial(has_block, block_size=4),
+        block_size=4,
+        loss=DEFAULT_LOSS,
         **rules,
     )
-
-
-@pytest.fixture
-def tokenizer() -> PreTrainedTokenizerFast:
-    return tiny_tokenizer(VOCAB_SIZE)

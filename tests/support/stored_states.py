@@ -1,14 +1,10 @@
 """Options of the tool that stores states."""
 
-import importlib
 import os
-import sys
 from pathlib import Path
 from unittest import mock
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
 
 
 class InterruptedJob(Exception):
@@ -17,14 +13,15 @@ class InterruptedJob(Exception):
 
 def prepare(runtime, config, output, *options, stop_after=None):
     """What the tool does in a rank; stop_after: shards after which the writer fails."""
-    sys.path.insert(0, str(ROOT / "tools"))
-    tool = importlib.import_module("prepare_target_cache")
-    from dspark_megatron.run.check import check_run
+    import prepare_target_cache as tool
+
+    from dspark_megatron.run.check import check
+    from dspark_megatron.training.store_states import store_states
 
     args = tool.parse_arguments(["--config", "unused", "--shard-mib", "0.07", *options])
-    plan = check_run(config, runtime.world_size)
+    plan = check(config, runtime.world_size)
     if stop_after is None:
-        tool.prepare(plan, runtime, Path(output), args)
+        store_states(plan, runtime, Path(output), args)
         return
     left, replace = iter(range(stop_after)), os.replace
 
@@ -35,7 +32,7 @@ def prepare(runtime, config, output, *options, stop_after=None):
         replace(source, destination)
 
     with mock.patch("os.replace", failing), pytest.raises(InterruptedJob):
-        tool.prepare(plan, runtime, Path(output), args)
+        store_states(plan, runtime, Path(output), args)
 
 
 def prepare_options(runtime, config, output, stop_after=None, **options):

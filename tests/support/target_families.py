@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from support.tiny import tiny_tokenizer
 from support.tiny_target import VOCAB_SIZE
+from support.tiny_tokenizer import tiny_tokenizer
 
 SIZES = dict(
     vocab_size=VOCAB_SIZE,

@@ -2,7 +2,8 @@
 
 import torch
 
-from dspark_megatron.run.check import check_run
+from dspark_megatron.data.batch import Batch
+from dspark_megatron.run.check import check
 
 IDS = torch.arange(30).view(2, 15) + 40
 
@@ -12,9 +13,9 @@ def tapped(runtime, config):
     from dspark_megatron.run.build import build_draft, build_target
     from dspark_megatron.targets.start_checks import check_target_logits
 
-    plan = check_run(config, runtime.world_size)
+    plan = check(config, runtime.world_size)
     target, draft = build_target(plan, runtime), build_draft(plan, runtime)
-    states = target.states(IDS)
+    states = target.states(Batch(IDS))
     check_target_logits(target, config.target.path, draft.lm_head, draft.vocab_shard, IDS)
     cached = cached_taps(target)
     embedding = draft.embed_tokens.weight

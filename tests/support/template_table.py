@@ -1,16 +1,16 @@
 """The table of docs/data.md: what becomes of six chats with the templates of chat_templates.py.
 
-python tests/support/template_table.py [--write]     # prints it, or puts it into the page
+PYTHONPATH=tests python -m support.template_table [--write]   # prints it, or puts it into the page
 """
 
 import re
 import sys
-from pathlib import Path
 
 from dspark_megatron.data.conversation import ConversationEncoder
 from dspark_megatron.errors import ConfigError
 from support.chat_templates import TEMPLATES
-from support.tiny import tiny_tokenizer
+from support.paths import ROOT
+from support.tiny_tokenizer import tiny_tokenizer
 
 CALL = {"name": "weather", "arguments": '{"city": "Oslo"}'}
 TOOL = {
@@ -96,7 +96,7 @@ def rows() -> list[str]:
 
 
 def write() -> None:
-    page = Path(__file__).parents[2] / "docs" / "data.md"
+    page = ROOT / "docs" / "data.md"
     text = page.read_text(encoding="utf-8")
     table = "\n".join(rows()) + "\n"
     text = re.sub(r"(?m)^\| template \|.*\n(\|.*\n)*", lambda _: table, text)

@@ -1,45 +1,14 @@
 """A tiny draft, data and target states for tests of parallel code, and gathering over ranks."""
 
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from unittest import mock
 
 import torch
 
 from dspark_megatron.config import LossConfig, OptimizerConfig
-from dspark_megatron.shape import DraftShape
 from dspark_megatron.targets.base import StatesSource, TargetStates
 
-SHAPE = DraftShape(
-    hidden_size=32,
-    ffn_hidden_size=48,
-    num_layers=2,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    head_dim=8,
-    vocab_size=61,  # no multiple of 2 or 4: padded at TP 2 and 4
-    rms_norm_eps=1e-6,
-    rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-    max_position_embeddings=128,
-    num_target_layers=4,
-    target_layer_ids=(0, 2),
-    mask_token_id=60,
-    block_size=3,
-    markov_rank=8,
-    markov_head_type="vanilla",
-    enable_confidence_head=True,
-    confidence_head_with_markov=True,
-)
-SHAPES = {
-    "vanilla": SHAPE,
-    "gated": replace(SHAPE, markov_head_type="gated"),
-    "rnn": replace(SHAPE, markov_head_type="rnn"),
-    "confidence without Markov": replace(SHAPE, confidence_head_with_markov=False),
-    "no Markov head": replace(SHAPE, markov_rank=0, confidence_head_with_markov=False),
-    "no confidence head": replace(
-        SHAPE, enable_confidence_head=False, confidence_head_with_markov=False
-    ),
-}
 NUM_ANCHORS = 5
 
 
@@ -56,9 +25,9 @@ class Samples:
 
 def make_samples(shape, lengths=(20, 13, 17, 9), seed=3, loss=None):
     """Anchors follow the rules of `loss` (default: the defaults)."""
-    from dspark_megatron.data.blocks import BlockRules, sample_anchors
+    from dspark_megatron.data.blocks import sample_anchors
 
-    rules = BlockRules.of(loss or LossConfig())
+    loss = loss or LossConfig()
     generator = torch.Generator().manual_seed(seed)
     m = len(shape.target_layer_ids)
 
@@ -69,7 +38,7 @@ def make_samples(shape, lengths=(20, 13, 17, 9), seed=3, loss=None):
     return Samples(
         input_ids=[torch.randint(0, 60, (n,), generator=generator) for n in lengths],
         loss_masks=masks,
-        anchors=[sample_anchors(mask, NUM_ANCHORS, i, rules) for i, mask in enumerate(masks)],
+        anchors=[sample_anchors(mask, NUM_ANCHORS, i, loss) for i, mask in enumerate(masks)],
         taps=[normal(n, m * shape.hidden_size) for n in lengths],
         last_hidden=[normal(n, shape.hidden_size) for n in lengths],
     )
@@ -83,9 +52,9 @@ class CachedStates(StatesSource):
     def __init__(self, samples, device="cpu"):
         self.samples, self.device = samples, device
 
-    def states(self, input_ids, lengths=None, samples=()):
+    def states(self, batch):
         rows = []
-        for row in input_ids:
+        for row in batch.input_ids:
             index = next(
                 i
                 for i, ids in enumerate(self.samples.input_ids)
@@ -166,21 +135,18 @@ def one_collective_at_a_time():
 
 def rank_micro_batches(runtime, samples, block_size, micro_batch_size, loss=None):
     """This data-parallel rank's share of all samples as one step."""
-    from dspark_megatron.data.blocks import BlockRules, draft_blocks
-    from dspark_megatron.data.collate import collate
-    from dspark_megatron.data.conversation import Sample
-    from dspark_megatron.data.micro_batches import MicroBatch
+    from dspark_megatron.data.batch import Batch
+    from dspark_megatron.data.blocks import draft_blocks
 
-    rules = BlockRules.of(loss or LossConfig())
     stride = micro_batch_size * runtime.dp_group.size()
     first = runtime.dp_group.rank() * micro_batch_size
     out = []
     for start in range(first, len(samples.input_ids), stride):
         part = slice(start, start + micro_batch_size)
         ids, masks = samples.input_ids[part], samples.loss_masks[part]
-        blocks = draft_blocks(ids, masks, samples.anchors[part], block_size, rules)
-        padded, _ = collate([Sample(i, m) for i, m in zip(ids, masks, strict=True)])
-        out.append(MicroBatch(padded, [len(row) for row in ids], blocks))
+        anchors = samples.anchors[part]
+        blocks = draft_blocks(ids, masks, anchors, block_size, loss or LossConfig())
+        out.append(Batch.of(ids, blocks))
     return out
 
 
@@ -214,12 +180,11 @@ def sample_logits(draft, taps, ids, anchors):
     """A fully supervised sample's blocks: hidden states [n, k, h], this rank's logits
     [n, k, v/tp], confidence logits [n, k]."""
     from dspark_megatron.data.blocks import draft_blocks
-    from dspark_megatron.data.device_blocks import DeviceBlocks
 
     mask = torch.ones(1, len(ids), dtype=torch.bool)
     blocks = draft_blocks(ids[None], mask, [anchors], draft.shape.block_size)
     with torch.no_grad():
-        out = draft(taps[None], DeviceBlocks.of(blocks, taps.device))
+        out = draft(taps[None], blocks.to(taps.device))
         head = draft.head_weights()
         logits = out.hidden @ head.lm_head.t() + out.latents @ head.markov_w2.t()
     return out.hidden, logits, out.confidence_logits

@@ -8,7 +8,7 @@ import torch
 
 from dspark_megatron.config import Config
 from dspark_megatron.config.loading import config_from_dict
-from support.tiny import tiny_tokenizer
+from support.tiny_tokenizer import tiny_tokenizer
 
 VOCAB_SIZE = 301  # no multiple of 2 or 4
 WORDS = "the hill in the inn well hello then all bell thin there".split()

@@ -4,12 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-
-
-sys.path.append(str(ROOT / "tools"))  # a folder of scripts, not a package
+from support.paths import ROOT
 
 
 def run_tool(*command):

@@ -11,23 +11,19 @@ from pathlib import Path
 import psutil
 import pytest
 
+from support.paths import ROOT
 from support.tiny_target import tiny_config
-
-ROOT = Path(__file__).parents[2]
-
 
 CURVE = ("loss", "ce_loss", "l1_loss", "confidence_loss", "tau", "grad_norm", "learning_rate")
 
 
 def run_training(runtime, config, minutes_ago=(), stopped=()):
     """minutes_ago: when each rank was launched; stopped: ranks that have had a signal since."""
-    from dspark_megatron.run.check import check_run
-    from dspark_megatron.shape.layout import check_batch_size
+    from dspark_megatron.run.check import check
     from dspark_megatron.training.loop import train
     from dspark_megatron.training.stop_requests import stop_requests
 
-    plan = check_run(config, runtime.world_size)
-    check_batch_size(config.train, plan.dp_size)
+    plan = check(config, runtime.world_size, use="train")
     with stop_requests() as stop:
         if minutes_ago:
             stop.started -= 60 * minutes_ago[runtime.rank]
@@ -49,15 +45,6 @@ def assert_same_curve(got, expected, rel=1e-4):
                 f"{name} at iteration {mine['iteration']}"
             )
         assert mine["accept_rate"] == pytest.approx(theirs["accept_rate"], rel=rel, abs=1e-6)
-
-
-@pytest.fixture(scope="module")
-def unbroken(pool, tiny_run, tmp_path_factory):
-    """Twenty steps on one rank."""
-    output = tmp_path_factory.mktemp("unbroken")
-    config = tiny_config(tiny_run, train={"output_dir": str(output), "micro_batch_size": 4})
-    pool.run(run_training, world=1, tp=1, config=config)
-    return output
 
 
 def torchrun(ranks, *program):

@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 
@@ -11,9 +10,10 @@ from dspark_megatron.errors import ConfigError
 from dspark_megatron.planning.dry_run import describe_run
 from dspark_megatron.planning.layouts import Machine
 from dspark_megatron.planning.recommend import Wish, recommend
+from support.paths import ROOT
 from support.real_targets import TARGETS
 
-DOCS = Path(__file__).parents[2] / "docs" / "targets.md"
+DOCS = ROOT / "docs" / "targets.md"
 ROWS = {
     name: (model_type, result)
     for name, model_type, result in re.findall(

@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 
+from dspark_megatron.data.batch import Batch
 from dspark_megatron.errors import ConfigError
 from support.sharded_targets import own_states
 from support.target_families import SIZES, make_family, make_multimodal, save_target
@@ -16,14 +17,14 @@ IDS = torch.arange(36).view(3, 12) + 40
 def passes(runtime, config):
     """States of IDS and the shape of every forward pass."""
     from dspark_megatron.run.build import build_target
-    from dspark_megatron.run.check import check_run
+    from dspark_megatron.run.check import check
 
-    target, shapes = build_target(check_run(config, runtime.world_size), runtime), []
+    target, shapes = build_target(check(config, runtime.world_size), runtime), []
     target.model.register_forward_pre_hook(
         lambda _module, _inputs, arguments: shapes.append(tuple(arguments["input_ids"].shape)),
         with_kwargs=True,
     )
-    states = target.states(IDS)
+    states = target.states(Batch(IDS))
     return states.taps, states.last_hidden, shapes
 
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from dspark_megatron.data.batch import Batch
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.ops.vocab_parallel import VocabShard
-from dspark_megatron.run.check import check_run
+from dspark_megatron.run.check import check
 from dspark_megatron.storage.target_folder import read_rows, shared_weights, target_fingerprint
 from support.target_families import SIZES, save_target
 from support.target_states import IDS, elements, tapped
@@ -38,12 +39,12 @@ def test_taps_are_the_whole_targets(pool, tiny_run, tmp_path, world, tp, family,
 def taps_alone(runtime, config):
     """States and elements on this rank, of the target as a whole and as far as its taps need."""
     from dspark_megatron.run.build import build_target
-    from dspark_megatron.run.check import check_run
+    from dspark_megatron.run.check import check
 
-    plan, results = check_run(config, runtime.world_size), []
+    plan, results = check(config, runtime.world_size), []
     for with_last_hidden in (True, False):
         target = build_target(plan, runtime, with_last_hidden=with_last_hidden)
-        states = target.states(IDS)
+        states = target.states(Batch(IDS))
         upper = target.layers[max(config.model.target_layer_ids) + 1 :]
         results.append((states, elements(target.model), elements(upper)))
     return results
@@ -82,7 +83,7 @@ def test_targets_whose_logits_are_not_the_plain_head(pool, tiny_run, tmp_path, t
     target = {"path": str(path), "attention": attention}
     parallel = {"tensor_parallel": tp}
     with pytest.raises(ConfigError, match="does not make its logits as"):
-        check_run(tiny_config(tiny_run, target=target, parallel=parallel), tp)
+        check(tiny_config(tiny_run, target=target, parallel=parallel), tp)
     target["check_logits"] = False  # it is called all the same
     config = tiny_config(tiny_run, target=target, parallel=parallel)
     with pytest.raises(AssertionError, match="own logits are not"):
@@ -97,10 +98,10 @@ def test_mistakes_of_our_own_are_found(pool, tiny_run, mistake):
 
 def make_a_mistake(runtime, config, mistake):
     from dspark_megatron.run.build import build_target
-    from dspark_megatron.run.check import check_run
+    from dspark_megatron.run.check import check
     from dspark_megatron.targets.start_checks import check_target_logits
 
-    plan = check_run(config, runtime.world_size)
+    plan = check(config, runtime.world_size)
     target = build_target(plan, runtime)
     _, name = shared_weights(config.target.path)
     head = read_rows(config.target.path, name, 0, VOCAB_SIZE)

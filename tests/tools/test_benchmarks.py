@@ -1,26 +1,22 @@
 """The benchmarks run, measure what they say, and compare equal things. No time is ever tested."""
 
-import sys
 from itertools import product
 from pathlib import Path
 
-import benchmark_activations  # noqa: E402
-import benchmark_communication  # noqa: E402
-import benchmark_loss  # noqa: E402
-import benchmark_packing  # noqa: E402
-import benchmark_step  # noqa: E402
-import benchmark_target_providers  # noqa: E402
-import benchmarking  # noqa: E402
+import benchmark_activations
+import benchmark_communication
+import benchmark_loss
+import benchmark_packing
+import benchmark_step
+import benchmark_target_providers
+import benchmarking
 import pytest
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from support.tiny_target import VOCAB_SIZE, tiny_config
-from support.tool_runs import ROOT, figures, run_tool
-
-sys.path.append(str(ROOT / "tools"))  # a folder of scripts, not a package
-
+from support.tool_runs import figures, run_tool
 
 CPU = torch.device("cpu")
 
@@ -67,6 +63,7 @@ def test_a_loss_with_wrong_gradients_is_not_measured(pool):
     pool.run(check_wrong_gradients, world=1, tp=1)
 
 
+@pytest.mark.slow
 def test_step_on_synthetic_data(tmp_path):
     file = tmp_path / "step.json"
     sizes = ["--vocab", 256, "--seq-length", 48, "--num-anchors", 16, "--json", file]

@@ -2,10 +2,12 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
+import generate_responses as tool
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -13,8 +15,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dspark_megatron.data.chats.template import ChatTemplate
 from dspark_megatron.data.conversation import ConversationEncoder
-from dspark_megatron.data.prompts.chat_prompts import make_prompt
-from support.response_tool import load_tool, prompt, read_rows, write_lines
+from dspark_megatron.data.prompts import local_target
+from dspark_megatron.data.prompts.chat_prompts import Prompt, make_prompt, read_prompts
+from dspark_megatron.data.prompts.local_target import LocalTarget
+from support.chat_lines import prompt, read_rows, write_lines
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "sun", "moon", "sea"]
 
@@ -34,9 +38,6 @@ OPTIONS = ["--max-new-tokens", "12", "--batch-size", "3", "--seed", "5", "--devi
 
 class Killed(Exception):
     """Stands for the end of a process."""
-
-
-tool = load_tool()
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ def refusal(
         raise AssertionError("the model must not be loaded")
 
     def refused(*args: object) -> str:
-        monkeypatch.setattr(tool.AutoModelForCausalLM, "from_pretrained", fail)
+        monkeypatch.setattr(local_target.AutoModelForCausalLM, "from_pretrained", fail)
         capsys.readouterr()  # what earlier runs wrote
         assert tool.main(arguments(*args)) == 2
         out, error = capsys.readouterr()
@@ -111,7 +112,7 @@ def refusal(
 
 def kill_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the run die when it starts the batch after the first `batches`."""
-    answer, calls = tool.Answerer.answer, []
+    answer, calls = LocalTarget.answer, []
 
     def dying(*args: object) -> list:
         if len(calls) == batches:
@@ -119,7 +120,7 @@ def kill_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(args)
         return answer(*args)
 
-    monkeypatch.setattr(tool.Answerer, "answer", dying)
+    monkeypatch.setattr(LocalTarget, "answer", dying)
 
 
 # Answers
@@ -144,10 +145,10 @@ def test_an_answer_keeps_the_tokens_that_the_target_saw_and_wrote(
     """So it trains whatever the template makes of it, and teaches what was written."""
     answered = read_rows(run(target, prompts, tmp_path / "out.jsonl", "--temperature", "3"))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(target)
-    asked = tool.read_prompts(prompts, ChatTemplate(tokenizer))
+    asked = read_prompts(prompts, ChatTemplate(tokenizer))
     encoder = ConversationEncoder(tokenizer, len(tokenizer))
     tokenizer.chat_template = "{{ raise_exception('not asked') }}"
-    for row, (_, prompt_ids) in zip(answered, asked, strict=True):
+    for row, (prompt_ids, *_) in zip(answered, asked, strict=True):
         [sample] = encoder.encode(row)
         seen = sample.input_ids[~sample.loss_mask].tolist()
         written = sample.input_ids[sample.loss_mask].tolist()
@@ -171,16 +172,21 @@ def test_a_template_that_reads_the_clock_has_one_day(
     target: Path, prompts: Path, tmp_path: Path, refusal: Callable[..., str]
 ) -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(target)
-    args = tool.parse_arguments(arguments(target, prompts, tmp_path / "out.jsonl"))
     partial = tmp_path / "out.jsonl.partial"
-    assert tool.template_day(args, tokenizer, partial) is None
+    assert local_target.template_day(tokenizer, None, partial) is None
     tokenizer.chat_template = "{{ strftime_now('%Y') }}" + tokenizer.chat_template
-    assert tool.template_day(args, tokenizer, partial) == date.today().isoformat()
-    args.template_date = tool.template_day(args, tokenizer, partial)
-    assert tool.run_settings(args, [])["template_date"] == args.template_date
-    args.template_date = None
+    assert local_target.template_day(tokenizer, None, partial) == date.today().isoformat()
     partial.write_text('{"template_date": "2026-03-05"}\n')
-    assert tool.template_day(args, tokenizer, partial) == "2026-03-05"
+    assert local_target.template_day(tokenizer, None, partial) == "2026-03-05"
+    assert local_target.template_day(tokenizer, "2026-03-06", partial) == "2026-03-06"
+    partial.unlink()
+    clocked = shutil.copytree(target, tmp_path / "clocked")
+    tokenizer.save_pretrained(clocked)
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(Killed):
+        kill_after(0, monkeypatch)
+        run(clocked, prompts, tmp_path / "out.jsonl")
+    assert read_rows(partial)[0]["template_date"] == date.today().isoformat()
+    partial.unlink()
     error = refusal(target, prompts, tmp_path / "out.jsonl", "--template-date", "5 March")
     assert "--template-date (5 March) must be like 2026-01-31" in error
 
@@ -213,8 +219,8 @@ def test_greedy_takes_the_most_likely_token_of_the_bare_model(
     answered = read_rows(run(target, prompts, tmp_path / "out.jsonl", "--temperature", "0"))
     model = LlamaForCausalLM.from_pretrained(target).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(target)
-    asked = tool.read_prompts(prompts, ChatTemplate(tokenizer))
-    for row, (_, ids) in zip(answered, asked, strict=True):
+    asked = read_prompts(prompts, ChatTemplate(tokenizer))
+    for row, (ids, *_) in zip(answered, asked, strict=True):
         generated = []
         while len(generated) < 12 and generated[-1:] != [tokenizer.eos_token_id]:
             with torch.no_grad():
@@ -233,8 +239,8 @@ def test_sampling_follows_the_plain_softmax(target: Path) -> None:
     with torch.no_grad():
         probs = torch.softmax(model(torch.tensor([ids])).logits[0, -1] / 2, dim=-1)  # [v]
 
-    answerer = tool.Answerer(model, tokenizer, temperature=2.0, max_new_tokens=1)
-    answers = answerer.answer([ids] * 2000, seed=3)
+    local = LocalTarget(target, tokenizer, temperature=2.0, max_new_tokens=1)
+    answers = local.answer([ids] * 2000, seed=3)
     for word in WORDS:
         share = sum(answer.content == word for answer in answers) / 2000
         expected = float(probs[tokenizer.convert_tokens_to_ids(word)])
@@ -347,13 +353,13 @@ def test_an_option_out_of_range_is_refused(
 
 # Parts
 def test_batches_hold_each_prompt_once_the_longest_first() -> None:
-    prompts = [tool.Prompt({}, [0] * length) for length in (3, 9, 3, 7, 1)]
-    assert tool.plan_batches(prompts, batch_size=2) == [[1, 3], [0, 2], [4]]
+    prompts = [Prompt([0] * length, "") for length in (3, 9, 3, 7, 1)]
+    assert local_target.plan_batches(prompts, batch_size=2) == [[1, 3], [0, 2], [4]]
 
 
 def test_batch_seeds_are_those_of_the_quickstart() -> None:
     """Others would make another file of the same command."""
-    assert [tool.batch_seed(0, batch) for batch in range(2)] == [
+    assert [local_target.batch_seed(0, batch) for batch in range(2)] == [
         4440543551817394114,
         5337895739374401191,
     ]

@@ -10,13 +10,11 @@ import time
 from pathlib import Path
 from unittest import mock
 
+import gpu_check
 import pytest
+from gpu_checks.processes import FAILED, NOT_RUN, PASSED, SKIPPED, run_in_process
 
-ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "tools"))  # a folder of scripts, not a package
-
-import gpu_check  # noqa: E402
-from gpu_checks.processes import FAILED, NOT_RUN, PASSED, SKIPPED, run_in_process  # noqa: E402
+from support.paths import ROOT
 
 
 def run(folder, code, limit=60):
@@ -137,6 +135,7 @@ def rehearsal(tmp_path_factory):
     return done, {check["name"]: check for check in report["checks"]}
 
 
+@pytest.mark.slow
 def test_every_check_is_rehearsed(rehearsal):
     done, checks = rehearsal
     assert done.returncode == 0, done.stdout
@@ -145,12 +144,14 @@ def test_every_check_is_rehearsed(rehearsal):
         assert name == "sharded" or check["figures"], name
 
 
+@pytest.mark.slow
 def test_the_figures_are_those_of_a_trained_and_killed_run(rehearsal):
     figures = rehearsal[1]["training"]["figures"]
     assert figures["losses, killed"] == pytest.approx(figures["losses, whole"], rel=1e-6)
     assert any("vLLM" in line for line in figures["verify"]), figures["verify"]
 
 
+@pytest.mark.slow
 def test_a_killed_runner_takes_its_check_along(tmp_path):
     """Its checks have sessions of their own, so nothing else would end them."""
     command = [sys.executable, "tools/gpu_check.py", "--device", "cpu", "--only", "head_loss"]

@@ -6,14 +6,12 @@ import subprocess
 import sys
 import zipfile
 from importlib.metadata import distributions
-from pathlib import Path
 
 import pytest
 
 from dspark_megatron.errors import ConfigError
+from support.paths import ROOT
 from tools.gpu_checks.wheels import install_wheels
-
-ROOT = Path(__file__).parents[2]
 
 
 def make_wheel(folder, package, version, tags="py3-none-any"):

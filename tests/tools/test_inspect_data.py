@@ -1,19 +1,13 @@
 """The figures of tools/inspect_data.py against a count by hand, and what it refuses."""
 
-import importlib.util
 import json
 import re
-from pathlib import Path
 
+import inspect_data as tool
 import pytest
 import yaml
 
 from support.tiny_target import tiny_config
-
-TOOL = Path(__file__).parents[2] / "tools" / "inspect_data.py"
-spec = importlib.util.spec_from_file_location("inspect_data", TOOL)
-tool = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
 
 
 @pytest.fixture

@@ -11,13 +11,8 @@ import torch.distributed as dist
 
 from dspark_megatron.config import LossConfig, OptimizerConfig
 from dspark_megatron.errors import ConfigError
-from support.tiny_draft import (
-    SHAPE,
-    CachedStates,
-    build_tiny_draft,
-    make_samples,
-    rank_micro_batches,
-)
+from support.shapes import SHAPE
+from support.tiny_draft import CachedStates, build_tiny_draft, make_samples, rank_micro_batches
 from support.tiny_target import tiny_config
 
 
@@ -30,9 +25,9 @@ class AnnouncedStates(CachedStates):
     def expect(self, batches, samples=()):
         self.expected = list(batches)
 
-    def states(self, input_ids, **rest):
-        assert self.expected.pop(0) is input_ids
-        return super().states(input_ids, **rest)
+    def states(self, batch):
+        assert torch.equal(self.expected.pop(0).input_ids, batch.input_ids)
+        return super().states(batch)
 
 
 def steps(runtime, overlap, idle=None, distributed=False, recompute=False):
@@ -130,11 +125,11 @@ def test_every_weight_must_get_a_gradient(tiny_run):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA, Apex may be there")
 def test_fused_accumulation_needs_a_gpu(tiny_run):
-    from dspark_megatron.run.check import check_training_device
+    from dspark_megatron.run.check import check
 
     fused = {"gradient_accumulation_fusion": True}
     with pytest.raises(ConfigError, match="found: False.*fused_weight_gradient_mlp_cuda"):
-        check_training_device(tiny_config(tiny_run, optimizer=fused))
+        check(tiny_config(tiny_run, optimizer=fused), 1, use="train")
 
 
 @pytest.mark.parametrize(

@@ -107,25 +107,25 @@ def test_layouts_that_cannot_work(tiny_run, settings, message):
 
 
 def test_decoding_is_refused(tiny_run):
-    from dspark_megatron.run.check import check_decodes, check_run
+    from dspark_megatron.run.check import check
 
     target, parallel = {"provider": "megatron"}, {"pipeline_parallel": 2}
-    plan = check_run(tiny_config(tiny_run, target=target, parallel=parallel), 2)
+    config = tiny_config(tiny_run, target=target, parallel=parallel)
     with pytest.raises(ConfigError, match="pipeline_parallel .2. must be 1 to decode"):
-        check_decodes(plan, batch_size=1)
+        check(config, 2, use="evaluate")
 
 
 def test_the_dry_run_counts_what_stages_hold_and_send(tiny_run):
     from dspark_megatron.planning.memory import pipeline_state_bytes, rank_memory, state_bytes
     from dspark_megatron.planning.traffic import step_traffic
-    from dspark_megatron.run.check import check_run
+    from dspark_megatron.run.check import check
 
     def plan(stages, per_run=None):
         parallel = {"pipeline_parallel": stages, "pipeline_micro_batches": per_run}
         train = {"global_batch_size": 32}
         target = {"provider": "megatron"}
         config = tiny_config(tiny_run, target=target, train=train, parallel=parallel)
-        return check_run(config, world_size=4)
+        return check(config, world_size=4)
 
     whole, halves, one = plan(1), plan(2), plan(2, 1)
     states = state_bytes(whole)  # of 2 taps and the last, 8 micro-batches a rank
@@ -142,7 +142,7 @@ def test_the_dry_run_counts_what_stages_hold_and_send(tiny_run):
     assert weights[1] == layers / 2 + embedding
     split = {"tensor_parallel": 2, "sequence_parallel": True, "pipeline_parallel": 2}
     config = tiny_config(tiny_run, target={"provider": "megatron"}, parallel=split)
-    assert pipeline_state_bytes(check_run(config, world_size=4)) == states / 2
+    assert pipeline_state_bytes(check(config, world_size=4)) == states / 2
     text = describe_run(halves.config, world_size=4)
     assert "2 pipeline stages x 2 data-parallel; runs of 2 x 8 micro-batches" in text
     assert "waits for 6% of the time" in text  # 1 / (2 * 8 + 1)

@@ -82,16 +82,16 @@ def train_without_data(runtime, config):
     """A start that may read neither data nor target."""
     from dspark_megatron.training import loop
 
-    kept = loop.load_data, loop.build_run_draft
+    kept = loop.load_train_data, loop.build_run_draft
 
     def refused(*_, **__):
         raise AssertionError("read too early")
 
-    loop.load_data = loop.build_run_draft = refused
+    loop.load_train_data = loop.build_run_draft = refused
     try:
         run_training(runtime, config)
     finally:
-        loop.load_data, loop.build_run_draft = kept
+        loop.load_train_data, loop.build_run_draft = kept
 
 
 def train_without_target(runtime, config):
@@ -220,18 +220,18 @@ def test_the_way_out_of_a_damaged_checkpoint_works(pool, tiny_run, run):
 
 
 def start_from(runtime, config):
-    from dspark_megatron.run.check import check_run
+    from dspark_megatron.run.check import check
     from dspark_megatron.run.initial.initial_weights import InitialWeights
 
-    InitialWeights.open(check_run(config, runtime.world_size))
+    InitialWeights.open(check(config, runtime.world_size))
 
 
 def evaluated_checkpoint(runtime, config):
-    from dspark_megatron.evaluate import _check_checkpoint
-    from dspark_megatron.run.check import check_run
+    from dspark_megatron.evaluation.command import check_checkpoint
+    from dspark_megatron.run.check import check
     from dspark_megatron.run.known_draft import evaluated_checkpoint as chosen
 
-    _check_checkpoint(check_run(config, runtime.world_size), chosen(config))
+    check_checkpoint(check(config, runtime.world_size), chosen(config))
 
 
 def test_all_other_readers_of_a_checkpoint_name_the_file_too(pool, tiny_run, run, tmp_path):

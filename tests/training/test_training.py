@@ -16,9 +16,9 @@ import yaml
 
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.evaluation.draft_records import DraftRecords
+from support.paths import ROOT
 from support.tiny_target import make_target, tiny_config
 from support.training_runs import (
-    ROOT,
     assert_same_curve,
     curve,
     curve_lines,
@@ -30,7 +30,6 @@ from support.training_runs import (
     run_until_stopped,
     status,
     torchrun,
-    unbroken,  # noqa: F401
     write_config,
 )
 
@@ -103,9 +102,9 @@ def resave(runtime, config, checkpoints):
     from dspark_megatron.mcore.optimizer import build_optimizer, wrap_data_parallel
     from dspark_megatron.run import checkpoints as c
     from dspark_megatron.run.build import build_draft
-    from dspark_megatron.run.check import check_run
+    from dspark_megatron.run.check import check
 
-    plan = check_run(config, runtime.world_size)
+    plan = check(config, runtime.world_size)
     draft = build_draft(plan, runtime)
     optimizer = build_optimizer(
         config.optimizer, wrap_data_parallel(draft, config.optimizer), plan.dtype
@@ -337,10 +336,10 @@ def test_cross_entropy_alone_needs_no_teacher(pool, tiny_run, tmp_path, has_head
 def save_untrained(runtime, config):
     from dspark_megatron.run import checkpoints as c
     from dspark_megatron.run.build import build_draft
-    from dspark_megatron.run.check import check_run
+    from dspark_megatron.run.check import check
     from dspark_megatron.run.identity import export_settings, run_identity
 
-    plan = check_run(config, runtime.world_size)
+    plan = check(config, runtime.world_size)
     draft = build_draft(plan, runtime)
     meta = {"format": 1, **run_identity(plan), **export_settings(plan)}
     checkpoints = Path(config.train.output_dir, "checkpoints")
@@ -499,12 +498,12 @@ def megatron_logits(runtime, config):
 
     from dspark_megatron.ops.vocab_parallel import gather_vocab
     from dspark_megatron.run.build import build_draft
-    from dspark_megatron.run.check import check_run
+    from dspark_megatron.run.check import check
     from dspark_megatron.run.checkpoints import load_checkpoint
     from dspark_megatron.storage.training_checkpoint import find_checkpoint
     from support.tiny_draft import make_samples, sample_logits
 
-    plan = check_run(config, runtime.world_size)
+    plan = check(config, runtime.world_size)
     draft = build_draft(plan, runtime)
     load_checkpoint(find_checkpoint(config.train.output_dir), draft, optimizer=None)
     samples = make_samples(plan.shape, lengths=(20,))

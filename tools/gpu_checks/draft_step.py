@@ -21,7 +21,7 @@ from dspark_megatron.config import LossConfig, OptimizerConfig
 from dspark_megatron.mcore.optimizer import build_optimizer
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.run.runtime import Runtime
-from dspark_megatron.training import draft_loss
+from dspark_megatron.training import forward_step
 from gpu_checks.context import Context
 
 ONE_RANK = OptimizerConfig(use_distributed_optimizer=False)
@@ -110,7 +110,7 @@ def _parts(
     with (
         mock.patch.object(draft, "encode_context", timed("context", draft.encode_context)),
         mock.patch.object(draft, "backbone", timed("backbone", draft.backbone)),
-        mock.patch.object(draft_loss, "head_loss", timed("head loss", draft_loss.head_loss)),
+        mock.patch.object(forward_step, "head_loss", timed("head loss", forward_step.head_loss)),
         mock.patch.object(
             torch.Tensor, "backward", timed("backward of the rest", torch.Tensor.backward)
         ),

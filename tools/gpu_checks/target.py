@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from dspark_megatron.data.batch import Batch
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.run.build import build_target
-from dspark_megatron.run.check import check_run
+from dspark_megatron.run.check import check as check_run
 from dspark_megatron.run.runtime import Runtime
 from dspark_megatron.targets.huggingface.target import HuggingFaceTarget
 from dspark_megatron.targets.start_checks import check_packing
@@ -31,7 +32,7 @@ def check(context: Context) -> None:
         build = _Builder(runtime, settings, dtype)
         expected = _own_states(folder, ids, build.layer_ids, getattr(torch, dtype), context.device)
         for passes in (None, 16):
-            states = build.target(max_tokens_per_forward=passes).states(ids)
+            states = build.target(max_tokens_per_forward=passes).states(Batch(ids))
             found = states.taps, states.last_hidden
             label = f"{dtype}, passes of {passes or 'any number of'} tokens"
             for name, got, want in zip(("taps", "last hidden"), found, expected, strict=True):

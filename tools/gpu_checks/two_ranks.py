@@ -7,8 +7,8 @@ import torch
 from dspark_megatron.run.runtime import Runtime
 from gpu_checks.context import Context, Skip, check_close
 from support.ranks import RankPool
+from support.shapes import SHAPE
 from support.tiny_draft import (
-    SHAPE,
     assemble,
     build_tiny_draft,
     layout_of,
@@ -52,7 +52,7 @@ def step(runtime: Runtime, sequence_parallel: bool) -> dict[str, Any]:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return {
         "device": str(runtime.device),
-        "loss": metrics.means(gradients.draft_loss.weights)["loss"],
+        "loss": metrics.means(gradients.forward_step.term_weights)["loss"],
         "gradients": {name: p.main_grad.cpu() for name, p in trained.items()},
         "layout": layout_of(model),
     }

@@ -1,9 +1,9 @@
-"""An answer as its target wrote it: the text that the target saw, and what it wrote then.
+"""What the target saw of a rendered chat, and what it wrote.
 
-A served target sees a prompt and writes on; that is what a draft has to learn. A chat template
-renders the finished answer anew. It may add what nobody wrote (an empty block of reasoning, the end
-of an answer that was cut), leave out what was written (reasoning), or begin otherwise than its own
-prompt does.
+A served target sees a prompt and continues it. That is what a draft has to learn. A chat template
+renders the finished answer anew, and may differ from this: it may add what nobody wrote (an empty
+block of reasoning, the end of an answer that was cut), leave out what was written (reasoning), or
+begin in another way than its own prompt does.
 """
 
 import os
@@ -11,8 +11,8 @@ import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from dspark_megatron.data.chats.said import Said, Tags
-from dspark_megatron.data.chats.tokens import Span
+from dspark_megatron.data.chats.loss_mask import Span
+from dspark_megatron.data.chats.reasoning import AnswerText, Tags
 from dspark_megatron.errors import ConfigError
 
 WAY_OUT = (
@@ -23,23 +23,23 @@ WAY_OUT = (
 
 @dataclass(frozen=True)
 class AnswerRules:
-    """What decides where answers begin and end, beside the chat template."""
+    """What decides where answers begin and end, besides the chat template."""
 
     stop_ids: frozenset[int] = frozenset()
     """Tokens at which a served target stops."""
     tags: Tags = field(default_factory=Tags)
     """What its reasoning begins and ends with."""
     template_date: str | None = None
-    """The day that a chat template reads off the clock, YYYY-MM-DD; None: today."""
+    """The day (YYYY-MM-DD) for a chat template that reads the clock. None means today."""
 
 
 class Answer(NamedTuple):
     seen: str
     """The chat up to where the target began to write."""
     wrote: str
-    """With the end of the turn, unless it was cut."""
+    """With the end of the turn, unless the answer was cut."""
     rest: str = ""
-    """What the template put there after a cut; nobody wrote it."""
+    """What the template puts after a cut. Nobody wrote it."""
 
 
 class Rendering(NamedTuple):
@@ -48,7 +48,7 @@ class Rendering(NamedTuple):
     base: str
     """The chat before the answer."""
     prompt: str
-    """The same, with the header of the answer and whatever else the target is given to go on."""
+    """The same with all that the target is given to continue, such as the answer's header."""
     after: str
     """The chat with the answer."""
 
@@ -61,12 +61,12 @@ class Rendering(NamedTuple):
         return self.prompt.rstrip().endswith(tags.opening)
 
     def closes(self, tags: Tags) -> bool:
-        """Whether the prompt ends the reasoning: no target that saw it reasons then."""
+        """Whether the prompt ends the reasoning. A target that saw it does not reason."""
         return self.prompt.rstrip().endswith(tags.closing)
 
     def header_end(self, texts: list[str]) -> int:
-        """Where the answer begins in `after`: where the prompt ends, or the part of it that both
-        share. One of `texts` that begins like the end of the prompt is the answer's."""
+        """Where the answer begins in `after`: after the prompt, or after the part of the prompt
+        that both share. If one of `texts` begins within that part's end, it is the answer's."""
         if self.nested:
             return len(self.prompt)
         shared = len(os.path.commonprefix([self.prompt, self.after]))
@@ -91,26 +91,26 @@ def written_answer(
     rendering: Rendering, message: dict, tags: Tags, *, cut_short: bool = False
 ) -> Answer:
     """What the target saw and wrote of an assistant's message. cut_short: the answer ran into a
-    limit; calls of tools are not part of it then. ConfigError where the rendering does not show
-    what is the answer's."""
-    said, opens = Said.of(message, tags), rendering.opens(tags)
-    if opens and cut_short and said.reasoning is None:
-        said = Said.of(message, tags, opened=True)
-    place = _Place.of(rendering, said, tags)
-    if said.reasoning is not None:
-        if said.written is None and opens and not place.shows_reasoning:
-            said = said.joined(tags)
-        written = said.written or tags.opening
+    limit, so tool calls are not part of it. Raises ConfigError if the rendering does not show which
+    part is the answer."""
+    text, opens = AnswerText.of(message, tags), rendering.opens(tags)
+    if opens and cut_short and text.reasoning is None:
+        text = AnswerText.of(message, tags, opened=True)
+    place = _Place.of(rendering, text, tags)
+    if text.reasoning is not None:
+        if text.written is None and opens and not place.shows_reasoning:
+            text = text.joined(tags)
+        written = text.written or tags.opening
         begins = opens or written.lstrip().startswith(tags.opening)
         shown = rendering.nested and place.shows_reasoning and begins
-        if said.written is not None and not shown and not rendering.closes(tags):
-            return _continued(rendering, place._replace(said=said), tags, cut_short=cut_short)
-        if not place.shows_reasoning:  # a template that knows of no reasoning beside the content
-            said = said.without_reasoning()
-            place = _Place.of(rendering, said, tags)
-    has_end = not (cut_short or said.ends_in_reasoning(tags))
+        if text.written is not None and not shown and not rendering.closes(tags):
+            return _continued(rendering, place._replace(text=text), tags, cut_short=cut_short)
+        if not place.shows_reasoning:  # the template knows no reasoning apart from the content
+            text = text.without_reasoning()
+            place = _Place.of(rendering, text, tags)
+    has_end = not (cut_short or text.ends_in_reasoning(tags))
     if place.spans is None and not has_end:
-        return Answer(rendering.prompt, "".join(said.content))
+        return Answer(rendering.prompt, "".join(text.content))
     seen, begin = _rendered(rendering, place, tags)
     end = len(rendering.after) if has_end else place.end
     return Answer(seen, rendering.after[begin:end], rendering.after[end:])
@@ -119,27 +119,27 @@ def written_answer(
 class _Place(NamedTuple):
     """Where an answer stands in its rendering."""
 
-    said: Said
+    text: AnswerText
     start: int
-    """Header or prompt end here."""
+    """Where header or prompt end."""
     text_start: int
-    """White space and tags of reasoning end here."""
+    """Where the white space and tags of reasoning after that end."""
     has_block: bool
-    """Reasoning ends between the two."""
+    """Whether reasoning ends between the two."""
     spans: list[Span] | None
-    """Of the pieces of what is said; None: not all of them are there, in order."""
+    """Of the pieces of the text, in their order. None: one of them is missing."""
 
     @classmethod
-    def of(cls, rendering: Rendering, said: Said, tags: Tags) -> "_Place":
-        pieces = said.pieces()
+    def of(cls, rendering: Rendering, text: AnswerText, tags: Tags) -> "_Place":
+        pieces = text.pieces()
         start = rendering.header_end([*tags, *pieces])
-        lead = white_space_and(tags).match(rendering.after, start)
-        spans = find_pieces(rendering.after, pieces, start, lead.end())
-        return cls(said, start, lead.end(), tags.closing in lead.group(), spans)
+        lead = _space_and_tags(tags).match(rendering.after, start)
+        spans = _find_pieces(rendering.after, pieces, start, lead.end())
+        return cls(text, start, lead.end(), tags.closing in lead.group(), spans)
 
     @property
     def shows_reasoning(self) -> bool:
-        return self.spans is not None and not (self.said.reasoning.strip() and self.has_block)
+        return self.spans is not None and not (self.text.reasoning.strip() and self.has_block)
 
     @property
     def begin(self) -> int:
@@ -152,7 +152,7 @@ class _Place(NamedTuple):
 
 def _rendered(rendering: Rendering, place: _Place, tags: Tags) -> tuple[str, int]:
     """What was seen, and where in the rendering the rest begins."""
-    has_reasoning = place.said.reasoning is not None
+    has_reasoning = place.text.reasoning is not None
     if place.has_block and not has_reasoning:  # which nobody wrote
         return rendering.after[: place.begin], place.begin
     if rendering.nested:
@@ -163,21 +163,21 @@ def _rendered(rendering: Rendering, place: _Place, tags: Tags) -> tuple[str, int
         return rendering.prompt, place.start
     if has_reasoning:
         return rendering.prompt, place.begin
-    # The target would reason first, but has not here: so it is the chat as it is told later.
+    # The target would reason first but has not done so here. So it saw the chat as rendered later.
     return rendering.after[: place.start], place.start
 
 
 def _continued(rendering: Rendering, place: _Place, tags: Tags, *, cut_short: bool) -> Answer:
-    """The prompt and the text that was written then, as it is, since the rendering changes it; its
-    end is the rendering's."""
-    said, after = place.said, rendering.after
-    wrote = said.written
+    """The prompt, and the text that was written then as it is, since the rendering changes it. Only
+    the end of the turn is the rendering's."""
+    text, after = place.text, rendering.after
+    wrote = text.written
     if rendering.opens(tags) and wrote.lstrip().startswith(tags.opening):
         wrote = wrote.lstrip().removeprefix(tags.opening).lstrip("\n")
-    if cut_short or said.ends_in_reasoning(tags):
+    if cut_short or text.ends_in_reasoning(tags):
         return Answer(rendering.prompt, wrote)
-    rest = [text for text in said.content if text.strip()]
-    spans = find_pieces(after, rest, place.start, place.text_start)
+    rest = [part for part in text.content if part.strip()]
+    spans = _find_pieces(after, rest, place.start, place.text_start)
     if spans is None:
         raise rendering.not_comparable()
     if not spans:
@@ -186,14 +186,63 @@ def _continued(rendering: Rendering, place: _Place, tags: Tags, *, cut_short: bo
     return Answer(rendering.prompt, wrote.rstrip() + after[words_end:])
 
 
-def white_space_and(tags: Tags) -> re.Pattern[str]:
+def not_written(
+    rendered: str, marked: list[Span], messages: list[dict], tags: Tags, *, cut_short: bool
+) -> list[Span]:
+    """The parts that a template with `{% generation %}` marks although the assistant did not write
+    them: an empty block of reasoning before an answer, and all that follows an answer without an
+    end. cut_short: the last answer was cut."""
+    hidden: list[Span] = []
+    position = 0
+    answers = [message for message in messages if message["role"] == "assistant"]
+    for message in answers:
+        text = AnswerText.of(message, tags)
+        span = _marked_span(rendered, marked, text.pieces(), tags, position)
+        is_cut = cut_short and message is answers[-1]
+        if span is None:
+            hidden += marked[-1:] if is_cut else []
+            continue
+        run = next(run for run in marked if run[0] <= span[0] < run[1])
+        lead = max(run[0], position), span[0]
+        position = span[1]
+        _, closing, rest = rendered[slice(*lead)].rpartition(tags.closing)
+        if closing and text.reasoning is None:
+            hidden.append(lead)
+        elif closing and text.reasoning.strip():
+            hidden.append((lead[0], lead[1] - len(rest.lstrip())))
+        if is_cut or text.ends_in_reasoning(tags):  # also the stop token behind the marks
+            later = [start for start, _ in marked if start > position]
+            hidden.append((position, min(later, default=len(rendered))))
+    return hidden
+
+
+def _marked_span(
+    rendered: str, marked: list[Span], pieces: list[str], tags: Tags, position: int
+) -> Span | None:
+    """From the first piece of a message to its last, if they begin in a marked part. Empty if the
+    message has none."""
+    for start, end in marked:
+        if end <= position:
+            continue
+        start = max(start, position)
+        lead = _space_and_tags(tags).match(rendered, start).end()
+        if not pieces:  # tool calls, or nothing
+            return lead, lead
+        spans = _find_pieces(rendered, pieces, start, lead)
+        if spans and spans[0][0] < end:
+            return spans[0][0], spans[-1][1]
+    return None
+
+
+def _space_and_tags(tags: Tags) -> re.Pattern[str]:
     """Matches any run of white space and tags."""
     return re.compile(rf"(?:\s|{'|'.join(map(re.escape, tags))})*")
 
 
-def find_pieces(text: str, pieces: list[str], start: int, text_start: int) -> list[Span] | None:
-    """Where the pieces stand, in order; None if one is not found. Their words are looked for from
-    `text_start` on; as much of their own white space is theirs as is there, from `start` on."""
+def _find_pieces(text: str, pieces: list[str], start: int, text_start: int) -> list[Span] | None:
+    """Where the pieces stand, in their order, or None if one is not found. Their words are looked
+    for from `text_start` on. White space around them, from `start` on, belongs to a piece as far as
+    the piece has it."""
     spans: list[Span] = []
     for piece in pieces:
         words = piece.strip()

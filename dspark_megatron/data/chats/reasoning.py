@@ -1,41 +1,73 @@
-"""Reasoning inside answers: `<think>...</think>`, or whatever the target's tags are."""
+"""The reasoning of an assistant's message, wherever it stands, and its content."""
 
-from dspark_megatron.data.chats.tokens import Span, spans_of, tokens_inside
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-
-class ReasoningMask:
-    """Takes the reasoning between two tags, tags included, out of what is learnt.
-
-    Reasoning may begin in the prompt (a template that opens it for the model) and may be left open
-    by an answer that was cut short.
-    """
-
-    def __init__(self, opening: str, closing: str) -> None:
-        self._tags = (opening, closing)
-        self.hidden_tokens = 0
-        """Of all texts so far."""
-
-    def hide(self, text: str, offsets: list[Span], mask: list[bool]) -> list[bool]:
-        """The mask of a text's tokens without those of reasoning. [s] -> [s]."""
-        answers = spans_of(offsets, mask)
-        spans = [part for answer in answers for part in _reasoning(text, answer, self._tags)]
-        inside = tokens_inside(offsets, spans, len(text))
-        kept = [written and not hidden for written, hidden in zip(mask, inside, strict=True)]
-        self.hidden_tokens += sum(mask) - sum(kept)
-        return kept
+from dspark_megatron.data.chats.messages import REASONING_KEYS
 
 
-def _reasoning(text: str, run: Span, tags: tuple[str, str]) -> list[Span]:
-    """The parts of a run from an opening tag to the closing one, or to the run's end."""
-    opening, closing = tags
-    position, end = run
-    is_open = text[:position].rstrip().endswith(opening)
-    spans = []
-    while True:
-        start = position if is_open else text.find(opening, position, end)
-        if start < 0:
-            return spans
-        close = text.find(closing, start, end)
-        position = end if close < 0 else close + len(closing)
-        spans.append((start, position))
-        is_open = False
+class Tags(NamedTuple):
+    """The texts that open and close reasoning in what a model writes, without white space."""
+
+    opening: str = "<think>"
+    closing: str = "</think>"
+
+
+def texts_and_reasoning(message: dict) -> tuple[list[str], str | None]:
+    """The texts of a message in any spelling, and the reasoning that stands apart from them: under
+    a key of its own or in a part."""
+    content = message.get("content") or ""
+    parts = [{"text": content}] if isinstance(content, str) else content
+    reasoning = [message[key] for key in REASONING_KEYS if key in message]
+    reasoning += [part["thinking"] for part in parts if "thinking" in part]
+    return [part["text"] for part in parts if "text" in part], "".join(reasoning) or None
+
+
+@dataclass(frozen=True)
+class AnswerText:
+    """What an assistant's message says."""
+
+    content: list[str]
+    """What follows the reasoning."""
+    reasoning: str | None = None
+    """None if there is none, not even an empty block."""
+    written: str | None = None
+    """Reasoning, tags and content as one text, if the message has them as one."""
+    has_calls: bool = False
+
+    @classmethod
+    def of(cls, message: dict, tags: Tags, *, opened: bool = False) -> "AnswerText":
+        """opened: the prompt has begun the reasoning, so a message without any tag is reasoning."""
+        texts, reasoning = texts_and_reasoning(message)
+        has_calls = bool(message.get("tool_calls"))
+        if reasoning is not None or isinstance(message.get("content"), list):
+            return cls(texts, reasoning, has_calls=has_calls)
+        [text] = texts
+        head, closing, rest = text.partition(tags.closing)
+        begins = head.lstrip().startswith(tags.opening)
+        if begins or opened or (closing and tags.opening not in head):
+            return cls([rest], head.lstrip().removeprefix(tags.opening), text, has_calls)
+        return cls(texts, has_calls=has_calls)
+
+    def joined(self, tags: Tags) -> "AnswerText":
+        """The same with reasoning and content as one text. Servers that strip white space leave
+        none between them; then it is as most models write it."""
+        rest, reasoning = "".join(self.content), self.reasoning or ""
+        if self.ends_in_reasoning(tags):
+            return replace(self, written=reasoning)
+        before = "" if reasoning[-1:].isspace() else "\n"
+        after = "" if rest[:1].isspace() else "\n\n"
+        return replace(self, written=f"{reasoning}{before}{tags.closing}{after}{rest}")
+
+    def without_reasoning(self) -> "AnswerText":
+        return AnswerText(self.content, has_calls=self.has_calls)
+
+    def pieces(self) -> list[str]:
+        """All texts in it that are more than white space, in order."""
+        return [text for text in (self.reasoning or "", *self.content) if text.strip()]
+
+    def ends_in_reasoning(self, tags: Tags) -> bool:
+        """Whether nothing shows that the reasoning came to its end."""
+        if self.reasoning is None or self.has_calls or "".join(self.content).strip():
+            return False
+        return self.written is None or tags.closing not in self.written

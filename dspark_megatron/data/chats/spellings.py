@@ -2,19 +2,18 @@
 
 Templates disagree on what they read: the text of a message or its parts, the key of reasoning, the
 role `developer`, a call's arguments as an object or as JSON text, tools with or without a wrapping.
-Which one a template wants shows in what it renders: the first spelling that is rendered whole.
+Which spelling a template wants shows in what it renders: it is the first that is rendered whole.
 """
 
 import json
 import math
 from collections.abc import Callable, Iterator
-from functools import reduce
+from functools import partial, reduce
 from itertools import product
 from typing import TypeVar
 
-from dspark_megatron.data.chats.messages import Chat
-from dspark_megatron.data.chats.normalize import REASONING_KEYS
-from dspark_megatron.data.chats.rendered import NotRendered
+from dspark_megatron.data.chats.completeness import NotRendered
+from dspark_megatron.data.chats.messages import REASONING_KEYS, Chat
 from dspark_megatron.errors import ConfigError
 
 Step = Callable[[Chat], Chat]
@@ -22,23 +21,19 @@ Result = TypeVar("Result")
 
 
 def in_first_spelling(chat: Chat, use: Callable[[Chat], Result]) -> Result:
-    """What `use` makes of the first spelling that it does not refuse with a ConfigError. Of errors
-    only, that of the spelling of which most was rendered."""
+    """What `use` makes of the first spelling that it does not refuse with a ConfigError. If it
+    refuses all, the error of the spelling of which most was rendered is raised."""
     errors = []
     for spelled in spellings(chat):
         try:
             return use(spelled)
         except ConfigError as error:
             errors.append(error)
-    raise max(errors, key=_rendered)
-
-
-def _rendered(error: ConfigError) -> float:
-    return error.found if isinstance(error, NotRendered) else math.inf
+    raise max(errors, key=lambda e: e.found if isinstance(e, NotRendered) else math.inf)
 
 
 def spellings(chat: Chat) -> Iterator[Chat]:
-    """The chat as normalize.py has it, then all combinations of what else templates may read."""
+    """The chat as messages.py has it, then all combinations of what else templates may read."""
     seen: list[Chat] = []
     for steps in product(ROLES, TOOLS, ARGUMENTS, REASONING, CONTENT):
         spelled = reduce(lambda chat, step: step(chat), steps, chat)
@@ -52,10 +47,12 @@ def _as_it_is(chat: Chat) -> Chat:
 
 
 def _each(change: Callable[[dict], dict]) -> Step:
+    """Changes every message."""
     return lambda chat: chat._replace(messages=[change(message) for message in chat.messages])
 
 
-def _developer_as_system(message: dict) -> dict:
+def developer_as_system(message: dict) -> dict:
+    """`developer` under its older name."""
     return {**message, "role": "system"} if message["role"] == "developer" else message
 
 
@@ -66,13 +63,8 @@ def _content_as_parts(message: dict) -> dict:
     return {**message, "content": [{"type": "text", "text": content}]}
 
 
-def _reasoning_as(key: str) -> Callable[[dict], dict]:
-    def change(message: dict) -> dict:
-        if REASONING_KEYS[0] not in message:
-            return message
-        return {key if k == REASONING_KEYS[0] else k: v for k, v in message.items()}
-
-    return change
+def _reasoning_as(key: str, message: dict) -> dict:
+    return {key if k == REASONING_KEYS[0] else k: v for k, v in message.items()}
 
 
 def _reasoning_as_part(message: dict) -> dict:
@@ -107,11 +99,11 @@ def _tools_wrapped(chat: Chat) -> Chat:
     return chat._replace(template_options={**chat.template_options, "tools": tools})
 
 
-ROLES = (_as_it_is, _each(_developer_as_system))
+ROLES = (_as_it_is, _each(developer_as_system))
 CONTENT = (_as_it_is, _each(_content_as_parts))
 REASONING = (
     _as_it_is,
-    *(_each(_reasoning_as(key)) for key in REASONING_KEYS[1:]),
+    *(_each(partial(_reasoning_as, key)) for key in REASONING_KEYS[1:]),
     _each(_reasoning_as_part),
 )
 ARGUMENTS = (_as_it_is, _each(_arguments_as_text))

@@ -1,27 +1,37 @@
-"""Chats through the tokenizer's template: their text, their tokens, and which the model wrote.
+"""A chat through the tokenizer's chat template: its text, its tokens, and which the target wrote.
 
-Two ways to know the assistant's tokens. A template with `{% generation %}` says so itself (unless
-the tokenizer trims spaces). Any other is rendered turn by turn, and answers.py tells what the
-target saw and wrote. Where such a template renders earlier turns differently when more follows
-(some drop old reasoning), a chat becomes several samples, each as the target saw it.
+There are two ways to find the assistant's tokens. A template with `{% generation %}` marks them
+itself. Any other is rendered turn by turn, and `answers.py` finds what the target saw and wrote.
+Some of these render earlier turns differently once more follows, for example without their
+reasoning. Such a chat becomes several samples, each as the target saw it.
 """
 
 import re
+from datetime import date
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from dspark_megatron.data.chats.answer_ends import AnswerEnds
-from dspark_megatron.data.chats.answers import AnswerRules, Rendering, written_answer
-from dspark_megatron.data.chats.marked_answers import not_written
+from dspark_megatron.data.chats.answers import AnswerRules, Rendering, not_written, written_answer
+from dspark_megatron.data.chats.completeness import LeftOut, NotRendered, check_complete
+from dspark_megatron.data.chats.loss_mask import (
+    AnswerEnds,
+    ReasoningMask,
+    Span,
+    check_offsets,
+    spans_of,
+    tokenize,
+    tokens_inside,
+    without,
+)
 from dspark_megatron.data.chats.messages import Chat
-from dspark_megatron.data.chats.reasoning import ReasoningMask
-from dspark_megatron.data.chats.rendered import LeftOut, NotRendered, check_rendered
-from dspark_megatron.data.chats.template_date import on_day
-from dspark_megatron.data.chats.tokens import Span, check_offsets, spans_of, tokenize, tokens_inside
+from dspark_megatron.data.chats.spellings import developer_as_system
 from dspark_megatron.errors import ConfigError
 
 GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+CLOCK = "strftime_now"
+"""The function by which templates read the clock, in serving engines and Transformers."""
+_DIRECTIVES = "aAbBcdHIjmMpSUwWxXyYZGuVDFeT"
 
 
 class Rendered(NamedTuple):
@@ -29,7 +39,7 @@ class Rendered(NamedTuple):
 
     text: str
     answers: list[Span]
-    """Where the assistant wrote it."""
+    """The parts that the assistant wrote."""
     end: int
     """Where it stopped writing."""
 
@@ -37,9 +47,8 @@ class Rendered(NamedTuple):
 class ChatTemplate:
     """A tokenizer's chat template, inspected once.
 
-    `reasoning`: takes reasoning out of what is to be learnt; null: it stays. `rules`: where answers
-    begin and end.
-    Raises ConfigError for a tokenizer without a template or without character offsets.
+    `reasoning` takes reasoning out of what is learnt; None leaves it in. `rules` say where answers
+    begin and end. Raises ConfigError for a tokenizer without a template or character offsets.
     """
 
     def __init__(
@@ -63,53 +72,11 @@ class ChatTemplate:
         self._marks_generation = marked and not _trims_spaces(tokenizer)
         self._ends = AnswerEnds(tokenizer, self._rules.stop_ids)
 
-    def render(
-        self,
-        messages: list[dict],
-        options: dict[str, Any] | None = None,
-        *,
-        add_generation_prompt: bool = False,
-    ) -> str:
-        """The chat as text; `options` go to the template. ConfigError when it refuses the chat,
-        LeftOut when the text lacks something that the chat says."""
-        text = self._render(messages, options, add_generation_prompt)
-        last = len(messages) - 1
-        answers = range(0) if add_generation_prompt else range(last, last + 1)
-        check_rendered(text, messages, options or {}, answers=answers)
-        return text
-
     def render_prompt(self, chat: Chat) -> str:
-        """The chat as text, up to where the assistant begins to write."""
-        return self.render(chat.messages, chat.template_options, add_generation_prompt=True)
-
-    def _render(
-        self,
-        messages: list[dict],
-        options: dict[str, Any] | None,
-        add_generation_prompt: bool = False,
-    ) -> str:
-        """Without a look at what it lacks."""
-        options = {**(options or {}), "add_generation_prompt": add_generation_prompt}
-        return self._apply(messages, options, tokenize=False)
-
-    def _with_known_roles(self, messages: list[dict]) -> list[dict]:
-        """`developer` as `system`, its older name, where the template does not speak of it."""
-        if self._knows_developer:
-            return messages
-        return [
-            {**message, "role": "system"} if message["role"] == "developer" else message
-            for message in messages
-        ]
-
-    def _whole(self, chat: Chat) -> str | None:
-        """The text of the whole chat, if it has every answer as it was written."""
-        try:
-            text = self._render(chat.messages, chat.template_options)
-            check_rendered(
-                text, chat.messages, chat.template_options, answers=range(len(chat.messages))
-            )
-        except LeftOut:
-            return None
+        """The chat as text, up to where the assistant begins to write. Raises ConfigError when the
+        template refuses the chat, LeftOut when the text lacks something that the chat says."""
+        text = self._text(chat, add_generation_prompt=True)
+        check_complete(text, chat.messages, chat.template_options, answers=range(0))
         return text
 
     def tokenize(self, text: str) -> tuple[list[int], list[Span]]:
@@ -117,15 +84,42 @@ class ChatTemplate:
         return tokenize(self._tokenizer, text)
 
     def encode(self, chat: Chat) -> list[tuple[list[int], list[bool]]]:
-        """Ids of the rendered chat and whether the assistant wrote them, to be learnt: [s] and [s];
-        several where the template rewrites earlier turns, each up to another assistant turn.
+        """Ids of the rendered chat, and whether each is learnt because the assistant wrote it: [s]
+        and [s]. There are several if the template rewrites earlier turns, each up to another
+        assistant turn.
 
-        The end-of-turn token counts as written, but not that of a last answer that was cut short;
-        what the template puts after it does not.
+        The token that ends a turn counts as written, unless it ends a last answer that was cut
+        short. What the template puts after that token does not count.
         """
         if self._marks_generation and not chat.given and (text := self._whole(chat)) is not None:
             return [self._encode_marked(chat, text)]
         return [self._encode_part(part) for part in self._assistant_parts(chat)]
+
+    def _whole(self, chat: Chat) -> str | None:
+        """The text of the whole chat, if it has every answer as it was written."""
+        try:
+            text = self._text(chat)
+            every = range(len(chat.messages))
+            check_complete(text, chat.messages, chat.template_options, answers=every)
+        except LeftOut:
+            return None
+        return text
+
+    def _encode_marked(self, chat: Chat, text: str) -> tuple[list[int], list[bool]]:
+        encoded = self._apply(
+            chat,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"return_offsets_mapping": True},
+        )
+        token_ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        marks = [bool(mark) for mark in encoded["assistant_masks"]]
+        marked, tags = spans_of(offsets, marks), self._rules.tags
+        hidden = not_written(text, marked, chat.messages, tags, cut_short=chat.cut_short)
+        mask = self._ends.trim(token_ids, marks)
+        mask = without(mask, tokens_inside(offsets, hidden, len(text)))
+        return token_ids, self._without_reasoning(text, offsets, mask)
 
     def _encode_part(self, part: Rendered) -> tuple[list[int], list[bool]]:
         token_ids, offsets = self.tokenize(part.text)
@@ -135,63 +129,54 @@ class ChatTemplate:
         mask += [False] * (len(token_ids) - length)
         return token_ids, self._without_reasoning(part.text, offsets, mask)
 
-    def _encode_marked(self, chat: Chat, text: str) -> tuple[list[int], list[bool]]:
-        encoded = self._apply(
-            chat.messages,
-            chat.template_options,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            tokenizer_kwargs={"return_offsets_mapping": True},
-        )
-        token_ids, marks = encoded["input_ids"], [bool(m) for m in encoded["assistant_masks"]]
-        offsets = encoded["offset_mapping"]
-        marked, tags = spans_of(offsets, marks), self._rules.tags
-        hidden = not_written(text, marked, chat.messages, tags, cut_short=chat.cut_short)
-        inside = tokens_inside(offsets, hidden, len(text))
-        mask = self._ends.trim(token_ids, marks)
-        mask = [written and not out for written, out in zip(mask, inside, strict=True)]
-        return token_ids, self._without_reasoning(text, offsets, mask)
-
     def _without_reasoning(self, text: str, offsets: list[Span], mask: list[bool]) -> list[bool]:
         return mask if self._reasoning is None else self._reasoning.hide(text, offsets, mask)
 
     def _assistant_parts(self, chat: Chat) -> list[Rendered]:
-        """The chat up to its last assistant turn to be learnt, in one part while each turn adds
-        to the text of the one before."""
-        messages, options = chat.messages, chat.template_options
+        """The chat up to its last assistant turn to be learnt. It is one part as long as each turn
+        continues the text of the one before."""
         parts: list[Rendered] = []
-        for turn in range(chat.given, len(messages)):
-            if messages[turn]["role"] != "assistant":
+        for turn in range(chat.given, len(chat.messages)):
+            message = chat.messages[turn]
+            if message["role"] != "assistant":
                 continue
-            prompt = self.render(messages[:turn], options, add_generation_prompt=True)
-            after = base = self._render(messages[: turn + 1], options)
-            if not after.startswith(prompt):
-                base = self._render(messages[:turn], options)
-            is_cut = chat.cut_short and turn == len(messages) - 1
-            answer = written_answer(
-                Rendering(base, prompt, after), messages[turn], self._rules.tags, cut_short=is_cut
-            )
-            text = "".join(answer)
-            check_rendered(text, messages[: turn + 1], options, answers=range(turn, turn + 1))
+            before = chat._replace(messages=chat.messages[:turn])
+            upto = chat._replace(messages=chat.messages[: turn + 1])
+            prompt = self.render_prompt(before)
+            after = self._text(upto)
+            base = after if after.startswith(prompt) else self._text(before)
+            is_cut = chat.cut_short and turn == len(chat.messages) - 1
+            rendering = Rendering(base, prompt, after)
+            answer = written_answer(rendering, message, self._rules.tags, cut_short=is_cut)
+            text, this = "".join(answer), range(turn, turn + 1)
+            check_complete(text, upto.messages, chat.template_options, answers=this)
             earlier = []
             if parts and answer.seen.startswith(parts[-1].text):
                 earlier = parts.pop().answers
             end = len(answer.seen) + len(answer.wrote)
-            answers = [*earlier, (len(answer.seen), end)]
-            parts.append(Rendered(text, answers, end))
+            parts.append(Rendered(text, [*earlier, (len(answer.seen), end)], end))
         return parts
 
-    def _apply(self, messages: list[dict], options: dict[str, Any], **how: Any) -> Any:
-        """What `apply_chat_template` makes of a chat; ConfigError when the template refuses it."""
-        options = {**options, **how}
+    def _text(self, chat: Chat, *, add_generation_prompt: bool = False) -> str:
+        """What the template makes of a chat, complete or not."""
+        return self._apply(chat, tokenize=False, add_generation_prompt=add_generation_prompt)
+
+    def _apply(self, chat: Chat, **how: Any) -> Any:
+        """What `apply_chat_template` makes of a chat. ConfigError when the template refuses it."""
+        options = {**chat.template_options, **how}
         if self._rules.template_date is not None:
             template = self._tokenizer.get_chat_template(tools=options.get("tools"))
             options["chat_template"] = on_day(template, self._rules.template_date)
+        messages = chat.messages
+        if not self._knows_developer:
+            messages = list(map(developer_as_system, messages))
         try:
-            return self._tokenizer.apply_chat_template(self._with_known_roles(messages), **options)
+            return self._tokenizer.apply_chat_template(messages, **options)
         except Exception as error:  # a template is foreign code and may raise anything
-            raise _template_error(error) from error
+            raise NotRendered(
+                f"the chat template refuses this chat: {type(error).__name__}: {error}; "
+                "change the messages or the template"
+            ) from error
 
 
 def _trims_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -202,8 +187,19 @@ def _trims_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
     return sum(end - start for start, end in encoded["offset_mapping"]) < 3
 
 
-def _template_error(error: Exception) -> NotRendered:
-    return NotRendered(
-        f"the chat template refuses this chat: {type(error).__name__}: {error}; "
-        "change the messages or the template"
-    )
+def reads_clock(template: str | dict[str, str] | None) -> bool:
+    return CLOCK in str(template)
+
+
+def on_day(template: str, day: str) -> str:
+    """The template with a clock that stands at the beginning of a day (YYYY-MM-DD), so that its
+    text is the same on every day and every rank."""
+    if not reads_clock(template):
+        return template
+    moment, text = date.fromisoformat(day), "format"
+    for letter in _DIRECTIVES:
+        for directive in (f"%-{letter}", f"%{letter}"):
+            text += f".replace({directive!r}, {moment.strftime(directive)!r})"
+    # The line ends here: a template may depend on what its first line begins with, and Jinja takes
+    # the line break after a block away.
+    return f"{{% macro {CLOCK}(format) %}}{{{{ {text} }}}}{{% endmacro %}}\n{template}"

@@ -1,4 +1,4 @@
-"""Lines that cannot be used: all of them by reason, and whether a run may go on without them."""
+"""Lines that cannot be used, by reason, and whether a run may continue without them."""
 
 import math
 import re
@@ -11,21 +11,21 @@ from dspark_megatron.data.files.jsonl import errors_at
 from dspark_megatron.errors import ConfigError
 
 VALUES = r"""(?<!\w)'[^']*'|(?<=: )"[^"]*"|\([^)]*\)|\d+"""
-"""What errors of one kind differ in: quoted texts, what stands in brackets, numbers."""
+"""The parts in which errors of one kind differ: quoted texts, brackets and numbers."""
 MOST_WITHOUT_SKIPPING = 1000
-"""Bad lines after which a file need not be read to its end, if none may be left out."""
+"""After so many bad lines a file is not read to its end, if none may be left out."""
 SHOWN_PLACES = 3
-"""Of lines with the same reason, beside the first."""
+"""How many lines of one reason are named besides the first."""
 SHOWN_REASONS = 20
 
 
 @dataclass
 class Reason:
     example: str
-    """The first line's error, with its place."""
+    """The error of the first line, with its place."""
     count: int = 1
     places: list[str] = field(default_factory=list)
-    """Some of the others."""
+    """Some of the other lines."""
 
     def describe(self) -> str:
         also = ", ".join(self.places)
@@ -35,7 +35,7 @@ class Reason:
 
 
 class BadLines:
-    """What was wrong with lines; errors that differ in values alone are of one kind."""
+    """What was wrong with lines. Errors that differ only in values have one reason."""
 
     def __init__(self) -> None:
         self._reasons: dict[str, Reason] = {}
@@ -45,7 +45,7 @@ class BadLines:
 
     @contextmanager
     def at(self, path: str | Path, number: int) -> Iterator[None]:
-        """Keeps a ConfigError raised inside, with its place."""
+        """Keeps a ConfigError that is raised inside, with its place."""
         try:
             with errors_at(path, number):
                 yield
@@ -63,7 +63,7 @@ class BadLines:
             reason.places.append(place)
 
     def describe(self) -> str:
-        """A line for each reason, most frequent first."""
+        """A line for each reason, the most frequent first."""
         ordered = sorted(self._reasons.values(), key=lambda reason: -reason.count)
         lines = [reason.describe() for reason in ordered[:SHOWN_REASONS]]
         if rest := ordered[SHOWN_REASONS:]:
@@ -72,13 +72,13 @@ class BadLines:
         return "\n".join(lines)
 
     def check_early(self, lines: int, allowed: float) -> None:
-        """`check`, once there are so many that the rest of the data does not matter."""
+        """`check`, but only once there are so many that the rest of the data does not matter."""
         if allowed == 0 and len(self) >= MOST_WITHOUT_SKIPPING:
             self.check(lines, allowed)
 
     def check(self, lines: int, allowed: float | None) -> None:
-        """ConfigError, with every reason, if more than this share of so many lines is bad; null:
-        none may be, and there is no setting for it."""
+        """ConfigError, with every reason, if more than the allowed share of the lines is bad. None:
+        no line may be bad, and there is no setting that would allow it."""
         if len(self) <= (allowed or 0) * lines:
             return
         way_out = "mend or remove them"

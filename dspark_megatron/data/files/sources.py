@@ -1,4 +1,4 @@
-"""Which files an entry of data.train_files stands for."""
+"""The files that an entry of data.train_files stands for."""
 
 import glob
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import NamedTuple
 from dspark_megatron.errors import ConfigError, require
 
 NAMES = ("*.jsonl", "*.jsonl.gz", "*.jsonl.bz2", "*.jsonl.xz", "*.idx")
-"""Files that a folder stands for."""
+"""The files of a folder that are read."""
 FOREIGN_NAMES = (
     "*.parquet",
     "*.arrow",
@@ -19,19 +19,19 @@ FOREIGN_NAMES = (
     "*.json.*",
 )
 NO_DATA = ("dataset_info.json", "dataset_infos.json", "state.json")
-"""What Hugging Face's datasets say of themselves."""
+"""Files in which Hugging Face's datasets describe themselves."""
 
 
 class DataFile(NamedTuple):
     path: Path
-    """A JSONL file, or the prefix of a Megatron indexed dataset: its names without `.bin` and
-    `.idx`."""
+    """A JSONL file, or the prefix of a Megatron indexed dataset: the names of its two files without
+    `.bin` and `.idx`."""
     indexed: bool
 
 
 def find_files(entry: str | Path) -> list[DataFile]:
-    """The files of an entry, by name: a JSONL file, the prefix of an indexed dataset, a folder
-    (its files of NAMES) or a glob of these. ConfigError when there is none."""
+    """The files of an entry, sorted by name. It may be a JSONL file, the prefix of an indexed
+    dataset, a folder (its files of NAMES) or a glob of these. ConfigError if there is none."""
     path = Path(entry)
     if path.is_dir():
         return _files_of_folder(path)
@@ -48,7 +48,7 @@ def find_files(entry: str | Path) -> list[DataFile]:
 
 
 def _files_of_folder(path: Path) -> list[DataFile]:
-    """ConfigError, too, for a folder of which data would be passed over."""
+    """Raises ConfigError also for a folder with data that would be passed over."""
     found = {file.name for name in FOREIGN_NAMES for file in path.glob(name)}
     foreign = sorted(found.difference(NO_DATA))
     require(
@@ -72,7 +72,7 @@ def _data_file(path: Path) -> DataFile:
 
 
 def check_apart(trained: list[str], held_out: list[str]) -> None:
-    """ConfigError if a file is both trained on and held out."""
+    """ConfigError if a file would be both trained on and held out."""
     files = {file.path.resolve() for entry in trained for file in find_files(entry)}
     both = [
         str(file.path)

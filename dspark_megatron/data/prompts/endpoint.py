@@ -11,22 +11,28 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from http.client import HTTPException
+from pathlib import Path
 from typing import Any
 
 from dspark_megatron.data.chats.messages import template_options
 from dspark_megatron.data.prompts.response_file import Answer
 from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.ops.seeds import derived_seed
+
+PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
+SENT_IF_GIVEN = ("top_p", "top_k", "min_p", *PENALTIES)
+"""Sampling parameters of a request, each under its own name."""
 
 WHOLE = ("stop", "length", "tool_calls")
-"""Reasons to finish that leave an answer to learn from."""
+"""Finish reasons of answers that can be learnt from."""
 LONGEST_DELAY = 60.0
-"""Seconds between two tries, at most, whatever the server asks for."""
+"""The most seconds between two tries, whatever the server asks for."""
 HOPELESS = ("HTTP 401", "HTTP 403", "HTTP 404")
-"""What no prompt will fare better with: a wrong key, path or model."""
+"""Failures that every prompt will have: a wrong key, path or model."""
 
 
 class NoAnswer(Exception):
-    """A prompt got no answer. `reason` is one of few, to be counted by; the text tells more."""
+    """A prompt got no answer. Failures are counted by `reason`; the text tells more."""
 
     def __init__(self, reason: str, detail: str, *, passing: bool = False) -> None:
         """passing: another try may succeed."""
@@ -47,7 +53,7 @@ class ChatEndpoint:
     retries: int = 5
     """Further tries after a 429, a 5xx, a timeout or a broken connection."""
     retry_delay: float = 1.0
-    """Seconds before the first of them; doubled for each further one."""
+    """Seconds before the first further try. They double for each one after it."""
 
     def check(self) -> None:
         """ConfigError unless the endpoint is there, takes the key and, if it lists its models, has
@@ -66,8 +72,8 @@ class ChatEndpoint:
         )
 
     def answer(self, body: dict[str, Any], stop: threading.Event) -> Answer:
-        """The answer to a request of `messages` and sampling parameters; NoAnswer after the last
-        try, or once `stop` is set."""
+        """The answer to a request of `messages` and sampling parameters. Raises NoAnswer after the
+        last try, or once `stop` is set."""
         for tries in range(self.retries + 1):
             try:
                 return self._answer({"model": self.model, **body})
@@ -143,25 +149,33 @@ def _answer_of(response: dict[str, Any]) -> Answer:
 
 
 def ask_all(
-    endpoint: ChatEndpoint, bodies: Iterable[tuple[int, dict[str, Any]]], concurrency: int
-) -> Iterator[tuple[int, Answer | NoAnswer]]:
-    """Answers by number as they come, `concurrency` requests at a time. Ends early when no prompt
-    can fare better, or none of the last (twice as many as run at a time, at least 8) got through
-    all its tries."""
+    endpoint: ChatEndpoint,
+    records: list[dict],
+    missing: Iterable[int],
+    seed: int,
+    sampling: dict[str, Any],
+    concurrency: int,
+) -> Iterator[dict[int, Answer | NoAnswer]]:
+    """The results for the missing records as they come, `concurrency` requests at a time.
+
+    Ends early when no prompt can fare better, or when none of the last ones (twice as many as run
+    at a time, at least 8) got through all its tries.
+    """
     stop = threading.Event()
     limit, failed = max(8, 2 * concurrency), 0
     running: dict[Future, int] = {}
     pool = ThreadPoolExecutor(concurrency, thread_name_prefix="endpoint")
-    source = iter(bodies)
+    source = iter(missing)
     try:
         while True:
-            while len(running) < concurrency and (item := next(source, None)):
-                running[pool.submit(endpoint.answer, item[1], stop)] = item[0]
+            while len(running) < concurrency and (index := next(source, None)) is not None:
+                body = _body(records[index], derived_seed("answer", seed, index), sampling)
+                running[pool.submit(endpoint.answer, body, stop)] = index
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 result = _result(future)
-                yield running.pop(future), result
+                yield {running.pop(future): result}
                 is_failure = isinstance(result, NoAnswer)
                 failed = failed + 1 if is_failure and result.passing else 0
                 if failed >= limit or (is_failure and result.reason in HOPELESS):
@@ -179,8 +193,8 @@ def _result(future: Future) -> Answer | NoAnswer:
         return error
 
 
-def request_body(record: dict, seed: int, sampling: dict[str, Any]) -> dict[str, Any]:
-    """The request for a line with `messages`; with 31 bits of the seed: any server takes them."""
+def _body(record: dict, seed: int, sampling: dict[str, Any]) -> dict[str, Any]:
+    """The request for a line with `messages`. Any server takes 31 bits of the seed."""
     options = template_options(record)
     tools = options.pop("tools", None)
     template = {"tools": tools, "chat_template_kwargs": options}
@@ -192,8 +206,9 @@ def request_body(record: dict, seed: int, sampling: dict[str, Any]) -> dict[str,
     }
 
 
-def describe_failures(failures: list[NoAnswer | None]) -> str:
-    """How many prompts have no answer, by reason with an example of each; None: not asked."""
+def describe_failures(failures: list[NoAnswer | None], output: Path) -> str:
+    """How many prompts have no answer, by reason with an example of each, and what to do. None: a
+    prompt was not asked."""
     known = [failure for failure in failures if failure is not None]
     reasons = Counter(failure.reason for failure in known)
     examples = {failure.reason: failure for failure in known}
@@ -201,4 +216,11 @@ def describe_failures(failures: list[NoAnswer | None]) -> str:
     lines += [f"  {count} times {examples[reason]}" for reason, count in reasons.most_common()]
     if len(known) < len(failures):
         lines.append(f"  {len(failures) - len(known)} were not asked, since all seemed to fail")
+    if output.exists():
+        lines.append(f"{output} was written without them")
+    else:
+        lines.append(
+            f"the answers are kept in {output}.partial: the same command asks for the others "
+            "again, and with --leave-out-failed writes the output without them"
+        )
     return "\n".join(lines)

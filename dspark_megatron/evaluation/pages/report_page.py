@@ -15,8 +15,10 @@ from dspark_megatron.evaluation.pages.page_parts import (
 from dspark_megatron.evaluation.pages.plots import reliability_diagram, slot_plot, threshold_plot
 from dspark_megatron.evaluation.serving.serving_plot import serving_plot
 
-FACTS = ("target", "checkpoint", "iteration", "block_size", "temperature", "max_new_tokens")
-FACTS += ("seed", "batch_size", "scheduler")
+FACTS = (
+    *("target", "checkpoint", "iteration", "block_size", "temperature", "max_new_tokens"),
+    *("seed", "batch_size", "scheduler"),
+)
 FILE_COLUMNS = {
     "prompts": "prompts",
     "rounds": "rounds",

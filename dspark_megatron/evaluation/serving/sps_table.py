@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dspark_megatron.errors import ConfigError, require
-from dspark_megatron.storage.output_files import write_json
+from dspark_megatron.storage.writing import write_json
 
 
 @dataclass(frozen=True)

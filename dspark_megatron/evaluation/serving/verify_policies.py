@@ -65,7 +65,8 @@ class LaggedBudget:
 
     def __init__(self, sps_of: Callable[[int], Tensor], lag: int) -> None:
         """sps_of: steps per second of a step of so many requests, [R*k + 1]."""
-        self.sps_of, self.earlier = sps_of, deque(maxlen=lag)
+        self.sps_of = sps_of
+        self.earlier: deque[Tensor] = deque(maxlen=lag)
 
     def __call__(self, confidence: Tensor) -> Tensor:
         full = len(self.earlier) == self.earlier.maxlen

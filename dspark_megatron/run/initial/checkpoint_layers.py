@@ -64,9 +64,10 @@ class CheckpointLayers:
         layer, rest = _split(name)
         if runs := self._runs(rest):
             assert dim == 0, "heads are rows"
-            return self._query_key_value(self._place(layer, _fused(rest)), runs, index, count)
-        place = self._place(layer, *_STORED[rest])
-        offsets, sizes = [0] * len(place.shape), list(self.shape(name))
+            return self._query_key_value(self._found(layer, _fused(rest)), runs, index, count)
+        place, shape = self._found(layer, *_STORED[rest]), self.shape(name)
+        assert shape is not None
+        offsets, sizes = [0] * len(place.shape), list(shape)
         if rest == "mlp.up_proj.weight":
             offsets[0] = place.shape[0] - sizes[0]
         sizes[dim] //= count
@@ -89,6 +90,11 @@ class CheckpointLayers:
         block = self._read(place, [index * rows, *[0] * len(tail)], [rows, *tail])
         heads = block.view(groups, width, -1, *tail)
         return heads[:, runs.start : runs.stop].reshape(-1, *tail)
+
+    def _found(self, layer: int, *names: str) -> _Place:
+        place = self._place(layer, *names)
+        assert place is not None, f"{names} of layer {layer} was not asked for by its shape"
+        return place
 
     def _place(self, layer: int, *names: str) -> _Place | None:
         for name in names:

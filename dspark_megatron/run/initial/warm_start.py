@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -112,6 +113,7 @@ def check_warm_start(plan: RunPlan) -> None:
 
 def _has_targets_heads(plan: RunPlan) -> bool:
     names = ("num_attention_heads", "num_key_value_heads", "head_dim")
-    model = replace(plan.config.model, **dict.fromkeys(names))
+    own_heads: dict[str, Any] = dict.fromkeys(names)
+    model = replace(plan.config.model, **own_heads)
     own = draft_shape(model, plan.target_config)
     return all(getattr(plan.shape, name) == getattr(own, name) for name in names)

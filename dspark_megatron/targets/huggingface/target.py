@@ -5,15 +5,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AutoModel, DynamicCache, PreTrainedModel
 
 from dspark_megatron.config import TargetConfig
-from dspark_megatron.errors import ConfigError
+from dspark_megatron.data.batch import Batch
+from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.ops.transfer import to_device
 from dspark_megatron.targets.base import Target, TargetStates
 from dspark_megatron.targets.huggingface.kv_cache import SequenceCache
-from dspark_megatron.targets.huggingface.loading import load_base_model
 from dspark_megatron.targets.huggingface.packing import PackedSequences, SequencePacker, unpacked
 from dspark_megatron.targets.huggingface.split import TargetSplit
 from dspark_megatron.targets.passes import Sequences, joined, run_in_step, states_in_passes
@@ -34,7 +35,7 @@ class HuggingFaceTarget(Target):
     ) -> None:
         """dp_group: the data-parallel ranks, of which some may share the target's weights.
         with_last_hidden: false keeps no decoder layer above the last tap, and states then lack the
-        last hidden state; for objectives without a teacher."""
+        last hidden state; for objectives that do not compare with the target."""
         self.model = load_base_model(config, split)
         self.model.to(device).eval().requires_grad_(False)
         self.lockstep = split.lockstep
@@ -48,34 +49,31 @@ class HuggingFaceTarget(Target):
         self.layers = _decoder_layers(self.model)
         self._with_last_hidden = with_last_hidden
         if not with_last_hidden:
-            # Families run the layers that the list has; their own config keeps its depth.
+            # Every family runs the layers that the list has, whatever its config says.
             del self.layers[max(target_layer_ids) + 1 :]
         for layer_id in target_layer_ids:
             self.layers[layer_id].register_forward_hook(self._keeper(layer_id))
 
-    def states(
-        self, input_ids: Tensor, *, lengths: list[int] | None = None, **_: Any
-    ) -> TargetStates:
-        if self.packer is not None and lengths is not None and len(lengths) > 1:
-            return self.packed_states(input_ids, lengths, self.packer.groups(lengths))
+    def states(self, batch: Batch) -> TargetStates:
+        if self.packer is not None and batch.lengths is not None and len(batch.lengths) > 1:
+            return self.packed_states(batch, self.packer.groups(batch.lengths))
         if self._max_tokens is None:
-            states = self._run(input_ids, use_cache=False)
+            states = self._run(batch.input_ids, use_cache=False)
         else:
             states = states_in_passes(
-                to_device(input_ids, self.device),
+                to_device(batch.input_ids, self.device),
                 self._max_tokens,
                 self._run_pieces,
                 lockstep_group=self._lockstep_group,
             )
-        return replace(states, positions=input_ids.numel())
+        return replace(states, positions=batch.input_ids.numel())
 
-    def packed_states(
-        self, input_ids: Tensor, lengths: list[int], groups: list[PackedSequences]
-    ) -> TargetStates:
-        """`states` with the samples in these rows; 0 where input_ids is padding."""
-        rows = [group.take(to_device(input_ids, self.device), lengths) for group in groups]
-        found = run_in_step(rows, self._run_pieces, lockstep_group=self._lockstep_group)
-        return unpacked(found, groups, lengths)
+    def packed_states(self, batch: Batch, groups: list[PackedSequences]) -> TargetStates:
+        """`states` with the samples packed so; 0 where input_ids is padding."""
+        input_ids = to_device(batch.input_ids, self.device)
+        packed = [group.take(input_ids, batch.lengths) for group in groups]
+        found = run_in_step(packed, self._run_pieces, lockstep_group=self._lockstep_group)
+        return unpacked(found, groups, batch.lengths)
 
     @property
     def _lockstep_group(self) -> dist.ProcessGroup | None:
@@ -128,6 +126,37 @@ class HuggingFaceTarget(Target):
             self._tapped[layer_id] = layer_output(output)
 
         return keep
+
+
+def load_base_model(config: TargetConfig, split: TargetSplit) -> PreTrainedModel:
+    """This rank's part of the base model. ConfigError for weights that are missing or cannot be cut
+    so: Transformers only warns of them, and leaves them random."""
+    model, found = AutoModel.from_pretrained(
+        config.path,
+        dtype="auto" if config.dtype == "auto" else getattr(torch, config.dtype),
+        attn_implementation=config.attention,
+        local_files_only=True,
+        trust_remote_code=False,
+        distributed_config=split.distributed_config(),
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    _require_none(config.path, "lacks", found["missing_keys"])
+    misfits = [entry[0] for entry in found["mismatched_keys"]]
+    way_out = "; load it with fewer ways of splitting (parallel.*, target.shard_*)"
+    _require_none(
+        config.path, "has in another shape than this split of the model", misfits, way_out
+    )
+    return model
+
+
+def _require_none(path: str, what: str, names: set[str] | list[str], way_out: str = "") -> None:
+    shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+    require(
+        not names,
+        f"the target's folder {path} {what} {len(names)} of the weights that Transformers "
+        f"{transformers.__version__} expects ({shown}){way_out}",
+    )
 
 
 def layer_output(output: Any) -> Tensor:

@@ -8,7 +8,6 @@ states of its own.
 import math
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +15,8 @@ import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
+from dspark_megatron.data.batch import Batch
+from dspark_megatron.ops.transfer import to_device
 from dspark_megatron.targets.base import StatesSource, TargetStates
 from dspark_megatron.targets.megatron.exchange import Outbox, gather_batches
 from dspark_megatron.targets.megatron.frozen_gpt import FrozenGPT, output_logits, whole_rows
@@ -54,24 +55,25 @@ class PipelineTarget(FrozenGPT, StatesSource):
         last_stage = self.pp_group.rank() == self.pp_group.size() - 1
         self._keeps_output = with_last_hidden and last_stage
         self._widths = self._widths_of_stages()
-        self._expected: deque[Tensor] = deque()
-        self._arrived: deque[tuple[Tensor, list[Tensor]]] = deque()
+        self._expected: deque[Batch] = deque()
+        self._arrived: deque[tuple[Batch, list[Tensor]]] = deque()
 
-    def expect(self, batches: Sequence[Tensor], *, samples: Sequence[Sequence[int]] = ()) -> None:
+    def expect(self, batches: Sequence[Batch]) -> None:
         self._expected.extend(batches)
 
-    def states(self, input_ids: Tensor, **_: Any) -> TargetStates:
+    def states(self, batch: Batch) -> TargetStates:
         """Whenever what has arrived is used up: two all-gathers, a receive and a send for each
         micro-batch of the run and one all-to-all. With sequence parallelism one all-gather in any
         case."""
         if not self._arrived:
-            self._run(self._next_run() or [input_ids])
+            self._run(self._next_run() or [batch])
         expected, parts = self._arrived.popleft()
-        assert expected is input_ids, "states are asked for in another order than announced"
-        b, s = input_ids.shape
-        joint = whole_rows(self.model, torch.cat(parts, dim=-1))  # [>= b, >= s, m*h (+ h)]
-        taps, last_hidden = joint[:b, :s].tensor_split([self._taps_width], dim=-1)
-        positions = joint.shape[0] * joint.shape[1]
+        b, s = batch.input_ids.shape
+        same = expected.input_ids.shape == (b, s), expected.sample_indices == batch.sample_indices
+        assert all(same), "states are asked for in another order than announced"
+        states = whole_rows(self.model, torch.cat(parts, dim=-1))  # [>= b, >= s, m*h (+ h)]
+        taps, last_hidden = states[:b, :s].tensor_split([self._taps_width], dim=-1)
+        positions = states.shape[0] * states.shape[1]
         return TargetStates(taps, last_hidden if last_hidden.shape[-1] else None, positions)
 
     @torch.no_grad()
@@ -81,7 +83,7 @@ class PipelineTarget(FrozenGPT, StatesSource):
         takes, and a broadcast over the pipeline."""
         outputs, (b, s) = [], input_ids.shape
         hook = self.model.register_forward_hook(lambda _model, _inputs, x: outputs.append(x))
-        last_hidden = self.states(input_ids).last_hidden
+        last_hidden = self.states(Batch(input_ids)).last_hidden
         hook.remove()
         last, size = self.pp_group.size() - 1, (b, s, self.model.vocab_size)
         logits = torch.empty(size, dtype=self.dtype, device=self.device)
@@ -91,14 +93,14 @@ class PipelineTarget(FrozenGPT, StatesSource):
         dist.broadcast(logits, dist.get_global_rank(self.pp_group, last), group=self.pp_group)
         return logits, last_hidden
 
-    def _next_run(self) -> list[Tensor]:
+    def _next_run(self) -> list[Batch]:
         count = min(self._per_run or len(self._expected), len(self._expected))
         return [self._expected.popleft() for _ in range(count)]
 
-    def _run(self, own: list[Tensor]) -> None:
+    def _run(self, own: list[Batch]) -> None:
         """All pipeline ranks call it with equally many micro-batches."""
-        batches = gather_batches([ids.to(self.device) for ids in own], pp_group=self.pp_group)
-        batches = self._padded(batches)
+        ids = [to_device(batch.input_ids, self.device) for batch in own]
+        batches = self._padded(gather_batches(ids, pp_group=self.pp_group))
         h, parts = self.model.config.hidden_size, self._sequence_parts
         shapes = [(s // parts, b) for b, s in (ids.shape for ids in batches)]
         outbox = Outbox(shapes, self._widths, self.dtype, self.device, pp_group=self.pp_group)

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor, nn
 
+from dspark_megatron.data.batch import Batch
 from dspark_megatron.errors import require
 from dspark_megatron.ops.transfer import to_device
 from dspark_megatron.targets.base import Target, TargetStates
@@ -73,7 +73,8 @@ class MegatronTarget(FrozenGPT, Target):
     def layers(self) -> nn.ModuleList:
         return self.model.decoder.layers
 
-    def states(self, input_ids: Tensor, **_: Any) -> TargetStates:
+    def states(self, batch: Batch) -> TargetStates:
+        input_ids = batch.input_ids
         if self._max_tokens is None:
             return replace(self._run(input_ids), positions=input_ids.numel())
         b, s = input_ids.shape

@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dspark_megatron.data.conversation import Sample
 from dspark_megatron.errors import require
-from dspark_megatron.targets.stored.kept_states import KeptStates, sample_key
-from dspark_megatron.targets.stored.layout import MAPPED_SHARDS, whole_file
+from dspark_megatron.storage.writing import whole_file, write_files
+from dspark_megatron.targets.stored.layout import MAPPED_SHARDS, KeptStates, sample_key
 
 VERSION = 2
 RECORD = struct.Struct("<QIIQQQQQ")
@@ -47,7 +48,7 @@ class DeepSpecLayout:
     target_layer_ids: tuple[int, ...]
     target_path: str
 
-    def entry(self, sample: Any) -> DeepSpecEntry:
+    def entry(self, sample: Sample) -> DeepSpecEntry:
         length = len(sample.input_ids)
         return DeepSpecEntry(length, self.sample_bytes(length))
 
@@ -61,7 +62,9 @@ class DeepSpecLayout:
     def is_whole(self, path: Path, nbytes: int) -> bool:
         return path.stat().st_size == nbytes
 
-    def sample_tensors(self, sample: Any, taps: Tensor, last_hidden: Tensor) -> dict[str, Tensor]:
+    def sample_tensors(
+        self, sample: Sample, taps: Tensor, last_hidden: Tensor
+    ) -> dict[str, Tensor]:
         return {
             "input_ids": sample.input_ids.int(),
             "attention_mask": torch.ones(len(sample.input_ids), dtype=torch.uint8),
@@ -86,8 +89,7 @@ class DeepSpecLayout:
                     offsets.append(offset)
                     offset += size
                 records.append(RECORD.pack(i, shard, entries[i].length, *offsets))
-        with whole_file(folder / _INDEX) as partial:
-            partial.write_bytes(b"".join(records))
+        write_files(folder, {_INDEX: b"".join(records)})
 
     def manifest(self, facts: dict[str, Any], starts: list[int]) -> dict[str, Any]:
         shards = range(len(starts) - 1)
@@ -128,14 +130,14 @@ class DeepSpecStates:
         self._shard = lru_cache(MAPPED_SHARDS)(self._open)
 
     def keys(self) -> list[bytes]:
-        """Reads the tokens of the whole cache."""
+        """Reads the tokens of all samples."""
         return [sample_key(ids) for ids in self._input_ids()]
 
     def key(self, input_ids: Tensor, loss_mask: Tensor) -> bytes:
         """By the tokens alone: every state of them is there."""
         return sample_key(input_ids)
 
-    def rows(self, place: int) -> KeptStates:
+    def states(self, place: int) -> KeptStates:
         _, shard, length, *_, taps, last_hidden = self._record(place)
         return KeptStates(
             self._array(shard, taps, length, self._width),
@@ -152,10 +154,10 @@ class DeepSpecStates:
     def _record(self, place: int) -> tuple[int, ...]:
         return RECORD.unpack_from(self._index, place * RECORD.size)
 
-    def _array(self, shard: int, start: int, rows: int, width: int) -> Tensor:
-        """[rows, width] of bf16 numbers of a mapped file."""
-        found = self._bytes(shard, start, rows * width * torch.bfloat16.itemsize)
-        return found.view(torch.bfloat16).view(rows, width)
+    def _array(self, shard: int, start: int, length: int, width: int) -> Tensor:
+        """[length, width] of bf16 numbers of a mapped file."""
+        found = self._bytes(shard, start, length * width * torch.bfloat16.itemsize)
+        return found.view(torch.bfloat16).view(length, width)
 
     def _bytes(self, shard: int, start: int, nbytes: int) -> Tensor:
         require(
@@ -192,8 +194,8 @@ def _check(folder: Path, manifest: dict[str, Any]) -> None:
         "copy it again",
     )
     absent = [s["file_name"] for s in manifest["shards"] if not (folder / s["file_name"]).is_file()]
-    require(not absent, f"the cache {folder} lacks the shards {absent[:5]}; copy them again")
-    require((folder / _INDEX).is_file(), f"the cache {folder} lacks {_INDEX}; copy it again")
+    require(not absent, f"the stored states {folder} lack the shards {absent[:5]}; copy them again")
+    require((folder / _INDEX).is_file(), f"the stored states {folder} lack {_INDEX}; copy it")
     size, wanted = (folder / _INDEX).stat().st_size, manifest["num_samples"] * RECORD.size
     require(
         size == wanted,

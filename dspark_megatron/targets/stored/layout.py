@@ -1,38 +1,55 @@
-"""What caches of all layouts share: a manifest that is there once all else is."""
+"""What all layouts of stored states share: a manifest that is there once all else is.
 
+Shapes: s tokens of a sample, c of them seen as context, u whose last hidden state is compared with,
+m target layers, h hidden size.
+"""
+
+import hashlib
 import json
-import os
-import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from safetensors import SafetensorError
 from torch import Tensor
 
+from dspark_megatron.data.conversation import Sample
 from dspark_megatron.errors import ConfigError, require
-from dspark_megatron.targets.stored.kept_states import KeptStates
 
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished_manifest.json"
 """Its name while shards are missing."""
 MAPPED_SHARDS = 1024
 """At one time, by a reader; the system allows a process about 65,000."""
-_PARTIAL = ".partial_"
+
+
+class KeptStates(NamedTuple):
+    """States of one sample, as far as they are kept."""
+
+    taps: Tensor
+    """[c, m*h] of the first c positions."""
+    last_hidden: Tensor | None
+    """[u, h]; None where the loss compares with no target."""
+    positions: Tensor
+    """[u] int64, ascending: where they stand in the sample."""
+
+
+def sample_key(input_ids: Tensor, loss_mask: Tensor | None = None) -> bytes:
+    """16 bytes that name a sample by its content. [s], [s] bool; without a mask, by its tokens."""
+    digest = hashlib.sha256(input_ids.int().numpy())
+    if loss_mask is not None:
+        digest.update(loss_mask.numpy())
+    return digest.digest()[:16]
 
 
 class StatesLayout(Protocol):
     """How states are written: samples side by side in shards."""
 
-    def entry(self, sample: Any) -> Any:
-        """What the index has to know of a sample (`input_ids`, `loss_mask` [s]); its bytes in a
-        shard are `nbytes`."""
+    def entry(self, sample: Sample) -> Any:
+        """What the index has to know of a sample; its bytes in a shard are `nbytes`."""
 
     def shard_name(self, shard: int) -> str: ...
 
     def sample_tensors(
-        self, sample: Any, taps: Tensor, last_hidden: Tensor | None
+        self, sample: Sample, taps: Tensor, last_hidden: Tensor | None
     ) -> dict[str, Tensor]:
         """What is kept of taps [s, m*h] and last_hidden [s, h]: new tensors on the CPU."""
 
@@ -49,7 +66,7 @@ class StatesLayout(Protocol):
 
 
 class StatesReader(Protocol):
-    """A finished cache; its samples by their place in it."""
+    """A finished folder; its samples by their place in it."""
 
     path: Path
     facts: dict[str, Any]
@@ -61,15 +78,15 @@ class StatesReader(Protocol):
     def key(self, input_ids: Tensor, loss_mask: Tensor) -> bytes:
         """What names a sample; input_ids [s], loss_mask [s] bool."""
 
-    def rows(self, place: int) -> KeptStates:
+    def states(self, place: int) -> KeptStates:
         """States of a sample; parts of mapped files."""
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a finished cache; ConfigError for anything else."""
+    """The manifest of a finished folder; ConfigError for anything else."""
     require(
         not (folder / UNFINISHED).is_file(),
-        f"the cache {folder} is not finished; the command that began it continues it",
+        f"the stored states {folder} are not finished; the command that began them continues it",
     )
     return read_json(folder / MANIFEST)
 
@@ -79,43 +96,11 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{path} must be the readable manifest of a cache ({error}); write one with "
+            f"{path} must be the readable manifest of stored states ({error}); write them with "
             "tools/prepare_target_cache.py"
         ) from error
     require(isinstance(content, dict), f"{path} must hold a JSON object")
     return content
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    with whole_file(path) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def is_partial(name: str) -> bool:
-    """Whether a file was left by a job that was killed while it wrote it."""
-    return name.startswith(_PARTIAL)
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A name to write a file under; it then gets its own, on the disk in full."""
-    # A name of its own, since the command may by mistake run twice.
-    partial = path.with_name(f"{_PARTIAL}{secrets.token_hex(4)}_{path.name}")
-    try:
-        yield partial
-        partial.chmod(0o666 & ~_umask())  # safetensors makes files for their owner alone
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise ConfigError(f"cannot write {path}: {error}") from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:

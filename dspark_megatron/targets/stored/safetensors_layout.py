@@ -1,11 +1,11 @@
-"""Our own layout of a cache: what training can read, as rows in safetensors files.
+"""Our own layout: what training can read of the states, in safetensors files.
 
     manifest.json            facts of target, data and rules; written last
-    index.safetensors        keys and row counts of all samples, the first sample of each shard
+    index.safetensors        keys and counts of all samples, the first sample of each shard
     shard_00000.safetensors  taps [c, m*h], last_hidden [u, h] and their positions [u], sample
                              after sample; with fp8 taps their scales [c, m]
 
-Shapes: n samples, k shards; c, u, m, h as in `state_rows`.
+Shapes: n samples, k shards; s, c, u, m, h as in `layout`.
 """
 
 from dataclasses import dataclass
@@ -14,27 +14,53 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from dspark_megatron.data.blocks import BlockRules
+from dspark_megatron.config import LossConfig
+from dspark_megatron.data.blocks import anchor_candidates, supervised_slots
+from dspark_megatron.data.conversation import Sample
 from dspark_megatron.errors import ConfigError, require
-from dspark_megatron.storage.safetensors_folder import open_safetensors
-from dspark_megatron.targets.stored.kept_states import (
-    FLOAT8,
+from dspark_megatron.storage.safetensors_folder import open_safetensors, write_tensors
+from dspark_megatron.targets.stored.layout import (
+    MAPPED_SHARDS,
     KeptStates,
-    context_size,
-    from_float8,
     sample_key,
-    target_positions,
-    to_float8,
 )
-from dspark_megatron.targets.stored.layout import MAPPED_SHARDS, whole_file
 
 FORMAT = "dspark-megatron target cache 1"
+FLOAT8 = torch.float8_e4m3fn
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": FLOAT8}
-"""Of the taps. Last hidden states are bf16 beside fp8: they make the teacher's logits."""
+"""Of the taps. Last hidden states are bf16 beside fp8: they make the target's logits."""
 _INDEX = "index.safetensors"
+
+
+def context_size(loss_mask: Tensor, loss: LossConfig) -> int:
+    """Positions that some block can see: those before the last candidate for an anchor. [s] -> c.
+    At least one, as `DraftBlocks.context_positions` has."""
+    return max([1, *anchor_candidates(loss_mask, loss)[-1:].tolist()])
+
+
+def target_positions(loss_mask: Tensor, block_size: int, loss: LossConfig) -> Tensor:
+    """Positions whose last hidden state some supervised slot compares with. [s] -> ascending [u].
+    Those of a smaller block size are among them."""
+    anchors = anchor_candidates(loss_mask, loss)
+    supervised = supervised_slots(loss_mask, anchors, block_size, loss)
+    return (anchors[:, None] + torch.arange(block_size))[supervised].unique()
+
+
+def to_float8(taps: Tensor, num_taps: int) -> tuple[Tensor, Tensor]:
+    """[c, m*h] -> float8_e4m3fn [c, m*h] and the fp32 scale of each state of each layer, [c, m]:
+    its largest number becomes the largest of the type."""
+    states = taps.float().unflatten(-1, (num_taps, -1))  # [c, m, h]
+    scale = states.abs().amax(dim=-1) / torch.finfo(FLOAT8).max
+    scale.clamp_(min=torch.finfo(torch.float32).tiny)
+    return (states / scale[..., None]).to(FLOAT8).flatten(1), scale
+
+
+def from_float8(taps: Tensor, scale: Tensor) -> Tensor:
+    """The inverse, in bf16: the type has half its digits."""
+    states = taps.unflatten(-1, (scale.shape[-1], -1)).float() * scale[..., None]
+    return states.bfloat16().flatten(1)
 
 
 def shard_name(shard: int) -> str:
@@ -46,7 +72,8 @@ class SampleEntry(NamedTuple):
 
     key: bytes
     context: int
-    teachers: int
+    targets: int
+    """Last hidden states."""
     nbytes: int
 
 
@@ -58,18 +85,17 @@ class SafetensorsLayout:
     num_taps: int
     dtype: str
     block_size: int
-    rules: BlockRules
+    loss: LossConfig
     with_last_hidden: bool = True
 
-    def entry(self, sample: Any) -> SampleEntry:
-        context = context_size(sample.loss_mask, self.rules)
-        teachers = len(self._positions(sample))
+    def entry(self, sample: Sample) -> SampleEntry:
+        context = context_size(sample.loss_mask, self.loss)
+        targets = len(self._positions(sample))
         taps = self.num_taps * (self.hidden_size * DTYPES[self.dtype].itemsize)
         if self.dtype == "float8":
             taps += self.num_taps * torch.float32.itemsize
-        teacher = self.hidden_size * self._target_dtype.itemsize + torch.int32.itemsize
-        key = sample_key(sample.input_ids, sample.loss_mask)
-        return SampleEntry(key, context, teachers, context * taps + teachers * teacher)
+        target = self.hidden_size * self._target_dtype.itemsize + torch.int32.itemsize
+        return SampleEntry(sample_key(*sample), context, targets, context * taps + targets * target)
 
     def shard_name(self, shard: int) -> str:
         return shard_name(shard)
@@ -80,9 +106,9 @@ class SafetensorsLayout:
         return path.stat().st_size == 8 + header + nbytes
 
     def sample_tensors(
-        self, sample: Any, taps: Tensor, last_hidden: Tensor | None
+        self, sample: Sample, taps: Tensor, last_hidden: Tensor | None
     ) -> dict[str, Tensor]:
-        taps = taps[: context_size(sample.loss_mask, self.rules)]
+        taps = taps[: context_size(sample.loss_mask, self.loss)]
         if self.dtype == "float8":
             taps, scale = to_float8(taps, self.num_taps)
             tensors = {"taps": taps.cpu(), "taps_scale": scale.cpu()}
@@ -91,24 +117,22 @@ class SafetensorsLayout:
         if not self.with_last_hidden:
             return tensors
         positions = self._positions(sample)
-        rows = last_hidden[positions.to(last_hidden.device)].to("cpu", self._target_dtype)
-        return {**tensors, "last_hidden": rows, "positions": positions.int()}
+        kept = last_hidden[positions.to(last_hidden.device)].to("cpu", self._target_dtype)
+        return {**tensors, "last_hidden": kept, "positions": positions.int()}
 
     def write_shard(self, path: Path, samples: list[dict[str, Tensor]]) -> None:
         tensors = {name: torch.cat([one[name] for one in samples]) for name in samples[0]}
-        with whole_file(path) as partial:
-            save_file(tensors, partial)
+        write_tensors(path, tensors)
 
     def write_index(self, folder: Path, entries: list[SampleEntry], starts: list[int]) -> None:
         keys = torch.frombuffer(bytearray(b"".join(e.key for e in entries)), dtype=torch.uint8)
         index = {
             "keys": keys.view(len(entries), -1),
             "context": torch.tensor([entry.context for entry in entries]),
-            "teachers": torch.tensor([entry.teachers for entry in entries]),
+            "teachers": torch.tensor([entry.targets for entry in entries]),
             "shard_starts": torch.tensor(starts),
         }
-        with whole_file(folder / _INDEX) as partial:
-            save_file(index, partial)
+        write_tensors(folder / _INDEX, index)
 
     def manifest(self, facts: dict[str, Any], starts: list[int]) -> dict[str, Any]:
         sizes = {"num_samples": starts[-1], "num_shards": len(starts) - 1}
@@ -118,10 +142,10 @@ class SafetensorsLayout:
     def _target_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.dtype == "float8" else DTYPES[self.dtype]
 
-    def _positions(self, sample: Any) -> Tensor:
+    def _positions(self, sample: Sample) -> Tensor:
         if not self.with_last_hidden:
             return torch.empty(0, dtype=torch.long)
-        return target_positions(sample.loss_mask, self.block_size, self.rules)
+        return target_positions(sample.loss_mask, self.block_size, self.loss)
 
 
 class SafetensorsStates:
@@ -135,21 +159,22 @@ class SafetensorsStates:
         absent = [i for i in shards if not (folder / shard_name(i)).is_file()]
         if absent:
             raise ConfigError(
-                f"the cache {folder} lacks {len(absent)} of {len(shards)} shards, the first is "
-                f"{shard_name(absent[0])}; the command that wrote it writes what is missing"
+                f"the stored states {folder} lack {len(absent)} of {len(shards)} shards, the "
+                f"first is {shard_name(absent[0])}; the command that wrote them writes what is "
+                "missing"
             )
-        # Rows before each sample, counted through all shards.
+        # States before each sample, counted through all shards.
         self._context = _before(index["context"])
         self._targets = _before(index["teachers"])
         self._shard = lru_cache(MAPPED_SHARDS)(self._open)
 
     def keys(self) -> list[bytes]:
-        return [bytes(row) for row in self._keys.numpy()]
+        return [bytes(key) for key in self._keys.numpy()]
 
     def key(self, input_ids: Tensor, loss_mask: Tensor) -> bytes:
         return sample_key(input_ids, loss_mask)
 
-    def rows(self, place: int) -> KeptStates:
+    def states(self, place: int) -> KeptStates:
         shard = int(torch.searchsorted(self._starts, place, right=True)) - 1
         tensors, first = self._shard(shard), int(self._starts[shard])
         context = _range(self._context, place, first)
@@ -158,20 +183,20 @@ class SafetensorsStates:
             taps = from_float8(taps, tensors["taps_scale"][context])
         if "last_hidden" not in tensors:
             return KeptStates(taps, None, torch.empty(0, dtype=torch.long))
-        teachers = _range(self._targets, place, first)
-        positions = tensors["positions"][teachers].long()
-        return KeptStates(taps, tensors["last_hidden"][teachers], positions)
+        targets = _range(self._targets, place, first)
+        positions = tensors["positions"][targets].long()
+        return KeptStates(taps, tensors["last_hidden"][targets], positions)
 
     def _open(self, shard: int) -> dict[str, Tensor]:
         path = self.path / shard_name(shard)
         tensors = _tensors(path)
         first, end = self._starts[shard : shard + 2].tolist()
         for name, before in (("taps", self._context), ("last_hidden", self._targets)):
-            rows, found = int(before[end] - before[first]), len(tensors.get(name, ()))
+            wanted, found = int(before[end] - before[first]), len(tensors.get(name, ()))
             require(
-                rows == found,
-                f"{path} must hold {rows} rows of {name} and has {found}; it is of another cache: "
-                "delete it and the manifest, and write the cache again",
+                wanted == found,
+                f"{path} must hold {name} of {wanted} tokens and has {found}; it is of another "
+                "folder: delete it and the manifest, and store the states again",
             )
         return tensors
 
@@ -188,6 +213,6 @@ def _before(counts: Tensor) -> Tensor:
 
 
 def _range(before: Tensor, place: int, first: int) -> slice:
-    """Rows of a sample in a shard whose first sample is `first`."""
+    """States of a sample in a shard whose first sample is `first`."""
     start, end = (before[place : place + 2] - before[first]).tolist()
     return slice(start, end)

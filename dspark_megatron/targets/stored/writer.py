@@ -1,5 +1,5 @@
-"""Write a cache of the target's states: shard by shard, each whole or absent, so that a killed
-job goes on where it was."""
+"""Store the target's states: shard by shard, each whole or absent, so that a killed job goes on
+where it was."""
 
 import json
 import shutil
@@ -11,23 +11,22 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from dspark_megatron.data.collate import collate
+from dspark_megatron.data.batch import Batch, padded
 from dspark_megatron.data.dataset import ConversationDataset
 from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.storage.writing import PARTIAL, claim_folder, write_json
 from dspark_megatron.targets.base import Target
 from dspark_megatron.targets.stored.layout import (
     MANIFEST,
     UNFINISHED,
     StatesLayout,
     differences,
-    is_partial,
     read_json,
-    write_json,
 )
 
 
 class StatesWriter:
-    """A cache to be written. Which sample goes where is settled by the data alone, so any number
+    """A folder to be written. Which sample goes where is settled by the data alone, so any number
     of ranks may begin it and another go on; bytes differ between layouts of the target only by the
     rounding of its sums."""
 
@@ -67,21 +66,15 @@ class StatesWriter:
         )
         require(
             size < free,
-            f"the cache needs {_gib(size)} more and {self.output} has {_gib(free)}; make room, "
-            "name another folder, or write less (--dtype float8, data.max_length)",
+            f"the stored states need {_gib(size)} more and {self.output} has {_gib(free)}; make "
+            "room, name another folder, or write less (--dtype float8, data.max_length)",
         )
-        try:
-            self.output.mkdir(parents=True, exist_ok=True)
-            for path in self.output.iterdir():
-                if is_partial(path.name):  # of a job that was killed
-                    path.unlink(missing_ok=True)
-        except OSError as error:
-            raise ConfigError(f"cannot write to {self.output}: {error}") from error
+        claim_folder(self.output, str(self.output))
         if not missing and (self.output / MANIFEST).is_file():
             self.layout.write_index(self.output, self.entries, self.starts)
             return []
         write_json(self.output / UNFINISHED, self.manifest)
-        (self.output / MANIFEST).unlink(missing_ok=True)  # of a cache that has lost a shard
+        (self.output / MANIFEST).unlink(missing_ok=True)  # of a folder that has lost a shard
         self.layout.write_index(self.output, self.entries, self.starts)
         return missing
 
@@ -110,7 +103,7 @@ class StatesWriter:
                 self.layout.write_shard(self._shard_path(shard), in_order)
         if target.lockstep:  # others still need this rank's part of the weights
             for _ in range(max(passes) - passes[mine]):
-                target.states(self.data[0].input_ids[None, :1])
+                target.states(Batch(self.data[0].input_ids[None, :1]))
         progress.close()
 
     def finish(self) -> None:
@@ -129,15 +122,12 @@ class StatesWriter:
     def _states(self, batch: Sequence[int], target: Target) -> dict[int, dict[str, torch.Tensor]]:
         """What is kept of some samples."""
         samples = [self.data[i] for i in batch]
-        states = target.states(collate(samples)[0])
-        kept = {}
+        ids = [sample.input_ids for sample in samples]
+        states, kept = target.states(Batch(padded(ids))), {}
         for row, (i, sample) in enumerate(zip(batch, samples, strict=True)):
-            length, last_hidden = len(sample.input_ids), states.last_hidden
-            kept[i] = self.layout.sample_tensors(
-                sample,
-                states.taps[row, :length],
-                None if last_hidden is None else last_hidden[row, :length],
-            )
+            own, last_hidden = slice(len(ids[row])), states.last_hidden
+            last_hidden = None if last_hidden is None else last_hidden[row, own]
+            kept[i] = self.layout.sample_tensors(sample, states.taps[row, own], last_hidden)
         return kept
 
     def _batches(self, shard: int, size: int) -> Iterator[list[int]]:
@@ -151,27 +141,27 @@ class StatesWriter:
         return -(-(end - start) // size)
 
     def _check_folder(self) -> None:
-        """ConfigError unless the folder is empty, or holds a part or all of this very cache."""
+        """ConfigError unless the folder is empty, or holds a part or all of these very states."""
         require(
             self.output.is_dir() or not self.output.exists(),
             f"{self.output} must be a folder and is a file; name another one",
         )
         names = [path.name for path in self.output.iterdir()] if self.output.exists() else []
-        if all(is_partial(name) for name in names):  # of a job that was killed in its first moment
+        if all(name.startswith(PARTIAL) for name in names):  # killed in its first moment
             return
         found = [self.output / name for name in (MANIFEST, UNFINISHED)]
         known = [path for path in found if path.is_file()]
         require(
             bool(known),
-            f"{self.output} must be empty or hold a cache, and has files but no {MANIFEST}; name "
-            "another folder",
+            f"{self.output} must be empty or hold stored states, and has files but no {MANIFEST}; "
+            "name another folder",
         )
         there = read_json(known[0])
         wrong = differences(there, self.manifest)
         if wrong:
             raise ConfigError(
-                f"{self.output} holds another cache: {'; '.join(wrong)}. Name another folder, "
-                "delete it, or take the settings that it was begun with"
+                f"{self.output} holds the states of another job: {'; '.join(wrong)}. Name another "
+                "folder, delete it, or take the settings that it was begun with"
             )
 
     def _bytes_of(self, shards: Sequence[int]) -> int:

@@ -1,0 +1,88 @@
+"""What goes through the target and the draft at once, from the samples to the loss."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from dspark_megatron.config import Config
+from dspark_megatron.data.blocks import DraftBlocks, anchor_seed, draft_blocks, sample_anchors
+from dspark_megatron.data.dataset import ConversationDataset
+from dspark_megatron.data.sampler import Blend, SampleRef, StepSampler
+from dspark_megatron.ops.transfer import all_to_device
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of a forward pass and the blocks that are learnt from them: on the host, where they
+    are made, or on the device."""
+
+    input_ids: Tensor
+    """[b, s], padded on the right only: no anchor sees the padding, so there is no attention mask.
+    """
+    lengths: list[int] | None = None
+    """Of the samples, the longest s; a target may then leave the padding out. None: it may not."""
+    sample_indices: tuple[int, ...] = ()
+    """Where the samples stand in the data; stored states are found by it."""
+    blocks: DraftBlocks | None = None
+    """None where nothing is learnt."""
+
+    @classmethod
+    def of(
+        cls,
+        samples: Sequence[Tensor],
+        blocks: DraftBlocks | None = None,
+        sample_indices: tuple[int, ...] = (),
+    ) -> "Batch":
+        """samples: the tokens [s] of each."""
+        lengths = [len(sample) for sample in samples]
+        return cls(padded(samples), lengths, sample_indices, blocks)
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same with its blocks on the device, in one transfer."""
+        moved = all_to_device({"input_ids": self.input_ids, **self.blocks.tensors}, device)
+        input_ids = moved.pop("input_ids")
+        return replace(self, input_ids=input_ids, blocks=replace(self.blocks, **moved))
+
+
+def padded(samples: Sequence[Tensor]) -> Tensor:
+    """[s] each -> [b, s], s the longest, with zeros on the right."""
+    return pad_sequence(list(samples), batch_first=True)
+
+
+class MicroBatches:
+    """The micro-batches of every step, for one data-parallel rank."""
+
+    def __init__(
+        self, config: Config, dataset: ConversationDataset, *, dp_group: dist.ProcessGroup
+    ) -> None:
+        train = config.train
+        self._config, self._dataset = config, dataset
+        self.blend = Blend(dataset.shares, train.seed) if dataset.shares else None
+        self._sampler = StepSampler(
+            len(dataset),
+            train.seed,
+            train.global_batch_size,
+            train.micro_batch_size,
+            dp_group.rank(),
+            dp_group.size(),
+            self.blend,
+            dataset.lengths if config.data.group_by_length else None,
+        )
+
+    def of_step(self, consumed_samples: int) -> list[Batch]:
+        """Those of the step that starts after `consumed_samples`, of all ranks together."""
+        return [self._of(refs) for refs in self._sampler.micro_batches(consumed_samples)]
+
+    def _of(self, refs: list[SampleRef]) -> Batch:
+        model, loss, seed = self._config.model, self._config.loss, self._config.train.seed
+        ids, masks = zip(*(self._dataset[ref.sample_index] for ref in refs), strict=True)
+        anchors = [
+            sample_anchors(mask, model.num_anchors, anchor_seed(seed, *ref), loss)
+            for mask, ref in zip(masks, refs, strict=True)
+        ]
+        blocks = draft_blocks(ids, masks, anchors, model.block_size, loss)
+        return Batch.of(ids, blocks, tuple(ref.sample_index for ref in refs))

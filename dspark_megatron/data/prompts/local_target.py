@@ -1,0 +1,135 @@
+"""Answers of a target that Transformers runs here, on one device.
+
+Shapes: b = prompts of a batch, s = longest prompt of the batch, t = longest answer of the batch.
+"""
+
+import random
+from collections.abc import Collection, Iterator
+from datetime import date
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from dspark_megatron.data.chats.template import reads_clock
+from dspark_megatron.data.prompts.chat_prompts import Prompt
+from dspark_megatron.data.prompts.response_file import Answer, first_settings
+from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.storage.target_folder import stop_token_ids
+
+
+def load_pretrained(kind: Any, target: Path, **options: Any) -> Any:
+    """`kind.from_pretrained` of the target's folder, whose own code is never run."""
+    require(target.is_dir(), f"the target's folder {target} must exist and does not")
+    options |= {"local_files_only": True, "trust_remote_code": False}
+    try:
+        return kind.from_pretrained(target, **options)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())  # Transformers writes several lines
+        raise ConfigError(f"{kind.__name__} cannot load {target}: {reason}") from error
+
+
+def template_day(
+    tokenizer: PreTrainedTokenizerBase, given: str | None, partial: Path
+) -> str | None:
+    """The day for a chat template that reads the clock: the given one, or that of the run which
+    left a partial file, or today. None for any other template."""
+    if not reads_clock(tokenizer.chat_template):
+        return None
+    return given or first_settings(partial).get("template_date") or date.today().isoformat()
+
+
+def plan_batches(prompts: list[Prompt], batch_size: int) -> list[list[int]]:
+    """Group indices by length, so that little is padded. The longest come first: if memory does
+    not suffice, the first batch shows it."""
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index].input_ids))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def batch_seed(seed: int, batch: int) -> int:
+    """A seed of its own for each batch, so that a resumed run draws what an unbroken one draws."""
+    # Not seeds.derived_seed: examples/quickstart/train.jsonl was sampled with these seeds, and with
+    # others the command in its README would no longer make it again.
+    return random.Random(f"{seed}/{batch}").getrandbits(63)
+
+
+class LocalTarget:
+    """A target that samples from its plain softmax, or greedily at temperature 0."""
+
+    def __init__(
+        self,
+        folder: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        temperature: float,
+        max_new_tokens: int,
+        dtype: str = "auto",
+        device: str = "cpu",
+        messages_only: bool = False,
+    ) -> None:
+        """messages_only: answers do not keep their tokens."""
+        self._folder, self._tokenizer = folder, tokenizer
+        self._dtype, self._device, self._messages_only = dtype, device, messages_only
+        self._stops = stop_token_ids(folder, tokenizer)
+        choice = {"do_sample": False}
+        if temperature > 0:
+            choice = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+        self._generation = GenerationConfig(
+            **choice,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=self._stops,
+            pad_token_id=self._stops[0],
+        )
+
+    @cached_property
+    def _model(self) -> PreTrainedModel:
+        """Loaded when the first answer is wanted."""
+        model = load_pretrained(AutoModelForCausalLM, self._folder, dtype=self._dtype)
+        # The target's own generation config is replaced, not amended: it may hold penalties or cuts
+        # that `generate` would merge in, and the draft has to learn the model's bare distribution.
+        model.generation_config = self._generation
+        return model.to(self._device).eval()
+
+    def answer_all(
+        self, prompts: list[Prompt], missing: Collection[int], batch_size: int, seed: int
+    ) -> Iterator[dict[int, Answer]]:
+        """The answers of each batch that has a missing one, by index of their prompts."""
+        # Planned over all prompts, answered or not: a resumed run must have the same batches.
+        for number, indices in enumerate(plan_batches(prompts, batch_size)):
+            if not set(indices).isdisjoint(missing):
+                batch = [prompts[index].input_ids for index in indices]
+                answers = self.answer(batch, batch_seed(seed, number))
+                yield dict(zip(indices, answers, strict=True))
+
+    def answer(self, prompts: list[list[int]], seed: int) -> list[Answer]:
+        """Answer b tokenized prompts at once."""
+        left = {"batch_first": True, "padding_side": "left"}
+        rows = [torch.tensor(prompt, device=self._device) for prompt in prompts]
+        ids = pad_sequence(rows, padding_value=self._stops[0], **left)  # [b, s]
+        mask = pad_sequence([torch.ones_like(row) for row in rows], **left)  # [b, s]
+        torch.manual_seed(seed)
+        with torch.inference_mode():
+            tokens = self._model.generate(ids, attention_mask=mask)  # [b, s + t]
+        written = tokens[:, ids.shape[1] :].tolist()
+        return [self._answer(prompt, row) for prompt, row in zip(prompts, written, strict=True)]
+
+    def _answer(self, prompt: list[int], generated: list[int]) -> Answer:
+        """The answer of t ids, perhaps with a stop token and padding at their end."""
+        end = next((place for place, token in enumerate(generated) if token in self._stops), None)
+        content = self._tokenizer.decode(
+            generated[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        written = generated if end is None else generated[: end + 1]
+        tokens = (None, None) if self._messages_only else (prompt, written)
+        if end is not None:
+            return Answer(content, "stop", end, None, *tokens)
+        # The cut may fall inside a character of several tokens; its first bytes decode to U+FFFD.
+        return Answer(content.rstrip("\ufffd"), "length", len(generated), None, *tokens)

@@ -1,0 +1,123 @@
+"""Files and folders that appear whole or not at all.
+
+A file is written beside its place under a name that begins with `.partial_`, flushed to the disk
+and renamed; whoever owns a folder removes what killed writers left there.
+"""
+
+import contextlib
+import glob
+import json
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dspark_megatron.errors import ConfigError, require
+
+PARTIAL = ".partial_"
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name to write a file under, which then takes its place, on the disk in full. ConfigError
+    when the disk refuses; what was there is then as it was."""
+    # A random name, since a command may run twice by mistake.
+    partial = path.with_name(f"{PARTIAL}{secrets.token_hex(4)}_{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+        mode = partial.stat().st_mode
+        yield partial
+        partial.chmod(mode)  # safetensors makes files for their owner alone
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write {path}: {error.strerror or error}; make room there or choose another "
+            "folder"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def write_files(folder: Path, contents: dict[str, bytes]) -> None:
+    """Write all of them, then put them in place in their order."""
+    with contextlib.ExitStack() as files:  # leaves the last one that it entered first
+        for name, content in reversed(contents.items()):
+            files.enter_context(whole_file(folder / name)).write_bytes(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_files(path.parent, {path.name: text.encode()})
+
+
+def write_json(path: Path, content: Any, indent: int = 2) -> None:
+    write_text(path, json.dumps(content, indent=indent) + "\n")
+
+
+def claim_file(path: Path, key: str) -> None:
+    """Make the folder of a file to be written later; ConfigError if that will not be possible.
+    key: the setting that names the file."""
+    require(not path.is_dir(), f"{key} {path} is a folder; name a file")
+    leftovers = f"{PARTIAL}????????_{glob.escape(path.name)}"
+    claim_folder(path.parent, f"{key} {path}", leftovers)
+
+
+def claim_folder(folder: Path, what: str, *leftovers: str) -> None:
+    """Make a folder to write into later and remove the files that killed writers left in it, or
+    those with the names of `leftovers`. ConfigError if `what` will not be writable."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        for pattern in leftovers or (f"{PARTIAL}*", ".tmp??????"):  # the latter: of safetensors
+            for path in filter(Path.is_file, folder.glob(pattern)):
+                path.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{what} must be writable: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """An empty folder to fill, which then takes the place of `output`, an absolute path. If filling
+    it fails, nothing of it is left and `output` is as it was. ConfigError, before there is anything
+    to fill, when `output` could not be written."""
+    require(
+        not os.path.ismount(output),
+        f"{output} is a mount point, which a folder cannot take the place of; choose one in it",
+    )
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    except OSError as error:
+        raise ConfigError(f"cannot write {output}: {error.strerror}") from error
+    new, old = scratch / "new", scratch / "old"
+    try:
+        new.mkdir()
+        yield new
+        try:
+            _replace(output, new, old)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot put {output} in place: {error.strerror}; choose another folder"
+            ) from error
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        with contextlib.suppress(OSError):  # it stays only if it holds what could not be put back
+            scratch.rmdir()
+
+
+def _replace(output: Path, new: Path, old: Path) -> None:
+    if output.exists():
+        output.rename(old)
+    try:
+        new.rename(output)
+    except OSError:
+        if old.exists():
+            old.rename(output)
+        raise

@@ -1,0 +1,27 @@
+"""The work of `python -m dspark_megatron.train`."""
+
+from argparse import Namespace
+
+from dspark_megatron.config.loading import load_config
+from dspark_megatron.planning.dry_run import describe_run
+from dspark_megatron.run.agreement import agree_at_launch
+from dspark_megatron.run.check import check
+from dspark_megatron.run.identity import fix_template_day
+from dspark_megatron.run.rank_facts import launch_facts
+from dspark_megatron.run.runtime import Launch, start
+from dspark_megatron.training.loop import train
+from dspark_megatron.training.stop_requests import StopRequests
+
+
+def run(job: Launch, arguments: Namespace, stop: StopRequests) -> None:
+    config = load_config(arguments.config, arguments.overrides)
+    facts = launch_facts(config, command="train", dry_run=arguments.dry_run)
+    agree_at_launch(job, facts)
+    if arguments.dry_run:
+        if job.rank == 0:
+            print(describe_run(config, job.world_size), flush=True)
+        return
+    plan = check(config, job.world_size, use="train")
+    runtime = start(job, config.parallel.tensor_parallel, shards_target=plan.shards_target)
+    fix_template_day(plan, job.main_ranks)
+    train(plan, runtime, stop)
