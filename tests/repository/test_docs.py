@@ -14,8 +14,8 @@ from unittest import mock
 import pytest
 
 from dspark_megatron.config import Config
+from support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "dspark_megatron"
 PAGES = [
     ROOT / "README.md",

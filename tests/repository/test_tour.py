@@ -1,17 +1,17 @@
 """The numbers of docs/tour.md are those of the code."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
 
 from dspark_megatron.data.blocks import anchor_seed, sample_anchors
+from support.paths import ROOT
 from support.reference import plain_blocks, plain_candidates
 from support.tiny_target import tiny_config
 from support.training_runs import curve, run_training
 
-PAGE = (Path(__file__).parents[2] / "docs" / "tour.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
 LINE = next(line for line in PAGE.splitlines() if line.startswith('{"messages"'))
 
 
