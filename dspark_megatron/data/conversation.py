@@ -70,7 +70,7 @@ class ConversationEncoder:
         self.reasoning = ReasoningMask(*reasoning_tags) if reasoning_tags else None
 
     def encode(self, record: dict) -> list[Sample]:
-        """The samples of a line in one of the forms of docs/training.md. It is one sample, unless
+        """The samples of a line in one of the forms of docs/data.md. It is one sample, unless
         the chat template rewrites earlier turns.
 
         `"finish_reason": "length"` says that the last answer was cut short, so its end is not
