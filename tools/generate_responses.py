@@ -26,19 +26,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from dspark_megatron.config.data import is_day
 from dspark_megatron.data.chats.answers import AnswerRules
 from dspark_megatron.data.chats.template import ChatTemplate
 from dspark_megatron.data.prompts import endpoint, response_file
 from dspark_megatron.data.prompts.chat_prompts import read_prompts
-from dspark_megatron.data.prompts.local_target import LocalTarget, load_pretrained, template_day
+from dspark_megatron.data.prompts.local_target import LocalTarget, template_day
 from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.storage.target_folder import load_target_config, load_tokenizer
 
 
 def ask_target(args: argparse.Namespace, partial: Path) -> response_file.Outcome:
-    tokenizer = load_pretrained(AutoTokenizer, args.target)
+    load_target_config(args.target)  # refuses what is no target, or needs code of its own
+    tokenizer = load_tokenizer(args.target)
     args.template_date = template_day(tokenizer, args.template_date, partial)
     rules = AnswerRules(template_date=args.template_date)
     prompts = read_prompts(args.input, ChatTemplate(tokenizer, rules=rules))

@@ -21,18 +21,6 @@ from dspark_megatron.config.target import TargetConfig
 from dspark_megatron.config.train import TrainConfig
 from dspark_megatron.errors import require
 
-__all__ = [
-    "Config",
-    "DataConfig",
-    "EvaluateConfig",
-    "LossConfig",
-    "ModelConfig",
-    "OptimizerConfig",
-    "ParallelConfig",
-    "TargetConfig",
-    "TrainConfig",
-]
-
 
 @dataclass(kw_only=True)
 class Config:

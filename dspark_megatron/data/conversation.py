@@ -67,7 +67,7 @@ class ConversationEncoder:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._rules = rules or AnswerRules()
-        self.reasoning = ReasoningMask(*reasoning_tags) if reasoning_tags else None
+        self.reasoning = ReasoningMask(reasoning_tags)
 
     def encode(self, record: dict) -> list[Sample]:
         """The samples of a line in one of the forms of docs/training.md. It is one sample, unless
@@ -92,7 +92,12 @@ class ConversationEncoder:
             encodings = [self._encode_text(record)]
         else:
             encodings = self._encode_chat(record)
-        return [self._sample(token_ids, mask) for token_ids, mask in encodings]
+        for token_ids, _ in encodings:
+            self._check_vocabulary(token_ids)
+        return [
+            Sample(torch.tensor(token_ids, dtype=torch.int32), torch.tensor(mask, dtype=torch.bool))
+            for token_ids, mask in encodings
+        ]
 
     def encode_document(self, token_ids: Tensor) -> Sample:
         """A document of an indexed dataset, [s] of any integer type. Every token may be learnt."""
@@ -119,7 +124,7 @@ class ConversationEncoder:
         encodings = in_first_spelling(chat, self._template.encode)
         marks = [sum(mask) for _, mask in encodings]
         require(
-            any(marks) or self.reasoning is not None or chat.cut_short,
+            any(marks) or self.reasoning.tags is not None or chat.cut_short,
             f"the chat has an assistant turn, but the chat template marks none of its "
             f"{len(encodings[0][0])} tokens as the assistant's; {WAY_OUT}",
         )
@@ -143,8 +148,6 @@ class ConversationEncoder:
             f"{shown(text)}, without {shown(missing[:1])}; the tokens are of another tokenizer or "
             'the messages were changed: take "input_ids" and "loss_mask" out of the line',
         )
-        if self.reasoning is None:
-            return token_ids, mask
         return token_ids, self.reasoning.hide(*detokenize(self._tokenizer, token_ids), mask)
 
     def _encode_text(self, record: dict) -> tuple[list[int], list[bool]]:
@@ -164,15 +167,8 @@ class ConversationEncoder:
             token_ids, offsets, mask = token_ids[:-1], offsets[:-1], mask[:-1]
         answer = up_to_first_stop(token_ids, mask, self._rules.stop_ids)
         end = [] if cut_short or answer != mask else [eos]
-        if self.reasoning is not None:
-            answer = self.reasoning.hide(text, offsets, answer)
+        answer = self.reasoning.hide(text, offsets, answer)
         return token_ids + end, answer + [True] * len(end)
-
-    def _sample(self, token_ids: list[int], mask: list[bool]) -> Sample:
-        self._check_vocabulary(token_ids)
-        return Sample(
-            torch.tensor(token_ids, dtype=torch.int32), torch.tensor(mask, dtype=torch.bool)
-        )
 
     def _check_vocabulary(self, token_ids: list[int]) -> None:
         outside = [i for i in token_ids if not 0 <= i < self._vocab_size]

@@ -179,7 +179,7 @@ def load_samples(
                     packed.add(sample, rules, report)
         sizes.append(report.kept - kept_before)
     report.bad_lines.check(report.lines, rules.skip_bad_lines)
-    if encoder.reasoning is not None:
+    if encoder.reasoning.tags is not None:
         report.reasoning_tokens = encoder.reasoning.hidden_tokens
     if not report.kept:
         raise _nothing_kept(entries, report, rules)

@@ -337,9 +337,13 @@ def test_an_empty_or_absent_file_is_refused(
 def test_a_folder_that_is_no_target_is_refused(
     prompts: Path, tmp_path: Path, refusal: Callable[..., str]
 ) -> None:
-    assert "must exist" in refusal(tmp_path / "absent", prompts, tmp_path / "out.jsonl")
-    (tmp_path / "empty").mkdir()
-    assert "cannot load" in refusal(tmp_path / "empty", prompts, tmp_path / "out.jsonl")
+    config = "must hold a config.json"
+    assert config in refusal(tmp_path / "absent", prompts, tmp_path / "out.jsonl")
+    (tmp_path / "bare").mkdir()
+    assert config in refusal(tmp_path / "bare", prompts, tmp_path / "out.jsonl")
+    (tmp_path / "bare" / "config.json").write_text('{"model_type": "llama"}')
+    tokenizer = "must hold the target's tokenizer"
+    assert tokenizer in refusal(tmp_path / "bare", prompts, tmp_path / "out.jsonl")
 
 
 @pytest.mark.parametrize(

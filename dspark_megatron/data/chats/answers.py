@@ -199,40 +199,38 @@ def not_written(
     answers = [message for message in messages if message["role"] == "assistant"]
     for message in answers:
         text = AnswerText.of(message, tags)
-        span = _marked_span(rendered, marked, text.pieces(), tags, position)
+        place = _marked_place(rendered, marked, text.pieces(), tags, position)
         is_cut = cut_short and message is answers[-1]
-        if span is None:
+        if place is None:
             hidden += marked[-1:] if is_cut else []
             continue
-        run = next(run for run in marked if run[0] <= span[0] < run[1])
-        lead = max(run[0], position), span[0]
-        position = span[1]
-        _, closing, rest = rendered[slice(*lead)].rpartition(tags.closing)
+        start, begin, position = place
+        _, closing, rest = rendered[start:begin].rpartition(tags.closing)
         if closing and text.reasoning is None:
-            hidden.append(lead)
+            hidden.append((start, begin))
         elif closing and text.reasoning and text.reasoning.strip():
-            hidden.append((lead[0], lead[1] - len(rest.lstrip())))
+            hidden.append((start, begin - len(rest.lstrip())))
         if is_cut or text.ends_in_reasoning(tags):  # also the stop token behind the marks
             later = [start for start, _ in marked if start > position]
             hidden.append((position, min(later, default=len(rendered))))
     return hidden
 
 
-def _marked_span(
+def _marked_place(
     rendered: str, marked: list[Span], pieces: list[str], tags: Tags, position: int
-) -> Span | None:
-    """From the first piece of a message to its last, if they begin in a marked part. Empty if the
-    message has none."""
+) -> tuple[int, int, int] | None:
+    """Where the marked part of a message starts, and its first piece begins and its last one ends.
+    None if no marked part has them."""
     for start, end in marked:
         if end <= position:
             continue
         start = max(start, position)
         lead = _end_of_space_and_tags(tags, rendered, start)
         if not pieces:  # tool calls, or nothing
-            return lead, lead
+            return start, min(lead, end), min(lead, end)
         spans = _find_pieces(rendered, pieces, start, lead)
         if spans and spans[0][0] < end:
-            return spans[0][0], spans[-1][1]
+            return start, spans[0][0], spans[-1][1]
     return None
 
 

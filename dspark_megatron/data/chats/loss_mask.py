@@ -115,19 +115,22 @@ class AnswerEnds:
 
 
 class ReasoningMask:
-    """Takes the reasoning between two tags, and the tags, out of what is learnt.
+    """Takes the reasoning between two tags, and the tags, out of what is learnt. tags: None leaves
+    it in.
 
     The prompt may open the reasoning for the model, and an answer that was cut short may leave it
     open.
     """
 
-    def __init__(self, opening: str, closing: str) -> None:
-        self._opening, self._closing = opening, closing
+    def __init__(self, tags: tuple[str, str] | None) -> None:
+        self.tags = tags
         self.hidden_tokens = 0
         """How many tokens were taken out of all texts so far."""
 
     def hide(self, text: str, offsets: list[Span], mask: list[bool]) -> list[bool]:
         """The mask of a text's tokens without those of reasoning. [s] -> [s]."""
+        if self.tags is None:
+            return mask
         answers = spans_of(offsets, mask)
         spans = [span for answer in answers for span in self._reasoning_in(text, answer)]
         kept = without(mask, tokens_inside(offsets, spans, len(text)))
@@ -136,14 +139,15 @@ class ReasoningMask:
 
     def _reasoning_in(self, text: str, answer: Span) -> list[Span]:
         """The parts of an answer from an opening tag to the closing one, or to its end."""
-        position, end = answer
-        is_open = text[:position].rstrip().endswith(self._opening)
+        assert self.tags is not None
+        (opening, closing), (position, end) = self.tags, answer
+        is_open = text[:position].rstrip().endswith(opening)
         spans: list[Span] = []
         while True:
-            start = position if is_open else text.find(self._opening, position, end)
+            start = position if is_open else text.find(opening, position, end)
             if start < 0:
                 return spans
-            close = text.find(self._closing, start, end)
-            position = end if close < 0 else close + len(self._closing)
+            close = text.find(closing, start, end)
+            position = end if close < 0 else close + len(closing)
             spans.append((start, position))
             is_open = False

@@ -11,19 +11,10 @@ from typing import Any, NamedTuple
 from dspark_megatron.errors import ConfigError, require
 
 ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "bot": "assistant",
-    "chatbot": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "developer": "developer",
-    "tool": "tool",
-    "function": "tool",
-    "ipython": "tool",
-    "observation": "tool",
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "bot", "chatbot", "model"), "assistant"),
+    **{"system": "system", "developer": "developer"},
+    **dict.fromkeys(("tool", "function", "ipython", "observation"), "tool"),
 }
 """Values of `role` or `from`, in any case, and the role that templates know them by."""
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")

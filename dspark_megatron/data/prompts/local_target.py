@@ -22,19 +22,8 @@ from transformers import (
 from dspark_megatron.data.chats.template import reads_clock
 from dspark_megatron.data.prompts.chat_prompts import Prompt
 from dspark_megatron.data.prompts.response_file import Answer, first_settings
-from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.errors import ConfigError
 from dspark_megatron.storage.target_folder import stop_token_ids
-
-
-def load_pretrained(kind: Any, target: Path, **options: Any) -> Any:
-    """`kind.from_pretrained` of the target's folder, whose own code is never run."""
-    require(target.is_dir(), f"the target's folder {target} must exist and does not")
-    options |= {"local_files_only": True, "trust_remote_code": False}
-    try:
-        return kind.from_pretrained(target, **options)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())  # Transformers writes several lines
-        raise ConfigError(f"{kind.__name__} cannot load {target}: {reason}") from error
 
 
 def template_day(
@@ -91,8 +80,13 @@ class LocalTarget:
 
     @cached_property
     def _model(self) -> PreTrainedModel:
-        """Loaded when the first answer is wanted."""
-        model = load_pretrained(AutoModelForCausalLM, self._folder, dtype=self._dtype)
+        """Loaded when the first answer is wanted. Code of the target's folder is never run."""
+        options = {"local_files_only": True, "trust_remote_code": False}
+        try:
+            model = AutoModelForCausalLM.from_pretrained(self._folder, dtype=self._dtype, **options)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())  # Transformers writes several lines
+            raise ConfigError(f"Transformers cannot load {self._folder}: {reason}") from error
         # The target's own generation config is replaced, not amended: it may hold penalties or cuts
         # that `generate` would merge in, and the draft has to learn the model's bare distribution.
         model.generation_config = self._generation

@@ -69,6 +69,10 @@ def test_sharegpt_is_the_chat_of_its_turns(learnt):
             calling({"name": "add", "arguments": "[3"}),
             "calls add with arguments that are no",
         ),
+        (
+            {"messages": [{"role": "user", "content": "hi", "thinking": True}]},
+            r'message 0 \(user\) must have a "thinking" that is a string, not True',
+        ),
         (calling({"arguments": {}}), 'tool call without a "function" with a "name"'),
         ({"messages": [{"role": "assistant", "tool_calls": 3}]}, '"tool_calls" that are a list'),
         ({"completion": "x"}, "two strings or two lists of messages, not None and 'x'"),
