@@ -11,6 +11,7 @@ t context tokens that some block sees, r supervised slots.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,8 +105,11 @@ class DraftBlocks:
     def part(self, blocks: slice) -> "DraftBlocks":
         """Some of the blocks; `candidates` stays that of the micro-batch."""
         kept = (self.sample_index, self.positions, self.tokens, self.eval_mask)
-        numbers = dict(loss_decay_gamma=self.loss_decay_gamma, candidates=self.candidates)
-        return DraftBlocks.of(*(tensor[blocks] for tensor in kept), **numbers)
+        return DraftBlocks.of(
+            *(tensor[blocks] for tensor in kept),
+            loss_decay_gamma=self.loss_decay_gamma,
+            candidates=self.candidates,
+        )
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -113,7 +117,8 @@ class DraftBlocks:
 
     def to(self, device: torch.device) -> "DraftBlocks":
         """The same on the device, in one transfer."""
-        return replace(self, **all_to_device(self.tensors, device))
+        moved: dict[str, Any] = all_to_device(self.tensors, device)
+        return replace(self, **moved)
 
     @property
     def prev_token_ids(self) -> Tensor:

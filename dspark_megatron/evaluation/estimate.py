@@ -137,7 +137,7 @@ def _logit_rows(
     output = draft(states.taps, blocks)
     sources = [output.hidden] if output.latents is None else [output.hidden, output.latents]
     features = torch.cat([blocks.supervised(source) for source in sources], dim=1)
-    target_hidden = blocks.target_of(states.last_hidden).to(target_head.dtype)
+    target_hidden = blocks.target_of(states.needed_hidden).to(target_head.dtype)
     joint = draft.head_weights().fill_joint()
     return LogitRows(features, joint), LogitRows(target_hidden, target_head)
 

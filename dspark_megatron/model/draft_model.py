@@ -178,7 +178,8 @@ class DSparkDraftModel(MegatronModule):
         context = self.hidden_norm(self.rows.from_columns(context))
         context = self.rows.to_linears(context, len(taps))
         rope = self.rotary(positions, context.dtype)
-        return [layer.self_attention.key_value(context, rope) for layer in self.layers]
+        layers: Any = self.layers
+        return [layer.self_attention.key_value(context, rope) for layer in layers]
 
     def backbone(
         self,
@@ -234,7 +235,7 @@ class DSparkDraftModel(MegatronModule):
         named = [(n, m) for n, m in self.named_children() if n not in ("layers", *FROZEN_REPLICAS)]
         for i, layer in enumerate(self.layers):
             named += [(f"layers.{i}.{name}", module) for name, module in layer.named_children()]
-        state = {}
+        state: dict[str, Any] = {}
         for name, module in named:
             state |= sharded_state_dict_default(
                 module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=self.tp_group

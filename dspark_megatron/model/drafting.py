@@ -89,12 +89,12 @@ class Drafter:
             tokens, distributions = pick(logits)
             drawn.append(tokens)
             probs.append(distributions)
-            confidence.append(confidence_logits)
-        has_confidence = self.model.confidence_head is not None
+            if confidence_logits is not None:
+                confidence.append(confidence_logits)
         return Proposal(
             torch.stack(drawn, dim=1),
             torch.stack(probs, dim=1),
-            torch.stack(confidence, dim=1) if has_confidence else None,
+            torch.stack(confidence, dim=1) if confidence else None,
         )
 
     def step(

@@ -35,6 +35,10 @@ class MarkovHead(MegatronModule):
             tp_group=tp_group,
         )
         self.markov_w2 = VocabParallelWeight(config, padded_vocab_size, rank, tp_group=tp_group)
+        self.add_projection(config)
+
+    def add_projection(self, config: TransformerConfig) -> None:
+        """What a kind of head has beside W1 and W2: the same on every rank."""
 
     def embed(self, prev_token_ids: Tensor) -> Tensor:
         """W1 rows, [...] -> [..., r]. One all-reduce of the result; none in backward."""
@@ -59,11 +63,12 @@ class MarkovHead(MegatronModule):
 class GatedMarkovHead(MarkovHead):
     """z = sigmoid(W_g [h_k ; e] + b_g) * e with e = W1[x_{k-1}]."""
 
-    def __init__(self, config, padded_vocab_size, rank, *, tp_group) -> None:
-        super().__init__(config, padded_vocab_size, rank, tp_group=tp_group)
-        self.gate_proj = _replicated_linear(config, config.hidden_size + rank, rank)
+    def add_projection(self, config: TransformerConfig) -> None:
+        self.gate_proj = _linear(config, config.hidden_size + self.rank, self.rank)
 
-    def step(self, embedding, hidden, state):
+    def step(
+        self, embedding: Tensor, hidden: Tensor, state: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         gate = self.gate_proj(torch.cat([hidden, embedding], dim=-1)).sigmoid()
         return gate * embedding, None
 
@@ -72,14 +77,15 @@ class RNNMarkovHead(MarkovHead):
     """A gated recurrence over the block (Eq. 6): [g; c; o] = W_j [s; e; h] + b_j,
     s' = sigmoid(g) s + (1 - sigmoid(g)) tanh(c), z = tanh(o), s_0 = 0."""
 
-    def __init__(self, config, padded_vocab_size, rank, *, tp_group) -> None:
-        super().__init__(config, padded_vocab_size, rank, tp_group=tp_group)
-        self.joint_proj = _replicated_linear(config, config.hidden_size + 2 * rank, 3 * rank)
+    def add_projection(self, config: TransformerConfig) -> None:
+        self.joint_proj = _linear(config, config.hidden_size + 2 * self.rank, 3 * self.rank)
 
-    def step(self, embedding, hidden, state):
+    def step(
+        self, embedding: Tensor, hidden: Tensor, state: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         state = torch.zeros_like(embedding) if state is None else state
-        joint = self.joint_proj(torch.cat([state, embedding, hidden], dim=-1))
-        gate, candidate, output = joint.chunk(3, dim=-1)
+        projected = self.joint_proj(torch.cat([state, embedding, hidden], dim=-1))
+        gate, candidate, output = projected.chunk(3, dim=-1)
         gate = gate.sigmoid()
         return output.tanh(), gate * state + (1 - gate) * candidate.tanh()
 
@@ -87,7 +93,7 @@ class RNNMarkovHead(MarkovHead):
 MARKOV_HEADS = {"vanilla": MarkovHead, "gated": GatedMarkovHead, "rnn": RNNMarkovHead}
 
 
-def _replicated_linear(config: TransformerConfig, inputs: int, outputs: int) -> torch.nn.Linear:
+def _linear(config: TransformerConfig, inputs: int, outputs: int) -> torch.nn.Linear:
     return torch.nn.Linear(inputs, outputs, dtype=config.params_dtype)
 
 
@@ -101,5 +107,7 @@ class ConfidenceHead(MegatronModule):
 
     def forward(self, hidden: Tensor, embeddings: Tensor | None) -> Tensor:
         """hidden [..., h], embeddings [..., r] -> fp32 confidence_logits [...]. No collective."""
-        features = torch.cat([hidden, embeddings], dim=-1) if self.with_markov else hidden
+        features = hidden
+        if self.with_markov and embeddings is not None:
+            features = torch.cat([hidden, embeddings], dim=-1)
         return self.proj(features).squeeze(-1).float()

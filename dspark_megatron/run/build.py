@@ -61,7 +61,7 @@ def load_target_head(plan: RunPlan, draft: DSparkDraftModel, target: Target) -> 
 
 
 def read_target_head(
-    plan: RunPlan, target: Target, *, tp_group: dist.ProcessGroup
+    plan: RunPlan, target: Target | PipelineTarget, *, tp_group: dist.ProcessGroup
 ) -> tuple[Tensor, VocabShard]:
     """This rank's [v/tp, h] rows of the target's LM head in the target's own dtype, and which they
     are; for uses without a draft."""
@@ -71,7 +71,7 @@ def read_target_head(
     return _head_rows(plan, shard, target), shard
 
 
-def _head_rows(plan: RunPlan, shard: VocabShard, target: Target) -> Tensor:
+def _head_rows(plan: RunPlan, shard: VocabShard, target: Target | PipelineTarget) -> Tensor:
     _, head = frozen_rows(plan, shard)
     return head.to(device=target.device, dtype=target.dtype)
 

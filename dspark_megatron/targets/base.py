@@ -23,6 +23,12 @@ class TargetStates:
     """Positions that the target computed for them, padding included; None of a target that
     computes nothing."""
 
+    @property
+    def needed_hidden(self) -> Tensor:
+        """`last_hidden`, where there must be one."""
+        assert self.last_hidden is not None, "the target was loaded for its taps alone"
+        return self.last_hidden
+
 
 class StatesSource(Protocol):
     """What training takes states from: a target that makes them, or files that store them. All
@@ -35,6 +41,7 @@ class StatesSource(Protocol):
     def expect(self, batches: Sequence[Batch]) -> None:
         """Called before `states` of several batches, in their order: stored states are read ahead,
         and pipeline stages run them together."""
+        return None
 
     def states(self, batch: Batch) -> TargetStates:
         """States of its samples, without gradient; those of padding that is left out are 0."""

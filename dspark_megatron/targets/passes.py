@@ -53,7 +53,8 @@ def states_in_passes(
 ) -> TargetStates:
     """States of input_ids [b, s] from passes of at most `max_tokens` tokens. lockstep_group: see
     `run_in_step`."""
-    own = Passes.of(*input_ids.shape, max_tokens)
+    b, s = input_ids.shape
+    own = Passes.of(b, s, max_tokens)
     groups = [Sequences(group.split(own.length, dim=1)) for group in input_ids.split(own.rows)]
     return joined(run_in_step(groups, run, lockstep_group=lockstep_group), dim=0)
 

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from dspark_megatron.data.batch import Batch
+from dspark_megatron.data.batch import Batch, padded
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.ops.vocab_parallel import VocabShard
 from dspark_megatron.storage.target_folder import load_target_config
@@ -84,7 +84,7 @@ def _last_states(target: HuggingFaceTarget, input_ids: Tensor) -> tuple[Tensor, 
     states = target.states(Batch(input_ids))
     hook.remove()
     # In several passes it comes in pieces, and what follows them is another rank's need of passes.
-    return torch.cat(kept, dim=1)[:, : input_ids.shape[1]], states.last_hidden
+    return torch.cat(kept, dim=1)[:, : input_ids.shape[1]], states.needed_hidden
 
 
 def _without_layers(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -115,10 +115,13 @@ def check_packing(target: HuggingFaceTarget, samples: Sequence[Tensor]) -> None:
 
     Raises ConfigError when they differ by more than rounding.
     """
-    allowed = target.packer.max_tokens or len(samples) * _PACKED_TOKENS
+    packer = target.packer
+    assert packer is not None
+    allowed = packer.max_tokens or len(samples) * _PACKED_TOKENS
     most = min(_PACKED_TOKENS, allowed // len(samples))
     ids = [sample[: max(1, most)] for sample in samples]
-    packed = _whole(target.packed_states(Batch.of(ids), _sequences(target, ids)))
+    batch = Batch(padded(ids), [len(one) for one in ids])
+    packed = _whole(target.packed_states(batch, _sequences(ids, packer.has_masks)))
     differences = [
         mean_distance(packed[i, : len(one)], _whole(target.states(Batch(one[None])))[0])
         for i, one in enumerate(ids)
@@ -134,11 +137,11 @@ def check_packing(target: HuggingFaceTarget, samples: Sequence[Tensor]) -> None:
     )
 
 
-def _sequences(target: HuggingFaceTarget, ids: list[Tensor]) -> list[PackedSequences]:
-    rows = [[0, 1], list(range(2, len(ids)))] if len(ids) > 2 else [[0, 1]]
-    groups = [rows] if target.packer.has_masks else [[row] for row in rows]
+def _sequences(ids: list[Tensor], side_by_side: bool) -> list[PackedSequences]:
+    sequences = [[0, 1], list(range(2, len(ids)))] if len(ids) > 2 else [[0, 1]]
+    groups = [sequences] if side_by_side else [[one] for one in sequences]
     return [
-        PackedSequences(group, max(sum(len(ids[i]) for i in row) for row in group))
+        PackedSequences(group, max(sum(len(ids[i]) for i in one) for one in group))
         for group in groups
     ]
 
@@ -167,18 +170,18 @@ def check_pieces_agree(target: Target, input_ids: Tensor) -> None:
     """Compare last hidden states [1, s, h] of a prompt, taken in as decoding does, with those of
     one pass. input_ids [1, s >= 1], alike on every tensor-parallel rank. Costs six short passes.
     Raises ConfigError when they differ by more than rounding."""
-    tokens = _PIECES[-1][1]
-    ids = input_ids.repeat(1, -(-tokens // input_ids.shape[1]))[:, :tokens].to(target.device)
+    length = _PIECES[-1][1]
+    ids = input_ids.repeat(1, -(-length // input_ids.shape[1]))[:, :length].to(target.device)
     cache, found = target.new_cache(), []
     for start, end, drafts in _PIECES:
         own = ids[:, start:end]
         if start == 0:
-            found.append(target.add_sequence(own, cache).last_hidden)
+            found.append(target.add_sequence(own, cache).needed_hidden)
             continue
         tokens = torch.cat([own, ids[:, :drafts]], dim=1)
-        found.append(target.extend(tokens, cache).last_hidden[:, : end - start])
+        found.append(target.extend(tokens, cache).needed_hidden[:, : end - start])
         target.forget(cache, [drafts])
-    whole = target.states(Batch(ids)).last_hidden
+    whole = target.states(Batch(ids)).needed_hidden
     difference = mean_distance(torch.cat(found, dim=1)[0].float(), whole[0].float())
     most = rounding_of(target.dtype)
     require(

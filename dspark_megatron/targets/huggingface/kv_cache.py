@@ -81,6 +81,7 @@ class SequenceCache:
         return None
 
     def _restored(self, tokens: list[int]) -> Tensor | None:
+        assert self._before is not None
         (dropped,), (cache, input_ids) = tokens, self._before
         self._before = None
         count = input_ids.shape[1]

@@ -52,7 +52,7 @@ class PackedSequences:
 
     def split(self, states: Tensor, lengths: list[int]) -> dict[int, Tensor]:
         """By sample, its own part [length, x] of the rows' states [r, w, x]."""
-        parts = {}
+        parts: dict[int, Tensor] = {}
         for row, sequence in zip(self.samples, states, strict=True):
             sizes = [lengths[i] for i in row]
             parts.update(zip(row, sequence[: sum(sizes)].split(sizes), strict=True))
@@ -65,15 +65,15 @@ def unpacked(
     """States of right-padded samples from those of all groups of rows."""
 
     def side_by_side(tensors: list[Tensor]) -> Tensor:
-        parts = {}
+        parts: dict[int, Tensor] = {}
         for group, states in zip(groups, tensors, strict=True):
             parts.update(group.split(states, lengths))
         return pad_sequence([parts[i] for i in range(len(lengths))], batch_first=True)
 
-    with_last_hidden = found[0].last_hidden is not None
+    last_hidden = [states.last_hidden for states in found if states.last_hidden is not None]
     return TargetStates(
         side_by_side([states.taps for states in found]),
-        side_by_side([states.last_hidden for states in found]) if with_last_hidden else None,
+        side_by_side(last_hidden) if last_hidden else None,
         positions=sum(group.positions for group in groups),
     )
 

@@ -24,7 +24,7 @@ from dspark_megatron.targets.huggingface.split import (
 def quantization_method(target_config: PretrainedConfig) -> str | None:
     """The name of the method, None for a target that is not quantized."""
     settings = _settings(target_config)
-    return settings and settings.get("quant_method", "unnamed")
+    return None if settings is None else settings.get("quant_method", "unnamed")
 
 
 def quantizer_of(target_config: PretrainedConfig) -> Any:

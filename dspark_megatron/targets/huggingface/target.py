@@ -70,6 +70,7 @@ class HuggingFaceTarget(Target):
 
     def packed_states(self, batch: Batch, groups: list[PackedSequences]) -> TargetStates:
         """`states` with the samples packed so; 0 where input_ids is padding."""
+        assert batch.lengths is not None
         input_ids = to_device(batch.input_ids, self.device)
         packed = [group.take(input_ids, batch.lengths) for group in groups]
         found = run_in_step(packed, self._run_pieces, lockstep_group=self._lockstep_group)

@@ -6,11 +6,12 @@ tensor parallel innermost, pipeline stages outermost.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from dspark_megatron.errors import require
+from dspark_megatron.errors import ConfigError, require
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class TargetGroups:
         """Collective over the world. tp_group: the run's. Whole experts are spread over ep_size
         neighbouring ranks of a stage; 1 leaves them split over the tensor-parallel ranks."""
         ranks = StageRanks.of(dist.get_rank(), dist.get_world_size(), tp_group.size(), pp_size)
-        known = [tp_group, dist.group.WORLD]
+        known: list[Any] = [tp_group, dist.group.WORLD]
 
         def group(members: list[int]) -> dist.ProcessGroup:
             """One for each set of ranks; only its members take part in making it."""
@@ -98,11 +99,11 @@ def check_expert_parallel(
     tensor-parallel ranks of a place meet the same ranks in them."""
     if ep_size == 1:
         return
-    require(
-        num_experts is not None,
-        f"parallel.expert_parallel ({ep_size}) needs a mixture-of-experts target, and this one is "
-        "dense; set parallel.expert_parallel=1",
-    )
+    if num_experts is None:
+        raise ConfigError(
+            f"parallel.expert_parallel ({ep_size}) needs a mixture-of-experts target, and this one "
+            "is dense; set parallel.expert_parallel=1"
+        )
     good = [
         n
         for n in range(1, stage_size + 1)

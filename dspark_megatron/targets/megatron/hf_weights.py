@@ -151,7 +151,7 @@ def hf_tensors(shape: GPTShape) -> dict[str, tuple[int, ...]]:
         tensors[f"{attention}o_proj.weight"] = (h, rows["q"])
         if shape.qk_layernorm:
             tensors |= {f"{attention}{letter}_norm.weight": (d,) for letter in "qk"}
-        if shape.has_experts(number):
+        if shape.num_experts is not None and shape.has_experts(number):
             tensors[f"{layer}mlp.gate.weight"] = (shape.num_experts, h)
             for expert in range(shape.num_experts):
                 prefix = f"{layer}mlp.experts.{expert}."

@@ -32,17 +32,19 @@ class GPTSource:
         """Reads no weights. ConfigError for a model that is not supported, and for a checkpoint of
         another model than the Hugging Face config describes."""
         shape = hf_shape.gpt_shape_of(target_config)
+        weights: GPTCheckpoint | SafetensorsFolder
         if config.checkpoint:
-            weights = GPTCheckpoint(config.checkpoint)
-            own = checkpoint.gpt_shape_of(weights, shape.vocab_size)
-            own.require_same(shape, f"target.checkpoint {weights.path}", "config.json")
-            saved = weights.dtype
+            weights = saved = GPTCheckpoint(config.checkpoint)
+            own = checkpoint.gpt_shape_of(saved, shape.vocab_size)
+            own.require_same(shape, f"target.checkpoint {saved.path}", "config.json")
+            dtype = saved.dtype
         else:
-            weights = SafetensorsFolder(config.path)
+            weights = folder = SafetensorsFolder(config.path)
             embedding, head = shared_weights(config.path)
             shape = replace(shape, share_embeddings_and_output_weights=embedding == head)
-            saved = target_config.dtype or weights.dtypes[embedding]
-        dtype = saved if config.dtype == "auto" else getattr(torch, config.dtype)
+            dtype = target_config.dtype or folder.dtypes[embedding]
+        if config.dtype != "auto":
+            dtype = getattr(torch, config.dtype)
         return cls(shape, dtype, weights)
 
     def model(

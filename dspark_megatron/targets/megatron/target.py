@@ -111,7 +111,7 @@ class MegatronTarget(FrozenGPT, Target):
             rows = zip(hidden, starts, strict=True)
             return torch.stack([row[start : start + width] for row, start in rows])
 
-        return TargetStates(new(states.taps), new(states.last_hidden))
+        return TargetStates(new(states.taps), new(states.needed_hidden))
 
     def forget(self, cache: TokenCache, tokens: list[int]) -> None:
         cache.forget(tokens)

@@ -116,6 +116,7 @@ class SafetensorsLayout:
             tensors = {"taps": taps.to("cpu", DTYPES[self.dtype], copy=True)}
         if not self.with_last_hidden:
             return tensors
+        assert last_hidden is not None
         positions = self._positions(sample)
         kept = last_hidden[positions.to(last_hidden.device)].to("cpu", self._target_dtype)
         return {**tensors, "last_hidden": kept, "positions": positions.int()}
