@@ -63,10 +63,10 @@ class Target(StatesSource, Protocol):
 
     def extend(self, input_ids: Tensor, cache: Any) -> TargetStates:
         """States of the next tokens [b, q] of every cached sequence; the cache takes them in.
-        A row that has fewer is padded on the right, and the padding forgotten afterwards."""
+        One that has fewer is padded on the right, and the padding forgotten afterwards."""
 
     def forget(self, cache: Any, tokens: list[int]) -> None:
         """Settle the cache after `extend`: drop the last `tokens` (>= 0) of each sequence."""
 
-    def keep(self, cache: Any, rows: list[int]) -> None:
+    def keep(self, cache: Any, sequences: list[int]) -> None:
         """Drop all sequences but these, in this order."""

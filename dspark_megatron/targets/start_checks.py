@@ -110,8 +110,8 @@ def _without_layers(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
 @torch.no_grad()
 def check_packing(target: HuggingFaceTarget, samples: Sequence[Tensor]) -> None:
     """Compare the states of packed samples [s] with those of each alone; every rank calls it with
-    the same ones. At least two, of which the first two share a row; the others have one, beside it
-    where attention takes a mask. A window of attention that is longer than they are is not seen.
+    the same ones. Of at least two, the first two share a sequence and the others another,
+    beside it where attention takes a mask. A window of attention longer than they is not seen.
 
     Raises ConfigError when they differ by more than rounding.
     """
@@ -130,10 +130,11 @@ def check_packing(target: HuggingFaceTarget, samples: Sequence[Tensor]) -> None:
     require(
         max(differences) <= tolerance,
         f"the target's family ({target.model.config.model_type}) does not keep samples of a packed "
-        f"row apart with target.attention {target.model.config._attn_implementation!r}: states of "
-        f"sample {differences.index(max(differences))} of the row differ by {max(differences):.2g} "
-        f"of their norm from those of the sample alone (at most {tolerance:g} may be rounding); "
-        "set target.packing=false, and data.group_by_length=true for less padding",
+        f"sequence apart with target.attention {target.model.config._attn_implementation!r}: "
+        f"states of sample {differences.index(max(differences))} of it differ by "
+        f"{max(differences):.2g} of their norm from those of the sample alone (at most "
+        f"{tolerance:g} may be rounding); set target.packing=false, and "
+        "data.group_by_length=true for less padding",
     )
 
 

@@ -106,15 +106,15 @@ class HuggingFaceTarget(Target):
             self.extend(again, cache)
             cache.forget([0])
 
-    def keep(self, cache: SequenceCache, rows: list[int]) -> None:
-        cache.keep(rows)
+    def keep(self, cache: SequenceCache, sequences: list[int]) -> None:
+        cache.keep(sequences)
 
-    def _run_pieces(self, rows: Sequences) -> list[TargetStates]:
-        if len(rows.pieces) == 1:
-            packed = {} if rows.position_ids is None else {"position_ids": rows.position_ids}
-            return [self._run(rows.pieces[0], use_cache=False, **packed)]
+    def _run_pieces(self, group: Sequences) -> list[TargetStates]:
+        if len(group.pieces) == 1:
+            packed = {} if group.position_ids is None else {"position_ids": group.position_ids}
+            return [self._run(group.pieces[0], use_cache=False, **packed)]
         cache = DynamicCache(config=self.model.config)
-        return [self._run(piece, use_cache=True, past_key_values=cache) for piece in rows.pieces]
+        return [self._run(piece, use_cache=True, past_key_values=cache) for piece in group.pieces]
 
     @torch.no_grad()
     def _run(self, input_ids: Tensor, **arguments: Any) -> TargetStates:

@@ -34,9 +34,9 @@ class TokenCache:
         pairs = zip(self.sequences, tokens, strict=True)
         self.sequences = [sequence[: len(sequence) - n] for sequence, n in pairs]
 
-    def keep(self, rows: list[int]) -> None:
+    def keep(self, sequences: list[int]) -> None:
         """Drop all but these, in this order."""
-        self.sequences = [self.sequences[row] for row in rows]
+        self.sequences = [self.sequences[i] for i in sequences]
 
     def padded(self) -> Tensor:
         """[b, longest], padded on the right."""
@@ -89,7 +89,7 @@ class MegatronTarget(FrozenGPT, Target):
         found = states_in_passes(
             F.pad(input_ids, (0, longest - s, 0, most_rows - b)),
             self._max_tokens,
-            lambda rows: [self._run(piece) for piece in rows.pieces],
+            lambda group: [self._run(piece) for piece in group.pieces],
             lockstep_group=None,
         )
         last_hidden = None if found.last_hidden is None else found.last_hidden[:b, :s]
@@ -108,16 +108,16 @@ class MegatronTarget(FrozenGPT, Target):
         states, width = self._run(cache.padded()), input_ids.shape[1]
 
         def new(hidden: Tensor) -> Tensor:  # [b, longest, x] -> [b, q, x]
-            rows = zip(hidden, starts, strict=True)
-            return torch.stack([row[start : start + width] for row, start in rows])
+            pairs = zip(hidden, starts, strict=True)
+            return torch.stack([one[start : start + width] for one, start in pairs])
 
         return TargetStates(new(states.taps), new(states.needed_hidden))
 
     def forget(self, cache: TokenCache, tokens: list[int]) -> None:
         cache.forget(tokens)
 
-    def keep(self, cache: TokenCache, rows: list[int]) -> None:
-        cache.keep(rows)
+    def keep(self, cache: TokenCache, sequences: list[int]) -> None:
+        cache.keep(sequences)
 
     @torch.no_grad()
     def own_logits(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,7 +147,7 @@ class MegatronTarget(FrozenGPT, Target):
         return hidden.detach()
 
     def _padded(self, input_ids: Tensor) -> Tensor:
-        """Rows and columns that ranks need to fit together; what comes after a token does not
+        """Sequences and tokens that ranks need to fit together; what comes after a token does not
         change its states. One all-reduce of two numbers where data-parallel ranks meet in the
         experts, else none."""
         b, s = self._largest(*input_ids.shape)
@@ -157,7 +157,7 @@ class MegatronTarget(FrozenGPT, Target):
         return F.pad(input_ids, (0, s - input_ids.shape[1], 0, b - input_ids.shape[0]))
 
     def _largest(self, b: int, s: int) -> tuple[int, int]:
-        """Rows and columns of the ranks that have most, where data-parallel ranks meet."""
+        """Sequences and tokens of the ranks that have most, where data-parallel ranks meet."""
         if self._shape_group is None:
             return b, s
         size = torch.tensor([b, s], device=self.device)
