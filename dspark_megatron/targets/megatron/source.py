@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from transformers import PretrainedConfig
 
 from dspark_megatron.config import Config, TargetConfig
@@ -15,7 +16,7 @@ from dspark_megatron.targets.megatron import checkpoint
 from dspark_megatron.targets.megatron import gpt_shape as hf_shape
 from dspark_megatron.targets.megatron.gpt_model import build_gpt_model
 from dspark_megatron.targets.megatron.gpt_shape import GPTShape
-from dspark_megatron.targets.megatron.groups import TargetGroups, check_expert_parallel
+from dspark_megatron.targets.megatron.groups import check_expert_parallel
 from dspark_megatron.targets.megatron.hf_weights import load_hf_weights
 
 
@@ -49,7 +50,7 @@ class GPTSource:
 
     def model(
         self,
-        groups: TargetGroups,
+        pg_collection: ProcessGroupCollection,
         *,
         device: torch.device,
         sequence_parallel: bool = False,
@@ -61,7 +62,7 @@ class GPTSource:
         rank would send all of them."""
         model = build_gpt_model(
             self.shape,
-            groups,
+            pg_collection,
             params_dtype=self.dtype,
             device=device,
             sequence_parallel=sequence_parallel or self.shape.num_experts is not None,
