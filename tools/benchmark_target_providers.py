@@ -24,7 +24,7 @@ from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.targets.base import Target
 from dspark_megatron.targets.huggingface.split import TargetSplit
 from dspark_megatron.targets.huggingface.target import HuggingFaceTarget
-from dspark_megatron.targets.megatron.groups import TargetGroups
+from dspark_megatron.targets.megatron.groups import target_groups
 from dspark_megatron.targets.megatron.source import GPTSource
 from dspark_megatron.targets.megatron.target import MegatronTarget
 
@@ -62,7 +62,7 @@ def build(provider: str, path: Path, ep: int, runtime: Runtime) -> Target:
             dp_group=runtime.dp_group,
             device=runtime.device,
         )
-    groups = TargetGroups.make(tp_group=runtime.tp_group, ep_size=ep)
+    groups = target_groups(tp_group=runtime.tp_group, ep_size=ep)
     source = GPTSource.open(config, load_target_config(path))
     return MegatronTarget(
         source.model(groups, device=runtime.device), TAPS, with_output_layer=False

@@ -17,7 +17,7 @@ from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
 from dspark_megatron.config import LossConfig, OptimizerConfig
 from dspark_megatron.conversion.layouts.names import to_hugging_face
-from dspark_megatron.data.batch import Batch
+from dspark_megatron.data.batch import Batch, MicroBatch
 from dspark_megatron.data.blocks import draft_blocks
 from dspark_megatron.data.conversation import Sample
 from dspark_megatron.mcore.optimizer import wrap_data_parallel
@@ -171,7 +171,7 @@ class OurStep:
         blocks = draft_blocks([ids], [loss_mask], [item.anchors], self.slots, self.loss)
         self.target.prepared = item.states
         metrics = MetricSums.zeros(self.slots, self.device)
-        self.step.run([Batch.of([ids], blocks)], metrics)
+        self.step.run([MicroBatch.of([ids], blocks)], metrics)
         return metrics
 
 

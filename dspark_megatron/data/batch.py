@@ -18,8 +18,7 @@ from dspark_megatron.ops.transfer import all_to_device
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of a forward pass and the blocks that are learnt from them: on the host, where they
-    are made, or on the device."""
+    """Samples of a forward pass of the target."""
 
     input_ids: Tensor
     """[b, s], padded on the right only: no anchor sees the padding, so there is no attention mask.
@@ -28,32 +27,29 @@ class Batch:
     """Of the samples, the longest s; a target may then leave the padding out. None: it may not."""
     sample_indices: tuple[int, ...] = ()
     """Where the samples stand in the data; stored states are found by it."""
-    own_blocks: DraftBlocks | None = None
-    """None where nothing is learnt."""
 
-    @property
-    def blocks(self) -> DraftBlocks:
-        assert self.own_blocks is not None, "nothing is learnt from this batch"
-        return self.own_blocks
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch(Batch):
+    """And the blocks that are learnt from them: on the host, where it is made, or on the device."""
+
+    lengths: list[int]
+    blocks: DraftBlocks
 
     @classmethod
     def of(
-        cls,
-        samples: Sequence[Tensor],
-        blocks: DraftBlocks | None = None,
-        sample_indices: tuple[int, ...] = (),
-    ) -> "Batch":
+        cls, samples: Sequence[Tensor], blocks: DraftBlocks, sample_indices: tuple[int, ...] = ()
+    ) -> "MicroBatch":
         """samples: the tokens [s] of each."""
         lengths = [len(sample) for sample in samples]
-        return cls(padded(samples), lengths, sample_indices, blocks)
+        return cls(padded(samples), lengths=lengths, sample_indices=sample_indices, blocks=blocks)
 
-    def to(self, device: torch.device) -> "Batch":
-        """The same with its blocks on the device, in one transfer."""
-        moved: dict[str, Any] = all_to_device(
-            {"input_ids": self.input_ids, **self.blocks.tensors}, device
-        )
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same on the device, in one transfer."""
+        tensors = {"input_ids": self.input_ids, **self.blocks.tensors}
+        moved: dict[str, Any] = all_to_device(tensors, device)
         input_ids = moved.pop("input_ids")
-        return replace(self, input_ids=input_ids, own_blocks=replace(self.blocks, **moved))
+        return replace(self, input_ids=input_ids, blocks=replace(self.blocks, **moved))
 
 
 def padded(samples: Sequence[Tensor]) -> Tensor:
@@ -81,11 +77,11 @@ class MicroBatches:
             dataset.lengths if config.data.group_by_length else None,
         )
 
-    def of_step(self, consumed_samples: int) -> list[Batch]:
+    def of_step(self, consumed_samples: int) -> list[MicroBatch]:
         """Those of the step that starts after `consumed_samples`, of all ranks together."""
         return [self._of(refs) for refs in self._sampler.micro_batches(consumed_samples)]
 
-    def _of(self, refs: list[SampleRef]) -> Batch:
+    def _of(self, refs: list[SampleRef]) -> MicroBatch:
         model, loss, seed = self._config.model, self._config.loss, self._config.train.seed
         ids, masks = zip(*(self._dataset[ref.sample_index] for ref in refs), strict=True)
         anchors = [
@@ -93,4 +89,4 @@ class MicroBatches:
             for mask, ref in zip(masks, refs, strict=True)
         ]
         blocks = draft_blocks(ids, masks, anchors, model.block_size, loss)
-        return Batch.of(ids, blocks, tuple(ref.sample_index for ref in refs))
+        return MicroBatch.of(ids, blocks, tuple(ref.sample_index for ref in refs))

@@ -50,27 +50,6 @@ def global_batch(
     return [sample_at(position, num_samples, seed) for position in positions]
 
 
-def by_length(batch: list[SampleRef], lengths: Tensor) -> list[SampleRef]:
-    """A global batch with its longest samples first, equal ones in their order. Dealt out so,
-    samples of about one length share a micro-batch, and ranks that wait for each other have
-    micro-batches of about one length; the largest comes first."""
-    return sorted(batch, key=lambda ref: -int(lengths[ref.sample_index]))
-
-
-def micro_batches(
-    batch: list[SampleRef], micro_batch_size: int, dp_rank: int, dp_size: int
-) -> list[list[SampleRef]]:
-    """This data-parallel rank's share of a global batch: its micro-batch j starts at
-    (j * dp_size + dp_rank) * micro_batch_size."""
-    stride = dp_size * micro_batch_size
-    assert len(batch) % stride == 0, (
-        f"global batch size ({len(batch)}) must be divisible by micro-batch size "
-        f"({micro_batch_size}) x data-parallel size ({dp_size}) = {stride}"
-    )
-    starts = range(dp_rank * micro_batch_size, len(batch), stride)
-    return [batch[start : start + micro_batch_size] for start in starts]
-
-
 class Shares(NamedTuple):
     """Sources one after the other, in the order of their samples."""
 
@@ -163,6 +142,14 @@ class StepSampler:
         )
         if self._blend is not None:
             batch = [self._blend(place) for place in batch]
-        if self._lengths is not None:
-            batch = by_length(batch, self._lengths)
-        return micro_batches(batch, self._micro_batch_size, self._dp_rank, self._dp_size)
+        if (lengths := self._lengths) is not None:
+            # The longest first: samples of about one length then share a micro-batch, ranks that
+            # wait for each other have micro-batches of about one length, and the largest is first.
+            batch = sorted(batch, key=lambda ref: -int(lengths[ref.sample_index]))
+        size, stride = self._micro_batch_size, self._micro_batch_size * self._dp_size
+        assert len(batch) % stride == 0, (
+            f"global batch size ({len(batch)}) must be divisible by micro-batch size ({size}) x "
+            f"data-parallel size ({self._dp_size}) = {stride}"
+        )
+        starts = range(self._dp_rank * size, len(batch), stride)  # Megatron's split
+        return [batch[start : start + size] for start in starts]

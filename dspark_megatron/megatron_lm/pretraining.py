@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dspark_megatron.config import Config
-from dspark_megatron.data.batch import Batch, MicroBatches
+from dspark_megatron.data.batch import MicroBatch, MicroBatches
 from dspark_megatron.data.blocks import slot_weights
 from dspark_megatron.errors import require
 from dspark_megatron.megatron_lm.arguments import config_from_args
@@ -62,7 +62,7 @@ class DraftPretraining:
         slots = slot_weights(plan.shape.block_size, config.loss.loss_decay_gamma)
         self._unit = tokens_per_weight(anchors * float(slots.sum()))
 
-    def micro_batches(self, consumed_samples: int) -> Iterator[Batch]:
+    def micro_batches(self, consumed_samples: int) -> Iterator[MicroBatch]:
         """Those after so many samples, without end. The target is told of each step's before their
         first."""
         while True:
@@ -71,7 +71,7 @@ class DraftPretraining:
             yield from step
             consumed_samples += self.plan.config.train.global_batch_size
 
-    def forward_step(self, batch: Batch, model: Any) -> tuple[Tensor, partial]:
+    def forward_step(self, batch: MicroBatch, model: Any) -> tuple[Tensor, partial]:
         """The weighted sum of the loss [], and the function that makes Megatron's three of it."""
         metrics = MetricSums.zeros(self.plan.shape.block_size, self.runtime.device)
         loss = self._step(batch, model, metrics)
@@ -142,10 +142,10 @@ def datasets_provider(num_samples: Any, vp_stage: int | None = None) -> tuple[An
 
 
 # Every tensor-parallel rank reads the data.
-setattr(datasets_provider, "is_distributed", True)  # noqa: B010
+datasets_provider.is_distributed = True  # type: ignore[attr-defined]
 
 
-def forward_step(data_iterator: Iterator[Batch], model: Any) -> tuple[Tensor, partial]:
+def forward_step(data_iterator: Iterator[MicroBatch], model: Any) -> tuple[Tensor, partial]:
     """The loss of the next micro-batch, and what Megatron divides it by."""
     from megatron.training import get_timers
 

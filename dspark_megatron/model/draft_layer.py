@@ -47,7 +47,7 @@ class ContextInjectionAttention(MegatronModule):
         tp_group: dist.ProcessGroup,
     ) -> None:
         super().__init__(config)
-        self.rows = TokenSplit(config, tp_group=tp_group)
+        self.split = TokenSplit(config, tp_group=tp_group)
         self.head_dim = config.kv_channels
         hidden, width = config.hidden_size, config.kv_channels
         column = dict(
@@ -102,13 +102,13 @@ class ContextInjectionAttention(MegatronModule):
         parallelism an all-gather and a reduce-scatter in place of each.
         """
         n, k, _ = rope[0].shape
-        hidden = self.rows.to_linears(hidden, n * k).view(n, k, -1)
+        hidden = self.split.to_linears(hidden, n * k).view(n, k, -1)
         query, _ = self.linear_q(hidden)
         query = query.unflatten(-1, (-1, self.head_dim))  # [n, k, a/tp, d]
         query = apply_rope(self.q_layernorm(query), *rope)
         block_kv = self.key_value(hidden, rope)
         out = attend(query, context_kv, block_kv).flatten(-2).flatten(0, 1)  # [n*k, a*d/tp]
-        out, _ = self.linear_proj(self.rows.padded(out))
+        out, _ = self.linear_proj(self.split.padded(out))
         return out
 
 

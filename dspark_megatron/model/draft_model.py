@@ -4,7 +4,6 @@ Shapes: t context tokens (all samples of the micro-batch flattened), n blocks, k
 layers, h hidden, r Markov rank, v padded vocabulary.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +86,7 @@ class DSparkDraftModel(MegatronModule):
         super().__init__(config)
         self.shape = shape
         self.tp_group = tp_group
-        self.rows = TokenSplit(config, tp_group=tp_group)
+        self.split = TokenSplit(config, tp_group=tp_group)
         self.attention_backend = attention_backend
         self.attention_group_size = attention_group_size
         vocab = padded_vocab_size(shape.vocab_size, tp_size)
@@ -109,7 +108,7 @@ class DSparkDraftModel(MegatronModule):
             config=without_sequence_parallel(config),
             init_method=config.init_method,
             bias=False,
-            gather_output=not self.rows.split,
+            gather_output=not self.split.is_split,
             disable_grad_reduce=True,  # the target's states take no gradient
             tp_group=tp_group,
         )
@@ -176,10 +175,10 @@ class DSparkDraftModel(MegatronModule):
         of [t, h] and, in backward, a reduce-scatter and an all-to-all.
         """
         context, _ = self.fc(taps.to(self.config.params_dtype))
-        context = self.hidden_norm(self.rows.from_columns(context))
-        context = self.rows.to_linears(context, len(taps))
+        context = self.hidden_norm(self.split.from_columns(context))
+        context = self.split.to_linears(context, len(taps))
         rope = self.rotary(positions, context.dtype)
-        layers: Iterable[Any] = self.layers
+        layers: Any = self.layers
         return [layer.self_attention.key_value(context, rope) for layer in layers]
 
     def backbone(
@@ -200,12 +199,14 @@ class DSparkDraftModel(MegatronModule):
         embedded = self.embed_tokens(torch.cat([anchor_token_ids, mask_token]))  # [n + 1, h]
         source = torch.full_like(positions, n)  # a slot's row of `embedded`
         source[:, 0] = torch.arange(n, device=positions.device)
-        hidden = embedded[self.rows.local(source.flatten())]  # [R, h], n*k rows or this rank's part
+        hidden = embedded[
+            self.split.local(source.flatten())
+        ]  # [R, h], n*k rows or this rank's part
         rope = self.rotary(positions, hidden.dtype)
         for layer, layer_kv in zip(self.layers, context_kv, strict=True):
             hidden = layer(hidden, layer_kv, attend, rope)
         hidden = self.final_layernorm(hidden)
-        return self.rows.whole(hidden, n * k).view(n, k, -1)
+        return self.split.whole(hidden, n * k).view(n, k, -1)
 
     def forward(self, taps: Tensor, blocks: DraftBlocks) -> DraftOutput:
         """Training pass over the n blocks of a micro-batch. taps [b, s, m*h]."""

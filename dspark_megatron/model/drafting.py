@@ -60,9 +60,9 @@ class Drafter:
             for old, own in zip(self._contexts, zip(*parts, strict=True), strict=True)
         ]
 
-    def keep(self, rows: list[int]) -> None:
+    def keep(self, sequences: list[int]) -> None:
         """Drop all sequences but these, in this order."""
-        self._contexts = [self._contexts[row] for row in rows]
+        self._contexts = [self._contexts[i] for i in sequences]
 
     @torch.no_grad()
     def propose(

@@ -4,7 +4,6 @@ logit (Eq. 7).
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,6 +37,10 @@ class MarkovHead(MegatronModule):
             tp_group=tp_group,
         )
         self.markov_w2 = VocabParallelWeight(config, padded_vocab_size, rank, tp_group=tp_group)
+        self.add_projection(config)
+
+    def add_projection(self, config: TransformerConfig) -> None:
+        """What a kind of head has beside W1 and W2: the same on every rank."""
 
     def embed(self, prev_token_ids: Tensor) -> Tensor:
         """W1 rows, [...] -> [..., r]. One all-reduce of the result; none in backward."""
@@ -62,11 +65,8 @@ class MarkovHead(MegatronModule):
 class GatedMarkovHead(MarkovHead):
     """z = sigmoid(W_g [h_k ; e] + b_g) * e with e = W1[x_{k-1}]."""
 
-    def __init__(
-        self, config: TransformerConfig, padded_vocab_size: int, rank: int, **group: Any
-    ) -> None:
-        super().__init__(config, padded_vocab_size, rank, **group)
-        self.gate_proj = _replicated_linear(config, config.hidden_size + rank, rank)
+    def add_projection(self, config: TransformerConfig) -> None:
+        self.gate_proj = _linear(config, config.hidden_size + self.rank, self.rank)
 
     def step(
         self, embedding: Tensor, hidden: Tensor, state: Tensor | None
@@ -79,18 +79,15 @@ class RNNMarkovHead(MarkovHead):
     """A gated recurrence over the block (Eq. 6): [g; c; o] = W_j [s; e; h] + b_j,
     s' = sigmoid(g) s + (1 - sigmoid(g)) tanh(c), z = tanh(o), s_0 = 0."""
 
-    def __init__(
-        self, config: TransformerConfig, padded_vocab_size: int, rank: int, **group: Any
-    ) -> None:
-        super().__init__(config, padded_vocab_size, rank, **group)
-        self.joint_proj = _replicated_linear(config, config.hidden_size + 2 * rank, 3 * rank)
+    def add_projection(self, config: TransformerConfig) -> None:
+        self.joint_proj = _linear(config, config.hidden_size + 2 * self.rank, 3 * self.rank)
 
     def step(
         self, embedding: Tensor, hidden: Tensor, state: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         state = torch.zeros_like(embedding) if state is None else state
-        joint = self.joint_proj(torch.cat([state, embedding, hidden], dim=-1))
-        gate, candidate, output = joint.chunk(3, dim=-1)
+        projected = self.joint_proj(torch.cat([state, embedding, hidden], dim=-1))
+        gate, candidate, output = projected.chunk(3, dim=-1)
         gate = gate.sigmoid()
         return output.tanh(), gate * state + (1 - gate) * candidate.tanh()
 
@@ -102,7 +99,7 @@ MARKOV_HEADS: dict[str, Callable[..., MarkovHead]] = {
 }
 
 
-def _replicated_linear(config: TransformerConfig, inputs: int, outputs: int) -> torch.nn.Linear:
+def _linear(config: TransformerConfig, inputs: int, outputs: int) -> torch.nn.Linear:
     return torch.nn.Linear(inputs, outputs, dtype=config.params_dtype)
 
 
@@ -116,6 +113,7 @@ class ConfidenceHead(MegatronModule):
 
     def forward(self, hidden: Tensor, embeddings: Tensor | None) -> Tensor:
         """hidden [..., h], embeddings [..., r] -> fp32 confidence_logits [...]. No collective."""
-        assert embeddings is not None or not self.with_markov
-        features = hidden if embeddings is None else torch.cat([hidden, embeddings], dim=-1)
+        features = hidden
+        if self.with_markov and embeddings is not None:
+            features = torch.cat([hidden, embeddings], dim=-1)
         return self.proj(features).squeeze(-1).float()

@@ -1,5 +1,7 @@
 """Initial weights as a pure function of (seed, parameter name), whatever the layout."""
 
+from typing import Any
+
 import torch
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
@@ -32,7 +34,7 @@ def init_parameters(
 
 def _draw(
     name: str,
-    parameter: Tensor,
+    parameter: Any,
     seed: int,
     std: float,
     tp_rank: int,

@@ -85,7 +85,7 @@ def target_work(
     reduced = reduced * rows if split.tp_size > 1 else 0
     attention_parts = split.tp_size if _splits_attention(model.tp_plan) else 1
     passes, cache = Passes.of(*batch, max_tokens), 0
-    tokens = passes.rows * passes.length
+    tokens = passes.sequences * passes.length
     states = tokens * _token_states(text, split, attention_parts, dtype)
     if passes.length < batch[1]:
         cache = (last_layer + 1) * batch[1] * _cached(text, attention_parts)

@@ -18,7 +18,7 @@ from dspark_megatron.shape.layout import padded_vocab_size
 from dspark_megatron.storage.target_weights import shared_matrices
 from dspark_megatron.targets.base import Target
 from dspark_megatron.targets.huggingface.target import HuggingFaceTarget
-from dspark_megatron.targets.megatron.groups import TargetGroups
+from dspark_megatron.targets.megatron.groups import target_groups
 from dspark_megatron.targets.megatron.pipeline import PipelineTarget
 from dspark_megatron.targets.megatron.source import GPTSource
 from dspark_megatron.targets.megatron.target import MegatronTarget
@@ -61,7 +61,7 @@ def load_target_head(plan: RunPlan, draft: DSparkDraftModel, target: Target) -> 
 
 
 def read_target_head(
-    plan: RunPlan, target: Target, *, tp_group: dist.ProcessGroup
+    plan: RunPlan, target: Target | PipelineTarget, *, tp_group: dist.ProcessGroup
 ) -> tuple[Tensor, VocabShard]:
     """This rank's [v/tp, h] rows of the target's LM head in the target's own dtype, and which they
     are; for uses without a draft."""
@@ -71,7 +71,7 @@ def read_target_head(
     return _head_rows(plan, shard, target), shard
 
 
-def _head_rows(plan: RunPlan, shard: VocabShard, target: Target) -> Tensor:
+def _head_rows(plan: RunPlan, shard: VocabShard, target: Target | PipelineTarget) -> Tensor:
     _, head = frozen_rows(plan, shard)
     return head.to(device=target.device, dtype=target.dtype)
 
@@ -119,10 +119,10 @@ def _build_megatron_target(
 ) -> MegatronTarget | PipelineTarget:
     target, parallel = plan.config.target, plan.config.parallel
     stages = parallel.pipeline_parallel
-    groups = TargetGroups.make(
+    groups = target_groups(
         tp_group=runtime.tp_group, pp_size=stages, ep_size=parallel.expert_parallel
     )
-    stage = groups.collection.pp.rank()
+    stage = groups.pp.rank()
     model = GPTSource.open(target, plan.target_config).model(
         groups,
         device=runtime.device,

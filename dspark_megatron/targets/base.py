@@ -25,7 +25,7 @@ class TargetStates:
 
     @property
     def hidden(self) -> Tensor:
-        """`last_hidden` of a target that was loaded with it."""
+        """`last_hidden`, where there must be one."""
         assert self.last_hidden is not None, "the target was loaded for its taps alone"
         return self.last_hidden
 
@@ -67,10 +67,10 @@ class DecodingTarget(Target, Protocol):
 
     def extend(self, input_ids: Tensor, cache: Any) -> TargetStates:
         """States of the next tokens [b, q] of every cached sequence; the cache takes them in.
-        A row that has fewer is padded on the right, and the padding forgotten afterwards."""
+        One that has fewer is padded on the right, and the padding forgotten afterwards."""
 
     def forget(self, cache: Any, tokens: list[int]) -> None:
         """Settle the cache after `extend`: drop the last `tokens` (>= 0) of each sequence."""
 
-    def keep(self, cache: Any, rows: list[int]) -> None:
+    def keep(self, cache: Any, sequences: list[int]) -> None:
         """Drop all sequences but these, in this order."""

@@ -23,12 +23,14 @@ from dspark_megatron.errors import ConfigError, require
 
 _MOVED = {"DynamicLayer", "DynamicSlidingWindowLayer"}
 """Layers of Transformers' caches in which sequences can be moved. By name: versions lack some."""
-
-
 _CUT = _MOVED | {"DynamicIndexedLayer", "DummyLayer"}
 """And those that the last tokens can be cut from."""
-
-
+_FLAGS = {"sdpa": "_supports_sdpa", "flex_attention": "_supports_flex_attn"}
+"""Of a class that has the attention."""
+_TRIAL_VOCABULARY = 64
+_TRIAL_PARAMETERS = 10**8
+"""Of a model that is tried, at most: a vision tower would be larger."""
+_LOGIT_KEYS = re.compile("^(final_)?logits?_|lm_head|dim_model_base")
 RECURRENT = (
     "falcon_h1",
     "granitemoehybrid",
@@ -87,20 +89,6 @@ def _kinds(target_config: PretrainedConfig) -> set[str]:
         ) from error
 
 
-_FLAGS = {"sdpa": "_supports_sdpa", "flex_attention": "_supports_flex_attn"}
-
-
-_ROWS = 64
-"""Of the vocabulary in a trial of the head."""
-
-
-_MOST = 10**8
-"""Parameters of a model for a trial, at most: a vision tower would be larger."""
-
-
-_LOGIT_KEYS = re.compile("^(final_)?logits?_|lm_head|dim_model_base")
-
-
 def model_class(target_config: PretrainedConfig) -> type[PreTrainedModel]:
     """The family's base model. ConfigError where Transformers has none."""
     kind = type(target_config)
@@ -152,7 +140,7 @@ def _logit_difference(target_config: PretrainedConfig) -> float | None:
         return None
     config = copy.deepcopy(target_config)
     text = config.get_text_config()
-    text.vocab_size = _ROWS
+    text.vocab_size = _TRIAL_VOCABULARY
     text.pad_token_id = text.bos_token_id = text.eos_token_id = None
     try:
         own, product = _logits_of_class(without_layers(config))
@@ -167,7 +155,7 @@ def _logits_of_class(config: PretrainedConfig) -> tuple[Tensor, Tensor]:
     """Logits of a random model, and the product of its last hidden state and its head."""
     with torch.device("meta"):
         size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    if size > _MOST:
+    if size > _TRIAL_PARAMETERS:
         raise ValueError(f"{size} parameters are too many for a trial")
     model = AutoModelForCausalLM.from_config(
         config, dtype=torch.float32, attn_implementation="eager"
@@ -179,7 +167,7 @@ def _logits_of_class(config: PretrainedConfig) -> tuple[Tensor, Tensor]:
     base = model.get_decoder()
     base = model.model if base is model else base
     base.register_forward_hook(lambda *call: states.append(call[-1][0]))
-    logits = model(input_ids=torch.arange(_ROWS)[None], use_cache=False).logits
+    logits = model(input_ids=torch.arange(_TRIAL_VOCABULARY)[None], use_cache=False).logits
     return logits, states[0] @ model.get_output_embeddings().weight.t()
 
 

@@ -16,9 +16,9 @@ class Sequences(NamedTuple):
     """Sequences that go through the target side by side."""
 
     pieces: tuple[Tensor, ...]
-    """Consecutive pieces [r, t] of the same r rows, a pass each, after those before it."""
+    """Consecutive pieces [r, t] of the same r sequences, a pass each, after those before it."""
     position_ids: Tensor | None = None
-    """[r, t] of rows of several samples, which are one piece."""
+    """[r, t] of packed sequences, which are one piece."""
 
 
 RunPieces = Callable[[Sequences], list[TargetStates]]
@@ -29,8 +29,8 @@ RunPieces = Callable[[Sequences], list[TargetStates]]
 class Passes:
     """Forward passes of the target for a batch, all but the last of one size."""
 
-    rows: int
-    """Sequences of one pass."""
+    sequences: int
+    """Of one pass."""
     length: int
     """Tokens of each in it."""
     count: int
@@ -40,8 +40,9 @@ class Passes:
         """As many whole sequences as `max_tokens` holds, or a part of one; None: all at once."""
         if max_tokens is None:
             return cls(b, s, 1)
-        rows = min(b, max(1, max_tokens // s))
-        return cls(rows, min(s, max_tokens), math.ceil(b / rows) * math.ceil(s / max_tokens))
+        sequences = min(b, max(1, max_tokens // s))
+        count = math.ceil(b / sequences) * math.ceil(s / max_tokens)
+        return cls(sequences, min(s, max_tokens), count)
 
 
 def states_in_passes(
@@ -55,17 +56,18 @@ def states_in_passes(
     `run_in_step`."""
     b, s = input_ids.shape
     own = Passes.of(b, s, max_tokens)
-    groups = [Sequences(group.split(own.length, dim=1)) for group in input_ids.split(own.rows)]
+    parts = input_ids.split(own.sequences)
+    groups = [Sequences(part.split(own.length, dim=1)) for part in parts]
     return joined(run_in_step(groups, run, lockstep_group=lockstep_group), dim=0)
 
 
 def run_in_step(
     groups: list[Sequences], run: RunPieces, *, lockstep_group: dist.ProcessGroup | None
 ) -> list[TargetStates]:
-    """States of each group of rows.
+    """States of each group of sequences.
 
-    lockstep_group: ranks that must make equally many passes; those with fewer than others repeat
-    one token for nothing. One all-reduce of a number, none without a group.
+    lockstep_group: ranks that must make equally many passes; those with fewer repeat one token for
+    nothing. One all-reduce of a number, none without a group.
     """
     own, some = sum(len(group.pieces) for group in groups), groups[0].pieces[0]
     # Agreed before the first pass: in a pass the ranks already wait for each other.

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from dspark_megatron.data.batch import Batch
+from dspark_megatron.data.batch import Batch, padded
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.ops.vocab_parallel import VocabShard
 from dspark_megatron.storage.target_folder import load_target_config
@@ -110,16 +110,18 @@ def _without_layers(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
 @torch.no_grad()
 def check_packing(target: HuggingFaceTarget, samples: Sequence[Tensor]) -> None:
     """Compare the states of packed samples [s] with those of each alone; every rank calls it with
-    the same ones. At least two, of which the first two share a row; the others have one, beside it
-    where attention takes a mask. A window of attention that is longer than they are is not seen.
+    the same ones. Of at least two, the first two share a sequence and the others another,
+    beside it where attention takes a mask. A window of attention longer than they is not seen.
 
     Raises ConfigError when they differ by more than rounding.
     """
-    assert target.packer is not None
-    allowed = target.packer.max_tokens or len(samples) * _PACKED_TOKENS
+    packer = target.packer
+    assert packer is not None
+    allowed = packer.max_tokens or len(samples) * _PACKED_TOKENS
     most = min(_PACKED_TOKENS, allowed // len(samples))
     ids = [sample[: max(1, most)] for sample in samples]
-    packed = _whole(target.packed_states(Batch.of(ids), _sequences(target, ids)))
+    batch = Batch(padded(ids), [len(one) for one in ids])
+    packed = _whole(target.packed_states(batch, _sequences(ids, packer.has_masks)))
     differences = [
         mean_distance(packed[i, : len(one)], _whole(target.states(Batch(one[None])))[0])
         for i, one in enumerate(ids)
@@ -128,19 +130,19 @@ def check_packing(target: HuggingFaceTarget, samples: Sequence[Tensor]) -> None:
     require(
         max(differences) <= tolerance,
         f"the target's family ({target.model.config.model_type}) does not keep samples of a packed "
-        f"row apart with target.attention {target.model.config._attn_implementation!r}: states of "
-        f"sample {differences.index(max(differences))} of the row differ by {max(differences):.2g} "
-        f"of their norm from those of the sample alone (at most {tolerance:g} may be rounding); "
-        "set target.packing=false, and data.group_by_length=true for less padding",
+        f"sequence apart with target.attention {target.model.config._attn_implementation!r}: "
+        f"states of sample {differences.index(max(differences))} of it differ by "
+        f"{max(differences):.2g} of their norm from those of the sample alone (at most "
+        f"{tolerance:g} may be rounding); set target.packing=false, and "
+        "data.group_by_length=true for less padding",
     )
 
 
-def _sequences(target: HuggingFaceTarget, ids: list[Tensor]) -> list[PackedSequences]:
-    rows = [[0, 1], list(range(2, len(ids)))] if len(ids) > 2 else [[0, 1]]
-    assert target.packer is not None
-    groups = [rows] if target.packer.has_masks else [[row] for row in rows]
+def _sequences(ids: list[Tensor], side_by_side: bool) -> list[PackedSequences]:
+    sequences = [[0, 1], list(range(2, len(ids)))] if len(ids) > 2 else [[0, 1]]
+    groups = [sequences] if side_by_side else [[one] for one in sequences]
     return [
-        PackedSequences(group, max(sum(len(ids[i]) for i in row) for row in group))
+        PackedSequences(group, max(sum(len(ids[i]) for i in one) for one in group))
         for group in groups
     ]
 
@@ -169,16 +171,16 @@ def check_pieces_agree(target: DecodingTarget, input_ids: Tensor) -> None:
     """Compare last hidden states [1, s, h] of a prompt, taken in as decoding does, with those of
     one pass. input_ids [1, s >= 1], alike on every tensor-parallel rank. Costs six short passes.
     Raises ConfigError when they differ by more than rounding."""
-    tokens = _PIECES[-1][1]
-    ids = input_ids.repeat(1, -(-tokens // input_ids.shape[1]))[:, :tokens].to(target.device)
+    length = _PIECES[-1][1]
+    ids = input_ids.repeat(1, -(-length // input_ids.shape[1]))[:, :length].to(target.device)
     cache, found = target.new_cache(), []
     for start, end, drafts in _PIECES:
         own = ids[:, start:end]
         if start == 0:
             found.append(target.add_sequence(own, cache).hidden)
             continue
-        drafted = torch.cat([own, ids[:, :drafts]], dim=1)
-        found.append(target.extend(drafted, cache).hidden[:, : end - start])
+        tokens = torch.cat([own, ids[:, :drafts]], dim=1)
+        found.append(target.extend(tokens, cache).hidden[:, : end - start])
         target.forget(cache, [drafts])
     whole = target.states(Batch(ids)).hidden
     difference = mean_distance(torch.cat(found, dim=1)[0].float(), whole[0].float())

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dspark_megatron.config import LossConfig
-from dspark_megatron.data.batch import Batch
+from dspark_megatron.data.batch import MicroBatch
 from dspark_megatron.data.blocks import DraftBlocks
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.ops.acceptance import tau
@@ -55,7 +55,7 @@ class ForwardStep:
             terms["confidence"] = self.confidence_alpha
         return terms
 
-    def __call__(self, batch: Batch, model: Any, metrics: MetricSums) -> Tensor | None:
+    def __call__(self, batch: MicroBatch, model: Any, metrics: MetricSums) -> Tensor | None:
         """[] with gradients; None where nothing is learnt. Adds to `metrics`. model: the draft, or
         what a loop has wrapped it in."""
         blocks, lengths = batch.blocks, batch.lengths or []
@@ -89,7 +89,7 @@ class ForwardStep:
         confidence_sum = _confidence(logits, result.accept_rate, blocks.weights, metrics)
         return result.loss + self.confidence_alpha * confidence_sum
 
-    def _target_states(self, batch: Batch, metrics: MetricSums) -> TargetStates:
+    def _target_states(self, batch: MicroBatch, metrics: MetricSums) -> TargetStates:
         states = self.target.states(batch)
         if states.positions is not None:
             padding = states.positions - sum(batch.lengths or [])

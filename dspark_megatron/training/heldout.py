@@ -50,7 +50,8 @@ class HeldOut:
         return cls(plan, runtime, dataset)
 
     def is_due(self, iteration: int) -> bool:
-        return iteration % self.every == 0
+        every = self.config.evaluate.every
+        return every is not None and iteration % every == 0
 
     def estimate(
         self, state: RunState, draft: DSparkDraftModel, target: Target, reporter: Reporter | None

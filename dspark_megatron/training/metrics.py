@@ -1,7 +1,6 @@
 """Sums and weights of a run's metrics: added over data-parallel ranks and divided once, here."""
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -39,8 +38,10 @@ class MetricSums:
 
     @classmethod
     def zeros(cls, block_size: int, device: torch.device) -> "MetricSums":
-        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
-        return cls({name: zeros(()) for name in SCALARS}, zeros(block_size), zeros(block_size))
+        def zeros(*size: int) -> Tensor:
+            return torch.zeros(size, dtype=torch.float64, device=device)
+
+        return cls({name: zeros() for name in SCALARS}, zeros(block_size), zeros(block_size))
 
     def add(self, **terms: Tensor | float) -> None:
         """Add to named scalars or to the per-slot sums."""
@@ -70,8 +71,8 @@ class MetricSums:
         """Numerator and denominator of each mean that is shown; of `accept_rate` by slot. weights:
         of the terms in use, by name."""
         s = self.scalars
-        zero = torch.zeros_like(s["weight"])
-        loss = sum((weight * s[f"{name}_sum"] for name, weight in weights.items()), zero)
+        terms = (weight * s[f"{name}_sum"] for name, weight in weights.items())
+        loss = sum(terms, s["weight"].new_zeros(()))
         ratios = {
             "loss": (loss, s["weight"]),
             **{f"{name}_loss": (s[f"{name}_sum"], s["weight"]) for name in weights},

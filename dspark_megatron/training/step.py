@@ -9,7 +9,7 @@ from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
 
 from dspark_megatron.config import LossConfig
-from dspark_megatron.data.batch import Batch
+from dspark_megatron.data.batch import MicroBatch
 from dspark_megatron.ops.transfer import to_device
 from dspark_megatron.targets.base import StatesSource
 from dspark_megatron.training.forward_step import ForwardStep
@@ -47,7 +47,7 @@ class GradientStep:
             loss, model.module, target, tp_group=tp_group, device=device
         )
 
-    def run(self, batches: list[Batch], metrics: MetricSums) -> None:
+    def run(self, batches: list[MicroBatch], metrics: MetricSums) -> None:
         """Leave the step's gradients in the model's buckets, reduced; add to `metrics`."""
         self.model.zero_grad_buffer()
         passes = list(zip(batches, self._divisors(batches), strict=True))
@@ -78,7 +78,7 @@ class GradientStep:
                 if group.grad_reduce_handle is None:
                     group.start_grad_sync()
 
-    def _divisors(self, batches: list[Batch]) -> list[Tensor]:
+    def _divisors(self, batches: list[MicroBatch]) -> list[Tensor]:
         """[] fp32 for each micro-batch, on the device: nobody waits for them. 0 where there is
         nothing to learn. One all-reduce of a double per micro-batch, none for the local forms."""
         form = self.loss.normalization
@@ -95,7 +95,7 @@ class GradientStep:
             weights = weights * len(own)
         return list(weights.float().unbind())
 
-    def _forward_backward(self, batch: Batch, divisor: Tensor, metrics: MetricSums) -> None:
+    def _forward_backward(self, batch: MicroBatch, divisor: Tensor, metrics: MetricSums) -> None:
         loss = self.forward_step(batch, self.model, metrics)
         if loss is not None:
             (loss / divisor).backward()

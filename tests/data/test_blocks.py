@@ -7,7 +7,7 @@ import torch
 
 from dspark_megatron.config import LossConfig
 from dspark_megatron.config.loading import config_from_dict
-from dspark_megatron.data.batch import Batch
+from dspark_megatron.data.batch import MicroBatch
 from dspark_megatron.data.blocks import (
     anchor_candidates,
     anchor_seed,
@@ -169,7 +169,8 @@ def test_a_sample_without_candidates_makes_no_block():
 
 def test_blocks_on_the_device_are_the_same_in_one_piece_of_memory():
     ids, mask = torch.arange(9), torch.ones(9, dtype=torch.bool)
-    batch = Batch.of([ids], draft_blocks([ids], [mask], [torch.tensor([0, 3])], 3), (7,))
+    blocks = draft_blocks([ids], [mask], [torch.tensor([0, 3])], 3)
+    batch = MicroBatch.of([ids], blocks, (7,))
     moved = batch.to(ids.device)
     assert torch.equal(moved.input_ids, batch.input_ids) and moved.sample_indices == (7,)
     for name, tensor in batch.blocks.tensors.items():

@@ -7,7 +7,8 @@ import torch
 from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from dspark_megatron.data.batch import Batch
+from dspark_megatron.data.batch import MicroBatch
+from dspark_megatron.data.blocks import draft_blocks
 from dspark_megatron.data.conversation import ConversationEncoder, Sample, describe_sample
 from dspark_megatron.data.dataset import ConversationDataset, load_samples
 from dspark_megatron.data.files.jsonl import read_jsonl
@@ -304,7 +305,8 @@ def test_several_files_in_their_order(tokenizer, tmp_path: Path) -> None:
 
 def test_a_batch_is_padded_to_the_longest_on_the_right(load) -> None:
     dataset = load([tokens([1, 2, 3], [0, 1, 1]), tokens([4, 5], [1, 1])])
-    batch = Batch.of([dataset[0].input_ids, dataset[1].input_ids])
+    ids, masks = zip(dataset[0], dataset[1], strict=True)
+    batch = MicroBatch.of(ids, draft_blocks(ids, masks, [torch.tensor([1])] * 2, 2))
     assert batch.input_ids.tolist() == [[1, 2, 3], [4, 5, 0]] and batch.lengths == [3, 2]
     assert batch.input_ids.dtype == torch.int64
 

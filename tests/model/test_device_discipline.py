@@ -70,15 +70,15 @@ def test_with_other_objectives(tp, loss):
 
 
 def test_a_host_tensor_in_the_step_is_found():
-    from dspark_megatron.data.batch import Batch
+    from dspark_megatron.data.batch import MicroBatch
 
     def left_on_the_host(self, device):
         moved = move(self, device)
         return replace(moved, own_blocks=replace(moved.blocks, weights=self.blocks.weights))
 
-    move = Batch.to
+    move = MicroBatch.to
     with (
-        mock.patch.object(Batch, "to", left_on_the_host),
+        mock.patch.object(MicroBatch, "to", left_on_the_host),
         pytest.raises((AssertionError, RuntimeError), match="host and device|expected device meta"),
     ):
         check()

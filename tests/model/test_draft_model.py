@@ -164,7 +164,7 @@ def test_a_block_sees_its_context_and_its_anchor_token_and_nothing_else(pool, tp
 
 def micro_batch_without_blocks(runtime, shape, loss=None):
     """Gradients of a step with one empty micro-batch more."""
-    from dspark_megatron.data.batch import Batch
+    from dspark_megatron.data.batch import MicroBatch
     from dspark_megatron.training.metrics import MetricSums
 
     model, samples = build_tiny_draft(runtime, shape), make_samples(shape, loss=loss)
@@ -172,7 +172,7 @@ def micro_batch_without_blocks(runtime, shape, loss=None):
     batches = rank_micro_batches(runtime, samples, shape.block_size, 1, loss)
     ids = torch.zeros(1, 5, dtype=torch.long)
     empty = draft_blocks(ids, torch.zeros(1, 5), [torch.tensor([]).long()], 3)
-    batches.insert(1, Batch.of(ids, empty))
+    batches.insert(1, MicroBatch.of(ids, empty))
     metrics = MetricSums.zeros(shape.block_size, runtime.device)
     step.run(batches, metrics)
     return {n: p.main_grad.clone() for n, p in model.named_parameters() if p.requires_grad}

@@ -62,19 +62,19 @@ def write_checkpoint(
 
     from dspark_megatron.run.check import check
     from dspark_megatron.run.checkpoints import _collect_results_here
-    from dspark_megatron.targets.megatron.groups import TargetGroups
+    from dspark_megatron.targets.megatron.groups import target_groups
     from dspark_megatron.targets.megatron.source import GPTSource
 
     plan = check(config, runtime.world_size // pp)
     source = GPTSource.open(config.target, plan.target_config)
-    groups = TargetGroups.make(
+    groups = target_groups(
         tp_group=runtime.tp_group, pp_size=pp, ep_size=config.parallel.expert_parallel
     )
-    stage = groups.collection.pp.rank()
+    stage = groups.pp.rank()
     model = source.model(
         groups, device=runtime.device, pre_process=stage == 0, post_process=stage == pp - 1
     )
-    state = model.sharded_state_dict(metadata={"dp_cp_group": groups.collection.dp_cp})
+    state = model.sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp})
     for tensor in state.values():
         for old, new in (rename or {}).items():
             tensor.key = tensor.key.replace(old, new)

@@ -135,7 +135,7 @@ def one_collective_at_a_time():
 
 def rank_micro_batches(runtime, samples, block_size, micro_batch_size, loss=None):
     """This data-parallel rank's share of all samples as one step."""
-    from dspark_megatron.data.batch import Batch
+    from dspark_megatron.data.batch import MicroBatch
     from dspark_megatron.data.blocks import draft_blocks
 
     stride = micro_batch_size * runtime.dp_group.size()
@@ -146,7 +146,7 @@ def rank_micro_batches(runtime, samples, block_size, micro_batch_size, loss=None
         ids, masks = samples.input_ids[part], samples.loss_masks[part]
         anchors = samples.anchors[part]
         blocks = draft_blocks(ids, masks, anchors, block_size, loss or LossConfig())
-        out.append(Batch.of(ids, blocks))
+        out.append(MicroBatch.of(ids, blocks))
     return out
 
 

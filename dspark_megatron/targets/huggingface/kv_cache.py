@@ -23,7 +23,7 @@ from dspark_megatron.targets.family import keeps_states
 
 
 class SequenceCache:
-    """A cache whose rows are taken in, cut and dropped one by one."""
+    """A cache whose sequences are taken in, cut and dropped one by one."""
 
     def __init__(self, config: Any) -> None:
         """config: of the target."""
@@ -60,7 +60,7 @@ class SequenceCache:
         if not self.lengths:
             self._cache, self.lengths = other._cache, other.lengths
             return
-        _require_rows(self._cache)
+        _require_movable(self._cache)
         self.lengths = self.lengths + other.lengths
         for own, new in zip(self._cache.layers, other._cache.layers, strict=True):
             own.keys = _stacked(own.keys, new.keys)
@@ -76,7 +76,7 @@ class SequenceCache:
         if len(set(tokens)) == 1 and max(self.lengths) == width - tokens[0]:
             self._cache.crop(-tokens[0])
             return None
-        _require_rows(self._cache)
+        _require_movable(self._cache)
         self._take_columns(width - torch.tensor(tokens))
         return None
 
@@ -90,24 +90,24 @@ class SequenceCache:
         self._cache, self.lengths = cache, [self.lengths[0] - count]
         return input_ids[:, : count - dropped] if dropped < count else None
 
-    def keep(self, rows: list[int]) -> None:
+    def keep(self, sequences: list[int]) -> None:
         """Drop all sequences but these, in this order."""
-        if rows == list(range(len(self.lengths))):
+        if sequences == list(range(len(self.lengths))):
             return
-        if not rows:
+        if not sequences:
             self._cache, self.lengths = _empty_cache(self._config), []
             return
-        _require_rows(self._cache)
+        _require_movable(self._cache)
         width = max(self.lengths)
-        self.lengths = [self.lengths[row] for row in rows]
+        self.lengths = [self.lengths[i] for i in sequences]
         for layer in self._cache.layers:
             if layer.is_initialized:
-                layer.batch_select_indices(torch.tensor(rows, device=layer.keys.device))
-        self._take_columns(torch.full((len(rows),), width))
+                layer.batch_select_indices(torch.tensor(sequences, device=layer.keys.device))
+        self._take_columns(torch.full((len(sequences),), width))
 
     def _take_columns(self, ends: Tensor) -> None:
-        """Make the columns before ends [b] of each row the last ones, of as many as the longest
-        sequence needs; what comes before a shorter one does not count."""
+        """Make the columns before ends [b] of each sequence the last ones, of as many as the
+        longest needs; what comes before a shorter one does not count."""
         columns = torch.arange(-max(self.lengths), 0) + ends[:, None]  # [b, w]
         for layer in self._cache.layers:
             if layer.is_initialized:
@@ -117,8 +117,8 @@ class SequenceCache:
 
 def _empty_cache(config: Any) -> DynamicCache:
     cache = DynamicCache(config=config)
-    # A sliding window drops states that a rejected draft would need back, and its rows would lose
-    # different ones. The mask alone makes the window as well.
+    # A sliding window drops states that a rejected draft would need back, other ones of each
+    # sequence. The mask alone makes the window as well.
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicSlidingWindowLayer:
             cache.layers[i] = DynamicLayer()
@@ -144,7 +144,7 @@ def _cloned(states: Any) -> Any:
     return states.clone() if isinstance(states, Tensor) else states
 
 
-def _require_rows(cache: DynamicCache) -> None:
+def _require_movable(cache: DynamicCache) -> None:
     """ConfigError unless sequences can be moved within every layer of the cache."""
     other = {type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer}
     if other:

@@ -70,11 +70,11 @@ class HuggingFaceTarget(Target):
 
     def packed_states(self, batch: Batch, groups: list[PackedSequences]) -> TargetStates:
         """`states` with the samples packed so; 0 where input_ids is padding."""
-        input_ids, lengths = to_device(batch.input_ids, self.device), batch.lengths
-        assert lengths is not None
-        packed = [group.take(input_ids, lengths) for group in groups]
+        assert batch.lengths is not None
+        input_ids = to_device(batch.input_ids, self.device)
+        packed = [group.take(input_ids, batch.lengths) for group in groups]
         found = run_in_step(packed, self._run_pieces, lockstep_group=self._lockstep_group)
-        return unpacked(found, groups, lengths)
+        return unpacked(found, groups, batch.lengths)
 
     @property
     def _lockstep_group(self) -> dist.ProcessGroup | None:
@@ -106,15 +106,15 @@ class HuggingFaceTarget(Target):
             self.extend(again, cache)
             cache.forget([0])
 
-    def keep(self, cache: SequenceCache, rows: list[int]) -> None:
-        cache.keep(rows)
+    def keep(self, cache: SequenceCache, sequences: list[int]) -> None:
+        cache.keep(sequences)
 
-    def _run_pieces(self, rows: Sequences) -> list[TargetStates]:
-        if len(rows.pieces) == 1:
-            packed = {} if rows.position_ids is None else {"position_ids": rows.position_ids}
-            return [self._run(rows.pieces[0], use_cache=False, **packed)]
+    def _run_pieces(self, group: Sequences) -> list[TargetStates]:
+        if len(group.pieces) == 1:
+            packed = {} if group.position_ids is None else {"position_ids": group.position_ids}
+            return [self._run(group.pieces[0], use_cache=False, **packed)]
         cache = DynamicCache(config=self.model.config)
-        return [self._run(piece, use_cache=True, past_key_values=cache) for piece in rows.pieces]
+        return [self._run(piece, use_cache=True, past_key_values=cache) for piece in group.pieces]
 
     @torch.no_grad()
     def _run(self, input_ids: Tensor, **arguments: Any) -> TargetStates:

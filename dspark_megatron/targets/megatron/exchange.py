@@ -1,8 +1,8 @@
 """What pipeline ranks give each other: micro-batches before the run, states after it.
 
-The run of P ranks takes their micro-batches in turns: place j * P + p is micro-batch j of pipeline
-rank p, its owner. Layers are in ascending order over the stages, so what the stages keep of a
-micro-batch, side by side in the order of their ranks, is its taps and then its last hidden state.
+In a run of P ranks, place j * P + p is micro-batch j of pipeline rank p, its owner. Layers ascend
+over the stages, so what the stages keep of a micro-batch, side by side in the order of their ranks,
+is its taps and then its last hidden state.
 
 Shapes: b samples of s tokens, w numbers that a stage keeps of a token.
 """
@@ -24,11 +24,11 @@ def gather_batches(own: Sequence[Tensor], *, pp_group: dist.ProcessGroup) -> lis
     ids = torch.cat([batch.flatten() for batch in own])
     ids = _all_gather(torch.nn.functional.pad(ids, (0, most - len(ids))), pp_group)  # [P, most]
     by_rank = []
-    for row, of_rank in zip(ids, shapes.tolist(), strict=True):
+    for sent, of_rank in zip(ids, shapes.tolist(), strict=True):
         sizes = [b * s for b, s in of_rank]
-        parts = row[: sum(sizes)].split(sizes)
+        parts = sent[: sum(sizes)].split(sizes)
         by_rank.append([x.view(b, s) for x, (b, s) in zip(parts, of_rank, strict=True)])
-    return [batch for turn in zip(*by_rank, strict=True) for batch in turn]
+    return [batch for ones in zip(*by_rank, strict=True) for batch in ones]
 
 
 def _all_gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -60,11 +60,11 @@ class Outbox:
         self._flat = torch.empty(sum(sizes), dtype=dtype, device=device)
         self._sent = [sum(s * b * width for s, b in shapes[owner::size]) for owner in range(size)]
         parts = zip(by_owner, self._flat.split(sizes), strict=True)
-        self.rows = {place: part.view(*shapes[place], width) for place, part in parts}
+        self.states = {place: part.view(*shapes[place], width) for place, part in parts}
         """By place in the run: [s, b, w], to be filled in."""
 
     def deliver(self) -> list[list[Tensor]]:
-        """Send all rows to their owners: for each own micro-batch [s, b, w] of every stage. One
+        """Send all to their owners: for each own micro-batch [s, b, w] of every stage. One
         all-to-all, in which a rank sends what it kept of micro-batches and gets what others kept of
         its own."""
         tokens = [s * b for s, b in self._own]

@@ -1,13 +1,12 @@
-"""Causal attention of the frozen target, by PyTorch's own kernels."""
+"""The frozen target as Megatron-Core's GPTModel, its attention by PyTorch's own kernels."""
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_decoder_block_spec,
-)
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe import moe_utils
@@ -20,7 +19,6 @@ from dspark_megatron.mcore import transformer_engine
 from dspark_megatron.mcore.rms_norm import RMSNorm
 from dspark_megatron.shape.layout import padded_vocab_size, stage_layers
 from dspark_megatron.targets.megatron.gpt_shape import GPTShape
-from dspark_megatron.targets.megatron.groups import TargetGroups
 
 
 class CausalAttention(MegatronModule):
@@ -42,7 +40,7 @@ class CausalAttention(MegatronModule):
 
 def build_gpt_model(
     shape: GPTShape,
-    groups: TargetGroups,
+    pg_collection: ProcessGroupCollection,
     *,
     params_dtype: torch.dtype,
     device: torch.device,
@@ -53,14 +51,13 @@ def build_gpt_model(
     """This rank's part of the model, frozen, its weights not set. pre_process, post_process:
     whether the stage has the embedding, and the final norm with the output layer. The vocabulary
     is padded to a multiple of the tensor-parallel size, as the draft's."""
-    collection = groups.collection
     config = transformer_config(
-        shape, groups, params_dtype=params_dtype, sequence_parallel=sequence_parallel
+        shape, pg_collection, params_dtype=params_dtype, sequence_parallel=sequence_parallel
     )
     model = GPTModel(
         config=config,
-        transformer_layer_spec=_block_spec(config, get_pg_rank(collection.pp)),
-        vocab_size=padded_vocab_size(shape.vocab_size, collection.tp.size()),
+        transformer_layer_spec=_block_spec(config, get_pg_rank(pg_collection.pp)),
+        vocab_size=padded_vocab_size(shape.vocab_size, pg_collection.tp.size()),
         max_sequence_length=0,  # RoPE needs none
         pre_process=pre_process,
         post_process=post_process,
@@ -69,20 +66,19 @@ def build_gpt_model(
         rotary_base=shape.rotary_base,
         rope_scaling=shape.rope_scaling_factor is not None,
         rope_scaling_factor=shape.rope_scaling_factor or 1.0,
-        pg_collection=collection,
+        pg_collection=pg_collection,
     )
     return model.to(device=device, dtype=params_dtype).eval().requires_grad_(False)
 
 
 def transformer_config(
     shape: GPTShape,
-    groups: TargetGroups,
+    pg_collection: ProcessGroupCollection,
     *,
     params_dtype: torch.dtype,
     sequence_parallel: bool = False,
 ) -> TransformerConfig:
-    collection = groups.collection
-    stages = stage_layers(shape.num_layers, collection.pp.size())
+    stages = stage_layers(shape.num_layers, pg_collection.pp.size())
     experts: dict[str, Any] = {}
     if shape.num_experts is not None:
         experts = dict(
@@ -94,8 +90,8 @@ def transformer_config(
             moe_token_dispatcher_type="allgather",
             moe_grouped_gemm=transformer_engine.is_usable(),
             moe_layer_freq=list(shape.moe_layer_freq) if shape.moe_layer_freq else 1,
-            expert_model_parallel_size=collection.ep.size(),
-            expert_tensor_parallel_size=collection.expt_tp.size(),
+            expert_model_parallel_size=pg_collection.ep.size(),
+            expert_tensor_parallel_size=pg_collection.expt_tp.size(),
         )
     return TransformerConfig(
         num_layers=shape.num_layers,
@@ -113,9 +109,9 @@ def transformer_config(
         add_qkv_bias=shape.add_qkv_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        tensor_model_parallel_size=collection.tp.size(),
-        pipeline_model_parallel_size=collection.pp.size(),
-        sequence_parallel=sequence_parallel and collection.tp.size() > 1,
+        tensor_model_parallel_size=pg_collection.tp.size(),
+        pipeline_model_parallel_size=pg_collection.pp.size(),
+        sequence_parallel=sequence_parallel and pg_collection.tp.size() > 1,
         params_dtype=params_dtype,
         pipeline_dtype=params_dtype,
         num_layers_in_last_pipeline_stage=stages[-1] if len(set(stages)) > 1 else None,

@@ -33,7 +33,7 @@ class GPTShape:
     rope_scaling_factor: float | None
     """Of Llama 3's scaling; None without one."""
     num_experts: int | None = None
-    moe_ffn_hidden_size: int | None = None
+    moe_ffn_hidden_size: int = 0
     moe_router_topk: int | None = None
     moe_router_pre_softmax: bool = False
     """Weights of the chosen experts from the softmax over all, not over the chosen ones."""

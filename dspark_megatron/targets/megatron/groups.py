@@ -14,48 +14,41 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from dspark_megatron.errors import ConfigError, require
 
 
-@dataclass(frozen=True)
-class TargetGroups:
-    """The groups that a GPTModel and its experts are built with."""
+def target_groups(
+    *, tp_group: dist.ProcessGroup, pp_size: int = 1, ep_size: int = 1
+) -> ProcessGroupCollection:
+    """What a GPTModel and its experts are built with. Collective over the world. tp_group: the
+    run's. Whole experts are spread over ep_size neighbouring ranks of a stage; 1 leaves them split
+    over the tensor-parallel ranks."""
+    ranks = StageRanks.of(dist.get_rank(), dist.get_world_size(), tp_group.size(), pp_size)
+    known: list[Any] = [tp_group, dist.group.WORLD]
 
-    collection: ProcessGroupCollection
+    def group(members: list[int]) -> dist.ProcessGroup:
+        """One for each set of ranks; only its members take part in making it."""
+        for one in known:
+            if dist.get_process_group_ranks(one) == members:
+                return one
+        known.append(dist.new_group(members, use_local_synchronization=True))
+        return known[-1]
 
-    @classmethod
-    def make(
-        cls, *, tp_group: dist.ProcessGroup, pp_size: int = 1, ep_size: int = 1
-    ) -> "TargetGroups":
-        """Collective over the world. tp_group: the run's. Whole experts are spread over ep_size
-        neighbouring ranks of a stage; 1 leaves them split over the tensor-parallel ranks."""
-        ranks = StageRanks.of(dist.get_rank(), dist.get_world_size(), tp_group.size(), pp_size)
-        known: list[Any] = [tp_group, dist.group.WORLD]
-
-        def group(members: list[int]) -> dist.ProcessGroup:
-            """One for each set of ranks; only its members take part in making it."""
-            for one in known:
-                if dist.get_process_group_ranks(one) == members:
-                    return one
-            known.append(dist.new_group(members, use_local_synchronization=True))
-            return known[-1]
-
-        alone, stage = group([ranks.rank]), group(ranks.stage)
-        dp = group(ranks.data_parallel)
-        ep = group(ranks.expert_parallel(ep_size)) if ep_size > 1 else alone
-        collection = ProcessGroupCollection(
-            tp=tp_group,
-            pp=group(ranks.pipeline),
-            cp=alone,
-            tp_cp=tp_group,
-            dp=dp,
-            dp_cp=dp,
-            tp_dp_cp=stage,
-            ep=ep,
-            expt_tp=alone if ep_size > 1 else tp_group,
-            tp_ep=ep if ep_size > 1 else tp_group,
-            expt_dp=group(ranks.expert_data_parallel(ep_size)) if ep_size > 1 else dp,
-            embd=None,  # for the gradients of tied weights: a frozen model has none
-            pos_embd=None,
-        )
-        return cls(collection)
+    alone, stage = group([ranks.rank]), group(ranks.stage)
+    dp = group(ranks.data_parallel)
+    ep = group(ranks.expert_parallel(ep_size)) if ep_size > 1 else alone
+    return ProcessGroupCollection(
+        tp=tp_group,
+        pp=group(ranks.pipeline),
+        cp=alone,
+        tp_cp=tp_group,
+        dp=dp,
+        dp_cp=dp,
+        tp_dp_cp=stage,
+        ep=ep,
+        expt_tp=alone if ep_size > 1 else tp_group,
+        tp_ep=ep if ep_size > 1 else tp_group,
+        expt_dp=group(ranks.expert_data_parallel(ep_size)) if ep_size > 1 else dp,
+        embd=None,  # for the gradients of tied weights: a frozen model has none
+        pos_embd=None,
+    )
 
 
 @dataclass(frozen=True)

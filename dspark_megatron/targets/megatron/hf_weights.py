@@ -85,8 +85,8 @@ class _Table:
             return [Part(f"{layer}mlp.gate.weight")]
         if expert := _expert_number(name):
             number = self.first_expert + int(expert)
-            part = _share(self.shape.moe_ffn_hidden_size or 0, self.expert_tp)
-            return _mlp(f"{layer}mlp.experts.{number}.", name, part)
+            prefix, width = f"{layer}mlp.experts.{number}.", self.shape.moe_ffn_hidden_size
+            return _mlp(prefix, name, _share(width, self.expert_tp))
         return _mlp(f"{layer}mlp.", name, _share(self.shape.ffn_hidden_size, self.tp))
 
     def _vocabulary(self, name: str) -> Part:
@@ -151,11 +151,11 @@ def hf_tensors(shape: GPTShape) -> dict[str, tuple[int, ...]]:
         tensors[f"{attention}o_proj.weight"] = (h, rows["q"])
         if shape.qk_layernorm:
             tensors |= {f"{attention}{letter}_norm.weight": (d,) for letter in "qk"}
-        if shape.has_experts(number):
-            experts, width = shape.num_experts or 0, shape.moe_ffn_hidden_size or 0
-            tensors[f"{layer}mlp.gate.weight"] = (experts, h)
-            for expert in range(experts):
-                tensors |= _mlp_shapes(f"{layer}mlp.experts.{expert}.", h, width)
+        if shape.num_experts is not None and shape.has_experts(number):
+            tensors[f"{layer}mlp.gate.weight"] = (shape.num_experts, h)
+            for expert in range(shape.num_experts):
+                prefix = f"{layer}mlp.experts.{expert}."
+                tensors |= _mlp_shapes(prefix, h, shape.moe_ffn_hidden_size)
         else:
             tensors |= _mlp_shapes(f"{layer}mlp.", h, shape.ffn_hidden_size)
     return tensors

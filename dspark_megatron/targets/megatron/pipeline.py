@@ -111,7 +111,7 @@ class PipelineTarget(FrozenGPT, StatesSource):
             output = self.model(input_ids=ids, position_ids=positions, attention_mask=None)
             kept = [*self._taps.take(), *([output] if self._keeps_output else [])]
             if kept:
-                torch.cat(kept, dim=-1, out=outbox.rows[number])
+                torch.cat(kept, dim=-1, out=outbox.states[number])
             return output
 
         sent = [(*shape, h) for shape in shapes]
@@ -119,7 +119,7 @@ class PipelineTarget(FrozenGPT, StatesSource):
         self._arrived.extend(zip(own, outbox.deliver(), strict=True))
 
     def _padded(self, batches: list[Tensor]) -> list[Tensor]:
-        """Rows and columns that ranks need to fit together; what comes after a token does not
+        """Sequences and tokens that ranks need to fit together; what comes after a token does not
         change its states. One all-reduce of two numbers for each where data-parallel ranks meet in
         the experts, else none."""
         sizes = torch.tensor([ids.shape for ids in batches], device=self.device)  # [n, 2]

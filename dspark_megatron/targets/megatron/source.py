@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from transformers import PretrainedConfig
 
 from dspark_megatron.config import Config, TargetConfig
@@ -15,7 +16,7 @@ from dspark_megatron.targets.megatron import checkpoint
 from dspark_megatron.targets.megatron import gpt_shape as hf_shape
 from dspark_megatron.targets.megatron.gpt_model import build_gpt_model
 from dspark_megatron.targets.megatron.gpt_shape import GPTShape
-from dspark_megatron.targets.megatron.groups import TargetGroups, check_expert_parallel
+from dspark_megatron.targets.megatron.groups import check_expert_parallel
 from dspark_megatron.targets.megatron.hf_weights import load_hf_weights
 
 
@@ -32,23 +33,24 @@ class GPTSource:
         """Reads no weights. ConfigError for a model that is not supported, and for a checkpoint of
         another model than the Hugging Face config describes."""
         shape = hf_shape.gpt_shape_of(target_config)
+        weights: GPTCheckpoint | SafetensorsFolder
         if config.checkpoint:
-            gpt = GPTCheckpoint(config.checkpoint)
-            own = checkpoint.gpt_shape_of(gpt, shape.vocab_size)
-            own.require_same(shape, f"target.checkpoint {gpt.path}", "config.json")
-            weights: GPTCheckpoint | SafetensorsFolder = gpt
-            saved = gpt.dtype
+            weights = saved = GPTCheckpoint(config.checkpoint)
+            own = checkpoint.gpt_shape_of(saved, shape.vocab_size)
+            own.require_same(shape, f"target.checkpoint {saved.path}", "config.json")
+            dtype = saved.dtype
         else:
             weights = folder = SafetensorsFolder(config.path)
             embedding, head = shared_weights(config.path)
             shape = replace(shape, share_embeddings_and_output_weights=embedding == head)
-            saved = target_config.dtype or folder.dtypes[embedding]
-        dtype = saved if config.dtype == "auto" else getattr(torch, config.dtype)
+            dtype = target_config.dtype or folder.dtypes[embedding]
+        if config.dtype != "auto":
+            dtype = getattr(torch, config.dtype)
         return cls(shape, dtype, weights)
 
     def model(
         self,
-        groups: TargetGroups,
+        pg_collection: ProcessGroupCollection,
         *,
         device: torch.device,
         sequence_parallel: bool = False,
@@ -60,7 +62,7 @@ class GPTSource:
         rank would send all of them."""
         model = build_gpt_model(
             self.shape,
-            groups,
+            pg_collection,
             params_dtype=self.dtype,
             device=device,
             sequence_parallel=sequence_parallel or self.shape.num_experts is not None,
@@ -89,7 +91,7 @@ def check_gpt_target(config: Config, target_config: PretrainedConfig, stage_size
         f"be a multiple of them that divides its query heads ({heads})",
     )
     widths = {"FFN layers": shape.ffn_hidden_size}
-    if shape.moe_ffn_hidden_size is not None and ep == 1:
+    if shape.num_experts is not None and ep == 1:
         widths["experts"] = shape.moe_ffn_hidden_size
     for name, width in widths.items():
         require(

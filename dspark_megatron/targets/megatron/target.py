@@ -1,4 +1,4 @@
-"""Sequences that grow, kept as their tokens alone."""
+"""Provider `megatron`: a GPTModel of one pipeline stage."""
 
 import math
 from dataclasses import replace
@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from dspark_megatron.data.batch import Batch
 from dspark_megatron.errors import require
@@ -17,34 +18,8 @@ from dspark_megatron.targets.megatron.frozen_gpt import FrozenGPT, output_logits
 from dspark_megatron.targets.passes import states_in_passes
 
 
-class TokenCache:
-    """The tokens of several sequences. A GPTModel without a key/value cache runs them anew for
-    every step: the work of an answer grows with the square of its length."""
-
-    def __init__(self) -> None:
-        self.sequences: list[Tensor] = []
-
-    def extend(self, input_ids: Tensor) -> None:
-        """input_ids [b, q]: the next tokens of each."""
-        pairs = zip(self.sequences, input_ids, strict=True)
-        self.sequences = [torch.cat([old, new]) for old, new in pairs]
-
-    def forget(self, tokens: list[int]) -> None:
-        """Drop the last `tokens` (>= 0) of each."""
-        pairs = zip(self.sequences, tokens, strict=True)
-        self.sequences = [sequence[: len(sequence) - n] for sequence, n in pairs]
-
-    def keep(self, rows: list[int]) -> None:
-        """Drop all but these, in this order."""
-        self.sequences = [self.sequences[row] for row in rows]
-
-    def padded(self) -> Tensor:
-        """[b, longest], padded on the right."""
-        return torch.nn.utils.rnn.pad_sequence(self.sequences, batch_first=True)
-
-
 class MegatronTarget(FrozenGPT, Target):
-    """A GPTModel of one pipeline stage whose decoder layers are tapped by forward hooks."""
+    """Its decoder layers are tapped by forward hooks."""
 
     def __init__(
         self,
@@ -89,35 +64,38 @@ class MegatronTarget(FrozenGPT, Target):
         found = states_in_passes(
             F.pad(input_ids, (0, longest - s, 0, most_rows - b)),
             self._max_tokens,
-            lambda rows: [self._run(piece) for piece in rows.pieces],
+            lambda group: [self._run(piece) for piece in group.pieces],
             lockstep_group=None,
         )
         last_hidden = None if found.last_hidden is None else found.last_hidden[:b, :s]
         return TargetStates(found.taps[:b, :s], last_hidden, positions=input_ids.numel())
 
-    def new_cache(self) -> TokenCache:
-        return TokenCache()
+    # There is no key/value cache: sequences are kept as their tokens and run anew for every step,
+    # so the work of an answer grows with the square of its length.
 
-    def add_sequence(self, input_ids: Tensor, cache: TokenCache) -> TargetStates:
-        cache.sequences.append(input_ids[0])
+    def new_cache(self) -> list[Tensor]:
+        return []
+
+    def add_sequence(self, input_ids: Tensor, cache: list[Tensor]) -> TargetStates:
+        cache.append(input_ids[0])
         return self._run(input_ids)
 
-    def extend(self, input_ids: Tensor, cache: TokenCache) -> TargetStates:
-        starts = [len(sequence) for sequence in cache.sequences]
-        cache.extend(input_ids)
-        states, width = self._run(cache.padded()), input_ids.shape[1]
+    def extend(self, input_ids: Tensor, cache: list[Tensor]) -> TargetStates:
+        starts, width = [len(sequence) for sequence in cache], input_ids.shape[1]
+        cache[:] = [torch.cat(pair) for pair in zip(cache, input_ids, strict=True)]
+        states = self._run(pad_sequence(cache, batch_first=True))
 
         def new(hidden: Tensor) -> Tensor:  # [b, longest, x] -> [b, q, x]
-            rows = zip(hidden, starts, strict=True)
-            return torch.stack([row[start : start + width] for row, start in rows])
+            pairs = zip(hidden, starts, strict=True)
+            return torch.stack([one[start : start + width] for one, start in pairs])
 
         return TargetStates(new(states.taps), new(states.hidden))
 
-    def forget(self, cache: TokenCache, tokens: list[int]) -> None:
-        cache.forget(tokens)
+    def forget(self, cache: list[Tensor], tokens: list[int]) -> None:
+        cache[:] = [one[: len(one) - n] for one, n in zip(cache, tokens, strict=True)]
 
-    def keep(self, cache: TokenCache, rows: list[int]) -> None:
-        cache.keep(rows)
+    def keep(self, cache: list[Tensor], sequences: list[int]) -> None:
+        cache[:] = [cache[i] for i in sequences]
 
     @torch.no_grad()
     def own_logits(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,7 +125,7 @@ class MegatronTarget(FrozenGPT, Target):
         return hidden.detach()
 
     def _padded(self, input_ids: Tensor) -> Tensor:
-        """Rows and columns that ranks need to fit together; what comes after a token does not
+        """Sequences and tokens that ranks need to fit together; what comes after a token does not
         change its states. One all-reduce of two numbers where data-parallel ranks meet in the
         experts, else none."""
         b, s = self._largest(*input_ids.shape)
@@ -157,7 +135,7 @@ class MegatronTarget(FrozenGPT, Target):
         return F.pad(input_ids, (0, s - input_ids.shape[1], 0, b - input_ids.shape[0]))
 
     def _largest(self, b: int, s: int) -> tuple[int, int]:
-        """Rows and columns of the ranks that have most, where data-parallel ranks meet."""
+        """Sequences and tokens of the ranks that have most, where data-parallel ranks meet."""
         if self._shape_group is None:
             return b, s
         size = torch.tensor([b, s], device=self.device)

@@ -78,7 +78,7 @@ class DeepSpecLayout:
         with whole_file(path) as partial, partial.open("wb") as file:
             for sample in samples:
                 for tensor in sample.values():
-                    file.write(tensor.contiguous().view(torch.uint8).numpy())
+                    file.write(tensor.contiguous().view(torch.uint8).numpy().data)
 
     def write_index(self, folder: Path, entries: list[DeepSpecEntry], starts: list[int]) -> None:
         records = []

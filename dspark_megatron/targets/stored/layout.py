@@ -34,9 +34,9 @@ class KeptStates(NamedTuple):
 
 def sample_key(input_ids: Tensor, loss_mask: Tensor | None = None) -> bytes:
     """16 bytes that name a sample by its content. [s], [s] bool; without a mask, by its tokens."""
-    digest = hashlib.sha256(input_ids.int().numpy())
+    digest = hashlib.sha256(input_ids.int().numpy().data)
     if loss_mask is not None:
-        digest.update(loss_mask.numpy())
+        digest.update(loss_mask.numpy().data)
     return digest.digest()[:16]
 
 

@@ -5,15 +5,15 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from dspark_megatron.data.batch import Batch
+from dspark_megatron.data.conversation import Sample
 from dspark_megatron.data.dataset import ConversationDataset
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.ops.transfer import to_device
 from dspark_megatron.targets.base import StatesSource, TargetStates
-from dspark_megatron.targets.stored.layout import KeptStates, StatesReader
+from dspark_megatron.targets.stored.layout import StatesReader
 
 _AHEAD = 2
 """Batches read before they are asked for, at most; they lie in memory."""
@@ -28,7 +28,7 @@ class StoredStates(StatesSource):
     def __init__(
         self,
         reader: StatesReader,
-        data: ConversationDataset,
+        data: ConversationDataset | Sequence[Sample],
         *,
         device: torch.device,
         hints: Sequence[str] = (),
@@ -37,17 +37,16 @@ class StoredStates(StatesSource):
         the data differ from those whose states are stored."""
         self._reader, self._device = reader, device
         places = {key: place for place, key in enumerate(reader.keys())}
-        samples = (data[i] for i in range(len(data)))
-        found = [places.get(reader.key(*sample)) for sample in samples]
-        missing = [i for i, place in enumerate(found) if place is None]
+        wanted = [reader.key(*data[i]) for i in range(len(data))]
+        missing = [i for i, key in enumerate(wanted) if key not in places]
         if missing:
             raise ConfigError(
                 f"the stored states {reader.path} must be of every sample of data.train_files, and "
-                f"lack {len(missing):,} of {len(found):,} (the first is sample {missing[0]}, from "
+                f"lack {len(missing):,} of {len(wanted):,} (the first is sample {missing[0]}, from "
                 f"0): {'; '.join(hints) or 'other tokens or loss masks'}. Store the states of "
                 "these data, or set target.provider=huggingface"
             )
-        self._places = [place for place in found if place is not None]
+        self._places = [places[key] for key in wanted]
         self._thread = ThreadPoolExecutor(1, "states-reader")
         self._expected: deque[Batch] = deque()
         self._ahead: deque[tuple[tuple[int, ...], Future[TargetStates]]] = deque()
@@ -78,15 +77,12 @@ class StoredStates(StatesSource):
     def _read(self, batch: Batch) -> TargetStates:
         parts = [self._reader.states(self._places[i]) for i in batch.sample_indices]
         taps = pad_sequence([part.taps for part in parts], True, torch.nan)
-        if parts[0].last_hidden is None:
+        kept = [part.last_hidden for part in parts if part.last_hidden is not None]
+        if not kept:
             return TargetStates(taps, None)
-        return TargetStates(taps, _spread(parts, batch.input_ids.shape[1]))
-
-
-def _spread(parts: list[KeptStates], seq_length: int) -> Tensor:
-    """Last hidden states at their positions: [b, s, h]."""
-    kept = [part.last_hidden for part in parts if part.last_hidden is not None]
-    spread = kept[0].new_full((len(parts), seq_length, kept[0].shape[-1]), torch.nan)
-    for states, part, last_hidden in zip(spread, parts, kept, strict=True):
-        states[part.positions] = last_hidden
-    return spread
+        # At their positions: [b, s, h].
+        size = *batch.input_ids.shape, kept[0].shape[-1]
+        last_hidden = kept[0].new_full(size, torch.nan)
+        for states, part, own in zip(last_hidden, parts, kept, strict=True):
+            states[part.positions] = own
+        return TargetStates(taps, last_hidden)

@@ -124,10 +124,10 @@ class StatesWriter:
         samples = [self.data[i] for i in batch]
         ids = [sample.input_ids for sample in samples]
         states, kept = target.states(Batch(padded(ids))), {}
-        for row, (i, sample) in enumerate(zip(batch, samples, strict=True)):
-            own, last_hidden = slice(len(ids[row])), states.last_hidden
-            last_hidden = None if last_hidden is None else last_hidden[row, own]
-            kept[i] = self.layout.sample_tensors(sample, states.taps[row, own], last_hidden)
+        for at, (i, sample) in enumerate(zip(batch, samples, strict=True)):
+            own, last_hidden = slice(len(ids[at])), states.last_hidden
+            last_hidden = None if last_hidden is None else last_hidden[at, own]
+            kept[i] = self.layout.sample_tensors(sample, states.taps[at, own], last_hidden)
         return kept
 
     def _batches(self, shard: int, size: int) -> Iterator[list[int]]:

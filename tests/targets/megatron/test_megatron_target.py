@@ -104,11 +104,11 @@ def built_by_hand(runtime, path, modelopt=False):
     from dspark_megatron.storage.safetensors_folder import SafetensorsFolder
     from dspark_megatron.targets.megatron.gpt_model import build_gpt_model
     from dspark_megatron.targets.megatron.gpt_shape import gpt_shape_of
-    from dspark_megatron.targets.megatron.groups import TargetGroups
+    from dspark_megatron.targets.megatron.groups import target_groups
     from dspark_megatron.targets.megatron.hf_weights import load_hf_weights
     from dspark_megatron.targets.megatron.target import MegatronTarget
 
-    groups = TargetGroups.make(tp_group=runtime.tp_group)
+    groups = target_groups(tp_group=runtime.tp_group)
     shape = gpt_shape_of(AutoConfig.from_pretrained(path))
     model = build_gpt_model(shape, groups, params_dtype=torch.float32, device=runtime.device)
     if modelopt:

@@ -44,7 +44,7 @@ def delivered(runtime, widths):
     shapes = [tuple(batch.t().shape) for batch in in_run_order(runtime.world_size)]
     place = (torch.float32, runtime.device)
     outbox = Outbox(shapes, widths, *place, pp_group=dist.group.WORLD)
-    for number, rows in outbox.rows.items():
+    for number, rows in outbox.states.items():
         rows.copy_(mark(number, runtime.rank, shapes[number], widths[runtime.rank]))
     return outbox.deliver()
 

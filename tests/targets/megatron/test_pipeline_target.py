@@ -46,10 +46,10 @@ def build_stage(runtime, shape, pp_size, ep_size=1, sequence_parallel=False):
 
     from dspark_megatron.targets.megatron.gpt_model import build_gpt_model
     from dspark_megatron.targets.megatron.gpt_shape import GPTShape
-    from dspark_megatron.targets.megatron.groups import TargetGroups
+    from dspark_megatron.targets.megatron.groups import target_groups
 
-    groups = TargetGroups.make(tp_group=runtime.tp_group, pp_size=pp_size, ep_size=ep_size)
-    stage = get_pg_rank(groups.collection.pp)
+    groups = target_groups(tp_group=runtime.tp_group, pp_size=pp_size, ep_size=ep_size)
+    stage = get_pg_rank(groups.pp)
     model = build_gpt_model(
         GPTShape(**shape),
         groups,
@@ -66,7 +66,7 @@ def build_stage(runtime, shape, pp_size, ep_size=1, sequence_parallel=False):
                 local, _, rest = after.partition(".")
                 after = f"{model.decoder.layers[int(local)].layer_number}.{rest}"
             shard = 0 if "norm" in name or "router" in name else 1 + runtime.tp_group.rank()
-            shard += groups.collection.ep.rank() if "experts" in name else 0
+            shard += groups.ep.rank() if "experts" in name else 0
             noise = torch.Generator().manual_seed(zlib.crc32(f"{shard} {before}{after}".encode()))
             parameter.copy_(0.2 * torch.randn(parameter.shape, generator=noise))
             if parameter.dim() == 1:

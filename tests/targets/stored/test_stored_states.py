@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dspark_megatron.config import LossConfig
-from dspark_megatron.data.batch import Batch
+from dspark_megatron.data.batch import Batch, padded
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.targets.stored.safetensors_layout import (
     context_size,
@@ -231,7 +231,8 @@ def states_read_ahead(runtime, config):
     states = target._reader.states
     target._reader.states = lambda place: read.append(place) or states(place)
     samples = [(0, 1), (2, 3), (0, 1), (4, 5), (6, 7)]
-    batches = [Batch.of([data[i].input_ids for i in pair], sample_indices=pair) for pair in samples]
+    ids = [padded([data[i].input_ids for i in pair]) for pair in samples]
+    batches = [Batch(*one) for one in zip(ids, [[1, 1]] * 5, samples, strict=True)]
     alone = [target.states(batch) for batch in batches]
     read.clear()
     target.expect(batches)
