@@ -14,8 +14,7 @@ from dspark_megatron.data.device_blocks import DeviceBlocks
 from dspark_megatron.model.draft_model import DraftOutput, DSparkDraftModel
 from dspark_megatron.ops.acceptance import tau
 from dspark_megatron.ops.chunk_budget import chunk_rows
-from dspark_megatron.ops.head_loss import HeadLossOutput, head_loss
-from dspark_megatron.ops.logit_terms import Objective
+from dspark_megatron.ops.head_loss import HeadLoss, HeadLossOutput, Objective
 from dspark_megatron.targets.base import TargetStates
 from dspark_megatron.training.metrics import MetricSums
 
@@ -31,16 +30,21 @@ class DraftLoss:
         tp_group: dist.ProcessGroup,
         device: torch.device,
     ) -> None:
-        self.draft, self.tp_group = draft, tp_group
         has_head = draft.confidence_head is not None
         self.confidence_alpha = config.confidence_head_alpha if has_head else 0.0
         self.with_target = config.needs_target_logits(with_confidence_head=has_head)
         self.slots = slot_weights(draft.shape.block_size, config.loss_decay_gamma)
         self._slots_on_device = self.slots.to(device)
-        self.compile = config.compile
         self.objective = Objective.of(config)
-        joint = draft.head_weights().joint
-        self.chunk_rows = chunk_rows(config, len(joint), joint.dtype, with_target=self.with_target)
+        head = draft.head_weights()
+        size = len(head.lm_head), head.lm_head.dtype
+        self.head_loss = HeadLoss(
+            head,
+            self.objective,
+            chunk_rows(config, *size, with_target=self.with_target),
+            config.compile,
+            tp_group=tp_group,
+        )
 
     @property
     def weights(self) -> dict[str, float]:
@@ -61,17 +65,12 @@ class DraftLoss:
         last hidden states and there are none."""
         of = blocks.supervised
         weights = self._slots_on_device[blocks.slot_index % len(self.slots)]
-        result = head_loss(
+        result = self.head_loss(
             of(output.hidden),
             None if output.latents is None else of(output.latents),
             self._target_rows(blocks, states, output.hidden.dtype),
             blocks.labels,
             weights,
-            self.draft.head_weights(),
-            self.objective,
-            chunk_rows=self.chunk_rows,
-            compile=self.compile,
-            tp_group=self.tp_group,
         )
         _add_terms(blocks, weights, result, metrics)
         if self.confidence_alpha == 0:

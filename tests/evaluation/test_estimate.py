@@ -31,7 +31,7 @@ def plain_accept_rates(inputs, temperature):
 
 
 def split_accept_rates(runtime, inputs, temperature, chunk_rows=4):
-    from dspark_megatron.ops.accept_rates import LogitRows, accept_rates
+    from dspark_megatron.ops.accept_rates import LogitFactors, accept_rates
 
     shard, lm_head, markov_w2 = shard_of(inputs, runtime.tp_group)
     features, joint = inputs["hidden"], lm_head
@@ -39,8 +39,8 @@ def split_accept_rates(runtime, inputs, temperature, chunk_rows=4):
         features = torch.cat([features, inputs["latent"]], dim=1)
         joint = torch.cat([lm_head, markov_w2], dim=1)
     return accept_rates(
-        LogitRows(features, joint),
-        LogitRows(inputs["target_hidden"], lm_head),
+        LogitFactors(features, joint),
+        LogitFactors(inputs["target_hidden"], lm_head),
         shard,
         temperature=temperature,
         chunk_rows=chunk_rows,
