@@ -21,8 +21,7 @@ from dspark_megatron.data.collate import collate
 from dspark_megatron.data.conversation import Sample
 from dspark_megatron.data.device_blocks import DeviceBlocks
 from dspark_megatron.model.draft_model import DSparkDraftModel
-from dspark_megatron.ops.accept_rates import LogitFactors, accept_rates
-from dspark_megatron.ops.acceptance import round_starts, tau
+from dspark_megatron.ops.acceptance import LogitFactors, accept_rates, round_starts, tau
 from dspark_megatron.ops.chunk_budget import chunk_rows
 from dspark_megatron.targets.base import Target, TargetStates
 

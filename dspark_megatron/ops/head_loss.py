@@ -97,7 +97,8 @@ class HeadLoss:
         Gradients reach hidden, latent and head.markov_w2, whole on every rank for hidden and
         latent. Forward, for each slot and rank: an all-gather of 5 floats (3 without target_hidden,
         6 with labels from the target), with target_hidden an all-reduce of 2 floats (3 with KL),
-        and an all-reduce of the gradient [h + r]; each is one call a chunk. Backward: none.
+        each one call a chunk; and, in one call, an all-reduce of the gradient [n, h + r].
+        Backward: none.
         Raises ValueError when the objective needs target_hidden and there is none.
         """
         if self.objective.needs_target_logits and target_hidden is None:
@@ -121,7 +122,7 @@ class HeadLoss:
         head, real = self.head, self.head.shard.num_real  # padded entries come last, unused
         output_weight, lm_head = head.updated_output_weight()[:real], head.lm_head[:real]
         chunk = max(1, min(self.chunk_rows, len(features)))
-        workspace = output_weight.new_empty(1 if target_hidden is None else 2, chunk, real)
+        workspace = output_weight.new_empty(1 + (target_hidden is not None), chunk, real)
         dtype = precise(features.dtype)
         terms = features.new_empty(3, len(features), dtype=dtype)
         grad_features, grad_w2 = torch.empty_like(features), None
@@ -130,24 +131,25 @@ class HeadLoss:
         for start in range(0, len(features), chunk):
             part = slice(start, start + chunk)
             own, weight = features[part], weights[part, None]
-            draft_logits, *target_logits = workspace[:, : len(own)]  # [c, v/tp] each
-            torch.mm(own, output_weight.t(), out=draft_logits)
-            for logits in target_logits:
-                torch.mm(target_hidden[part], lm_head.t(), out=logits)
+            draft_logits = torch.mm(own, output_weight.t(), out=workspace[0, : len(own)])
+            target_logits = None
+            if target_hidden is not None:
+                out = workspace[1, : len(own)]
+                target_logits = torch.mm(target_hidden[part], lm_head.t(), out=out)
             terms[:, part] = logit_terms(
                 draft_logits,
-                *(target_logits or [None]),
+                target_logits,
                 labels[part],
                 self.objective,
                 head.shard,
                 compile=self.compile,
                 tp_group=self.tp_group,
             )
-            # Weights are applied to the narrow side of the products.
-            torch.mm(draft_logits, output_weight, out=grad_features[part]).mul_(weight)
+            gradient = draft_logits  # weights go to the narrow side of its products
+            torch.mm(gradient, output_weight, out=grad_features[part]).mul_(weight)
             if grad_w2 is not None:
                 latents = (own[:, head.hidden_size :] * weight).to(own.dtype)
-                _add_product(grad_w2[:real], draft_logits.t(), latents)
+                _add_product(grad_w2[:real], gradient.t(), latents)
         return terms, all_reduce(grad_features, tp_group=self.tp_group), grad_w2
 
 

@@ -1,7 +1,7 @@
 """The terms of the head loss and their gradient, from a chunk of split logits.
 
-With u the draft logits (base_logits + markov_bias), t the target logits, and p, q their softmax over
-the whole vocabulary (paper Eq. 4):
+With u the draft logits (base_logits + markov_bias), t the target logits, and p, q their softmax
+over the whole vocabulary (paper Eq. 4):
 
     CE = lse(u) - u[label]             (Eq. 9)     dCE/du = p - onehot(label)
     L1 = sum |p - q|                   (Eq. 10)    dL1/du = p * (sign(p - q) - sum p * sign(p - q))

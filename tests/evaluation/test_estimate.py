@@ -31,7 +31,7 @@ def plain_accept_rates(inputs, temperature):
 
 
 def split_accept_rates(runtime, inputs, temperature, chunk_rows=4):
-    from dspark_megatron.ops.accept_rates import LogitFactors, accept_rates
+    from dspark_megatron.ops.acceptance import LogitFactors, accept_rates
 
     shard, lm_head, markov_w2 = shard_of(inputs, runtime.tp_group)
     features, joint = inputs["hidden"], lm_head
