@@ -140,16 +140,17 @@ def accept_rates(
             factors = features[part], weight[:real].t()
             out.addmm_(*factors, beta=0, alpha=1 / (temperature or 1.0))  # scaled, then rounded
         if temperature == 0:
-            rates.append(_agreement(*logits, shard, tp_group))
+            rates.append(_agreement(logits, shard, tp_group))
         else:
-            rates.append(_shared_mass(*logits, tp_group))
+            rates.append(_shared_mass(logits, tp_group))
     return torch.cat(rates).float()
 
 
-def _shared_mass(u: Tensor, t: Tensor, tp_group: dist.ProcessGroup) -> Tensor:
+def _shared_mass(logits: list[Tensor], tp_group: dist.ProcessGroup) -> Tensor:
     """sum min(p, q) over the whole vocabulary, [c]."""
-    lses = all_gather(in_tiles(_log_sum_exps)(u, t), tp_group=tp_group).logsumexp(dim=0)  # [2, c]
-    shared = in_tiles(_local_shared_mass)(u, t, *lses)
+    found = in_tiles(_log_sum_exps)(*logits)
+    lses = all_gather(found, tp_group=tp_group).logsumexp(dim=0)  # [2, c]
+    shared = in_tiles(_local_shared_mass)(*logits, *lses)
     return all_reduce(shared, tp_group=tp_group).clamp(max=1)
 
 
@@ -163,13 +164,13 @@ def _local_shared_mass(u: Tensor, t: Tensor, draft_lse: Tensor, target_lse: Tens
     return torch.minimum(p, q, out=p).sum(dim=-1)
 
 
-def _agreement(u: Tensor, t: Tensor, shard: VocabShard, tp_group: dist.ProcessGroup) -> Tensor:
+def _agreement(logits: list[Tensor], shard: VocabShard, tp_group: dist.ProcessGroup) -> Tensor:
     """1 where both sides have the same most likely token, else 0, [c]."""
     found = []
-    for logits in (u, t):
-        best = logits.max(dim=-1)  # the first of equals
+    for side in logits:
+        best = side.max(dim=-1)  # the first of equals
         ids = best.indices + shard.vocab_start_index
-        dtype = precise(logits.dtype)  # exact: fp32 counts to 2^24
+        dtype = precise(side.dtype)  # exact: fp32 counts to 2^24
         found += [best.values.to(dtype), ids.to(dtype)]
     gathered = all_gather(torch.stack(found), tp_group=tp_group)  # [tp, 4, c]
     values, ids = gathered[:, ::2], gathered[:, 1::2]  # [tp, 2, c]

@@ -2,6 +2,7 @@
 for what is done to each logit."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,13 +43,13 @@ def in_tiles(function: Callable) -> Callable:
     """`function` on a few rows of its tensors at a time, its results [..., c] put together: bounds
     what it takes, and keeps that in the cache. Its first argument: logits [c, v/tp]."""
 
-    def run(*arguments: object) -> Tensor | None:
-        logits, parts = arguments[0], []
+    def run(logits: Tensor, *rest: Any) -> Any:
+        parts = []
         tile = tile_rows(logits.shape[1], logits.device)
         for start in range(0, len(logits), tile):
             rows = slice(start, start + tile)
-            own = (x[rows] if isinstance(x, Tensor) else x for x in arguments)
-            parts.append(function(*own))
+            own = (x[rows] if isinstance(x, Tensor) else x for x in rest)
+            parts.append(function(logits[rows], *own))
         return None if parts[0] is None else torch.cat(parts, dim=-1)
 
     return run

@@ -82,12 +82,13 @@ def logit_terms(
         in_place = not compile and objective.kl == 0 and u.dtype == precise(u.dtype)
         return run(all_passes)(u, t, columns, objective, in_place)
     found = all_gather(run(statistics)(u, t, columns, objective), tp_group=tp_group)
-    ce, *lses, columns = combine(found, columns, tp_group.rank())
+    ce, draft_lse, target_lse, columns = combine(found, columns, tp_group.rank())
     sums = ce.new_zeros(2, len(ce))
     if t is not None:
-        sums = all_reduce(run(distances)(u, t, *lses, objective), tp_group=tp_group)
-    run(gradient)(u, t, *lses, sums[1], columns, objective)
-    return _terms(ce, sums, *lses)
+        sums = run(distances)(u, t, draft_lse, target_lse, objective)
+        all_reduce(sums, tp_group=tp_group)
+    run(gradient)(u, t, draft_lse, target_lse, sums[1], columns, objective)
+    return _terms(ce, sums, draft_lse, target_lse)
 
 
 @functools.cache
@@ -111,7 +112,7 @@ def _statistics(
     u: Tensor, t: Tensor | None, columns: Tensor, objective: Objective, in_place: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
     """The statistics, and the exponentials [c, v/tp] that they are sums of."""
-    if objective.labels_from_target:
+    if objective.labels_from_target and t is not None:
         columns = t.argmax(dim=-1)
     label_logit = u.gather(1, columns.clamp(min=0)[:, None]).squeeze(1)
     found = [torch.where(columns < 0, 0, label_logit).to(precise(u.dtype))]
@@ -125,14 +126,12 @@ def _statistics(
     return torch.stack(found), exponentials
 
 
-def combine(
-    shards: Tensor, columns: Tensor, rank: int
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Statistics [tp, 3, 5 or 6, c] of all ranks -> CE and the log-sum-exps of u and t, the same
-    everywhere, and the labels' columns in this rank's shard."""
+def combine(shards: Tensor, columns: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Statistics [tp, 3, 5 or 6, c] of all ranks -> CE and the log-sum-exps of u and t (u again
+    without t), the same everywhere, and the labels' columns in this rank's shard."""
     label_logit, *sums = shards.unbind(dim=1)
     draft_lse = combine_log_sum_exp(*sums[:2])
-    target_lse = combine_log_sum_exp(*sums[2:4]) if len(sums) > 2 else None
+    target_lse = combine_log_sum_exp(*sums[2:4]) if len(sums) > 2 else draft_lse
     if len(sums) < 5:
         return draft_lse - label_logit.sum(dim=0), draft_lse, target_lse, columns
     best = sums[2].argmax(dim=0, keepdim=True)  # [1, c], rank of the target's label
@@ -176,14 +175,14 @@ def gradient(
     u: Tensor,
     t: Tensor | None,
     draft_lse: Tensor,
-    target_lse: Tensor | None,
+    target_lse: Tensor,
     signed_sum: Tensor,
     columns: Tensor,
     objective: Objective,
 ) -> None:
     """Third pass: `u` becomes the gradient. signed_sum [c]: sum p * sign(p - q) over all shards."""
     p, slopes = exp_shifted(u, draft_lse), None
-    if objective.l1 > 0 or objective.kl > 0:
+    if t is not None and objective.l1 + objective.kl > 0:
         q = exp_shifted(t, target_lse)
         slopes = _slopes(p, q.neg_().add_(p), objective)
     _gradient(u, p, slopes, signed_sum, columns, objective)
@@ -199,9 +198,10 @@ def _gradient(
 ) -> None:
     p.mul_((objective.ce - objective.l1 * signed_sum)[:, None])
     if slopes is not None:
-        p.add_(slopes[0], alpha=objective.l1)
-        if objective.kl > 0:
-            p.add_(slopes[1], alpha=objective.kl)
+        signed, difference = slopes
+        p.add_(signed, alpha=objective.l1)
+        if difference is not None:
+            p.add_(difference, alpha=objective.kl)
     onehot = (columns >= 0).to(p.dtype)[:, None]
     p.scatter_add_(1, columns.clamp(min=0)[:, None], -objective.ce * onehot)
     u.copy_(p)
@@ -223,7 +223,7 @@ def all_passes(
     return _terms(ce, sums, draft_lse, target_lse)
 
 
-def _terms(ce: Tensor, sums: Tensor, draft_lse: Tensor, target_lse: Tensor | None) -> Tensor:
+def _terms(ce: Tensor, sums: Tensor, draft_lse: Tensor, target_lse: Tensor) -> Tensor:
     """CE, L1 and KL from the sums of the second pass over all ranks."""
     l1, _, *cross = sums
     kl = cross[0] - target_lse + draft_lse if cross else torch.zeros_like(ce)
