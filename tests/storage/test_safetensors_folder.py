@@ -20,10 +20,7 @@ from dspark_megatron.storage.safetensors_folder import (
     plan_files,
     write_tensor_files,
 )
-from dspark_megatron.storage.target_folder import (
-    shared_weights,
-    target_fingerprint,
-)
+from dspark_megatron.storage.target_folder import shared_weights, target_fingerprint
 from support.full_disk import files_of_at_most
 
 LARGE = 10**9

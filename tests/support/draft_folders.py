@@ -1,14 +1,19 @@
 """Checkpoints and folders of tiny drafts to convert."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as distributed_checkpoint
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
+from dspark_megatron.conversion.export import export_checkpoint
+from dspark_megatron.conversion.folder_writer import WriteOptions
+from dspark_megatron.conversion.import_draft import import_folder
 from dspark_megatron.conversion.layouts import names
 from dspark_megatron.shape import DraftShape
 from support.shapes import VANILLA
@@ -88,3 +93,36 @@ def write_checkpoint(
     (folder / "dspark.json").write_text(json.dumps(meta))
     (folder.parent / "latest_checkpointed_iteration.txt").write_text(f"{iteration}\n")
     return run
+
+
+def export(run: Path, target: Path, out: Path, **options: Any) -> Path:
+    return export_checkpoint(run, target, out, WriteOptions(**options))
+
+
+def export_fp32(
+    run: Path,
+    target: Path,
+    out: Path,
+    layout: str = "hf",
+    dtype: Any = torch.float32,
+    **options: Any,
+) -> Path:
+    return export(run, target, out, layout=layout, dtype=dtype, **options)
+
+
+def import_(folder: Path, target: Path, run: Path, **options: Any) -> Path:
+    return import_folder(folder, target, run, fingerprint=lambda path: FINGERPRINT, **options)
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    """Change the tensors of a folder in place, or to the dictionary that `change` returns."""
+    tensors = load_file(folder / "model.safetensors")
+    changed = change(tensors)
+    tensors = changed if isinstance(changed, dict) else tensors
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def reconfigure(folder: Path, change: Callable[[dict], Any]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
