@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 # What must hold on every supported Megatron-Core; the rest does not depend on its version (`ops/`
 # does not import it).
 CORE_TESTS := tests/model/test_draft_model.py tests/model/test_device_discipline.py \
-	tests/model/test_layer_spec.py tests/training/test_training.py tests/training/test_overlap.py \
+	tests/model/test_layer_spec.py tests/training/test_training.py tests/training/test_stopping.py \
+	tests/training/test_overlap.py tests/run/test_checkpoints.py tests/run/test_identity.py \
 	tests/run/test_initial_checkpoint.py tests/targets/huggingface/test_sharded_target.py \
 	tests/megatron_lm
 
@@ -17,7 +18,7 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
-# Minutes, in one process: no rank processes and no torchrun.
+# Two minutes on two quiet cores: all that needs neither torchrun nor ranks, and the draft on ranks.
 test-fast: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not slow"
 

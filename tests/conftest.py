@@ -7,9 +7,11 @@ from support.ranks import RankPool
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """`make test-fast` leaves out what needs rank processes or starts whole commands."""
+    """`make test-fast` leaves out whole commands, and rank processes but for those of the draft
+    model, whose step is compared with the plain one at every size."""
     for item in items:
-        if "pool" in item.fixturenames or item.get_closest_marker("commands"):
+        needs_ranks = "pool" in item.fixturenames and item.path.parent.name != "model"
+        if needs_ranks or item.get_closest_marker("commands"):
             item.add_marker(pytest.mark.slow)
 
 

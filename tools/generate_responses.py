@@ -26,29 +26,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from dspark_megatron.config.data import is_day
 from dspark_megatron.data.chats.answers import AnswerRules
 from dspark_megatron.data.chats.template import ChatTemplate
 from dspark_megatron.data.prompts import endpoint, response_file
 from dspark_megatron.data.prompts.chat_prompts import read_prompts
-from dspark_megatron.data.prompts.local_target import LocalTarget, load_pretrained, template_day
+from dspark_megatron.data.prompts.local_target import LocalTarget, template_day
 from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.storage.target_folder import load_target_config, load_tokenizer
 
 
 def ask_target(args: argparse.Namespace, partial: Path) -> response_file.Outcome:
-    tokenizer = load_pretrained(AutoTokenizer, args.target)
+    load_target_config(args.target)  # refuses what is no target, or needs code of its own
+    tokenizer = load_tokenizer(args.target)
     args.template_date = template_day(tokenizer, args.template_date, partial)
     rules = AnswerRules(template_date=args.template_date)
     prompts = read_prompts(args.input, ChatTemplate(tokenizer, rules=rules))
-    sampling = given(args, "dtype", "temperature", "max_new_tokens", "messages_only")
-    target = LocalTarget(args.target, tokenizer, device=args.device, **sampling)
-    rest = given(args, "batch_size", "seed", "template_date")
+    how = given(args, "dtype", "temperature", "max_new_tokens", "messages_only")
+    target = LocalTarget(args.target, tokenizer, device=args.device, **how)
     return response_file.collect_answers(
         args.output,
         [prompt.record for prompt in prompts],
-        {"target": str(args.target), **sampling, **rest},
+        {"target": str(args.target), **how, **given(args, "batch_size", "seed", "template_date")},
         lambda missing: target.answer_all(prompts, missing, args.batch_size, args.seed),
     )
 
@@ -119,8 +119,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     day = args.template_date
     require(day is None or is_day(day), f"--template-date ({day}) must be like 2026-01-31")
     if args.endpoint is None:
-        asked = args.return_token_ids
-        require(not asked, "--token-ids needs --endpoint; --target keeps them anyway")
+        require(not args.return_token_ids, "--token-ids needs --endpoint; --target keeps them")
         sent = list(given(args, *endpoint.SENT_IF_GIVEN))
         require(not sent, f"{', '.join(sent)} need --endpoint; --target samples the plain softmax")
         return

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dspark_megatron.config import LossConfig
 from dspark_megatron.ops.chunk_budget import chunk_rows
-from dspark_megatron.ops.head_loss import HeadWeights, Objective, head_loss
+from dspark_megatron.ops.head_loss import HeadLoss, HeadWeights, Objective
 from dspark_megatron.ops.vocab_parallel import VocabShard
 from support.reference import plain_head_loss
 
@@ -43,7 +43,7 @@ class Problem:
         # Logits of a spread of about 3, as a trained model has.
         self.lm_head = normal(args.vocab, args.hidden, 3 * args.hidden**-0.5)[columns].clone()
         self.w2 = normal(args.vocab, args.rank, args.rank**-0.5)[columns].clone().requires_grad_()
-        self.joint = torch.cat([self.lm_head, self.w2.detach()], dim=1)
+        self.output_weight = torch.cat([self.lm_head, self.w2.detach()], dim=1)
         loss = LossConfig(memory_budget_mb=args.memory_budget_mb, chunk_rows=args.chunk_rows)
         self.chunk_rows = chunk_rows(loss, args.vocab // group.size(), dtype, with_target=True)
         self.compile = args.compile
@@ -68,31 +68,23 @@ class Problem:
         return plain_head_loss(*rows, self.lm_head, w2, ce_alpha=CE, l1_alpha=L1)[0]
 
     def head_loss(self) -> tuple[Tensor, ...]:
-        result = head_loss(
-            self.hidden,
-            self.latent,
-            self.target_hidden,
-            self.labels,
-            self.weights,
-            HeadWeights(self.joint, self.w2, self.shard),
-            Objective(ce=CE, l1=L1),
-            chunk_rows=self.chunk_rows,
-            compile=self.compile,
-            tp_group=self.group,
-        )
-        return self.gradients(result.loss)
+        head = HeadWeights(self.output_weight, self.w2, self.shard)
+        how = self.chunk_rows, self.compile
+        head_loss = HeadLoss(head, Objective(ce=CE, l1=L1), *how, tp_group=self.group)
+        rows = self.hidden, self.latent, self.target_hidden, self.labels, self.weights
+        return self.gradients(head_loss(*rows).loss)
 
 
 class Products:
-    """The matrix products of a chunk size, into room that is there already."""
+    """The matrix products of a chunk size, into a workspace that is there already."""
 
     def __init__(self, problem: Problem, rows: int) -> None:
         self.features = torch.cat([problem.hidden, problem.latent], dim=1).detach()
         self.target_hidden, self.latent = problem.target_hidden, problem.latent.detach()
-        self.joint, self.lm_head = problem.joint, problem.lm_head
+        self.output_weight, self.lm_head = problem.output_weight, problem.lm_head
         self.rows = min(rows, len(self.features))
-        self.draft = self.joint.new_empty(self.rows, len(self.joint))
-        self.teacher = torch.empty_like(self.draft)
+        self.draft = self.output_weight.new_empty(self.rows, len(self.output_weight))
+        self.target = torch.empty_like(self.draft)
         self.grad_features = torch.empty_like(self.features)
         self.grad_w2 = torch.zeros_like(problem.w2)
 
@@ -102,8 +94,8 @@ class Products:
         for first in range(0, len(self.features), self.rows):
             part = slice(first, first + self.rows)
             features, latent = self.features[part], self.latent[part]
-            draft, teacher = self.draft[: len(features)], self.teacher[: len(features)]
-            torch.mm(features, self.joint.t(), out=draft)
-            torch.mm(self.target_hidden[part], self.lm_head.t(), out=teacher)
-            torch.mm(draft, self.joint, out=self.grad_features[part])
+            draft, target = self.draft[: len(features)], self.target[: len(features)]
+            torch.mm(features, self.output_weight.t(), out=draft)
+            torch.mm(self.target_hidden[part], self.lm_head.t(), out=target)
+            torch.mm(draft, self.output_weight, out=self.grad_features[part])
             self.grad_w2.addmm_(draft.t(), latent)

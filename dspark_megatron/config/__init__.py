@@ -21,18 +21,6 @@ from dspark_megatron.config.target import TargetConfig
 from dspark_megatron.config.train import TrainConfig
 from dspark_megatron.errors import require
 
-__all__ = [
-    "Config",
-    "DataConfig",
-    "EvaluateConfig",
-    "LossConfig",
-    "ModelConfig",
-    "OptimizerConfig",
-    "ParallelConfig",
-    "TargetConfig",
-    "TrainConfig",
-]
-
 
 @dataclass(kw_only=True)
 class Config:
@@ -54,8 +42,7 @@ class Config:
             check_choices(section.name, getattr(self, section.name))
             getattr(self, section.name).validate()
         if trains:
-            self.data.check_given()
-            self.train.check_given()
+            self._check_given()
         loss = self.loss
         terms = ["ce_loss_alpha", "l1_loss_alpha", "tvd_loss_alpha", "kl_loss_alpha"]
         if self.model.enable_confidence_head:
@@ -82,15 +69,16 @@ class Config:
             f"evaluate.scheduler ({self.evaluate.scheduler!r}) goes by the confidence head, and "
             "model.enable_confidence_head is false; set evaluate.scheduler=none",
         )
+        every = self.evaluate.every
         require(
-            self.evaluate.every is None or self.needs_target_logits,
+            every is None or self.needs_target_logits,
             "evaluate.every compares with the target's distribution, which an objective of cross "
             "entropy alone does not load; set evaluate.every=null, or give a term that compares "
             "(loss.l1_loss_alpha, loss.kl_loss_alpha, ...) a weight",
         )
         require(
-            self.evaluate.every is None or not self.target.is_stored,
-            f"evaluate.every ({self.evaluate.every}) needs the target for answers that are not in "
+            every is None or not self.target.is_stored,
+            f"evaluate.every ({every}) needs the target for answers that are not in "
             "a cache; set evaluate.every=null or target.provider=huggingface",
         )
         most, longest = self.target.max_tokens_per_forward, self.data.max_length
@@ -102,6 +90,16 @@ class Config:
         self._check_padding()
         if self.parallel.pipeline_parallel > 1:
             self._check_pipeline()
+
+    def _check_given(self) -> None:
+        files, train = self.data.train_files, self.train
+        require(bool(files), "data.train_files is empty; name at least one JSONL file")
+        require(bool(train.output_dir), "train.output_dir is missing")
+        require(
+            (train.iterations is None) != (train.epochs is None),
+            f"give exactly one of train.iterations ({train.iterations}) "
+            f"and train.epochs ({train.epochs})",
+        )
 
     def _check_padding(self) -> None:
         require(

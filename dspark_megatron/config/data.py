@@ -43,10 +43,6 @@ class DataConfig:
     show_sample: bool = True
     """Print one decoded sample with its loss mask at start."""
 
-    def check_given(self) -> None:
-        """ConfigError if something is missing that only training needs."""
-        require(bool(self.train_files), "data.train_files is empty; name at least one JSONL file")
-
     def validate(self) -> None:
         require(
             len(self.weights) in (0, len(self.train_files))

@@ -107,8 +107,8 @@ def _build(cls: type, raw: dict[str, Any], prefix: str) -> Any:
             near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.4)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"valid: {', '.join(fields)}"
             raise ConfigError(f"unknown config key {name}; {hint}")
-        kind = fields[key].type
-        if dataclasses.is_dataclass(kind):
+        kind: Any = fields[key].type
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             require(
                 value is None or isinstance(value, dict),
                 f"{name} must be a section (a YAML mapping), got {value!r}",

@@ -50,15 +50,6 @@ class TrainConfig:
     tensorboard: bool = True
     """Write TensorBoard events to output_dir/tensorboard."""
 
-    def check_given(self) -> None:
-        """ConfigError if something is missing that only training needs."""
-        require(bool(self.output_dir), "train.output_dir is missing")
-        require(
-            (self.iterations is None) != (self.epochs is None),
-            f"give exactly one of train.iterations ({self.iterations}) "
-            f"and train.epochs ({self.epochs})",
-        )
-
     def validate(self) -> None:
         positive("train", self, "iterations", "epochs", "micro_batch_size", "global_batch_size")
         positive("train", self, "log_every", "save_every", "keep_last", "exit_duration_minutes")

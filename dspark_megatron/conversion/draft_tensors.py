@@ -36,8 +36,9 @@ def fill_draft(
         for name, parameter in draft.named_parameters()
         if not name.startswith(FROZEN_REPLICAS)
     }
-    place = dict(tp_rank=tp_group.rank(), tp_size=tp_group.size())
-    for name, tensor in to_megatron(draft.shape, get, padded, **place):
+    tp_rank, tp_size = tp_group.rank(), tp_group.size()
+    parts = to_megatron(draft.shape, get, padded, tp_rank=tp_rank, tp_size=tp_size)
+    for name, tensor in parts:
         waiting.pop(name).copy_(tensor)
     if waiting:
         raise ValueError(f"the name table lacks the draft's parameters {sorted(waiting)}")

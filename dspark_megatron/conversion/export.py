@@ -3,14 +3,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from dspark_megatron.conversion.draft_folder import DraftFolder
 from dspark_megatron.conversion.folder_writer import WriteOptions, write_draft_folder
-from dspark_megatron.conversion.layouts.foreign_configs import TargetFacts
-from dspark_megatron.conversion.layouts.names import raise_if_any
 from dspark_megatron.conversion.sources import CheckpointSource, FolderSource
-from dspark_megatron.conversion.target_match import shape_problems, shared_problems, target_problems
+from dspark_megatron.conversion.target_match import open_draft_folder
 from dspark_megatron.errors import require
-from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.storage.training_checkpoint import CheckpointReader, find_checkpoint
 
 Fingerprint = Callable[[Path], str]
@@ -34,23 +30,6 @@ def export_checkpoint(
     _check_fingerprint(source.reader, Path(target_dir), fingerprint)
     options = options or WriteOptions()
     return write_draft_folder(source, Path(target_dir), Path(output_dir), options)
-
-
-def open_draft_folder(
-    path: str | Path,
-    target_dir: str | Path,
-    layout: str = "auto",
-    *,
-    target_checkpoint: str | Path = "",
-) -> DraftFolder:
-    """A draft folder that belongs to this target; ConfigError that lists what speaks against it."""
-    target_config = load_target_config(target_dir)
-    facts = TargetFacts.of(target_config, Path(target_dir).resolve().name)
-    folder = DraftFolder(path, layout, facts)
-    problems = shape_problems(folder.shape) + target_problems(folder.shape, target_config)
-    raise_if_any(problems, f"the draft in {folder.path}")
-    raise_if_any(shared_problems(folder, target_dir, target_checkpoint), str(folder.path))
-    return folder
 
 
 def convert_folder(

@@ -4,10 +4,10 @@ One safetensors file is in memory at a time. The folder appears whole or not at 
 always gives the same bytes.
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ from dspark_megatron.storage.safetensors_folder import (
 )
 from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.storage.target_weights import SharedMatrix, shared_matrices
-from dspark_megatron.storage.writing import new_folder, write_text
+from dspark_megatron.storage.writing import new_folder, write_json, write_text
 
 WRITTEN = {"config.json", INDEX, "README.md", SIDECAR}
 """Files of an export, beside the safetensors."""
@@ -74,7 +74,7 @@ def write_draft_folder(
     target_config = load_target_config(target_dir)
     problems = shape_problems(shape) + target_problems(shape, target_config)
     raise_if_any(problems, f"the draft of {source.path}")
-    shared: dict[str, SharedMatrix] = {}
+    shared = {}
     if layout.shared_weights and options.shared_weights:
         shared = _shared_matrices(shape, target_dir, options.target_checkpoint)
     dtype = options.dtype or source.dtype()
@@ -86,7 +86,6 @@ def write_draft_folder(
     iteration = history.get("iterations") or None
     checkpoint = source.path if iteration else None
     with_temperatures = check_sidecar(source.neighbours(), shape.block_size, iteration, checkpoint)
-    config_text = json.dumps(config, indent=2) + "\n"
     names = hugging_face_shapes(shape, shared_weights=bool(shared))
     sizes = {layout.to_name(name): size for name, size in names.items()}
     shapes = {name: torch.empty(size, dtype=dtype, device="meta") for name, size in sizes.items()}
@@ -94,19 +93,22 @@ def write_draft_folder(
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         return map(
-            lambda item: (layout.to_name(item[0]), _cast(*item, dtype)),  # keeps none of them
+            lambda item: (
+                layout.to_name(item[0]),
+                _cast(item[0], item[1], dtype),
+            ),  # keeps none of them
             _tensors(source, shared),
         )
 
     if _holds_earlier_export(output_dir) and not options.force:
         require(
-            _is_same(output_dir, config_text, plan.tensor_to_filename, tensors()),
+            _is_same(output_dir, config, plan.tensor_to_filename, tensors()),
             f"{output_dir} holds an earlier export, of other weights or settings; give --force to "
             "replace it",
         )
     _check_nothing_lost(output_dir, source.neighbours())
     with new_folder(output_dir) as folder:
-        write_text(folder / "config.json", config_text)
+        write_json(folder / "config.json", config)
         verdicts = engine_verdicts(config, sizes, target_config=target_config)
         card = model_card(
             source.description,
@@ -177,7 +179,7 @@ def _holds_earlier_export(output_dir: Path) -> bool:
 
 def _is_same(
     folder: Path,
-    config_text: str,
+    config: dict[str, Any],
     files: dict[str, str],
     tensors: Iterable[tuple[str, Tensor]],
 ) -> bool:
@@ -187,16 +189,15 @@ def _is_same(
     try:
         there = SafetensorsFolder(folder)
         return (
-            (folder / "config.json").read_text(encoding="utf-8") == config_text
+            read_config(folder) == config
             and there.files == places
-            and all(_equal(there.tensor(name), tensor) for name, tensor in tensors)
+            and all(
+                (found := there.tensor(name)).dtype == tensor.dtype and torch.equal(found, tensor)
+                for name, tensor in tensors
+            )
         )
-    except (ConfigError, OSError, ValueError):  # damaged: what it was is not known
+    except ConfigError:  # damaged: what it was is not known
         return False
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 def _check_nothing_lost(output_dir: Path, neighbours: Path) -> None:

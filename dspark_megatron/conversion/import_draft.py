@@ -16,7 +16,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem
 
-from dspark_megatron.conversion.export import open_draft_folder
 from dspark_megatron.conversion.layouts.names import (
     megatron_shapes,
     name_table,
@@ -25,7 +24,7 @@ from dspark_megatron.conversion.layouts.names import (
 )
 from dspark_megatron.conversion.sidecar import carry_sidecar, check_sidecar
 from dspark_megatron.conversion.sources import FolderSource
-from dspark_megatron.conversion.target_match import not_finite
+from dspark_megatron.conversion.target_match import not_finite, open_draft_folder
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.shape import DraftShape
 from dspark_megatron.shape.layout import check_draft_split, padded_vocab_size
@@ -140,10 +139,10 @@ def _write_tensors(
 ) -> None:
     sizes = megatron_shapes(shape, padded_vocab_size)
     planned = {name: torch.empty(size, dtype=dtype, device="meta") for name, size in sizes.items()}
-    rows = {row.megatron: (row,) for row in name_table(shape)}
+    table = {entry.megatron: [entry] for entry in name_table(shape)}
 
     def tensor(name: str) -> Tensor:
-        ((_, whole),) = to_megatron(shape, get, padded_vocab_size, rows=rows[name])
+        ((_, whole),) = to_megatron(shape, get, padded_vocab_size, entries=table[name])
         return whole.to(dtype)
 
     with warnings.catch_warnings():

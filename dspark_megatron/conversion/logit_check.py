@@ -93,7 +93,7 @@ def _forward(draft: DSparkDraftModel) -> Iterator[tuple[str, Tensor]]:
     out = draft(taps, blocks)
     weights = draft.head_weights()
     logits = out.hidden @ weights.lm_head.t()
-    if out.latents is not None:
+    if out.latents is not None and weights.markov_w2 is not None:
         logits = logits + out.latents @ weights.markov_w2.t()
     yield "logits", logits
     if out.confidence_logits is not None:

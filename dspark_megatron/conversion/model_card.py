@@ -1,11 +1,15 @@
-"""README.md of an export: what the draft is, how it was trained, how to serve it."""
+"""README.md of an export: what the draft is, how it was trained, how to serve it. Its text is in
+`model_card.md.jinja`."""
 
 import hashlib
 import json
 from typing import Any
 
-from dspark_megatron.conversion.engines.reading import SGLANG, VLLM
-from dspark_megatron.conversion.layouts.description import DraftDescription
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from dspark_megatron.conversion.engines.table import SGLANG, VLLM
+from dspark_megatron.conversion.layouts.hf_config import DraftDescription
+from dspark_megatron.shape import DraftShape
 
 WHOSE = {
     "hf": "DeepSpec's names, under a config that serving engines read too",
@@ -29,26 +33,33 @@ def model_card(
     """folder: the export's name; engines: those that load it; history: iterations, samples and
     evaluation, as far as they are known; with_temperatures: a `dspark_sts.json` lies in it."""
     shape = description.shape
-    confidence = "no confidence head"
+    confidence, markov = "no confidence head", "no Markov head"
     if shape.enable_confidence_head:
         with_markov = "with" if shape.confidence_head_with_markov else "without"
         confidence = f"a confidence head {with_markov} the Markov embedding"
-    markov = "no Markov head"
     if shape.markov_rank:
         markov = f"a {shape.markov_head_type} Markov head of rank {shape.markov_rank}"
-    parts = [
-        f"# DSpark drafter for {target}",
-        f"A speculative-decoding draft of {shape.num_layers} layers with {markov} and "
-        f"{confidence}: {shape.block_size} draft tokens a round, from the outputs of the target's "
-        f"layers {list(shape.target_layer_ids)} (0-based, of {shape.num_target_layers}). It works "
-        "with this target only.",
-        *_training(history),
-        f"## Layout\n\n`{layout}`: {WHOSE[layout]}.",
-        *_serving(description, engines, target, folder, with_temperatures),
-        "## License\n\n<!-- To be filled in by whoever publishes this draft. -->",
-    ]
-    text = "\n\n".join(parts) + "\n"
-    return f"{text}\n{_mark(text)}\n"
+    commands = {
+        VLLM: _vllm_command(shape, target, folder),
+        SGLANG: _sglang_command(target, folder, with_temperatures),
+    }
+    templates = Environment(  # of Markdown, where HTML's escapes would be text
+        loader=PackageLoader("dspark_megatron.conversion", ""),
+        autoescape=False,
+        trim_blocks=True,
+        undefined=StrictUndefined,
+    )
+    text = templates.get_template("model_card.md.jinja").render(
+        shape=shape,
+        markov=markov,
+        confidence=confidence,
+        target=target,
+        history=history,
+        layout=layout,
+        whose=WHOSE[layout],
+        commands=[command for engine, command in commands.items() if engine in engines],
+    )
+    return f"{text}\n\n{_mark(text)}\n"
 
 
 def is_unedited(card: str) -> bool:
@@ -63,67 +74,25 @@ def _mark(text: str) -> str:
     return f"<!-- dspark-megatron {digest[:16]} -->"
 
 
-def _training(history: dict[str, Any]) -> list[str]:
-    lines = []
-    if "iterations" in history:
-        lines.append(
-            f"{history['iterations']:,} iterations over {history['samples']:,} samples (repeated "
-            "ones counted each time), with dspark-megatron."
-        )
-    evaluation = history.get("evaluation")
-    if evaluation:
-        rows = [
-            f"| {name} | {figures['prompts']} | {_number(figures['tau'])} |"
-            for name, figures in evaluation["files"].items()
-        ]
-        lines.append(
-            f"Mean tokens of a round (tau, bonus token included) at temperature "
-            f"{evaluation['temperature']:g}:"
-        )
-        lines.append("\n".join(["| prompts | number | tau |", "|---|---|---|", *rows]))
-    return ["## Training", *lines] if lines else []
-
-
-def _serving(
-    description: DraftDescription,
-    engines: set[str],
-    target: str,
-    folder: str,
-    with_temperatures: bool,
-) -> list[str]:
-    """Commands of those of vLLM and SGLang that load the folder."""
-    commands = []
-    tokens = description.shape.block_size
-    vllm = {
+def _vllm_command(shape: DraftShape, target: str, folder: str) -> str:
+    options = {
         "method": "dspark",
         "model": folder,
-        "num_speculative_tokens": tokens,
+        "num_speculative_tokens": shape.block_size,
         "attention_backend": "FLASH_ATTN",
         "draft_sample_method": "probabilistic",
     }
-    if description.shape.enable_confidence_head:
-        vllm["enable_adaptive_verification"] = True
-    if VLLM in engines:
-        commands.append(f"vllm serve {target} --speculative-config '{json.dumps(vllm)}'")
-    if SGLANG in engines:
-        sglang = (
-            f"python -m sglang.launch_server --model-path {target} "
-            f"--speculative-algorithm DSPARK --speculative-draft-model-path {folder}"
-        )
-        if with_temperatures:
-            sglang = (
-                f"SGLANG_RAGGED_VERIFY_MODE=compact {sglang} "
-                f"--speculative-dspark-confidence-sts-path {folder}/dspark_sts.json"
-            )
-        commands.append(sglang)
-    if not commands:
-        return ["## Serving\n\nNeither vLLM nor SGLang loads this folder."]
-    return [
-        "## Serving\n\n```\n" + "\n\n".join(commands) + "\n```",
-        "The commands follow the engines' documented options; they were not run in making this "
-        "folder. `python tools/convert_checkpoint.py verify` says which engines can load it.",
-    ]
+    if shape.enable_confidence_head:
+        options["enable_adaptive_verification"] = True
+    return f"vllm serve {target} --speculative-config '{json.dumps(options)}'"
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def _sglang_command(target: str, folder: str, with_temperatures: bool) -> str:
+    command = (
+        f"python -m sglang.launch_server --model-path {target} "
+        f"--speculative-algorithm DSPARK --speculative-draft-model-path {folder}"
+    )
+    if not with_temperatures:
+        return command
+    sidecar = f"--speculative-dspark-confidence-sts-path {folder}/dspark_sts.json"
+    return f"SGLANG_RAGGED_VERIFY_MODE=compact {command} {sidecar}"

@@ -47,7 +47,7 @@ def check_sidecar(
         "again, or move the file away",
     )
     require(
-        None in (calibrated, checkpoint) or same_checkpoint(calibrated, checkpoint),
+        calibrated is None or checkpoint is None or same_checkpoint(calibrated, checkpoint),
         f"{file} was calibrated for {calibrated}, this draft is {checkpoint}; calibrate again, or "
         "move the file away",
     )
@@ -127,9 +127,11 @@ def check_place(folder: Path, block_size: int, facts: dict[str, Any], force: boo
     except (OSError, ValueError, KeyError, TypeError):
         there = None
     iteration, checkpoint = facts["iteration"], facts["checkpoint"]
-    same = there is not None and there[0] == iteration
-    same = same and same_checkpoint(there[1] or "", checkpoint or "")  # none when untrained
-    of = "not of a calibration" if there is None else f"of iteration {there[0]} of {there[1]}"
+    same, of = False, "not of a calibration"
+    if there is not None:
+        same = there[0] == iteration
+        same = same and same_checkpoint(there[1] or "", checkpoint or "")  # none when untrained
+        of = f"of iteration {there[0]} of {there[1]}"
     require(
         same,
         f"{file} is {of}, the records are of iteration {iteration} of {checkpoint}; give --force "

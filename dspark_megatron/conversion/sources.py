@@ -1,7 +1,8 @@
 """Where a draft to be written comes from: a training checkpoint or a folder of any layout."""
 
+import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dspark_megatron.conversion.draft_folder import DraftFolder
-from dspark_megatron.conversion.layouts.description import DraftDescription
+from dspark_megatron.conversion.layouts.hf_config import DraftDescription
 from dspark_megatron.conversion.layouts.names import (
     check_megatron_tensors,
     hugging_face_shapes,
@@ -108,8 +109,5 @@ class FolderSource:
         return {}
 
 
-def _widest(dtypes: Any) -> torch.dtype:
-    widest = None
-    for dtype in dtypes:
-        widest = dtype if widest is None else torch.promote_types(widest, dtype)
-    return widest
+def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    return functools.reduce(torch.promote_types, dtypes)

@@ -8,9 +8,28 @@ import torch
 from torch import Tensor
 
 from dspark_megatron.conversion.draft_folder import DraftFolder
-from dspark_megatron.conversion.layouts.names import EMBEDDING, LM_HEAD
+from dspark_megatron.conversion.layouts.foreign_configs import TargetFacts
+from dspark_megatron.conversion.layouts.names import EMBEDDING, LM_HEAD, raise_if_any
 from dspark_megatron.shape import DraftShape
+from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.storage.target_weights import shared_matrices
+
+
+def open_draft_folder(
+    path: str | Path,
+    target_dir: str | Path,
+    layout: str = "auto",
+    *,
+    target_checkpoint: str | Path = "",
+) -> DraftFolder:
+    """A draft folder that belongs to this target; ConfigError that lists what speaks against it."""
+    target_config = load_target_config(target_dir)
+    facts = TargetFacts.of(target_config, Path(target_dir).resolve().name)
+    folder = DraftFolder(path, layout, facts)
+    problems = shape_problems(folder.shape) + target_problems(folder.shape, target_config)
+    raise_if_any(problems, f"the draft in {folder.path}")
+    raise_if_any(shared_problems(folder, target_dir, target_checkpoint), str(folder.path))
+    return folder
 
 
 def shape_problems(shape: DraftShape) -> list[str]:

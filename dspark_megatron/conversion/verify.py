@@ -48,7 +48,7 @@ def verify_folder(
     """
     target_config = load_target_config(target_dir) if target_dir else None
     facts = None
-    if target_config is not None:
+    if target_dir and target_config is not None:
         facts = TargetFacts.of(target_config, Path(target_dir).resolve().name)
     folder = DraftFolder(folder_dir, layout, facts)
     shape, dtype_name = folder.shape, _dtype_name(folder)
@@ -68,6 +68,7 @@ def verify_folder(
         problems.append(f"dtype ({dtype_name!r}) must be one of {', '.join(DTYPES)}")
     raise_if_any(problems, str(folder.path))
 
+    assert dtype_name is not None
     summary = _summary(folder, dtype_name)
     if with_temperatures:
         summary.append(f"{SIDECAR}: a temperature for each of the {shape.block_size} slots")

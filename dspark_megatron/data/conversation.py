@@ -6,7 +6,7 @@ Shapes: s tokens of one sample.
 from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dspark_megatron.data.chats.answers import WAY_OUT, AnswerRules
 from dspark_megatron.data.chats.loss_mask import (
+    Encoding,
     ReasoningMask,
     check_offsets,
     detokenize,
@@ -67,10 +68,10 @@ class ConversationEncoder:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._rules = rules or AnswerRules()
-        self.reasoning = ReasoningMask(*reasoning_tags) if reasoning_tags else None
+        self.reasoning = ReasoningMask(reasoning_tags)
 
     def encode(self, record: dict) -> list[Sample]:
-        """The samples of a line in one of the forms of docs/training.md. It is one sample, unless
+        """The samples of a line in one of the forms of docs/data.md. It is one sample, unless
         the chat template rewrites earlier turns.
 
         `"finish_reason": "length"` says that the last answer was cut short, so its end is not
@@ -92,7 +93,12 @@ class ConversationEncoder:
             encodings = [self._encode_text(record)]
         else:
             encodings = self._encode_chat(record)
-        return [self._sample(token_ids, mask) for token_ids, mask in encodings]
+        for token_ids, _ in encodings:
+            self._check_vocabulary(token_ids)
+        return [
+            Sample(torch.tensor(token_ids, dtype=torch.int32), torch.tensor(mask, dtype=torch.bool))
+            for token_ids, mask in encodings
+        ]
 
     def encode_document(self, token_ids: Tensor) -> Sample:
         """A document of an indexed dataset, [s] of any integer type. Every token may be learnt."""
@@ -105,7 +111,7 @@ class ConversationEncoder:
         """Made at the first chat, since a file of ids needs no template."""
         return ChatTemplate(self._tokenizer, self.reasoning, self._rules)
 
-    def _encode_chat(self, record: dict) -> list[tuple[list[int], list[bool]]]:
+    def _encode_chat(self, record: dict) -> list[Encoding]:
         chat = chat_of(record)
         roles = [message["role"] for message in chat.messages[chat.given :]]
         after = f" after the first {chat.given}, which are context" if chat.given else ""
@@ -119,13 +125,13 @@ class ConversationEncoder:
         encodings = in_first_spelling(chat, self._template.encode)
         marks = [sum(mask) for _, mask in encodings]
         require(
-            any(marks) or self.reasoning is not None or chat.cut_short,
+            any(marks) or self.reasoning.tags is not None or chat.cut_short,
             f"the chat has an assistant turn, but the chat template marks none of its "
             f"{len(encodings[0][0])} tokens as the assistant's; {WAY_OUT}",
         )
         return encodings
 
-    def _encode_answered(self, record: dict) -> tuple[list[int], list[bool]]:
+    def _encode_answered(self, record: dict) -> Encoding:
         """A chat with the tokens that its target saw and wrote, as tools/generate_responses.py
         keeps them. It needs no template, and reasoning may be masked as in any chat."""
         token_ids, mask = _checked_tokens(record)
@@ -143,11 +149,9 @@ class ConversationEncoder:
             f"{shown(text)}, without {shown(missing[:1])}; the tokens are of another tokenizer or "
             'the messages were changed: take "input_ids" and "loss_mask" out of the line',
         )
-        if self.reasoning is None:
-            return token_ids, mask
         return token_ids, self.reasoning.hide(*detokenize(self._tokenizer, token_ids), mask)
 
-    def _encode_text(self, record: dict) -> tuple[list[int], list[bool]]:
+    def _encode_text(self, record: dict) -> Encoding:
         """Prompt and completion as they are, as TRL does it. There is no template, but the
         tokenizer's special tokens are added, and its eos token ends the completion."""
         check_offsets(self._tokenizer)
@@ -164,15 +168,8 @@ class ConversationEncoder:
             token_ids, offsets, mask = token_ids[:-1], offsets[:-1], mask[:-1]
         answer = up_to_first_stop(token_ids, mask, self._rules.stop_ids)
         end = [] if cut_short or answer != mask else [eos]
-        if self.reasoning is not None:
-            answer = self.reasoning.hide(text, offsets, answer)
+        answer = self.reasoning.hide(text, offsets, answer)
         return token_ids + end, answer + [True] * len(end)
-
-    def _sample(self, token_ids: list[int], mask: list[bool]) -> Sample:
-        self._check_vocabulary(token_ids)
-        return Sample(
-            torch.tensor(token_ids, dtype=torch.int32), torch.tensor(mask, dtype=torch.bool)
-        )
 
     def _check_vocabulary(self, token_ids: list[int]) -> None:
         outside = [i for i in token_ids if not 0 <= i < self._vocab_size]
@@ -195,8 +192,9 @@ def _is_text(record: dict) -> bool:
     return kinds == {str}
 
 
-def _checked_tokens(record: dict) -> tuple[list[int], list[bool]]:
-    token_ids, mask = record["input_ids"], record.get("loss_mask")
+def _checked_tokens(record: dict) -> Encoding:
+    token_ids: Any = record["input_ids"]
+    mask: Any = record.get("loss_mask")
     for name, values in (("input_ids", token_ids), ("loss_mask", mask)):
         require(isinstance(values, list), f'"{name}" must be a list, not {shown(values)}')
     require(

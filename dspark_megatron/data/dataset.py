@@ -81,22 +81,17 @@ class DropReport:
     def describe(self) -> str:
         """All counts in one line. Lines that were left out follow, by reason."""
         split = f"; {self.split_chats:,} chats were split by turns" if self.split_chats else ""
-        hidden = ""
+        hidden = left_out = ""
         if self.reasoning_tokens is not None:
             hidden = f"; {self.reasoning_tokens:,} tokens of reasoning are not learnt"
+        if self.bad_lines:
+            left_out = f"; left out {len(self.bad_lines):,} of {self.lines:,} lines that cannot be "
+            left_out += f"used:\n{self.bad_lines.describe()}"
         return (
             f"data: kept {self.kept:,} of {self.read:,} samples with {self.total_tokens:,} tokens, "
             f"{self.loss_tokens:,} of them supervised; dropped {self.too_few_loss_tokens:,} with "
             f"too few supervised tokens and {self.no_anchor:,} without an anchor; "
-            f"cut {self.truncated:,} to the largest length{split}{hidden}{self._left_out()}"
-        )
-
-    def _left_out(self) -> str:
-        if not self.bad_lines:
-            return ""
-        return (
-            f"; left out {len(self.bad_lines):,} of {self.lines:,} lines that cannot be used:\n"
-            + self.bad_lines.describe()
+            f"cut {self.truncated:,} to the largest length{split}{hidden}{left_out}"
         )
 
 
@@ -179,7 +174,7 @@ def load_samples(
                     packed.add(sample, rules, report)
         sizes.append(report.kept - kept_before)
     report.bad_lines.check(report.lines, rules.skip_bad_lines)
-    if encoder.reasoning is not None:
+    if encoder.reasoning.tags is not None:
         report.reasoning_tokens = encoder.reasoning.hidden_tokens
     if not report.kept:
         raise _nothing_kept(entries, report, rules)
@@ -251,12 +246,9 @@ class _PackedSamples:
             report.kept += 1
             report.total_tokens += len(sample.loss_mask)
             report.loss_tokens += loss_tokens
-            self._append(sample)
-
-    def _append(self, sample: Sample) -> None:
-        self._token_ids.frombytes(sample.input_ids.numpy().tobytes())
-        self._loss_mask += sample.loss_mask.numpy().tobytes()
-        self._offsets.append(len(self._loss_mask))
+            self._token_ids.frombytes(sample.input_ids.numpy().tobytes())
+            self._loss_mask += sample.loss_mask.numpy().tobytes()
+            self._offsets.append(len(self._loss_mask))
 
     def dataset(self, report: DropReport, shares: Shares | None) -> ConversationDataset:
         return ConversationDataset(

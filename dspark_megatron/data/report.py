@@ -17,7 +17,7 @@ PERCENTILES = (0, 10, 50, 90, 99, 100)
 def describe_data(config: Config, dataset: ConversationDataset) -> str:
     """Lines of figures. Anchors and micro-batches are those of the config; nothing is trained."""
     num_anchors = config.model.num_anchors
-    counts = torch.tensor([_counts(sample, config.loss) for sample in dataset])  # [n, 3]
+    counts = torch.tensor([_counts(dataset[i], config.loss) for i in range(len(dataset))])
     lengths, loss_tokens, candidates = counts.unbind(1)
     rows = {
         "tokens": lengths,

@@ -20,7 +20,7 @@ from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.model.drafting import Drafter, Proposal
 from dspark_megatron.ops.acceptance import judge, overlap, probabilities, sample
 from dspark_megatron.ops.vocab_parallel import gather_vocab
-from dspark_megatron.targets.base import Target
+from dspark_megatron.targets.base import DecodingTarget
 
 Cut = Callable[[Tensor], Tensor]
 """How much of each draft to verify: confidence logits [b, k] -> lengths [b] in 0..k. What it says
@@ -52,7 +52,7 @@ class Decoder:
 
     def __init__(
         self,
-        target: Target,
+        target: DecodingTarget,
         draft: DSparkDraftModel,
         target_head: Tensor,
         sampling: Sampling,
@@ -137,7 +137,7 @@ class _Batch:
         prompt_ids = torch.tensor([prompt], device=self.decoder.device)
         states = self.target.add_sequence(prompt_ids, self.cache)
         self.answers.append(answer)
-        probs = self.decoder.target_probs(states.needed_hidden[:, -1:])
+        probs = self.decoder.target_probs(states.hidden[:, -1:])
         first = self.decoder.agree(sample(probs[0], [answer.generator]))
         answer.generation.token_ids.append(int(first))
         return states.taps[0]
@@ -161,7 +161,7 @@ class _Batch:
     def round(self) -> None:
         states = self.target.extend(self._anchors()[:, None], self.cache)
         self.target.forget(self.cache, [0] * len(self.answers))
-        probs = self.decoder.target_probs(states.needed_hidden)
+        probs = self.decoder.target_probs(states.hidden)
         for answer, token in zip(self.answers, self.draw(probs[:, 0]).tolist(), strict=True):
             answer.generation.token_ids.append(token)
 
@@ -206,7 +206,7 @@ class _Drafted(_Batch):
         width = int(lengths.max())
         tokens, probs = proposal.tokens[:, :width], proposal.probs[:, :width]
         states = self.target.extend(torch.cat([anchors[:, None], tokens], dim=1), self.cache)
-        target_probs = self.decoder.target_probs(states.needed_hidden)  # [b, width + 1, v]
+        target_probs = self.decoder.target_probs(states.hidden)  # [b, width + 1, v]
         draws = self._uniform(proposal.tokens.shape[1])[:, :width]
         accepted, next_probs = judge(tokens, probs, target_probs, lengths, draws)
         # Rounding may differ between ranks: rank 0's count goes with rank 0's token.

@@ -20,8 +20,7 @@ from dspark_megatron.data.batch import Batch, padded
 from dspark_megatron.data.blocks import DraftBlocks, anchor_candidates, draft_blocks
 from dspark_megatron.data.conversation import Sample
 from dspark_megatron.model.draft_model import DSparkDraftModel
-from dspark_megatron.ops.accept_rates import LogitRows, accept_rates
-from dspark_megatron.ops.acceptance import round_starts, tau
+from dspark_megatron.ops.acceptance import LogitFactors, accept_rates, round_starts, tau
 from dspark_megatron.ops.chunk_budget import chunk_rows
 from dspark_megatron.targets.base import Target, TargetStates
 
@@ -42,13 +41,13 @@ class EstimateSettings:
     @classmethod
     def of(cls, config: Config, draft: DSparkDraftModel) -> "EstimateSettings":
         """`evaluate.temperature`, and no more at a time than a training step takes."""
-        joint = draft.head_weights().joint
+        head = draft.lm_head
         size = config.train.micro_batch_size
         return cls(
             temperature=config.evaluate.temperature,
             micro_batch_size=size,
             max_blocks=size * config.model.num_anchors,
-            chunk_rows=chunk_rows(config.loss, len(joint), joint.dtype, with_target=True),
+            chunk_rows=chunk_rows(config.loss, len(head), head.dtype, with_target=True),
         )
 
 
@@ -119,7 +118,7 @@ def _accept_rates(
     for start in range(0, len(rates), settings.max_blocks):
         part = blocks.part(slice(start, start + settings.max_blocks))
         found = accept_rates(
-            *_logit_rows(draft, target_head, states, part),
+            *_logit_factors(draft, target_head, states, part),
             draft.vocab_shard,
             temperature=settings.temperature,
             chunk_rows=settings.chunk_rows,
@@ -129,17 +128,17 @@ def _accept_rates(
     return rates
 
 
-def _logit_rows(
+def _logit_factors(
     draft: DSparkDraftModel, target_head: Tensor, states: TargetStates, blocks: DraftBlocks
-) -> tuple[LogitRows, LogitRows]:
+) -> tuple[LogitFactors, LogitFactors]:
     """The draft's and the target's, of every supervised slot."""
     blocks = blocks.to(states.taps.device)
     output = draft(states.taps, blocks)
     sources = [output.hidden] if output.latents is None else [output.hidden, output.latents]
     features = torch.cat([blocks.supervised(source) for source in sources], dim=1)
-    target_hidden = blocks.target_of(states.needed_hidden).to(target_head.dtype)
-    joint = draft.head_weights().fill_joint()
-    return LogitRows(features, joint), LogitRows(target_hidden, target_head)
+    target_hidden = blocks.target_of(states.hidden).to(target_head.dtype)
+    weight = draft.head_weights().updated_output_weight()
+    return LogitFactors(features, weight), LogitFactors(target_hidden, target_head)
 
 
 class _Sums:

@@ -67,7 +67,7 @@ def _parting(
     if shared == min(len(ours), len(own)):  # one ends where the other goes on
         return Parting(place, shared, float("inf"), 0.0)
     ids = torch.tensor([prompt.input_ids + ours[:shared]], device=decoder.device)
-    states = decoder.target.states(Batch(ids)).needed_hidden[:, -1:]
+    states = decoder.target.states(Batch(ids)).hidden[:, -1:]
     logits = decoder.target_logits(states)[0, 0].float()  # [v]
     both = logits[torch.tensor([ours[shared], own[shared]], device=logits.device)]
     gap = (logits.max() - both.min()).item()

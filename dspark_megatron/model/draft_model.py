@@ -119,7 +119,7 @@ class DSparkDraftModel(MegatronModule):
             build_module(spec, **build) for _ in range(shape.num_layers)
         )
         self.final_layernorm = RMSNorm(**norm)
-        # The target's LM head, and room for markov_w2 beside it: see HeadWeights.joint.
+        # The target's LM head, and columns for markov_w2: see HeadWeights.output_weight.
         width = shape.hidden_size + shape.markov_rank
         self.joint_head = VocabParallelWeight(config, vocab, width, tp_group=tp_group)
         self.markov_head: MarkovHead | None = None

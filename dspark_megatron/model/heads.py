@@ -3,6 +3,8 @@
 logit (Eq. 7).
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import VocabParallelEmbedding
@@ -90,7 +92,11 @@ class RNNMarkovHead(MarkovHead):
         return output.tanh(), gate * state + (1 - gate) * candidate.tanh()
 
 
-MARKOV_HEADS = {"vanilla": MarkovHead, "gated": GatedMarkovHead, "rnn": RNNMarkovHead}
+MARKOV_HEADS: dict[str, Callable[..., MarkovHead]] = {
+    "vanilla": MarkovHead,
+    "gated": GatedMarkovHead,
+    "rnn": RNNMarkovHead,
+}
 
 
 def _linear(config: TransformerConfig, inputs: int, outputs: int) -> torch.nn.Linear:

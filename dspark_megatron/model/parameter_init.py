@@ -51,9 +51,10 @@ def _draw(
         return local
     if not getattr(parameter, "tensor_model_parallel", False):
         return torch.randn(shape, generator=generator) * std
-    dim = parameter.partition_dim
+    dim: int = getattr(parameter, "partition_dim")  # noqa: B009
     shape[dim] *= tp_size
     full = torch.randn(shape, generator=generator) * std
     # A stride of 2 means two matrices side by side (gate and up), each split on its own.
-    parts = full.chunk(parameter.partition_stride, dim=dim)
+    stride: int = getattr(parameter, "partition_stride")  # noqa: B009
+    parts = full.chunk(stride, dim=dim)
     return torch.cat([part.chunk(tp_size, dim=dim)[tp_rank] for part in parts], dim=dim)

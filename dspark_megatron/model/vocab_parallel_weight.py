@@ -11,8 +11,8 @@ from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
 
 class VocabParallelWeight(MegatronModule):
-    """`weight` [v/tp, width]: `markov_w2`, or the LM head with room for it, used by the head loss
-    and by decoding.
+    """`weight` [v/tp, width]: `markov_w2`, or the LM head with columns for it, used by the
+    head loss and by decoding.
 
     It has no forward: the only product with it is fused into the loss.
     """

@@ -1,10 +1,19 @@
-"""Speculative acceptance: expected length of a round, and the lossless accept/reject step.
+"""Speculative acceptance: expected length of a round, the lossless accept/reject step, and accept
+rates on a split vocabulary.
 
-Shapes: n rows, b drafts, k slots, v vocabulary (unpadded).
+Shapes: n slots (blocks in `tau` and `round_starts`), b drafts, k slots of a block, v vocabulary
+(unpadded), c slots of a chunk, f features, v/tp columns of this rank.
 """
 
+from typing import NamedTuple
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from dspark_megatron.ops.chunk_budget import in_tiles
+from dspark_megatron.ops.logit_terms import exp_shifted, precise
+from dspark_megatron.ops.vocab_parallel import VocabShard, all_gather, all_reduce
 
 
 def tau(accept_rate: Tensor, eval_mask: Tensor) -> Tensor:
@@ -90,3 +99,80 @@ def judge(
     # p == q up to rounding: a rejection there has no mass of its own.
     replaced = rejected & (residual.sum(dim=-1) > 0)
     return accepted, torch.where(replaced[:, None], residual, own)
+
+
+class LogitFactors(NamedTuple):
+    """Logits that are not made yet, `features @ weight^T`."""
+
+    features: Tensor
+    """[n, f]"""
+    weight: Tensor
+    """[v/tp, f] of this rank."""
+
+
+@torch.no_grad()
+def accept_rates(
+    draft: LogitFactors,
+    target: LogitFactors,
+    shard: VocabShard,
+    *,
+    temperature: float,
+    chunk_rows: int,
+    tp_group: dist.ProcessGroup,
+) -> Tensor:
+    """Chance that the target keeps a draft token, [n] fp32 in [0, 1], the same on every rank;
+    without gradients. As in the head loss no [n, v/tp] tensor outlives its chunk.
+
+    Above temperature 0 it is `1 - tvd = sum min(p, q)` over the softmaxes of logits / temperature;
+    at 0 it is 1 where the most likely tokens agree (of equal ones that of the lowest id), else 0.
+
+    chunk_rows: slots whose logits exist at one time. For each slot and rank: an all-gather of 2
+    floats and an all-reduce of 1; at temperature 0 an all-gather of 4. Each is one call a chunk.
+    """
+    n, real = len(draft.features), shard.num_real  # padded columns come last
+    sides = draft, target
+    buffers = [side.features.new_empty(min(chunk_rows, n), real) for side in sides]
+    rates = [draft.features.new_empty(0)]
+    for start in range(0, n, chunk_rows):
+        part = slice(start, min(start + chunk_rows, n))
+        logits = [buffer[: part.stop - start] for buffer in buffers]  # [c, v/tp] each
+        for out, (features, weight) in zip(logits, sides, strict=True):
+            factors = features[part], weight[:real].t()
+            out.addmm_(*factors, beta=0, alpha=1 / (temperature or 1.0))  # scaled, then rounded
+        if temperature == 0:
+            rates.append(_agreement(logits, shard, tp_group))
+        else:
+            rates.append(_shared_mass(logits, tp_group))
+    return torch.cat(rates).float()
+
+
+def _shared_mass(logits: list[Tensor], tp_group: dist.ProcessGroup) -> Tensor:
+    """sum min(p, q) over the whole vocabulary, [c]."""
+    found = in_tiles(_log_sum_exps)(*logits)
+    lses = all_gather(found, tp_group=tp_group).logsumexp(dim=0)  # [2, c]
+    shared = in_tiles(_local_shared_mass)(*logits, *lses)
+    return all_reduce(shared, tp_group=tp_group).clamp(max=1)
+
+
+def _log_sum_exps(u: Tensor, t: Tensor) -> Tensor:
+    """Of this shard's columns, [2, c]."""
+    return torch.stack([x.to(precise(x.dtype)).logsumexp(dim=-1) for x in (u, t)])
+
+
+def _local_shared_mass(u: Tensor, t: Tensor, draft_lse: Tensor, target_lse: Tensor) -> Tensor:
+    p, q = exp_shifted(u, draft_lse), exp_shifted(t, target_lse)
+    return torch.minimum(p, q, out=p).sum(dim=-1)
+
+
+def _agreement(logits: list[Tensor], shard: VocabShard, tp_group: dist.ProcessGroup) -> Tensor:
+    """1 where both sides have the same most likely token, else 0, [c]."""
+    found = []
+    for side in logits:
+        best = side.max(dim=-1)  # the first of equals
+        ids = best.indices + shard.vocab_start_index
+        dtype = precise(side.dtype)  # exact: fp32 counts to 2^24
+        found += [best.values.to(dtype), ids.to(dtype)]
+    gathered = all_gather(torch.stack(found), tp_group=tp_group)  # [tp, 4, c]
+    values, ids = gathered[:, ::2], gathered[:, 1::2]  # [tp, 2, c]
+    chosen = ids.gather(0, values.argmax(dim=0, keepdim=True))[0]  # ranks hold ascending ids
+    return (chosen[0] == chosen[1]).to(gathered.dtype)

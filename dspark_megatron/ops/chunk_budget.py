@@ -1,15 +1,14 @@
-"""How many rows of logits fit a memory budget, and how a run of chunks is cut."""
+"""How many rows of logits exist at a time: chunks within a budget of memory, and tiles of a chunk
+for what is done to each logit."""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from dspark_megatron.config import LossConfig
 from dspark_megatron.errors import require
-
-
-def lanes_of(tp_size: int, chunk_rows: int) -> int:
-    """Chunks under way at a time, which share `chunk_rows`: two when there are other ranks to wait
-    for."""
-    return 2 if tp_size > 1 and chunk_rows > 1 else 1
 
 
 def row_bytes(vocab_local: int, dtype: torch.dtype, *, with_target: bool) -> int:
@@ -19,7 +18,7 @@ def row_bytes(vocab_local: int, dtype: torch.dtype, *, with_target: bool) -> int
 
 def chunk_rows(loss: LossConfig, vocab_local: int, dtype: torch.dtype, *, with_target: bool) -> int:
     """`loss.chunk_rows`, or what `loss.memory_budget_mb` holds: a multiple of 128 where that many
-    fit, as matrix products like it, also of half of them. Raises ConfigError when it does not hold
+    fit, as matrix products like it. Raises ConfigError when it does not hold
     one row."""
     if loss.chunk_rows is not None:
         return loss.chunk_rows
@@ -33,15 +32,24 @@ def chunk_rows(loss: LossConfig, vocab_local: int, dtype: torch.dtype, *, with_t
     return rows if rows < 128 else rows // 128 * 128
 
 
-def bucket(rows: int, chunk_rows: int) -> int:
-    """Rows that a chunk of compiled passes is padded to: `chunk_rows`, or a power of two below it.
-    Code is made for each size it meets, so there are six at most, and torch's limit is eight."""
-    smallest = max(64, chunk_rows // 32)
-    return min(1 << (max(rows, smallest) - 1).bit_length(), chunk_rows)
-
-
 def tile_rows(columns: int, device: torch.device) -> int:
     """Rows that elementwise passes take at a time: on a CPU as many as stay in a core's cache, on
     a GPU, where each step is a kernel, as many as make it worth launching."""
     tile_bytes = 2**21 if device.type == "cpu" else 2**24
     return max(1, tile_bytes // (4 * columns))
+
+
+def in_tiles(function: Callable) -> Callable:
+    """`function` on a few rows of its tensors at a time, its results [..., c] put together: bounds
+    what it takes, and keeps that in the cache. Its first argument: logits [c, v/tp]."""
+
+    def run(logits: Tensor, *rest: Any) -> Any:
+        parts = []
+        tile = tile_rows(logits.shape[1], logits.device)
+        for start in range(0, len(logits), tile):
+            rows = slice(start, start + tile)
+            own = (x[rows] if isinstance(x, Tensor) else x for x in rest)
+            parts.append(function(logits[rows], *own))
+        return None if parts[0] is None else torch.cat(parts, dim=-1)
+
+    return run

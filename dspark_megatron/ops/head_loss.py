@@ -1,33 +1,63 @@
 """The fused head loss: cross entropy, L1, KL and accept rate on a split vocabulary.
 
-Only this file multiplies hidden states with the vocabulary. Rows go through in chunks; a chunk's
-forward also makes its gradients, so no [rows, v/tp] tensor outlives its chunk and the backward pass
-only scales what is there. `logit_terms.py` has the formulas.
+Slots go through in chunks: two products with the vocabulary make the logits of draft and target,
+`logit_terms.py` turns them into the terms and, in place, into their gradient, and two products
+carry that back. So no [n, v/tp] tensor outlives its chunk, and the backward pass only scales
+gradients that are there.
 
-Shapes: n rows (supervised slots only), c rows of a chunk, h hidden, r Markov rank, v/tp columns of
+Shapes: n supervised slots, c slots of a chunk, h hidden, r Markov rank, v/tp vocabulary entries of
 this rank.
 """
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dspark_megatron.ops.head_loss_chunks import ChunkRun, HeadWeights
-from dspark_megatron.ops.logit_terms import Objective
+from dspark_megatron.ops.logit_terms import Objective, logit_terms, precise
+from dspark_megatron.ops.vocab_parallel import VocabShard, all_reduce
+
+
+@dataclass(frozen=True)
+class HeadWeights:
+    """This rank's rows of the vocabulary matrices."""
+
+    output_weight: Tensor
+    """[v/tp, h + r], frozen: the LM head, then columns for a copy of `markov_w2`, so that draft
+    logits are one product over [h z]."""
+    markov_w2: Tensor | None
+    """[v/tp, r], trained; None without a Markov head."""
+    shard: VocabShard
+
+    @property
+    def hidden_size(self) -> int:
+        rank = 0 if self.markov_w2 is None else self.markov_w2.shape[1]
+        return self.output_weight.shape[1] - rank
+
+    @property
+    def lm_head(self) -> Tensor:
+        """[v/tp, h]"""
+        return self.output_weight[:, : self.hidden_size]
+
+    @torch.no_grad()
+    def updated_output_weight(self) -> Tensor:
+        """`output_weight` with `markov_w2` as it is now."""
+        if self.markov_w2 is not None:
+            self.output_weight[:, self.hidden_size :] = self.markov_w2
+        return self.output_weight
 
 
 @dataclass(frozen=True)
 class HeadLossOutput:
-    """Per-row results, fp32. `loss` carries the gradient, the others are detached."""
+    """Results of each slot, fp32. `loss` carries the gradient, the others are detached."""
 
     loss: Tensor
     """[] `sum_n weights[n] * (ce * CE[n] + l1 * L1[n] + kl * KL[n])`."""
     ce: Tensor
     """[n] cross entropy in nats."""
     l1: Tensor | None
-    """[n] raw L1 distance in [0, 2]; None without a teacher."""
+    """[n] raw L1 distance in [0, 2]; None without target_hidden."""
     kl: Tensor | None
     """[n] KL(target || draft) in nats; None unless the objective weighs it."""
 
@@ -39,64 +69,114 @@ class HeadLossOutput:
         return (1 - self.l1 / 2).clamp(0, 1)
 
 
-def head_loss(
-    hidden: Tensor,
-    latent: Tensor | None,
-    target_hidden: Tensor | None,
-    labels: Tensor,
-    weights: Tensor,
-    head: HeadWeights,
-    objective: Objective,
-    *,
-    chunk_rows: int,
-    compile: bool = False,
-    tp_group: dist.ProcessGroup,
-) -> HeadLossOutput:
-    """hidden [n, h]; latent z of the Markov bias [n, r] or None; target_hidden [n, h], post-norm,
-    or None when nothing needs the target's distribution; labels [n] int64; weights [n] fp32.
-    chunk_rows: rows whose logits exist at one time, of the two chunks under way where there is more
-    than one rank.
+@dataclass(frozen=True)
+class HeadLoss:
+    """The loss of supervised slots by one head and objective."""
 
-    Gradients reach hidden, latent and head.markov_w2, whole on every rank for hidden and latent.
-    Forward, for each row and rank: an all-gather of 5 floats (3 without a teacher, 6 with labels
-    from it), with a teacher an all-reduce of 2 floats (3 with KL), and an all-reduce of the
-    gradient [h + r]; each is one call a chunk. Backward: none.
-    Raises ValueError when the objective needs a teacher and there is none.
-    """
-    if objective.needs_target_logits and target_hidden is None:
-        raise ValueError(
-            "target_hidden is missing: the L1 and KL terms and labels from the target compare "
-            "with it; give the target's last hidden states or set these weights to 0"
+    head: HeadWeights
+    objective: Objective
+    chunk_rows: int
+    """Slots whose logits exist at one time."""
+    compile: bool = False
+    """Fuse what is done to logits."""
+    _: KW_ONLY
+    tp_group: dist.ProcessGroup
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        latent: Tensor | None,
+        target_hidden: Tensor | None,
+        labels: Tensor,
+        weights: Tensor,
+    ) -> HeadLossOutput:
+        """hidden [n, h]; latent z of the Markov bias [n, r] or None; target_hidden [n, h],
+        post-norm, or None when nothing needs the target's distribution; labels [n] int64; weights
+        [n] fp32.
+
+        Gradients reach hidden, latent and head.markov_w2, whole on every rank for hidden and
+        latent. Forward, for each slot and rank: an all-gather of 5 floats (3 without target_hidden,
+        6 with labels from the target), with target_hidden an all-reduce of 2 floats (3 with KL),
+        each one call a chunk; and, in one call, an all-reduce of the gradient [n, h + r].
+        Backward: none.
+        Raises ValueError when the objective needs target_hidden and there is none.
+        """
+        if self.objective.needs_target_logits and target_hidden is None:
+            raise ValueError(
+                "target_hidden is missing: the L1 and KL terms and labels from the target compare "
+                "with it; give the target's last hidden states or set these weights to 0"
+            )
+        features = hidden if latent is None else torch.cat([hidden, latent], dim=1)
+        loss, terms = _Gradients.apply(
+            features, self.head.markov_w2, target_hidden, labels, weights, self
         )
-    features = hidden if latent is None else torch.cat([hidden, latent], dim=1)
-    run = ChunkRun(
-        features.detach(),
-        target_hidden,
-        labels,
-        weights,
-        head,
-        objective,
-        chunk_rows=chunk_rows,
-        compile=compile,
-        tp_group=tp_group,
-    )
-    loss = _HeadLoss.apply(features, head.markov_w2, run)
-    return HeadLossOutput(loss, *run.results())
+        ce, l1, kl = terms
+        has_target, has_kl = target_hidden is not None, self.objective.kl > 0
+        return HeadLossOutput(loss, ce, l1 if has_target else None, kl if has_kl else None)
+
+    def terms_and_gradients(
+        self, features: Tensor, target_hidden: Tensor | None, labels: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """features [n, h + r] -> CE, L1 and KL [3, n], and the gradients of features and, in fp32,
+        since many chunks add up in it, of markov_w2 [v/tp, r]."""
+        head, real = self.head, self.head.shard.num_real  # padded entries come last, unused
+        output_weight, lm_head = head.updated_output_weight()[:real], head.lm_head[:real]
+        chunk = max(1, min(self.chunk_rows, len(features)))
+        workspace = output_weight.new_empty(1 + (target_hidden is not None), chunk, real)
+        dtype = precise(features.dtype)
+        terms = features.new_empty(3, len(features), dtype=dtype)
+        grad_features, grad_w2 = torch.empty_like(features), None
+        if head.markov_w2 is not None:
+            grad_w2 = torch.zeros_like(head.markov_w2, dtype=dtype)
+        for start in range(0, len(features), chunk):
+            part = slice(start, start + chunk)
+            own, weight = features[part], weights[part, None]
+            draft_logits = torch.mm(own, output_weight.t(), out=workspace[0, : len(own)])
+            target_logits = None
+            if target_hidden is not None:
+                out = workspace[1, : len(own)]
+                target_logits = torch.mm(target_hidden[part], lm_head.t(), out=out)
+            terms[:, part] = logit_terms(
+                draft_logits,
+                target_logits,
+                labels[part],
+                self.objective,
+                head.shard,
+                compile=self.compile,
+                tp_group=self.tp_group,
+            )
+            gradient = draft_logits  # weights go to the narrow side of its products
+            torch.mm(gradient, output_weight, out=grad_features[part]).mul_(weight)
+            if grad_w2 is not None:
+                latents = (own[:, head.hidden_size :] * weight).to(own.dtype)
+                _add_product(grad_w2[:real], gradient.t(), latents)
+        return terms, all_reduce(grad_features, tp_group=self.tp_group), grad_w2
 
 
-class _HeadLoss(torch.autograd.Function):
-    """The run's loss, with the gradients that the run has made."""
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if total.dtype == right.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
+
+
+class _Gradients(torch.autograd.Function):
+    """The loss and its terms, with the gradients that the forward pass has made."""
 
     @staticmethod
-    def forward(ctx, features, w2, run):
-        run.all_chunks()
-        ctx.save_for_backward(run.grad_features, run.grad_w2)
+    def forward(ctx, features, w2, target_hidden, labels, weights, head_loss):
+        terms, *gradients = head_loss.terms_and_gradients(features, target_hidden, labels, weights)
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(terms)
         ctx.w2_dtype = None if w2 is None else w2.dtype
-        return run.loss()
+        ce, l1, kl = terms
+        objective = head_loss.objective
+        loss = objective.ce * ce + objective.l1 * l1 + objective.kl * kl
+        return (weights * loss).sum(), terms
 
     @staticmethod
-    def backward(ctx, grad_loss):
+    def backward(ctx, grad_loss, _):
         grad_features, grad_w2 = ctx.saved_tensors
         if grad_w2 is not None:
             grad_w2 = (grad_w2 * grad_loss).to(ctx.w2_dtype)
-        return grad_features * grad_loss, grad_w2, None
+        return grad_features * grad_loss, grad_w2, None, None, None, None

@@ -32,41 +32,27 @@ class VocabShard:
         """Entries of this shard that are no padding; they are its first ones."""
         return min(self.vocab_end_index, self.vocab_size) - self.vocab_start_index
 
-    def local_ids(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids as columns of this shard, and whether they lie in it; foreign ids become 0."""
+    def local_columns(self, token_ids: Tensor) -> Tensor:
+        """Ids as columns of this shard; -1 for those of other shards."""
         mine = (token_ids >= self.vocab_start_index) & (token_ids < self.vocab_end_index)
-        return torch.where(mine, token_ids - self.vocab_start_index, 0), mine
+        return torch.where(mine, token_ids - self.vocab_start_index, -1)
 
 
-@dataclass(frozen=True)
-class Pending:
-    """A collective under way, so that other work can run until its result is needed."""
-
-    tensor: Tensor
-    work: dist.Work | None
-
-    def wait(self) -> Tensor:
-        if self.work is not None:
-            self.work.wait()
-        return self.tensor
-
-
-def start_all_reduce(tensor: Tensor, *, tp_group: dist.ProcessGroup) -> Pending:
+def all_reduce(tensor: Tensor, *, tp_group: dist.ProcessGroup) -> Tensor:
     """Sum over the group, in place. One all-reduce of the tensor; none for a group of one."""
-    work = None
     if tp_group.size() > 1:
-        work = dist.all_reduce(tensor, group=tp_group, async_op=True)
-    return Pending(tensor, work)
+        dist.all_reduce(tensor, group=tp_group)
+    return tensor
 
 
-def start_all_gather(tensor: Tensor, *, tp_group: dist.ProcessGroup) -> Pending:
+def all_gather(tensor: Tensor, *, tp_group: dist.ProcessGroup) -> Tensor:
     """[...] of every rank as [tp, ...]. One all-gather; none for a group of one."""
     if tp_group.size() == 1:
-        return Pending(tensor[None], None)
+        return tensor[None]
     shards = tensor.new_empty(tp_group.size(), *tensor.shape)
-    flat = shards.flatten(), tensor.flatten()  # gloo takes no further dimension
-    work = dist.all_gather_into_tensor(*flat, group=tp_group, async_op=True)
-    return Pending(shards, work)
+    # gloo takes no further dimension
+    dist.all_gather_into_tensor(shards.flatten(), tensor.flatten(), group=tp_group)
+    return shards
 
 
 def combine_log_sum_exp(shifts: Tensor, sums: Tensor) -> Tensor:

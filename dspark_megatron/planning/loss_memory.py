@@ -11,8 +11,8 @@ from dspark_megatron.config import LossConfig
 from dspark_megatron.ops.chunk_budget import chunk_rows, row_bytes, tile_rows
 
 FP32 = 4
-ROOMS = 3
-"""Of the elementwise passes, as `logit_passes.tiled_passes` makes them."""
+TILES = 3
+"""p, q and one more, of each tile of logits that `logit_terms` goes through."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ def head_loss_parts(loss: LossConfig, size: HeadLossSize, *, with_target: bool) 
 
 
 def _chunk_parts(loss: LossConfig, size: HeadLossSize, *, with_target: bool) -> dict[str, int]:
-    """While a chunk's logits exist. Compiled passes need no rooms."""
+    """While a chunk's logits exist. Compiled passes keep none of it."""
     columns, e = size.vocab_local, size.dtype.itemsize
     rows = min(chunk_rows(loss, columns, size.dtype, with_target=with_target), size.rows)
     tile = 0 if loss.compile else min(tile_rows(columns, size.device), rows)
     return {
         "logits of the head loss": rows * row_bytes(columns, size.dtype, with_target=with_target),
-        "elementwise rooms of the head loss": ROOMS * FP32 * tile * columns,
+        "a tile's p and q in the head loss": TILES * FP32 * tile * columns,
         "a chunk's share of markov_w2's gradient": 0
         if e == FP32
         else e * columns * size.markov_rank,

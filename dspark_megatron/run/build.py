@@ -93,7 +93,7 @@ def frozen_rows(plan: RunPlan, shard: VocabShard) -> list[Tensor]:
 
 def build_target(
     plan: RunPlan, runtime: Runtime, *, with_last_hidden: bool = True
-) -> Target | PipelineTarget:
+) -> HuggingFaceTarget | MegatronTarget | PipelineTarget:
     """The frozen target, this rank's part of it; without its last hidden states, only as much of it
     as the taps need."""
     require(

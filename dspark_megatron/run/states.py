@@ -15,9 +15,8 @@ from dspark_megatron.run.build import build_target, read_target_head
 from dspark_megatron.run.check import RunPlan
 from dspark_megatron.run.identity import clock_hint, template_day
 from dspark_megatron.run.runtime import Runtime
-from dspark_megatron.targets.base import StatesSource, Target
+from dspark_megatron.targets.base import Target
 from dspark_megatron.targets.huggingface.target import HuggingFaceTarget
-from dspark_megatron.targets.megatron.pipeline import PipelineTarget
 from dspark_megatron.targets.start_checks import check_packing, check_target_logits
 from dspark_megatron.targets.stored import deepspec_layout, safetensors_layout
 from dspark_megatron.targets.stored.layout import StatesReader, differences, read_manifest
@@ -26,7 +25,7 @@ from dspark_megatron.targets.stored.target import StoredStates
 
 def states_source(
     plan: RunPlan, runtime: Runtime, dataset: ConversationDataset, draft: DSparkDraftModel
-) -> StatesSource:
+) -> Target | StoredStates:
     """Collective over the world. Raises ConfigError for a target that is not what it seems."""
     if plan.config.target.is_stored:
         return stored_states_of(plan, runtime, dataset)
@@ -38,7 +37,7 @@ def checked_target(
     runtime: Runtime,
     dataset: ConversationDataset,
     draft: DSparkDraftModel | None = None,
-) -> Target | PipelineTarget:
+) -> Target:
     """The target, seen on its first samples to be what it seems; ConfigError where it is not.
     Collective over the world. Without a draft the target's LM head is read for it."""
     config = plan.config

@@ -1,6 +1,6 @@
-"""The `.metadata` of PyTorch's distributed checkpoints, which is pickled: read with the classes
-that belong in it and no others, since a pickle can otherwise run whatever it likes. By it the other
-files of a checkpoint are seen to be whole before any of them is opened.
+"""The `.metadata` of PyTorch's distributed checkpoints. It is a pickle, which could run any code:
+only the classes that belong in it are loaded. It says how large the other files are, which is
+checked before any of them is opened.
 """
 
 import pickle
@@ -17,8 +17,10 @@ META = "dspark.json"
 """Beside the tensors of our own checkpoints: what they are."""
 _DCP = "torch.distributed.checkpoint"
 _PLANS = ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
-_ENTRIES = ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING")
-_ENTRIES += ("TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata")
+_ENTRIES = (
+    *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+    *("TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
+)
 _KNOWN = {
     ("collections", "OrderedDict"),
     ("torch", "Size"),
@@ -51,8 +53,8 @@ def read_metadata(checkpoint: Path) -> Metadata:
 
 
 def check_shards(checkpoint: Path, metadata: Metadata) -> None:
-    """ConfigError that names the first file that is not there or has not the size that it was saved
-    with. Reads nothing."""
+    """ConfigError that names the first file that is missing or has another size than when it was
+    saved. Reads nothing."""
     sizes: dict[str, int] = {}
     for stored in metadata.storage_data.values():
         end = stored.offset + stored.length
@@ -83,8 +85,8 @@ def check_whole(checkpoint: Path) -> None:
 
 
 def damaged(path: Path, error: BaseException) -> ConfigError:
-    """The error that names a checkpoint's folder, or a file in it, which is not as it was saved,
-    and says what else there is."""
+    """The error for a checkpoint's folder, or a file in it, that is not as it was saved; it says
+    which other checkpoints there are."""
     reason = f"{type(error).__name__}: {error}".splitlines()[0]
     way_out = _way_out(path if path.is_dir() else path.parent)
     return ConfigError(f"{path} is damaged or incomplete ({reason}); copy it again or {way_out}")
@@ -113,6 +115,6 @@ class _Unpickler(pickle.Unpickler):
         require(
             (module, name) in _KNOWN,
             f"the checkpoint's .metadata names {module}.{name}, which has no place in it and could "
-            "run foreign code; nothing of it was run; get the checkpoint from whom you trust",
+            "run foreign code; nothing of it was run; get the checkpoint from someone you trust",
         )
         return super().find_class(module, name)

@@ -69,7 +69,7 @@ class GPTCheckpoint:
     @cached_property
     def args(self) -> argparse.Namespace:
         """The command line that trained the model."""
-        args = self._common().get("args")
+        args: Any = self._common().get("args")
         require(
             isinstance(args, argparse.Namespace),
             f"{self.path} must hold Megatron-LM's arguments ('args'), which say what the model is; "
@@ -153,7 +153,7 @@ class _Inert:
 @contextmanager
 def known_classes() -> Iterator[None]:
     """Lets PyTorch's `weights_only` unpickler take what stands among a checkpoint's arguments."""
-    known = [*_PLAIN, *((_Inert, name) for name in _INERT)]
+    known: list[Any] = [*_PLAIN, *((_Inert, name) for name in _INERT)]
     # What is allowed already, such as by Megatron-Core, must stay so afterwards.
     allowed = torch.serialization.get_safe_globals()
     with torch.serialization.safe_globals([one for one in known if one not in allowed]):
@@ -161,8 +161,8 @@ def known_classes() -> Iterator[None]:
 
 
 def _load_data(path: Path, content: io.BytesIO) -> Any:
-    """Unpickle what names no class but the known ones. A pickle can otherwise run whatever it
-    likes, and Megatron-Core reads the same file again when it loads the tensors."""
+    """Unpickle a file that names no class but the known ones: a pickle could otherwise run any
+    code, and Megatron-Core reads the same file again when it loads the tensors."""
     with known_classes():
         try:
             foreign = torch.serialization.get_unsafe_globals_in_checkpoint(content)
@@ -172,7 +172,7 @@ def _load_data(path: Path, content: io.BytesIO) -> Any:
             not foreign,
             f"{path} names {', '.join(sorted(foreign))}, which has no place among a checkpoint's "
             "arguments and could run foreign code; nothing of it was run; get the checkpoint from "
-            "whom you trust",
+            "someone you trust",
         )
         content.seek(0)
         try:

@@ -64,10 +64,8 @@ def write_tensors(
 def parse_size(size: int | str) -> int:
     """Bytes of `5GB` (decimal), `5GiB` (binary) or a plain number."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", str(size).strip().upper())
-    require(
-        match is not None and float(match[1]) > 0,
-        f"max_shard_size ({size!r}) must be a positive size such as 5GB or 500MB",
-    )
+    if match is None or float(match[1]) <= 0:
+        raise ConfigError(f"max_shard_size ({size!r}) must be a positive size such as 5GB or 500MB")
     base = 1024 if match[3] else 1000
     return int(float(match[1]) * base ** " KMGT".index(match[2] or " "))
 
@@ -200,7 +198,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         content = json.loads(index.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{index} must be readable JSON ({error}); copy it again") from error
-    entries = content.get("weight_map") if isinstance(content, dict) else None
+    entries: Any = content.get("weight_map") if isinstance(content, dict) else None
     require(
         isinstance(entries, dict) and all(isinstance(file, str) for file in entries.values()),
         f"{index} must have a weight_map from tensors to files; copy it again",

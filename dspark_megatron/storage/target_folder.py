@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -21,8 +20,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.storage.safetensors_folder import SafetensorsFolder, open_safetensors
 
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embeddings.weight")
-EMBEDDINGS += ("embed_in.weight",)
+EMBEDDINGS = (
+    *("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embeddings.weight"),
+    "embed_in.weight",
+)
 HEADS = ("lm_head.weight", "embed_out.weight")
 
 
@@ -115,7 +116,7 @@ def shared_weights(target_dir: str | Path) -> tuple[str, str]:
 
     As Transformers does, a head that is in the folder counts even if the config ties it.
     """
-    names = list(tensor_files(target_dir))
+    names = list(SafetensorsFolder(target_dir).files)
     embedding = _pick(names, EMBEDDINGS)
     require(
         len(embedding) == 1,
@@ -135,31 +136,10 @@ def shared_weights(target_dir: str | Path) -> tuple[str, str]:
     return embedding[0], (heads or embedding)[0]
 
 
-def read_tensor(folder: str | Path, name: str) -> Tensor:
-    """One whole tensor of a safetensors folder."""
-    return SafetensorsFolder(folder).tensor(name)
-
-
-def read_rows(folder: str | Path, name: str, start: int, end: int) -> Tensor:
-    """Rows [start, end) of a matrix, and nothing else of it; rows past its end are zero (the
-    padding of a vocabulary)."""
-    return SafetensorsFolder(folder).rows(name, start, end)
-
-
-def tensor_files(folder: str | Path) -> dict[str, Path]:
-    """The file of every tensor of a folder with one safetensors file, or several and an index."""
-    return SafetensorsFolder(folder).files
-
-
-def tensor_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of a safetensors folder, as its files have them."""
-    return SafetensorsFolder(folder).shapes
-
-
 def target_fingerprint(folder: str | Path) -> str:
     """Hex digest of every tensor's name, shape, type and first row: cheap at any size, and
     different for another model, another type or another fine-tune of the same model."""
-    files = tensor_files(folder)
+    files = SafetensorsFolder(folder).files
     digest = hashlib.sha256()
     for name in sorted(files):
         with open_safetensors(files[name]) as file:

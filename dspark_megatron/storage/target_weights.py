@@ -4,17 +4,17 @@ from the Hugging Face folder, or from a Megatron-LM checkpoint that takes the pl
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from dspark_megatron.storage.gpt_checkpoint import EMBEDDING, HEAD, GPTCheckpoint
+from dspark_megatron.storage.safetensors_folder import SafetensorsFolder
 from dspark_megatron.storage.target_folder import (
     load_target_config,
-    read_rows,
     shared_weights,
     target_fingerprint,
-    tensor_shapes,
 )
 
 
@@ -39,12 +39,10 @@ def shared_matrices(
     """Embedding and LM head; the same twice when they are tied."""
     if checkpoint:
         return _of_checkpoint(GPTCheckpoint(checkpoint), load_target_config(target_dir).vocab_size)
-    shapes = tensor_shapes(target_dir)
+    folder = SafetensorsFolder(target_dir)
 
     def matrix(name: str) -> SharedMatrix:
-        return SharedMatrix(
-            name, shapes[name], lambda start, end: read_rows(target_dir, name, start, end)
-        )
+        return SharedMatrix(name, folder.shape(name), partial(folder.rows, name))
 
     embedding, head = shared_weights(target_dir)
     return matrix(embedding), matrix(head)

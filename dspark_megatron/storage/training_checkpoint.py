@@ -24,8 +24,10 @@ BEST_TRACKER = "best_checkpointed_iteration.txt"
 BEST = "best"
 """In place of an iteration: the one of the best held-out tau."""
 OPTIMIZER_PREFIX = "optimizer."
-KEYS = ("iteration", "consumed_samples", "target_fingerprint", "num_anchors", "initializer_range")
-KEYS += ("confidence_head_alpha",)
+KEYS = (
+    *("iteration", "consumed_samples", "target_fingerprint", "num_anchors", "initializer_range"),
+    "confidence_head_alpha",
+)
 """What every `dspark.json` has, beside format and shape."""
 
 
@@ -72,8 +74,10 @@ def find_checkpoint(path: str | Path, iteration: int | str | None = None) -> Pat
         )
         return path
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    there = {_iteration_of(p): p for p in folder.iterdir() if _iteration_of(p) is not None}
-    listing = ", ".join(there[i].name for i in sorted(there)) or "none"
+    there: dict[int | str | None, Path] = {
+        number: p for p in sorted(folder.iterdir()) if (number := _iteration_of(p)) is not None
+    }
+    listing = ", ".join(p.name for p in there.values()) or "none"
     if iteration in (None, BEST):
         kind, tracker = ("best", BEST_TRACKER) if iteration else ("newest", TRACKER)
         iteration = _tracked_iteration(folder / tracker)

@@ -24,7 +24,7 @@ class TargetStates:
     computes nothing."""
 
     @property
-    def needed_hidden(self) -> Tensor:
+    def hidden(self) -> Tensor:
         """`last_hidden`, where there must be one."""
         assert self.last_hidden is not None, "the target was loaded for its taps alone"
         return self.last_hidden
@@ -54,6 +54,10 @@ class Target(StatesSource, Protocol):
     """Where its states are."""
     dtype: torch.dtype
     """That of its weights, and so of its states."""
+
+
+class DecodingTarget(Target, Protocol):
+    """One that takes sequences in piece by piece."""
 
     def new_cache(self) -> Any:
         """A key/value cache of no sequence."""

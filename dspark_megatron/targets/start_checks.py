@@ -20,7 +20,7 @@ from dspark_megatron.data.batch import Batch, padded
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.ops.vocab_parallel import VocabShard
 from dspark_megatron.storage.target_folder import load_target_config
-from dspark_megatron.targets.base import Target, TargetStates
+from dspark_megatron.targets.base import DecodingTarget, TargetStates
 from dspark_megatron.targets.family import without_layers
 from dspark_megatron.targets.huggingface.packing import PackedSequences
 from dspark_megatron.targets.huggingface.target import HuggingFaceTarget, layer_output
@@ -84,7 +84,7 @@ def _last_states(target: HuggingFaceTarget, input_ids: Tensor) -> tuple[Tensor, 
     states = target.states(Batch(input_ids))
     hook.remove()
     # In several passes it comes in pieces, and what follows them is another rank's need of passes.
-    return torch.cat(kept, dim=1)[:, : input_ids.shape[1]], states.needed_hidden
+    return torch.cat(kept, dim=1)[:, : input_ids.shape[1]], states.hidden
 
 
 def _without_layers(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -167,7 +167,7 @@ def mean_distance(packed: Tensor, alone: Tensor) -> float:
 
 
 @torch.no_grad()
-def check_pieces_agree(target: Target, input_ids: Tensor) -> None:
+def check_pieces_agree(target: DecodingTarget, input_ids: Tensor) -> None:
     """Compare last hidden states [1, s, h] of a prompt, taken in as decoding does, with those of
     one pass. input_ids [1, s >= 1], alike on every tensor-parallel rank. Costs six short passes.
     Raises ConfigError when they differ by more than rounding."""
@@ -177,12 +177,12 @@ def check_pieces_agree(target: Target, input_ids: Tensor) -> None:
     for start, end, drafts in _PIECES:
         own = ids[:, start:end]
         if start == 0:
-            found.append(target.add_sequence(own, cache).needed_hidden)
+            found.append(target.add_sequence(own, cache).hidden)
             continue
         tokens = torch.cat([own, ids[:, :drafts]], dim=1)
-        found.append(target.extend(tokens, cache).needed_hidden[:, : end - start])
+        found.append(target.extend(tokens, cache).hidden[:, : end - start])
         target.forget(cache, [drafts])
-    whole = target.states(Batch(ids)).needed_hidden
+    whole = target.states(Batch(ids)).hidden
     difference = mean_distance(torch.cat(found, dim=1)[0].float(), whole[0].float())
     most = rounding_of(target.dtype)
     require(

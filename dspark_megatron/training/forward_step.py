@@ -16,8 +16,7 @@ from dspark_megatron.data.blocks import DraftBlocks
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.ops.acceptance import tau
 from dspark_megatron.ops.chunk_budget import chunk_rows
-from dspark_megatron.ops.head_loss import HeadLossOutput, head_loss
-from dspark_megatron.ops.logit_terms import Objective
+from dspark_megatron.ops.head_loss import HeadLoss, HeadLossOutput, Objective
 from dspark_megatron.targets.base import StatesSource, TargetStates
 from dspark_megatron.training.metrics import MetricSums
 
@@ -34,14 +33,14 @@ class ForwardStep:
         tp_group: dist.ProcessGroup,
         device: torch.device,
     ) -> None:
-        self.draft, self.target, self.device, self.tp_group = draft, target, device, tp_group
+        self.target, self.device = target, device
         has_head = draft.confidence_head is not None
         self.confidence_alpha = loss.confidence_head_alpha if has_head else 0.0
         self.with_target = loss.needs_target_logits(with_confidence_head=has_head)
-        self.compile = loss.compile
-        self.objective = Objective.of(loss)
-        joint = draft.head_weights().joint
-        self.chunk_rows = chunk_rows(loss, len(joint), joint.dtype, with_target=self.with_target)
+        self.objective, head = Objective.of(loss), draft.head_weights()
+        size = len(head.lm_head), head.lm_head.dtype
+        rows = chunk_rows(loss, *size, with_target=self.with_target)
+        self.head_loss = HeadLoss(head, self.objective, rows, loss.compile, tp_group=tp_group)
 
     @property
     def term_weights(self) -> dict[str, float]:
@@ -58,7 +57,7 @@ class ForwardStep:
     def __call__(self, batch: MicroBatch, model: Any, metrics: MetricSums) -> Tensor | None:
         """[] with gradients; None where nothing is learnt. Adds to `metrics`. model: the draft, or
         what a loop has wrapped it in."""
-        lengths, blocks = batch.lengths, batch.blocks
+        blocks, lengths = batch.blocks, batch.lengths or []
         metrics.add(samples=len(lengths), tokens=sum(lengths), candidates=blocks.candidates)
         if blocks.weight == 0:  # on every tensor-parallel rank alike
             if self.target.lockstep:
@@ -70,17 +69,12 @@ class ForwardStep:
         output = model(states.taps, batch.blocks)
 
         of, blocks = batch.blocks.supervised, batch.blocks
-        result = head_loss(
+        result = self.head_loss(
             of(output.hidden),
             None if output.latents is None else of(output.latents),
             self._target_hidden(blocks, states, output.hidden.dtype),
             blocks.labels,
             blocks.weights,
-            self.draft.head_weights(),
-            self.objective,
-            chunk_rows=self.chunk_rows,
-            compile=self.compile,
-            tp_group=self.tp_group,
         )
         _add_terms(blocks, result, metrics)
         if self.confidence_alpha == 0:
@@ -92,7 +86,7 @@ class ForwardStep:
     def _target_states(self, batch: MicroBatch, metrics: MetricSums) -> TargetStates:
         states = self.target.states(batch)
         if states.positions is not None:
-            padding = states.positions - sum(batch.lengths)
+            padding = states.positions - sum(batch.lengths or [])
             metrics.add(positions=states.positions, padding=padding)
         return states
 

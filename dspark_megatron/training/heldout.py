@@ -24,7 +24,8 @@ class HeldOut:
 
     def __init__(self, plan: RunPlan, runtime: Runtime, dataset: ConversationDataset) -> None:
         settings = plan.config.evaluate
-        self.config, self.runtime = plan.config, runtime
+        assert settings.every is not None
+        self.config, self.runtime, self.every = plan.config, runtime, settings.every
         count = min(len(dataset), settings.heldout_samples or len(dataset))
         self.samples = [dataset[i] for i in range(count)]
         self.conditions = {

@@ -32,6 +32,7 @@ from dspark_megatron.run.runtime import Runtime
 from dspark_megatron.run.states import open_stored_states, states_source
 from dspark_megatron.storage.training_checkpoint import FORMAT, iteration_folder
 from dspark_megatron.targets.huggingface.packing import SequencePacker
+from dspark_megatron.targets.stored.target import StoredStates
 from dspark_megatron.training.heldout import HeldOut
 from dspark_megatron.training.metrics import MetricSums
 from dspark_megatron.training.padding import describe_padding
@@ -148,6 +149,7 @@ class Trainer:
                 metrics, clock = self._new_metrics(), time.perf_counter()
             if self.heldout is not None and (last or self.heldout.is_due(iteration)):
                 started = time.perf_counter()
+                assert not isinstance(self.target, StoredStates), "the config refuses it"
                 self.state = self.heldout.estimate(self.state, self.draft, self.target, reporter)
                 clock += time.perf_counter() - started
             reason = self._agreed(stop.reason(limit))

@@ -18,13 +18,17 @@ from dspark_megatron.conversion.draft_folder import DraftFolder
 from dspark_megatron.conversion.export import export_checkpoint
 from dspark_megatron.conversion.folder_writer import WriteOptions
 from dspark_megatron.conversion.layouts import names
-from dspark_megatron.conversion.layouts.description import DraftDescription
-from dspark_megatron.conversion.layouts.hf_config import description_of_config, hugging_face_config
+from dspark_megatron.conversion.layouts.hf_config import (
+    DraftDescription,
+    description_of_config,
+    hugging_face_config,
+)
 from dspark_megatron.conversion.verify import verify_folder
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.ops.rope import RotaryTable
 from dspark_megatron.shape import DraftShape
-from dspark_megatron.storage.target_folder import read_rows, read_tensor, shared_weights
+from dspark_megatron.storage.safetensors_folder import SafetensorsFolder
+from dspark_megatron.storage.target_folder import shared_weights
 from dspark_megatron.storage.training_checkpoint import CheckpointReader, find_checkpoint
 from support.draft_folders import (
     FINGERPRINT,
@@ -131,7 +135,7 @@ def test_export_loads_strictly_and_verifies(tmp_path, target, shape):
     draft.load_state_dict(found, strict=True)
     ours = trained_tensors(shape)
     assert all(torch.equal(found[name], ours[name]) for name in ours)
-    assert torch.equal(found["lm_head.weight"], read_tensor(target, "lm_head.weight"))
+    assert torch.equal(found["lm_head.weight"], SafetensorsFolder(target).tensor("lm_head.weight"))
     summary = verify_folder(out, checkpoint=run, target_dir=target)
     assert f"{len(found)} tensors" in summary[0] and "DeepSpec: loads" in summary
     assert sorted(p.name for p in out.iterdir()) == FILES
@@ -567,8 +571,8 @@ def test_foreign_code_in_a_checkpoint_is_not_run(tmp_path, run, call):
 
 def test_shared_weights_are_found_or_refused(tmp_path, target):
     assert shared_weights(target) == ("model.embed_tokens.weight", "lm_head.weight")
-    rows = read_rows(target, "lm_head.weight", 3, 7)
-    assert torch.equal(rows, read_tensor(target, "lm_head.weight")[3:7])
+    rows = SafetensorsFolder(target).rows("lm_head.weight", 3, 7)
+    assert torch.equal(rows, SafetensorsFolder(target).tensor("lm_head.weight")[3:7])
     weights = load_file(target / "model.safetensors")
     embedding = weights["model.embed_tokens.weight"]
 

@@ -7,10 +7,9 @@ import pytest
 import torch
 from transformers import Qwen3Config
 
-from dspark_megatron.conversion.engines.reading import DEEPSPEC, MLX, SGLANG, TRT, VLLM
+from dspark_megatron.conversion.engines.table import DEEPSPEC, MLX, SGLANG, TRT, VLLM
 from dspark_megatron.conversion.engines.verdicts import engine_verdicts
-from dspark_megatron.conversion.layouts.description import DraftDescription
-from dspark_megatron.conversion.layouts.hf_config import hugging_face_config
+from dspark_megatron.conversion.layouts.hf_config import DraftDescription, hugging_face_config
 from dspark_megatron.conversion.layouts.names import EMBEDDING, LM_HEAD, hugging_face_shapes
 from support.shapes import VANILLA
 

@@ -1,4 +1,4 @@
-"""Samples: which tokens are supervised, what is dropped, in which order, and errors in files."""
+"""Samples: which tokens are supervised, what is dropped, and errors in files."""
 
 from pathlib import Path
 
@@ -12,14 +12,6 @@ from dspark_megatron.data.blocks import draft_blocks
 from dspark_megatron.data.conversation import ConversationEncoder, Sample, describe_sample
 from dspark_megatron.data.dataset import ConversationDataset, load_samples
 from dspark_megatron.data.files.jsonl import read_jsonl
-from dspark_megatron.data.prompts.chat_prompts import load_prompts
-from dspark_megatron.data.sampler import (
-    SampleRef,
-    StepSampler,
-    epoch_order,
-    global_batch,
-    sample_at,
-)
 from dspark_megatron.errors import ConfigError
 from support.chat_lines import chat, tokens, write_jsonl
 from support.paths import ROOT
@@ -27,7 +19,6 @@ from support.samples import GENERATION_TEMPLATE, VOCAB_SIZE, sample_rules, super
 from support.tiny_tokenizer import CHATML_TEMPLATE, tiny_tokenizer
 
 SMOLLM2 = ROOT / "runs" / "quickstart" / "target"
-
 
 CHATS = {
     "one turn": ["hi there", "all the best"],
@@ -326,104 +317,3 @@ def test_a_shown_sample_marks_what_is_supervised(tokenizer) -> None:
     assert shown == ("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n⟦hello<|im_end|>⟧\n")
     sample = encode(tokenizer, chat("hi", "hello"))
     assert f"{len(sample.input_ids)} tokens, {sample.loss_mask.sum()} of them" in counts
-
-
-# Order
-@pytest.mark.parametrize("num_samples", [1, 5, 64])
-def test_an_epoch_is_a_permutation(num_samples: int) -> None:
-    for epoch in range(3):
-        refs = [sample_at(epoch * num_samples + i, num_samples, 7) for i in range(num_samples)]
-        assert {ref.epoch for ref in refs} == {epoch}
-        assert sorted(ref.sample_index for ref in refs) == list(range(num_samples))
-
-
-def test_epochs_and_seeds_differ() -> None:
-    orders = {tuple(epoch_order(64, s, e).tolist()) for s in range(3) for e in range(3)}
-    assert len(orders) == 9 and tuple(range(64)) not in orders
-
-
-def test_the_order_depends_on_nothing_else() -> None:
-    torch.manual_seed(1)
-    before = global_batch(30, 8, 64, 7)
-    epoch_order.cache_clear()
-    torch.manual_seed(2)
-    state = torch.get_rng_state()
-    assert global_batch(30, 8, 64, 7) == before
-    assert torch.equal(torch.get_rng_state(), state)  # and disturbs nothing
-
-
-@pytest.mark.parametrize("dp_size", [1, 2, 4])
-@pytest.mark.parametrize("micro_batch_size", [1, 2])
-def test_every_layout_trains_the_same_step(dp_size: int, micro_batch_size: int) -> None:
-    num_samples, seed, size = 11, 3, 8  # a step crosses the end of an epoch
-    for consumed in range(0, 5 * size, size):
-        step = [None] * size
-        for rank in range(dp_size):
-            sampler = StepSampler(num_samples, seed, size, micro_batch_size, rank, dp_size)
-            batches = sampler.micro_batches(consumed)
-            assert len(batches) == size // (micro_batch_size * dp_size)
-            for j, batch in enumerate(batches):
-                place = (j * dp_size + rank) * micro_batch_size  # Megatron's split
-                step[place : place + micro_batch_size] = batch
-        assert step == global_batch(consumed, size, num_samples, seed)
-
-
-def test_resuming_inside_an_epoch_and_with_another_batch_size() -> None:
-    whole = global_batch(0, 40, 11, 3)
-    resumed = StepSampler(11, 3, 4, 4, 0, 1)
-    assert [resumed.micro_batches(consumed)[0] for consumed in (12, 16)] == [
-        whole[12:16],
-        whole[16:20],
-    ]
-    assert all(isinstance(ref, SampleRef) for ref in whole)
-    assert [ref.epoch for ref in whole] == [position // 11 for position in range(40)]
-
-
-def test_a_step_that_does_not_divide_is_our_mistake() -> None:
-    with pytest.raises(AssertionError, match=r"size \(6\) must be divisible .* = 4"):
-        StepSampler(11, 3, 6, 2, 0, 2).micro_batches(0)
-
-
-# Prompts
-def test_the_three_forms_of_a_prompt(tokenizer, tmp_path: Path) -> None:
-    path = write_jsonl(
-        tmp_path / "prompts.jsonl",
-        [chat("hi"), chat("hi", "hello"), {"turns": ["hi", "more"]}, {"prompt": "hi"}],
-    )
-    prompts = load_prompts(path, tokenizer, max_prompts=None, max_prompt_length=64)
-    text = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    assert [prompt.text for prompt in prompts] == [text] * 4
-    assert all(tokenizer.decode(prompt.input_ids) == text for prompt in prompts)
-    assert len(load_prompts(path, tokenizer, max_prompts=3, max_prompt_length=64)) == 3
-
-
-def test_a_prompt_keeps_earlier_turns(tokenizer, tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "prompts.jsonl", [chat("<kind", "hi", "hello", "and?", "no")])
-    [prompt] = load_prompts(path, tokenizer, None, 99)
-    assert prompt.text.endswith(
-        "hello<|im_end|>\n<|im_start|>user\nand?<|im_end|>\n<|im_start|>assistant\n"
-    )
-
-
-@pytest.mark.parametrize(
-    ("record", "message"),
-    [
-        ({"question": "hi"}, r'"messages", "turns" or "prompt".*question'),
-        ({"prompt": 3}, '"prompt" must be a string'),
-        ({"turns": []}, '"turns" must be a list'),
-        ({"messages": [{"role": "assistant", "content": "x"}]}, "a turn to be answered"),
-        ({"messages": [{"role": "user"}]}, 'message 0 .* "content"'),
-        ({"prompt": "x" * 99}, r"more than evaluate.max_prompt_length \(64\)"),
-    ],
-)
-def test_a_bad_prompt_is_named(tokenizer, tmp_path: Path, record: dict, message: str) -> None:
-    path = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "hi"}, record])
-    with pytest.raises(ConfigError, match=f"prompts.jsonl:2: .*{message}"):
-        load_prompts(path, tokenizer, None, 64)
-
-
-def test_an_empty_prompt_file(tokenizer, tmp_path: Path) -> None:
-    path = tmp_path / "prompts.jsonl"
-    path.write_text("\n\n", encoding="utf-8")
-    with pytest.raises(ConfigError, match="prompts.jsonl must hold at least one prompt"):
-        load_prompts(path, tokenizer, None, 64)

@@ -32,16 +32,16 @@ def plain_accept_rates(inputs, temperature):
 
 
 def split_accept_rates(runtime, inputs, temperature, chunk_rows=4):
-    from dspark_megatron.ops.accept_rates import LogitRows, accept_rates
+    from dspark_megatron.ops.acceptance import LogitFactors, accept_rates
 
     shard, lm_head, markov_w2 = shard_of(inputs, runtime.tp_group)
-    features, joint = inputs["hidden"], lm_head
+    features, weight = inputs["hidden"], lm_head
     if markov_w2 is not None:
         features = torch.cat([features, inputs["latent"]], dim=1)
-        joint = torch.cat([lm_head, markov_w2], dim=1)
+        weight = torch.cat([lm_head, markov_w2], dim=1)
     return accept_rates(
-        LogitRows(features, joint),
-        LogitRows(inputs["target_hidden"], lm_head),
+        LogitFactors(features, weight),
+        LogitFactors(inputs["target_hidden"], lm_head),
         shard,
         temperature=temperature,
         chunk_rows=chunk_rows,

@@ -9,15 +9,17 @@ from safetensors.torch import save_file
 
 from dspark_megatron.config.loading import load_config
 from dspark_megatron.conversion.import_draft import import_folder
-from dspark_megatron.conversion.layouts.description import DraftDescription
-from dspark_megatron.conversion.layouts.hf_config import hugging_face_config
+from dspark_megatron.conversion.layouts.hf_config import DraftDescription, hugging_face_config
 from dspark_megatron.conversion.layouts.names import hugging_face_shapes
 from dspark_megatron.errors import ConfigError
+from dspark_megatron.evaluation.draft_records import DraftRecords
 from dspark_megatron.run.known_draft import evaluated_checkpoint, with_draft_of
 from dspark_megatron.shape import draft_shape
 from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.storage.target_weights import weights_fingerprint
+from support.chat_lines import write_jsonl
 from support.tiny_target import tiny_config
+from support.training_runs import finish, launch, write_config
 
 PROMPTS = ["hello", "the hill in the"]
 OWN = {
@@ -169,3 +171,42 @@ def test_the_folder_of_a_draft_is_to_be_imported(wanted, draft, tmp_path):
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match="this is a DFlash draft"):
         evaluated_checkpoint(configured(wanted, evaluate__checkpoint=other))
+
+
+@pytest.mark.commands
+def test_the_evaluate_command(tiny_run, unbroken, tmp_path):
+    """Two replicas of two ranks share out three prompts; the checkpoint was trained on one."""
+    files = []
+    for name, prompts in {"a": ["hello", "the hill"], "b": ["inn well"]}.items():
+        file = tmp_path / f"{name}.jsonl"
+        files.append(write_jsonl(file, [{"prompt": prompt} for prompt in prompts]))
+    settings = {
+        "prompt_files": [str(f) for f in files],
+        "max_new_tokens": 10,
+        "output": str(tmp_path / "out.json"),
+        "records": str(tmp_path / "drafts.safetensors"),
+        "batch_size": 2,
+    }
+    config_file = write_config(
+        tmp_path,
+        tiny_run,
+        train={"output_dir": str(unbroken)},
+        evaluate=settings,
+        parallel={"tensor_parallel": 2},
+    )
+    code, text = finish(launch(config_file, 4, module="evaluate"))
+    assert code == 0, text
+    assert "speed-up" in text
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["iteration"] == 20
+    assert result["files"]["all"]["prompts"] == 3
+    assert result["files"][str(files[0])]["identical_to_plain"] == 2
+    assert 1 <= result["files"]["all"]["tau"] <= 4
+    records = DraftRecords.load(tmp_path / "drafts.safetensors")
+    assert records.facts["iteration"] == 20 and records.prompt.unique().tolist() == [0, 1, 2]
+    assert len(records) == result["files"]["all"]["rounds"]
+    kept = records.accepted.sum().item() / len(records)
+    assert kept <= result["files"]["all"]["tau"] <= kept + 1
+    greedy = records.accept_rate[records.judged()]
+    assert set(greedy.tolist()) <= {0, 1}, "at temperature 0 a token is kept for sure or never"
+    assert records.confidence_logits.isfinite().all()

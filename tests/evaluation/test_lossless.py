@@ -19,7 +19,7 @@ def check(logits, ours, own, dtype=torch.float32):
     def states(batch):
         asked.append(batch.input_ids.tolist())
         size = 1, batch.input_ids.shape[1], -1
-        return SimpleNamespace(needed_hidden=torch.tensor(logits).expand(size))
+        return SimpleNamespace(hidden=torch.tensor(logits).expand(size))
 
     decoder = SimpleNamespace(
         target=SimpleNamespace(states=states),

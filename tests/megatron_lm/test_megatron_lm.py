@@ -79,14 +79,8 @@ def averages(reported, group):
 
 
 OVERLAP = {"optimizer": {"overlap_grad_reduce": True}}
-
-
 PLAIN = {"optimizer": {"use_distributed_optimizer": False}}
-
-
 SPLIT_ROWS = {"parallel": {"sequence_parallel": True}}
-
-
 BF16 = {"train": {"dtype": "bfloat16"}}
 
 
@@ -122,7 +116,7 @@ def steps_with_idle_micro_batches(runtime, config, steps_of):
     def make_idle(self, refs):
         batch = make(self, refs)
         if runtime.dp_group.rank() == 1 and next(number) % 4 == 0:
-            return replace(batch, blocks=batch.blocks.part(slice(0)))
+            return replace(batch, own_blocks=batch.blocks.part(slice(0)))
         return batch
 
     with mock.patch.object(MicroBatches, "_of", make_idle):

@@ -1,5 +1,6 @@
 """The fused head loss equals the plain one in value and every gradient, however it is split."""
 
+import functools
 import shutil
 
 import pytest
@@ -8,13 +9,19 @@ import torch
 from dspark_megatron.config import LossConfig
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.ops import logit_terms
-from dspark_megatron.ops.chunk_budget import bucket, chunk_rows
-from dspark_megatron.ops.head_loss import HeadWeights, head_loss
-from dspark_megatron.ops.logit_terms import Objective
+from dspark_megatron.ops.chunk_budget import chunk_rows
+from dspark_megatron.ops.head_loss import HeadLoss, HeadWeights, Objective
 from support.head_loss_inputs import HIDDEN, ROWS, make_inputs, shard_of
 from support.reference import plain_head_loss
 
 PAPER = Objective(ce=0.1, l1=0.9)
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4])
+def tp(request):
+    """For a module, so that all tests of one size run before those of the next: ranks that form
+    new groups between any two tests take most of the time."""
+    return request.param
 
 
 def plain(inputs, objective, upstream=1.0):
@@ -47,25 +54,22 @@ def results(loss, ce, l1, kl, leaves):
     return {**{n: None if x is None else x.detach() for n, x in terms.items()}, **grads}
 
 
+def head_of(shard, lm_head, markov_w2):
+    """What is in the columns for W2 must not matter."""
+    weight = lm_head
+    if markov_w2 is not None:
+        weight = torch.cat([lm_head, torch.full_like(markov_w2, torch.nan)], dim=1)
+    return HeadWeights(weight, markov_w2, shard)
+
+
 def fused(runtime, inputs, objective, upstream=1.0, chunk_rows=4, compile=False):
     """One rank's part."""
     shard, lm_head, markov_w2 = shard_of(inputs, runtime.tp_group)
     leaves = leaf_copies({**inputs, "markov_w2": markov_w2})
-    joint = lm_head
-    if markov_w2 is not None:  # what is in the room for W2 must not matter
-        joint = torch.cat([lm_head, torch.full_like(markov_w2, torch.nan)], dim=1)
-    result = head_loss(
-        leaves["hidden"],
-        leaves["latent"],
-        inputs["target_hidden"],
-        inputs["labels"],
-        inputs["weights"],
-        HeadWeights(joint, leaves["markov_w2"], shard),
-        objective,
-        chunk_rows=chunk_rows,
-        compile=compile,
-        tp_group=runtime.tp_group,
-    )
+    head = head_of(shard, lm_head, leaves["markov_w2"])
+    head_loss = HeadLoss(head, objective, chunk_rows, compile, tp_group=runtime.tp_group)
+    rest = (inputs[name] for name in ("target_hidden", "labels", "weights"))
+    result = head_loss(leaves["hidden"], leaves["latent"], *rest)
     (result.loss * upstream).backward()
     return results(result.loss, result.ce, result.l1, result.kl, leaves)
 
@@ -96,7 +100,6 @@ OBJECTIVES = {
 }
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_equals_the_plain_loss(pool, name, tp):
     inputs, objective = make_inputs(61, torch.float32), OBJECTIVES[name]
@@ -116,19 +119,18 @@ def test_equals_the_plain_loss(pool, name, tp):
 
 INPUTS = {
     "no padding": dict(vocab_size=64),
-    "no teacher": dict(vocab_size=61),
+    "no target": dict(vocab_size=61),
     "no Markov head": dict(vocab_size=61, with_latent=False),
     "one entry a shard, padded": dict(vocab_size=13),
     "no row": dict(vocab_size=61, rows=0),
 }
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize("name", INPUTS)
 def test_inputs_of_every_kind(pool, name, tp):
     inputs = make_inputs(dtype=torch.float32, **INPUTS[name])
     objective = Objective(ce=0.3, l1=0.5, kl=0.7)
-    if name == "no teacher":
+    if name == "no target":
         inputs["target_hidden"], objective = None, Objective(ce=1.0)
     got = pool.run(fused, world=tp, tp=tp, inputs=inputs, objective=objective)
     compare(got, plain(inputs, objective), INPUTS[name]["vocab_size"], rtol=1e-5, atol=1e-6)
@@ -139,7 +141,6 @@ def whole_result(ranks, vocab_size):
     return {**ranks[0], "markov_w2": w2}
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize("name", ["paper", "all"])
 def test_bfloat16(pool, name, tp):
     """Logits rounded to 8 bits move every result, and a sign of p - q where both are near: so the
@@ -159,7 +160,6 @@ def test_bfloat16(pool, name, tp):
         assert ours <= 1.5 * theirs + 1e-3 * exact[key].norm(), f"{key}: {ours} > {theirs}"
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize("name", ["paper", "all"])
 def test_extreme_logits_stay_finite(pool, name, tp):
     """Logits of some 1e4: one-hot distributions, probabilities that underflow."""
@@ -181,7 +181,6 @@ def one_hot_case(disjoint):
     return inputs
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize("disjoint, l1, kl", [(True, 2.0, 100.0), (False, 0.0, 0.0)])
 def test_disjoint_and_identical_one_hot_distributions(pool, disjoint, l1, kl, tp):
     objective = Objective(ce=0.0, l1=1.0, kl=0.5)
@@ -192,7 +191,6 @@ def test_disjoint_and_identical_one_hot_distributions(pool, disjoint, l1, kl, tp
         assert not got[0]["hidden"].any(), "nothing to learn where both agree"
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4])
 def test_identical_distributions_of_many_tokens(pool, tp):
     inputs = make_inputs(61, torch.float32)
     inputs["target_hidden"] = inputs["hidden"]
@@ -202,102 +200,79 @@ def test_identical_distributions_of_many_tokens(pool, tp):
         torch.testing.assert_close(got[0][name], torch.zeros(ROWS), rtol=0, atol=3e-6)
 
 
-def smooth_check(runtime, objective):
+def smooth_check(runtime, objective, leaves=("hidden", "latent")):
     """gradcheck of this rank's inputs; away from p = q, where L1 has no derivative."""
     inputs = make_inputs(61, torch.float64)
     shard, lm_head, markov_w2 = shard_of(inputs, runtime.tp_group)
+    inputs |= {"markov_w2": markov_w2, "weights": inputs["weights"].double()}
 
-    def loss(hidden, latent):
-        head = HeadWeights(torch.cat([lm_head, markov_w2], dim=1), markov_w2, shard)
-        rest = inputs["target_hidden"], inputs["labels"], inputs["weights"].double(), head
-        return head_loss(
-            hidden, latent, *rest, objective, chunk_rows=4, tp_group=runtime.tp_group
-        ).loss
+    def loss(*values):
+        given = inputs | dict(zip(leaves, values, strict=True))
+        head = head_of(shard, lm_head, given["markov_w2"])
+        names = ("hidden", "latent", "target_hidden", "labels", "weights")
+        head_loss = HeadLoss(head, objective, 4, tp_group=runtime.tp_group)
+        return head_loss(*(given[name] for name in names)).loss
 
-    leaves = [inputs[name].requires_grad_() for name in ("hidden", "latent")]
-    return torch.autograd.gradcheck(loss, leaves, eps=1e-7, atol=1e-6, rtol=1e-5)
+    values = [inputs[name].requires_grad_() for name in leaves]
+    return torch.autograd.gradcheck(loss, values, eps=1e-7, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name, tp", [("CE", 1), ("L1", 1), ("KL", 1), ("all", 1), ("all", 2)])
-def test_gradcheck(pool, name, tp):
+@pytest.mark.parametrize("name, size", [("CE", 1), ("L1", 1), ("KL", 1), ("all", 1), ("all", 2)])
+def test_gradcheck(pool, name, size):
     """Each term by itself on one rank; that its gradients are those of one rank is shown above."""
-    assert all(pool.run(smooth_check, world=tp, tp=tp, objective=OBJECTIVES[name]))
-
-
-def w2_check(runtime, objective):
-    inputs = make_inputs(61, torch.float64)
-    shard, lm_head, markov_w2 = shard_of(inputs, runtime.tp_group)
-
-    def loss(w2):
-        head = HeadWeights(torch.cat([lm_head, markov_w2], dim=1), w2, shard)
-        rest = inputs["target_hidden"], inputs["labels"], inputs["weights"].double(), head
-        return head_loss(
-            inputs["hidden"], inputs["latent"], *rest, objective, chunk_rows=4,
-            tp_group=runtime.tp_group,
-        ).loss  # fmt: skip
-
-    return torch.autograd.gradcheck(loss, markov_w2.requires_grad_(), eps=1e-7, atol=1e-6)
+    assert all(pool.run(smooth_check, world=size, tp=size, objective=OBJECTIVES[name]))
 
 
 def test_gradcheck_of_w2(pool):
     """On one rank; that every shard's gradient is its part of the whole is shown above."""
-    assert pool.run(w2_check, world=1, tp=1, objective=OBJECTIVES["all"]) == [True]
+    arguments = dict(objective=OBJECTIVES["all"], leaves=["markov_w2"])
+    assert pool.run(smooth_check, world=1, tp=1, **arguments) == [True]
 
 
 COMPILED = {
     "all": (OBJECTIVES["all"], torch.float32),
     "target's labels": (OBJECTIVES["target's labels"], torch.float32),
-    "no teacher": (OBJECTIVES["CE"], torch.float32),
+    "no target": (OBJECTIVES["CE"], torch.float32),
     "bf16": (OBJECTIVES["all"], torch.bfloat16),
 }
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize(
-    "name, tp", [("all", 1), ("all", 2), ("target's labels", 2), ("no teacher", 1), ("bf16", 2)]
+    "name, size, chunk",
+    [
+        ("all", 1, 4),
+        ("no target", 1, 11),
+        ("all", 2, 11),
+        ("target's labels", 2, 11),
+        ("bf16", 2, 11),
+    ],
 )
-def test_compiled_passes(pool, name, tp):
-    """Eleven rows in chunks of four: the last one is padded from three rows to four."""
+def test_compiled_passes(pool, name, size, chunk):
+    """Eleven rows; in chunks of four the last one has another number of rows."""
     objective, dtype = COMPILED[name]
     inputs = make_inputs(61, dtype)
     if not objective.needs_target_logits:
         inputs["target_hidden"] = None
-    got = pool.run(fused, world=tp, tp=tp, inputs=inputs, objective=objective, compile=True)
+    arguments = dict(inputs=inputs, objective=objective, chunk_rows=chunk)
+    got = pool.run(fused, world=size, tp=size, compile=True, **arguments)
     if dtype == torch.float32:
         compare(got, plain(inputs, objective), 61, rtol=1e-5, atol=1e-6)
         return
-    eager = pool.run(fused, world=tp, tp=tp, inputs=inputs, objective=objective)
+    eager = pool.run(fused, world=size, tp=size, **arguments)
     # One rounding of a bf16 gradient apart: the compiler may order the operations otherwise.
     compare(got, whole_result(eager, 61), 61, rtol=2**-6, atol=2e-3)
 
 
-@pytest.mark.parametrize("chunk", [4, 64, 1000, 1408, 4096, 10_000])
-def test_compiled_chunks_take_one_of_few_sizes(chunk):
-    sizes = {bucket(rows, chunk) for rows in range(1, chunk + 1)}
-    assert len(sizes) <= 6, "torch compiles no more than eight shapes of a function"
-    assert max(sizes) == chunk
-    assert all(bucket(rows, chunk) >= rows for rows in range(1, chunk + 1))
-
-
-def padded_run(runtime, rows, chunk):
-    from dspark_megatron.ops.head_loss_chunks import ChunkRun
-
-    inputs = make_inputs(61, torch.float32, rows=rows)
-    shard, lm_head, markov_w2 = shard_of(inputs, runtime.tp_group)
-    head = HeadWeights(torch.cat([lm_head, markov_w2], dim=1), markov_w2, shard)
-    features = torch.cat([inputs["hidden"], inputs["latent"]], dim=1)
-    rest = (inputs[name] for name in ("target_hidden", "labels", "weights"))
-    options = dict(chunk_rows=chunk, compile=True, tp_group=runtime.tp_group)
-    run = ChunkRun(features, *rest, head, PAPER, **options)
-    starts = range(0, len(features), run.chunk_rows)
-    return [len(run.labels[start : start + run.chunk_rows]) for start in starts]
-
-
-def test_a_compiled_chunk_of_few_rows_is_padded(pool):
-    sizes = pool.run(padded_run, world=1, tp=1, rows=70, chunk=1024)
-    assert sizes == [[128]], "not a shape of its own for each number of rows"
-    assert pool.run(padded_run, world=1, tp=1, rows=1100, chunk=1024) == [[1024, 128]]
-    assert pool.run(padded_run, world=2, tp=2, rows=600, chunk=1024) == [[512, 128]] * 2
+def test_all_chunk_sizes_share_few_compilations(monkeypatch):
+    """More than PyTorch's limit of eight would be an error. Without a compiler: its shapes only."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    statistics = logit_terms.compiled.__wrapped__(logit_terms.statistics)
+    for rows in range(1, 20):
+        u, columns = torch.randn(rows, 61), torch.zeros(rows, dtype=torch.long)
+        expected = logit_terms.statistics(u, u, columns, PAPER)
+        torch.testing.assert_close(statistics(u, u, columns, PAPER), expected)
 
 
 def test_row_weights_are_not_rounded_to_the_gradients_type(pool):
@@ -315,40 +290,35 @@ def test_kl_of_bfloat16_logits_far_apart():
     """Logits of draft and target may differ by an offset that means nothing; t - u in bf16 would
     be known to 1/8 only."""
     generator = torch.Generator().manual_seed(3)
-    draft, teacher = (torch.randn(ROWS, 61, generator=generator) for _ in range(2))
-    draft, teacher = draft.bfloat16(), (teacher + 30).bfloat16()
-    p, q = (x.float().log_softmax(dim=-1) for x in (draft, teacher))
+    u, t = (torch.randn(ROWS, 61, generator=generator) for _ in range(2))
+    u, t = u.bfloat16(), (t + 30).bfloat16()
+    p, q = (x.float().log_softmax(dim=-1) for x in (u, t))
     expected = (q.exp() * (q - p)).sum(dim=-1)
     columns = torch.zeros(ROWS, dtype=torch.long)
-    _, _, kl = logit_terms.all_passes(draft, teacher, columns, Objective(ce=0.0, kl=1.0))
+    _, _, kl = logit_terms.all_passes(u, t, columns, Objective(ce=0.0, kl=1.0), False)
     torch.testing.assert_close(kl, expected, rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("term", [dict(l1=1.0), dict(kl=1.0), dict(labels_from_target=True)])
-def test_a_missing_teacher_is_an_error(term):
+def test_a_missing_target_is_an_error(term):
     inputs = {**make_inputs(61, torch.float32), "target_hidden": None}
+    names = ("hidden", "latent", "target_hidden", "labels", "weights")
+    head_loss = HeadLoss(None, Objective(ce=1.0, **term), 1, tp_group=None)
     with pytest.raises(ValueError, match="target_hidden is missing"):
-        head_loss(
-            *(inputs[n] for n in ("hidden", "latent", "target_hidden", "labels", "weights")),
-            None,
-            Objective(ce=1.0, **term),
-            chunk_rows=1,
-            tp_group=None,
-        )
+        head_loss(*(inputs[name] for name in names))
 
 
-def accept_rate_without_teacher(runtime):
+def accept_rate_without_target(runtime):
     inputs = make_inputs(61, torch.float32, with_latent=False)
     shard, lm_head, _ = shard_of(inputs, runtime.tp_group)
-    rest = None, inputs["labels"], inputs["weights"], HeadWeights(lm_head, None, shard)
-    options = dict(chunk_rows=4, tp_group=runtime.tp_group)
-    result = head_loss(inputs["hidden"], None, *rest, Objective(ce=1.0), **options)
-    return result.accept_rate
+    head = HeadWeights(lm_head, None, shard)
+    head_loss = HeadLoss(head, Objective(ce=1.0), 4, tp_group=runtime.tp_group)
+    return head_loss(inputs["hidden"], None, None, inputs["labels"], inputs["weights"]).accept_rate
 
 
-def test_no_accept_rate_without_a_teacher(pool):
+def test_no_accept_rate_without_a_target(pool):
     with pytest.raises(AssertionError, match="accept rate needs target_hidden"):
-        pool.run(accept_rate_without_teacher, world=1, tp=1)
+        pool.run(accept_rate_without_target, world=1, tp=1)
 
 
 def rows_of(vocab_local, dtype=torch.float32, with_target=True, **loss):
@@ -388,7 +358,7 @@ def logit_tensors(runtime):
     return rows
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-def test_logits_exist_for_one_chunk_only(pool, tp):
-    for rows in pool.run(logit_tensors, world=tp, tp=tp):
-        assert max(rows) == 4 // min(tp, 2), "of 11 rows; two chunks share them where ranks wait"
+@pytest.mark.parametrize("size", [1, 2])
+def test_logits_exist_for_one_chunk_only(pool, size):
+    for rows in pool.run(logit_tensors, world=size, tp=size):
+        assert max(rows) == 4, "of 11 rows"

@@ -1,7 +1,5 @@
 """tools/plan.py: layouts, the one that is chosen, and a YAML that runs."""
 
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 
@@ -24,6 +22,7 @@ from dspark_megatron.targets.huggingface.split import TargetSplit
 from support.paths import PUBLIC_CONFIGS, ROOT
 from support.target_families import make_family
 from support.tiny_target import make_target, tiny_config
+from support.tool_runs import run_tool
 
 NODE = Machine(gpus_per_node=8, nodes=1, gpu_memory_gib=74.5)
 MASK = "model.mask_token_id=128255"
@@ -43,8 +42,7 @@ def loaded(text, tmp_path, *overrides):
 def test_the_yaml_passes_its_own_dry_run(tmp_path):
     """From the command line, with the target given as a file."""
     target, file = PUBLIC_CONFIGS / "llama-3.1-70b" / "config.json", tmp_path / "run.yaml"
-    command = [sys.executable, "tools/plan.py", "--target", target, "--output", file, MASK]
-    subprocess.run(list(map(str, command)), cwd=ROOT, check=True, timeout=300)
+    run_tool("tools/plan.py", "--target", target, "--output", file, MASK)
     config = load_config(file)
     text = describe_run(config, 8)
     planned = [line for line in text.splitlines() if "at the highest" in line]

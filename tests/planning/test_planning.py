@@ -12,6 +12,7 @@ from dspark_megatron.planning.activations import DraftPass, kept_bytes
 from dspark_megatron.planning.loss_memory import HeadLossSize, head_loss_parts
 from support.shapes import SHAPE
 from support.tool_runs import figures, run_tool
+from support.training_runs import torchrun
 
 WIDE = replace(
     SHAPE,
@@ -63,9 +64,8 @@ def test_kept_activations_are_those_that_autograd_saves(pool, tp, head, layers, 
 def test_the_peak_of_the_target(tmp_path):
     """Measured by the benchmark. A shared target's layer counts a copy more than a CPU keeps."""
     file = tmp_path / "target.json"
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
     sizes = ["--hidden", 256, "--ffn", 896, "--families", "llama", "mixtral"]
-    run_tool(*launcher, "tools/benchmark_target.py", *sizes, "--json", file)
+    run_tool(*torchrun(2, "tools/benchmark_target.py", *sizes, "--json", file))
     rows = figures(file)
     assert {(row["tp"], row["shared by"], row["pieces"]) for row in rows} == {
         *((1, 1, 1), (1, 2, 1), (1, 1, 4), (2, 1, 1), (2, 1, 4))
@@ -83,10 +83,9 @@ BUDGETS = {"float32": 32, "bfloat16": 24}
 def test_the_peak_of_the_loss(tmp_path, dtype):
     """Measured by the benchmark, in processes of its own: it compares and shows what it says."""
     file = tmp_path / "loss.json"
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
     sizes = [part for name, size in LOSS.items() for part in (f"--{name}", size)]
     sizes += ["--dtype", dtype, "--memory-budget-mb", BUDGETS[dtype], "--rounds", 1]
-    text = run_tool(*launcher, "tools/benchmark_loss.py", *sizes, "--json", file)
+    text = run_tool(*torchrun(2, "tools/benchmark_loss.py", *sizes, "--json", file))
     rows = {(row["variant"], row["tp"]): row for row in figures(file)}
     assert all(name in text for name, _ in rows)
     assert set(rows) == {
@@ -106,6 +105,6 @@ def test_the_peak_of_the_loss(tmp_path, dtype):
         )
         loss = LossConfig(memory_budget_mb=BUDGETS[dtype])
         planned = sum(head_loss_parts(loss, size, with_target=True).values())
-        if dtype == "bfloat16":  # on a CPU the products copy the head out of the joint matrix
+        if dtype == "bfloat16":  # on a CPU the products copy the LM head out of the wider matrix
             planned += 2 * size.vocab_local * size.hidden_size
         assert planned / 2**20 == pytest.approx(measured["MiB per rank"], rel=0.15), tp

@@ -14,8 +14,8 @@ from unittest import mock
 import pytest
 
 from dspark_megatron.config import Config
+from support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "dspark_megatron"
 PAGES = [
     ROOT / "README.md",
@@ -201,3 +201,15 @@ def test_tests_that_are_named_exist(page):
     for word in code(page):
         if re.fullmatch(r"test_\w+", word):
             assert f"def {word}(" in tests, f"there is no {word}"
+
+
+def test_pages_that_code_names_exist():
+    sources = [
+        path
+        for folder in ("dspark_megatron", "tools", "examples", "tests")
+        for path in (ROOT / folder).rglob("*.py")
+        if path != Path(__file__)
+    ]
+    for path in [*sources, ROOT / "setup.py"]:
+        for page in re.findall(r"docs/\w+\.md", text_of(path)):
+            assert (ROOT / page).is_file(), f"{path.name} names {page}, which is not there"

@@ -1,17 +1,17 @@
 """The numbers of docs/tour.md are those of the code."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
 
 from dspark_megatron.data.blocks import anchor_seed, sample_anchors
+from support.paths import ROOT
 from support.reference import plain_blocks, plain_candidates
 from support.tiny_target import tiny_config
 from support.training_runs import curve, run_training
 
-PAGE = (Path(__file__).parents[2] / "docs" / "tour.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
 LINE = next(line for line in PAGE.splitlines() if line.startswith('{"messages"'))
 
 
@@ -22,6 +22,7 @@ def walk(pool, tiny_run, tmp_path_factory):
     chats = folder / "chats.jsonl"
     chats.write_text(LINE + "\n", encoding="utf-8")
     train = {"output_dir": str(folder / "run"), "iterations": 2, "global_batch_size": 1}
+    train["tensorboard"] = False
     config = tiny_config(tiny_run, data={"train_files": [str(chats)]}, train=train)
     (sample,) = pool.run(read_sample, world=1, tp=1, config=config)
     pool.run(run_training, world=1, tp=1, config=config)
@@ -64,6 +65,8 @@ def test_anchors_and_blocks(walk):
     assert anchors == sample_anchors(mask, 6, anchor_seed(1234, 0, 0)).tolist()
     blocks = plain_blocks(ids, mask, torch.tensor(anchors), 3)
     supervised = int(blocks.eval_mask.sum())
+    weight = float((blocks.eval_mask * torch.exp(torch.arange(3) / -4)).sum())
+    assert f"(sum {weight:.3f})" in PAGE
     assert f"`n` = {len(anchors)} blocks have {supervised} supervised slots" in PAGE
     assert f"the {supervised} supervised slots alone" in PAGE
 

@@ -1,9 +1,6 @@
 """A run that starts from weights: another run's, an import's, or a draft folder's of any layout."""
 
-import os
 import shutil
-import subprocess
-import sys
 
 import convert_checkpoint
 import pytest
@@ -16,11 +13,9 @@ from dspark_megatron.conversion.import_draft import import_folder
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.planning.dry_run import describe_run
 from dspark_megatron.storage.target_folder import target_fingerprint
-from support.paths import ROOT
 from support.tiny_target import make_target, tiny_config
+from support.tool_runs import run_python
 from support.training_runs import assert_same_curve, curve, run_training
-
-TOOL = ROOT / "tools" / "convert_checkpoint.py"
 
 
 @pytest.fixture(scope="module")
@@ -162,14 +157,7 @@ IN_A_POD = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "l
 
 
 def convert(*arguments):
-    done = subprocess.run(
-        [sys.executable, str(TOOL), *map(str, arguments)],
-        text=True,
-        capture_output=True,
-        env={**os.environ, **IN_A_POD, "MASTER_PORT": "29999"},
-        timeout=300,
-    )
-    return done.returncode, done.stdout + done.stderr
+    return run_python("tools/convert_checkpoint.py", *arguments, **IN_A_POD, MASTER_PORT="29999")
 
 
 def differences(output):

@@ -2,9 +2,7 @@
 
 import json
 import os
-import resource
 import shutil
-import signal
 import weakref
 from collections import namedtuple
 from pathlib import Path
@@ -23,13 +21,10 @@ from dspark_megatron.storage.safetensors_folder import (
     write_tensor_files,
 )
 from dspark_megatron.storage.target_folder import (
-    read_rows,
-    read_tensor,
     shared_weights,
     target_fingerprint,
-    tensor_files,
-    tensor_shapes,
 )
+from support.full_disk import files_of_at_most
 
 LARGE = 10**9
 
@@ -155,15 +150,8 @@ def test_errors_of_the_source_pass_through(tmp_path):
 
 
 def test_a_write_that_the_system_refuses(tmp_path):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-        with pytest.raises(ConfigError) as error:
-            write(tmp_path, {str(i): torch.zeros(2000) for i in range(4)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+    with files_of_at_most(20_000), pytest.raises(ConfigError) as error:
+        write(tmp_path, {str(i): torch.zeros(2000) for i in range(4)})
     assert str(error.value).startswith(f"cannot write {tmp_path / 'model.safetensors'}: ")
     assert "File too large" in str(error.value) and not os.listdir(tmp_path)
 
@@ -207,9 +195,8 @@ def load_two(folder: Path) -> dict[str, Tensor]:
 
 
 READERS = {
-    "read_tensor": lambda folder: read_tensor(folder, "lm_head.weight"),
-    "read_rows": lambda folder: read_rows(folder, "lm_head.weight", 0, 2),
-    "tensor_shapes": tensor_shapes,
+    "tensor": lambda folder: SafetensorsFolder(folder).tensor("lm_head.weight"),
+    "rows": lambda folder: SafetensorsFolder(folder).rows("lm_head.weight", 0, 2),
     "target_fingerprint": target_fingerprint,
     "dtypes": lambda folder: SafetensorsFolder(folder).dtypes,
 }
@@ -234,7 +221,7 @@ def test_a_damaged_shard_is_named(tmp_path, damage, reader):
     assert str(error.value).endswith("; copy it again")
 
 
-@pytest.mark.parametrize("reader", [*READERS.values(), shared_weights, tensor_files])
+@pytest.mark.parametrize("reader", [*READERS.values(), shared_weights, SafetensorsFolder])
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_single_file_is_named(tmp_path, damage, reader):
     file = one_file(tmp_path) / "model.safetensors"
@@ -259,7 +246,7 @@ def test_a_damaged_single_file_is_named(tmp_path, damage, reader):
 def test_a_broken_index_is_named(tmp_path, content, message):
     index = two_shards(tmp_path) / "model.safetensors.index.json"
     index.write_bytes(content)
-    for reader in (*READERS.values(), shared_weights, tensor_files):
+    for reader in (*READERS.values(), shared_weights, SafetensorsFolder):
         with pytest.raises(ConfigError) as error:
             reader(tmp_path)
         assert str(error.value).startswith(f"{index} {message}")
@@ -272,7 +259,7 @@ def test_an_index_that_disagrees_with_its_files(tmp_path):
     entries["weight_map"]["other"] = "model-00001-of-00002.safetensors"
     index.write_text(json.dumps(entries))
     with pytest.raises(ConfigError, match="model-00001-of-00002.safetensors must be"):
-        read_tensor(tmp_path, "other")
+        SafetensorsFolder(tmp_path).tensor("other")
 
 
 def test_a_folder_reads_its_index_once(tmp_path):

@@ -32,10 +32,7 @@ ROPES = {
     },
 }
 
-
 PADDED_VOCAB = 36
-
-
 FINGERPRINT = "0123456789abcdef"
 
 

@@ -68,12 +68,12 @@ def plain_terms(shape, weights, loss):
             ids, mask, anchors, shape.block_size, loss.supervised_slots, loss.slot_mask
         )
         at = (anchors[:, None] + torch.arange(shape.block_size)).clamp(max=len(ids) - 1)
-        teacher_logits = twin.lm_head(last[at])
+        target_logits = twin.lm_head(last[at])
         from_target = loss.ce_labels == "target_argmax"
         sums = plain_loss(
             out.logits,
-            teacher_logits,
-            teacher_logits.argmax(dim=-1) if from_target else blocks.labels,
+            target_logits,
+            target_logits.argmax(dim=-1) if from_target else blocks.labels,
             blocks.eval_mask,
             out.confidence_logits,
             GAMMA,

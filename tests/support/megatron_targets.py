@@ -11,7 +11,6 @@ from support.tiny_target import tiny_config
 
 DRAFT = dict(num_attention_heads=8, num_key_value_heads=4, head_dim=8, ffn_hidden_size=48)
 
-
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -20,7 +19,6 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-
 
 TARGETS = {
     "llama": (
@@ -63,7 +61,7 @@ def config_of(tiny_run, path, tp=1, ep=1, *, target=None, parallel=None, **secti
 
 
 def megatron_states(runtime, config):
-    """States, cached taps and the teacher check."""
+    """States and cached taps of a target whose logits were checked."""
     from dspark_megatron.run.build import build_draft, build_target
     from dspark_megatron.targets.start_checks import check_target_logits
 

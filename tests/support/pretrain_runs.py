@@ -65,6 +65,4 @@ PROVIDERS = {
     "model_type": "type",
     "forward_step_func": "step",
 }
-
-
 PARSING = {"extra_args_provider": "arguments", "args_defaults": {"key": 1}}

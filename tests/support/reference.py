@@ -232,7 +232,7 @@ class PlainDraft(nn.Module):
         return self.norm(hidden).view(n, k, -1)
 
     def forward(self, taps: Tensor, input_ids: Tensor, anchors: Tensor) -> PlainOutput:
-        """taps [s, m*h], input_ids [s], anchors [n]; teacher forced by input_ids (0 past the
+        """taps [s, m*h], input_ids [s], anchors [n]; the blocks follow input_ids (0 past the
         end)."""
         hidden = self.backbone(taps, input_ids, anchors)
         everywhere = torch.ones_like(input_ids)
@@ -251,14 +251,14 @@ class PlainDraft(nn.Module):
 
 def plain_loss(
     logits: Tensor,
-    teacher_logits: Tensor,
+    target_logits: Tensor,
     labels: Tensor,
     eval_mask: Tensor,
     confidence_logits: Tensor | None,
     gamma: float | None,
     alphas: tuple[float, float, float],
 ) -> dict[str, Tensor]:
-    """Weighted sums over all slots and their weight. logits, teacher_logits [n, k, v]; labels,
+    """Weighted sums over all slots and their weight. logits, target_logits [n, k, v]; labels,
     eval_mask, confidence_logits [n, k]; alphas of CE, L1 and confidence. `loss_sum` is the
     weighted sum of the three terms; the loss of a step is loss_sum / weight. `accept_rate` is
     [n, k], detached."""
@@ -268,7 +268,7 @@ def plain_loss(
     weights = eval_mask * decay
     ce = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
     ce = ce.view_as(weights)
-    p, q = logits.float().softmax(dim=-1), teacher_logits.float().softmax(dim=-1)
+    p, q = logits.float().softmax(dim=-1), target_logits.float().softmax(dim=-1)
     l1 = (p - q).abs().sum(dim=-1)
     accept_rate = (1 - l1 / 2).clamp(0, 1).detach()
     confidence = torch.zeros_like(ce)
@@ -301,19 +301,19 @@ def plain_head_loss(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """`ops.head_loss.head_loss` on whole, unpadded matrices [v, h] and [v, r], by autograd.
     Returns the weighted loss [], and CE, raw L1 and KL of each row [n]; None for L1 without a
-    teacher and for KL without weight."""
+    target and for KL without weight."""
     logits = hidden @ lm_head.t()
     if latent is not None:
         logits = logits + latent @ markov_w2.t()
     l1 = kl = None
     if target_hidden is not None:
-        teacher_logits = (target_hidden @ lm_head.t()).float()
-        q = teacher_logits.softmax(dim=-1)
+        target_logits = (target_hidden @ lm_head.t()).float()
+        q = target_logits.softmax(dim=-1)
         l1 = (logits.float().softmax(dim=-1) - q).abs().sum(dim=-1)
         if labels_from_target:
-            labels = teacher_logits.argmax(dim=-1)
+            labels = target_logits.argmax(dim=-1)
     if kl_alpha > 0:
-        log_p, log_q = (x.float().log_softmax(dim=-1) for x in (logits, teacher_logits))
+        log_p, log_q = (x.float().log_softmax(dim=-1) for x in (logits, target_logits))
         kl = F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(dim=-1)
     ce = F.cross_entropy(logits.float(), labels, reduction="none")
     terms = ce_alpha * ce

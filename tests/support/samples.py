@@ -7,8 +7,6 @@ from dspark_megatron.data.conversation import Sample
 from dspark_megatron.data.dataset import SampleRules
 
 VOCAB_SIZE = 320
-
-
 GENERATION_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['role'] == 'assistant' %}"

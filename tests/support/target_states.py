@@ -9,7 +9,7 @@ IDS = torch.arange(30).view(2, 15) + 40
 
 
 def tapped(runtime, config):
-    """Taps, last hidden states and the teacher check of a target at this layout."""
+    """Taps, last hidden states and the check of the logits of a target at this layout."""
     from dspark_megatron.run.build import build_draft, build_target
     from dspark_megatron.targets.start_checks import check_target_logits
 

@@ -1,4 +1,4 @@
-"""Tools run in this process, and the figures they print."""
+"""Tools in processes of their own, and the figures they write."""
 
 import json
 import os
@@ -8,19 +8,24 @@ import sys
 from support.paths import ROOT
 
 
-def run_tool(*command):
-    """The output of a tool in a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def run_python(*arguments, **environment):
+    """Exit code and output of a Python in a process of its own."""
     done = subprocess.run(
-        [sys.executable, *map(str, command)],
+        [sys.executable, *map(str, arguments)],
         cwd=ROOT,
-        env=environment,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=900,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return done.returncode, done.stdout + done.stderr
+
+
+def run_tool(*arguments):
+    """The output of a tool that ends well."""
+    code, text = run_python(*arguments)
+    assert code == 0, text
+    return text
 
 
 def figures(file):

@@ -48,18 +48,16 @@ def assert_same_curve(got, expected, rel=1e-4):
 
 
 def torchrun(ranks, *program):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*launcher, "--nproc-per-node", str(ranks), *program]
+    """Arguments of Python."""
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *program]
 
 
 def launch(config_file, ranks, *overrides, module="train", **kwargs):
     program = ["-m", f"dspark_megatron.{module}", "--config", str(config_file), *overrides]
-    command = torchrun(ranks, *program)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        command,
+        [sys.executable, *torchrun(ranks, *program)],
         cwd=ROOT,
-        env=environment,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         text=True,
         start_new_session=True,
         stdout=subprocess.PIPE,

@@ -7,7 +7,8 @@ from dspark_megatron.data.batch import Batch
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.ops.vocab_parallel import VocabShard
 from dspark_megatron.run.check import check
-from dspark_megatron.storage.target_folder import read_rows, shared_weights, target_fingerprint
+from dspark_megatron.storage.safetensors_folder import SafetensorsFolder
+from dspark_megatron.storage.target_folder import shared_weights, target_fingerprint
 from support.target_families import SIZES, save_target
 from support.target_states import IDS, elements, tapped
 from support.tiny_target import VOCAB_SIZE, make_target, tiny_config
@@ -104,7 +105,7 @@ def make_a_mistake(runtime, config, mistake):
     plan = check(config, runtime.world_size)
     target = build_target(plan, runtime)
     _, name = shared_weights(config.target.path)
-    head = read_rows(config.target.path, name, 0, VOCAB_SIZE)
+    head = SafetensorsFolder(config.target.path).rows(name, 0, VOCAB_SIZE)
     if mistake == "rows of another rank":
         head = head.roll(10, 0)
     else:

@@ -19,8 +19,6 @@ from support.tiny_target import VOCAB_SIZE, tiny_config
 from support.tool_runs import figures, run_tool
 
 CPU = torch.device("cpu")
-
-
 SMALL = "--hidden 32 --ffn 48 --heads 4 --kv-heads 2 --head-dim 8 --rank 8 --rounds 1".split()
 
 

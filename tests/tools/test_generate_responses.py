@@ -18,21 +18,15 @@ from dspark_megatron.data.conversation import ConversationEncoder
 from dspark_megatron.data.prompts import local_target
 from dspark_megatron.data.prompts.chat_prompts import Prompt, make_prompt, read_prompts
 from dspark_megatron.data.prompts.local_target import LocalTarget
-from support.chat_lines import prompt, read_rows, write_lines
+from support.chat_lines import prompt, read_rows, write_jsonl, write_lines
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "sun", "moon", "sea"]
-
-
 SPECIAL = ["<|start|>", "<|end|>", "<unk>"]
-
-
 CHAT_TEMPLATE = (
     "{% if messages[0].content == 'unspeakable' %}{{ raise_exception('no such word') }}{% endif %}"
     "{% for m in messages %}<|start|> {{ m.role }} {{ m.content }} <|end|> {% endfor %}"
     "{% if add_generation_prompt %}<|start|> assistant {% endif %}"
 )
-
-
 OPTIONS = ["--max-new-tokens", "12", "--batch-size", "3", "--seed", "5", "--device", "cpu"]
 
 
@@ -77,7 +71,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prompts(tmp_path: Path) -> Path:
     """Eight prompts of unlike length: two batches of three and one of two."""
     rows = [prompt(*(WORDS[(i + j) % 12] for j in range(1 + i * 5 % 7))) for i in range(8)]
-    return write_lines(tmp_path / "prompts.jsonl", [json.dumps(row) for row in rows])
+    return write_jsonl(tmp_path / "prompts.jsonl", rows)
 
 
 def arguments(target: Path, source: Path, output: Path, *options: str) -> list[str]:
@@ -162,7 +156,7 @@ def test_an_answer_keeps_the_tokens_that_the_target_saw_and_wrote(
     )
     rest = [{k: row[k] for k in row if k not in ("input_ids", "loss_mask")} for row in answered]
     assert bare == rest
-    again = write_lines(tmp_path / "again.jsonl", [json.dumps(row) for row in answered])
+    again = write_jsonl(tmp_path / "again.jsonl", answered)
     # Old tokens go with the old answer.
     options = ("--temperature=3", "--messages-only")
     assert read_rows(run(target, again, tmp_path / "bare2.jsonl", *options)) == bare
@@ -196,7 +190,7 @@ def test_an_old_answer_is_replaced_and_other_keys_are_kept(target: Path, tmp_pat
     old_answer = {"role": "assistant", "content": "blue blue blue"}
     with_answer = {**bare, "messages": [*bare["messages"], old_answer], "finish_reason": "old"}
     for name, row in (("bare", bare), ("with_answer", with_answer)):
-        source = write_lines(tmp_path / name, [json.dumps(row)])
+        source = write_jsonl(tmp_path / name, [row])
         run(target, source, tmp_path / f"{name}.jsonl")
     first, second = (read_rows(tmp_path / f"{name}.jsonl") for name in ("bare", "with_answer"))
     assert first == second
@@ -337,9 +331,13 @@ def test_an_empty_or_absent_file_is_refused(
 def test_a_folder_that_is_no_target_is_refused(
     prompts: Path, tmp_path: Path, refusal: Callable[..., str]
 ) -> None:
-    assert "must exist" in refusal(tmp_path / "absent", prompts, tmp_path / "out.jsonl")
-    (tmp_path / "empty").mkdir()
-    assert "cannot load" in refusal(tmp_path / "empty", prompts, tmp_path / "out.jsonl")
+    config = "must hold a config.json"
+    assert config in refusal(tmp_path / "absent", prompts, tmp_path / "out.jsonl")
+    (tmp_path / "bare").mkdir()
+    assert config in refusal(tmp_path / "bare", prompts, tmp_path / "out.jsonl")
+    (tmp_path / "bare" / "config.json").write_text('{"model_type": "llama"}')
+    tokenizer = "must hold the target's tokenizer"
+    assert tokenizer in refusal(tmp_path / "bare", prompts, tmp_path / "out.jsonl")
 
 
 @pytest.mark.parametrize(

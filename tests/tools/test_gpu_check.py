@@ -15,6 +15,7 @@ import pytest
 from gpu_checks.processes import FAILED, NOT_RUN, PASSED, SKIPPED, run_in_process
 
 from support.paths import ROOT
+from support.tool_runs import run_python
 
 
 def run(folder, code, limit=60):
@@ -122,23 +123,16 @@ def rehearsal(tmp_path_factory):
     """All checks but that of pretrain(), which tests/megatron_lm/ rehearses."""
     output = tmp_path_factory.mktemp("rehearsal") / "out"
     names = [check.name for check in gpu_check.CHECKS if check.name != "pretrain"]
-    command = [sys.executable, "tools/gpu_check.py", "--device", "cpu", "--output", output]
-    done = subprocess.run(
-        [*map(str, command), "--budget-minutes", "60", "--only", *names],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    command = ["tools/gpu_check.py", "--device", "cpu", "--output", output]
+    ended = run_python(*command, "--budget-minutes", 60, "--only", *names, PYTHONPATH="")
     report = json.loads((output / "gpu_check.json").read_text())
-    return done, {check["name"]: check for check in report["checks"]}
+    return ended, {check["name"]: check for check in report["checks"]}
 
 
 @pytest.mark.slow
 def test_every_check_is_rehearsed(rehearsal):
-    done, checks = rehearsal
-    assert done.returncode == 0, done.stdout
+    (code, text), checks = rehearsal
+    assert code == 0, text
     for name, check in checks.items():
         assert check["verdict"] == (SKIPPED if name == "sharded" else PASSED), check["error"]
         assert name == "sharded" or check["figures"], name

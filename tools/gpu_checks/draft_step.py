@@ -110,7 +110,9 @@ def _parts(
     with (
         mock.patch.object(draft, "encode_context", timed("context", draft.encode_context)),
         mock.patch.object(draft, "backbone", timed("backbone", draft.backbone)),
-        mock.patch.object(forward_step, "head_loss", timed("head loss", forward_step.head_loss)),
+        mock.patch.object(
+            forward_step.HeadLoss, "__call__", timed("head loss", forward_step.HeadLoss.__call__)
+        ),
         mock.patch.object(
             torch.Tensor, "backward", timed("backward of the rest", torch.Tensor.backward)
         ),

@@ -11,9 +11,8 @@ import torch.distributed as dist
 from loss_variants import Problem, Products
 from torch import Tensor
 
-from dspark_megatron.ops import head_loss_chunks
-from dspark_megatron.ops.head_loss import HeadWeights, head_loss
-from dspark_megatron.ops.logit_terms import Objective
+from dspark_megatron.ops import chunk_budget
+from dspark_megatron.ops.head_loss import HeadLoss, HeadWeights, Objective
 from dspark_megatron.ops.vocab_parallel import VocabShard
 from gpu_checks.context import Context, check_close
 from support.reference import plain_head_loss
@@ -70,8 +69,8 @@ def _check_values(
     head = HeadWeights(
         torch.cat([lm_head, w2.detach()], dim=1), w2, VocabShard.of_group(v, v, group)
     )
-    options = dict(chunk_rows=128, compile=compiled, tp_group=group)
-    ours = head_loss(hidden, latent, target_hidden, labels, weights, head, objective, **options)
+    head_loss = HeadLoss(head, objective, 128, compiled, tp_group=group)
+    ours = head_loss(hidden, latent, target_hidden, labels, weights)
     found = torch.autograd.grad(ours.loss, (hidden, latent, w2))
     plain_leaves = [leaf.float().requires_grad_() for leaf in leaves]
     loss, ce, l1, _ = plain_head_loss(
@@ -141,5 +140,5 @@ def _ours(problem: Problem, chunk_rows: int, compiled: bool) -> None:
 
 
 def _without_tiles(problem: Problem, chunk_rows: int) -> None:
-    with mock.patch.object(head_loss_chunks, "tile_rows", lambda *_: chunk_rows):
+    with mock.patch.object(chunk_budget, "tile_rows", lambda *_: chunk_rows):
         _ours(problem, chunk_rows, False)

@@ -4,16 +4,38 @@ DSpark's own keys stand twice, at the top level and in `dflash_config`, because 
 where they look; `verify.py` checks that the two agree.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from dspark_megatron.conversion.layouts.description import DraftDescription
+from dspark_megatron.config import LossConfig, ModelConfig
 from dspark_megatron.conversion.layouts.names import LATENT, raise_if_any
 from dspark_megatron.errors import require
 from dspark_megatron.shape import DraftShape
 
 ARCHITECTURE = "Qwen3DSparkModel"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftDescription:
+    """What a draft is, in whatever layout: its shape, and the few facts of its training that some
+    layout's config wants."""
+
+    shape: DraftShape
+    num_anchors: int = ModelConfig.num_anchors
+    initializer_range: float = ModelConfig.initializer_range
+    confidence_head_alpha: float = LossConfig.confidence_head_alpha
+
+    @classmethod
+    def of_checkpoint(cls, meta: dict[str, Any]) -> "DraftDescription":
+        """From a training checkpoint's `dspark.json`."""
+        shape = DraftShape.from_dict(meta["shape"])
+        return cls(shape=shape, **{key: meta[key] for key in cls(shape=shape).facts()})
+
+    def facts(self) -> dict[str, Any]:
+        """All but the shape."""
+        return {key: value for key, value in vars(self).items() if key != "shape"}
 
 
 def hugging_face_config(

@@ -1,8 +1,8 @@
 """The name table between Megatron checkpoints and the Hugging Face layout, as data.
 
 Megatron fuses what it splits together; the Hugging Face layout holds every matrix on its own and no
-vocabulary padding. Layer names carry `{i}`, the draft layer. `layouts.py` has what other layouts
-call the same.
+vocabulary padding. Layer names carry `{i}`, the draft layer. `table.py` has what other layouts call
+the same.
 
 Shapes: h hidden, g key/value heads, d head width, v vocabulary, r Markov rank.
 """
@@ -30,22 +30,24 @@ class Rule(Enum):
 
 
 @dataclass(frozen=True)
-class Row:
+class NameMapping:
+    """A Megatron tensor and the Hugging Face tensors that it holds."""
+
     megatron: str
     hugging_face: tuple[str, ...]
     split: int | None
     """Dimension that tensor-parallel ranks split; None: every rank holds it whole."""
     rule: Rule = Rule.COPY
 
-    def of_layer(self, i: int) -> "Row":
+    def of_layer(self, i: int) -> "NameMapping":
         names = tuple(name.format(i=i) for name in self.hugging_face)
         return dataclasses.replace(self, megatron=self.megatron.format(i=i), hugging_face=names)
 
 
 BACKBONE = (
-    Row("fc.weight", ("fc.weight",), 0),
-    Row("hidden_norm.weight", ("hidden_norm.weight",), None),
-    Row("final_layernorm.weight", ("norm.weight",), None),
+    NameMapping("fc.weight", ("fc.weight",), 0),
+    NameMapping("hidden_norm.weight", ("hidden_norm.weight",), None),
+    NameMapping("final_layernorm.weight", ("norm.weight",), None),
 )
 _LAYER = (
     ("input_layernorm", ("input_layernorm",), None),
@@ -59,7 +61,7 @@ _LAYER = (
     ("mlp.linear_fc2", ("mlp.down_proj",), 1),
 )
 LAYER = tuple(
-    Row(
+    NameMapping(
         f"layers.{{i}}.{megatron}.weight",
         tuple(f"layers.{{i}}.{name}.weight" for name in hugging_face),
         *rest,
@@ -68,11 +70,11 @@ LAYER = tuple(
 )
 
 
-def _same(*names: str, split: int | None = None, rule: Rule = Rule.COPY) -> tuple[Row, ...]:
-    return tuple(Row(name, (name,), split, rule) for name in names)
+def _same(*names: str, split: int | None = None, rule: Rule = Rule.COPY) -> tuple[NameMapping, ...]:
+    return tuple(NameMapping(name, (name,), split, rule) for name in names)
 
 
-def _linear(name: str) -> tuple[Row, ...]:
+def _linear(name: str) -> tuple[NameMapping, ...]:
     return _same(f"{name}.weight", f"{name}.bias")
 
 
@@ -89,16 +91,16 @@ EMBEDDING, LM_HEAD = "embed_tokens.weight", "lm_head.weight"
 """The target's own matrices: in exports, never in training checkpoints."""
 
 
-def name_table(shape: DraftShape) -> list[Row]:
-    """The rows of one draft, in the order of its export."""
-    rows = list(BACKBONE)
+def name_table(shape: DraftShape) -> list[NameMapping]:
+    """Of one draft, in the order of its export."""
+    table = list(BACKBONE)
     for i in range(shape.num_layers):
-        rows += [row.of_layer(i) for row in LAYER]
+        table += [entry.of_layer(i) for entry in LAYER]
     if shape.markov_rank:
-        rows += [*MARKOV, *LATENT[shape.markov_head_type]]
+        table += [*MARKOV, *LATENT[shape.markov_head_type]]
     if shape.enable_confidence_head:
-        rows += CONFIDENCE
-    return rows
+        table += CONFIDENCE
+    return table
 
 
 def to_hugging_face(
@@ -106,8 +108,8 @@ def to_hugging_face(
 ) -> Iterator[tuple[str, Tensor]]:
     """Every draft tensor under its Hugging Face name. `get` is asked for each Megatron tensor
     once, when it is needed, so one of them exists at a time."""
-    for row in name_table(shape):
-        yield from zip(row.hugging_face, _split(get(row.megatron), row, shape), strict=True)
+    for entry in name_table(shape):
+        yield from zip(entry.hugging_face, _split(get(entry.megatron), entry, shape), strict=True)
 
 
 def to_megatron(
@@ -115,23 +117,23 @@ def to_megatron(
     get: Callable[[str], Tensor],
     padded_vocab_size: int | None = None,
     *,
-    rows: Iterable[Row] | None = None,
+    entries: Iterable[NameMapping] | None = None,
     tp_rank: int = 0,
     tp_size: int = 1,
 ) -> Iterator[tuple[str, Tensor]]:
     """The way back, cut to one tensor-parallel rank; the vocabulary is padded with zero rows up to
-    `padded_vocab_size` (None: not at all). rows: of the table; None: all."""
+    `padded_vocab_size` (None: not at all). entries: those wanted; None: all."""
     padding = (padded_vocab_size or shape.vocab_size) - shape.vocab_size
-    for row in name_table(shape) if rows is None else rows:
+    for entry in name_table(shape) if entries is None else entries:
         parts = []
-        for name in row.hugging_face:
+        for name in entry.hugging_face:
             part = get(name)
-            if row.rule is Rule.VOCAB and padding:
+            if entry.rule is Rule.VOCAB and padding:
                 part = torch.cat([part, part.new_zeros(padding, part.shape[1])])
-            if row.split is not None:
-                part = part.chunk(tp_size, dim=row.split)[tp_rank]
+            if entry.split is not None:
+                part = part.chunk(tp_size, dim=entry.split)[tp_rank]
             parts.append(part)
-        yield row.megatron, _join(parts, row, shape)
+        yield entry.megatron, _join(parts, entry, shape)
 
 
 def hugging_face_shapes(
@@ -139,7 +141,7 @@ def hugging_face_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """The exact tensors of an export and their shapes, in the order they are written."""
     trained = {
-        name: _shape_of(name, shape) for row in name_table(shape) for name in row.hugging_face
+        name: _shape_of(name, shape) for entry in name_table(shape) for name in entry.hugging_face
     }
     if not shared_weights:
         return trained
@@ -152,12 +154,12 @@ def megatron_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """The exact tensors of a training checkpoint and their global shapes."""
     shapes = {}
-    for row in name_table(shape):
-        parts = [_shape_of(name, shape) for name in row.hugging_face]
+    for entry in name_table(shape):
+        parts = [_shape_of(name, shape) for name in entry.hugging_face]
         rows = sum(part[0] for part in parts)
-        if row.rule is Rule.VOCAB:
+        if entry.rule is Rule.VOCAB:
             rows = padded_vocab_size or shape.vocab_size
-        shapes[row.megatron] = (rows, *parts[0][1:])
+        shapes[entry.megatron] = (rows, *parts[0][1:])
     return shapes
 
 
@@ -192,21 +194,21 @@ def raise_if_any(problems: list[str], where: str) -> None:
         raise ConfigError(f"{where} has {len(problems)} problem(s):{lines}")
 
 
-def _split(tensor: Tensor, row: Row, shape: DraftShape) -> list[Tensor]:
-    if row.rule is Rule.STACK:
-        return list(tensor.chunk(len(row.hugging_face)))
-    if row.rule is Rule.KV_HEADS:
+def _split(tensor: Tensor, entry: NameMapping, shape: DraftShape) -> list[Tensor]:
+    if entry.rule is Rule.STACK:
+        return list(tensor.chunk(len(entry.hugging_face)))
+    if entry.rule is Rule.KV_HEADS:
         heads = tensor.unflatten(0, (-1, 2, shape.head_dim))  # [g, 2, d, h]
         return [heads[:, 0].flatten(0, 1), heads[:, 1].flatten(0, 1)]
-    if row.rule is Rule.VOCAB:
+    if entry.rule is Rule.VOCAB:
         return [tensor[: shape.vocab_size]]
     return [tensor]
 
 
-def _join(parts: list[Tensor], row: Row, shape: DraftShape) -> Tensor:
-    if row.rule is Rule.STACK:
+def _join(parts: list[Tensor], entry: NameMapping, shape: DraftShape) -> Tensor:
+    if entry.rule is Rule.STACK:
         return torch.cat(parts)
-    if row.rule is Rule.KV_HEADS:
+    if entry.rule is Rule.KV_HEADS:
         heads = [part.unflatten(0, (-1, shape.head_dim)) for part in parts]  # [g, d, h] each
         return torch.stack(heads, dim=1).flatten(0, 2)  # [g*2*d, h]
     return parts[0]

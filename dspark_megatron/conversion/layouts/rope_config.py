@@ -26,7 +26,7 @@ def rope_of_config(config: Config) -> Config:
         f"config.json says its RoPE twice and differently: {'; '.join(differences)}; engines read "
         "either, so correct one or delete it",
     )
-    theta = next(iter(_thetas(config).values()), None)
+    theta: Any = next(iter(_thetas(config).values()), None)
     require(
         type(theta) in (int, float) and 0 < theta < math.inf,
         f"rope_theta must be a number > 0, is {theta!r}; put in what the draft was trained with",

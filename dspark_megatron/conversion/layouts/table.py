@@ -37,8 +37,10 @@ class Layout:
         return _renamed(name, ((theirs, ours) for ours, theirs in self.renames))
 
 
-FOREIGN = ("layers.0.attention_conv.", "candidate_selector.", "prefix_gru.", "lilicorr.")
-FOREIGN += ("midlayer.", "medusa_head.", "eagle_module.", "mtp.")
+FOREIGN = (
+    *("layers.0.attention_conv.", "candidate_selector.", "prefix_gru.", "lilicorr."),
+    *("midlayer.", "medusa_head.", "eagle_module.", "mtp."),
+)
 """Beginnings of tensor names of DFlash2, Domino, LiLiCorr, EAGLE, Medusa and MTP drafts."""
 OTHERS = ("eagle", "medusa", "mtp")
 """In names of architectures."""

@@ -133,13 +133,15 @@ class _Place(NamedTuple):
     def of(cls, rendering: Rendering, text: AnswerText, tags: Tags) -> "_Place":
         pieces = text.pieces()
         start = rendering.header_end([*tags, *pieces])
-        lead = _space_and_tags(tags).match(rendering.after, start)
-        spans = _find_pieces(rendering.after, pieces, start, lead.end())
-        return cls(text, start, lead.end(), tags.closing in lead.group(), spans)
+        text_start = _end_of_space_and_tags(tags, rendering.after, start)
+        spans = _find_pieces(rendering.after, pieces, start, text_start)
+        has_block = tags.closing in rendering.after[start:text_start]
+        return cls(text, start, text_start, has_block, spans)
 
     @property
     def shows_reasoning(self) -> bool:
-        return self.spans is not None and not (self.text.reasoning.strip() and self.has_block)
+        said = (self.text.reasoning or "").strip()
+        return self.spans is not None and not (said and self.has_block)
 
     @property
     def begin(self) -> int:
@@ -171,7 +173,7 @@ def _continued(rendering: Rendering, place: _Place, tags: Tags, *, cut_short: bo
     """The prompt, and the text that was written then as it is, since the rendering changes it. Only
     the end of the turn is the rendering's."""
     text, after = place.text, rendering.after
-    wrote = text.written
+    wrote = text.written or ""
     if rendering.opens(tags) and wrote.lstrip().startswith(tags.opening):
         wrote = wrote.lstrip().removeprefix(tags.opening).lstrip("\n")
     if cut_short or text.ends_in_reasoning(tags):
@@ -197,46 +199,46 @@ def not_written(
     answers = [message for message in messages if message["role"] == "assistant"]
     for message in answers:
         text = AnswerText.of(message, tags)
-        span = _marked_span(rendered, marked, text.pieces(), tags, position)
+        place = _marked_place(rendered, marked, text.pieces(), tags, position)
         is_cut = cut_short and message is answers[-1]
-        if span is None:
+        if place is None:
             hidden += marked[-1:] if is_cut else []
             continue
-        run = next(run for run in marked if run[0] <= span[0] < run[1])
-        lead = max(run[0], position), span[0]
-        position = span[1]
-        _, closing, rest = rendered[slice(*lead)].rpartition(tags.closing)
+        start, begin, position = place
+        _, closing, rest = rendered[start:begin].rpartition(tags.closing)
         if closing and text.reasoning is None:
-            hidden.append(lead)
-        elif closing and text.reasoning.strip():
-            hidden.append((lead[0], lead[1] - len(rest.lstrip())))
+            hidden.append((start, begin))
+        elif closing and text.reasoning and text.reasoning.strip():
+            hidden.append((start, begin - len(rest.lstrip())))
         if is_cut or text.ends_in_reasoning(tags):  # also the stop token behind the marks
             later = [start for start, _ in marked if start > position]
             hidden.append((position, min(later, default=len(rendered))))
     return hidden
 
 
-def _marked_span(
+def _marked_place(
     rendered: str, marked: list[Span], pieces: list[str], tags: Tags, position: int
-) -> Span | None:
-    """From the first piece of a message to its last, if they begin in a marked part. Empty if the
-    message has none."""
+) -> tuple[int, int, int] | None:
+    """Where the marked part of a message starts, and its first piece begins and its last one ends.
+    None if no marked part has them."""
     for start, end in marked:
         if end <= position:
             continue
         start = max(start, position)
-        lead = _space_and_tags(tags).match(rendered, start).end()
+        lead = _end_of_space_and_tags(tags, rendered, start)
         if not pieces:  # tool calls, or nothing
-            return lead, lead
+            return start, min(lead, end), min(lead, end)
         spans = _find_pieces(rendered, pieces, start, lead)
         if spans and spans[0][0] < end:
-            return spans[0][0], spans[-1][1]
+            return start, spans[0][0], spans[-1][1]
     return None
 
 
-def _space_and_tags(tags: Tags) -> re.Pattern[str]:
-    """Matches any run of white space and tags."""
-    return re.compile(rf"(?:\s|{'|'.join(map(re.escape, tags))})*")
+def _end_of_space_and_tags(tags: Tags, text: str, start: int) -> int:
+    """Where the run of white space and tags ends that begins at `start`, maybe at once."""
+    run = re.compile(rf"(?:\s|{'|'.join(map(re.escape, tags))})*").match(text, start)
+    assert run is not None
+    return run.end()
 
 
 def _find_pieces(text: str, pieces: list[str], start: int, text_start: int) -> list[Span] | None:

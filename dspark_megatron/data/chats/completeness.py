@@ -87,7 +87,7 @@ def _check_no_data(text: str, message: dict) -> None:
                 )
     for part in message["content"] if isinstance(message["content"], list) else []:
         key = part["type"]
-        plain = re.match(r"[ -~]*?(?=['\"\\]|[^ -~]|$)", part[key].strip()).group()
+        plain = re.split(r"['\"\\]|[^ -~]", part[key].strip(), maxsplit=1)[0]
         if re.search(rf"""['"]{key}['"]: *['"]\s*{re.escape(plain)}""", text):
             raise NotRendered(
                 f"the chat template prints parts as data, not their text: {shown(part)}; "

@@ -11,6 +11,8 @@ from dspark_megatron.errors import ConfigError, require
 
 Span = tuple[int, int]
 """A half-open range of characters, or of tokens."""
+Encoding = tuple[list[int], list[bool]]
+"""The token ids of a text, and whether each is learnt: [s] and [s]."""
 
 
 def check_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -115,35 +117,39 @@ class AnswerEnds:
 
 
 class ReasoningMask:
-    """Takes the reasoning between two tags, and the tags, out of what is learnt.
+    """Takes the reasoning between two tags, and the tags, out of what is learnt. tags: None leaves
+    it in.
 
     The prompt may open the reasoning for the model, and an answer that was cut short may leave it
     open.
     """
 
-    def __init__(self, opening: str, closing: str) -> None:
-        self._opening, self._closing = opening, closing
+    def __init__(self, tags: tuple[str, str] | None) -> None:
+        self.tags = tags
         self.hidden_tokens = 0
         """How many tokens were taken out of all texts so far."""
 
     def hide(self, text: str, offsets: list[Span], mask: list[bool]) -> list[bool]:
         """The mask of a text's tokens without those of reasoning. [s] -> [s]."""
+        if self.tags is None:
+            return mask
         answers = spans_of(offsets, mask)
-        spans = [span for answer in answers for span in self._reasoning_in(text, answer)]
+        spans = [span for answer in answers for span in _reasoning_in(text, answer, *self.tags)]
         kept = without(mask, tokens_inside(offsets, spans, len(text)))
         self.hidden_tokens += sum(mask) - sum(kept)
         return kept
 
-    def _reasoning_in(self, text: str, answer: Span) -> list[Span]:
-        """The parts of an answer from an opening tag to the closing one, or to its end."""
-        position, end = answer
-        is_open = text[:position].rstrip().endswith(self._opening)
-        spans = []
-        while True:
-            start = position if is_open else text.find(self._opening, position, end)
-            if start < 0:
-                return spans
-            close = text.find(self._closing, start, end)
-            position = end if close < 0 else close + len(self._closing)
-            spans.append((start, position))
-            is_open = False
+
+def _reasoning_in(text: str, answer: Span, opening: str, closing: str) -> list[Span]:
+    """The parts of an answer from an opening tag to the closing one, or to its end."""
+    position, end = answer
+    is_open = text[:position].rstrip().endswith(opening)
+    spans: list[Span] = []
+    while True:
+        start = position if is_open else text.find(opening, position, end)
+        if start < 0:
+            return spans
+        close = text.find(closing, start, end)
+        position = end if close < 0 else close + len(closing)
+        spans.append((start, position))
+        is_open = False

@@ -11,19 +11,10 @@ from typing import Any, NamedTuple
 from dspark_megatron.errors import ConfigError, require
 
 ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "bot": "assistant",
-    "chatbot": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "developer": "developer",
-    "tool": "tool",
-    "function": "tool",
-    "ipython": "tool",
-    "observation": "tool",
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "bot", "chatbot", "model"), "assistant"),
+    **{"system": "system", "developer": "developer"},
+    **dict.fromkeys(("tool", "function", "ipython", "observation"), "tool"),
 }
 """Values of `role` or `from`, in any case, and the role that templates know them by."""
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
@@ -32,7 +23,7 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 """Types of content parts that are text."""
 LOSS_SWITCHES = ("weight", "loss", "train", "training")
 """Where files for other trainers say which turns are learnt."""
-EMPTY = (None, "", [], {})
+EMPTY: tuple[Any, ...] = (None, "", [], {})
 """Values of a key that say no more than its absence."""
 
 
@@ -141,7 +132,7 @@ def check_learnt(position: int, message: dict) -> None:
     )
 
 
-def checked_messages(messages: object, name: str = "messages") -> list[dict]:
+def checked_messages(messages: Any, name: str = "messages") -> list[dict]:
     """The messages in our spelling. ConfigError unless they are a list of at least one message."""
     require(
         isinstance(messages, list) and bool(messages),
@@ -150,7 +141,7 @@ def checked_messages(messages: object, name: str = "messages") -> list[dict]:
     return [_normalized(position, message) for position, message in enumerate(messages)]
 
 
-def _normalized(position: int, message: object) -> dict:
+def _normalized(position: int, message: Any) -> dict:
     """A message with a `role`, a `content` that is a string, and all else that is not empty.
     Reasoning stands under `reasoning_content`, calls under `tool_calls` with objects as arguments.
     ConfigError for what cannot be brought into this form."""
@@ -172,7 +163,7 @@ def _normalized(position: int, message: object) -> dict:
     return {"role": role, "content": _text(who, content), **rest}
 
 
-def _text(who: str, content: object) -> str:
+def _text(who: str, content: Any) -> str:
     """A string, or the text that a list of parts is together."""
     require(
         isinstance(content, str | list),
@@ -183,7 +174,7 @@ def _text(who: str, content: object) -> str:
     return "".join(_text_of_part(who, part) for part in content)
 
 
-def _text_of_part(who: str, part: object) -> str:
+def _text_of_part(who: str, part: Any) -> str:
     if isinstance(part, str):
         return part
     kind = part.get("type", "text") if isinstance(part, dict) else None
@@ -221,9 +212,9 @@ def _tool_calls(who: str, message: dict) -> list[dict]:
     return [_with_object_arguments(who, call) for call in calls]
 
 
-def _with_object_arguments(who: str, call: object) -> dict:
+def _with_object_arguments(who: str, call: Any) -> dict:
     """A tool call whose `function.arguments` may be JSON text, as OpenAI's are."""
-    function = call.get("function") if isinstance(call, dict) else None
+    function: Any = call.get("function") if isinstance(call, dict) else None
     require(
         isinstance(function, dict) and isinstance(function.get("name"), str),
         f'{who} has a tool call without a "function" with a "name": {shown(call)}',

@@ -8,15 +8,15 @@ Which spelling a template wants shows in what it renders: it is the first that i
 import json
 import math
 from collections.abc import Callable, Iterator
-from functools import partial, reduce
 from itertools import product
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from dspark_megatron.data.chats.completeness import NotRendered
 from dspark_megatron.data.chats.messages import REASONING_KEYS, Chat
 from dspark_megatron.errors import ConfigError
 
-Step = Callable[[Chat], Chat]
+AS_PART = "part"
+REASONING = (*REASONING_KEYS, AS_PART)
 Result = TypeVar("Result")
 
 
@@ -32,79 +32,63 @@ def in_first_spelling(chat: Chat, use: Callable[[Chat], Result]) -> Result:
     raise max(errors, key=lambda e: e.found if isinstance(e, NotRendered) else math.inf)
 
 
+class Spelling(NamedTuple):
+    """What a template may want instead of what messages.py writes."""
+
+    developer: str
+    """The role `developer`, or its older name."""
+    wrapped_tools: bool
+    arguments_as_text: bool
+    reasoning: str
+    """The key of reasoning, or AS_PART for a part of the content."""
+    content_as_parts: bool
+
+
 def spellings(chat: Chat) -> Iterator[Chat]:
     """The chat as messages.py has it, then all combinations of what else templates may read."""
     seen: list[Chat] = []
-    for steps in product(ROLES, TOOLS, ARGUMENTS, REASONING, CONTENT):
-        spelled = reduce(lambda chat, step: step(chat), steps, chat)
+    either = (False, True)
+    for choices in product(("developer", "system"), either, either, REASONING, either):
+        spelling = Spelling(*choices)
+        messages = [_message(message, spelling) for message in chat.messages]
+        options = _options(chat.template_options, spelling)
+        spelled = chat._replace(messages=messages, template_options=options)
         if spelled not in seen:
             seen.append(spelled)
             yield spelled
 
 
-def _as_it_is(chat: Chat) -> Chat:
-    return chat
-
-
-def _each(change: Callable[[dict], dict]) -> Step:
-    """Changes every message."""
-    return lambda chat: chat._replace(messages=[change(message) for message in chat.messages])
-
-
-def developer_as_system(message: dict) -> dict:
-    """`developer` under its older name."""
-    return {**message, "role": "system"} if message["role"] == "developer" else message
-
-
-def _content_as_parts(message: dict) -> dict:
+def _message(message: dict, spelling: Spelling) -> dict:
+    spelled, thinking = {}, []
+    for key, value in message.items():
+        if key == "role" and value == "developer":
+            value = spelling.developer
+        elif key == "tool_calls" and spelling.arguments_as_text:
+            value = [_with_text(call) for call in value]
+        elif key == REASONING_KEYS[0]:
+            if spelling.reasoning == AS_PART:
+                thinking = [{"type": "thinking", "thinking": value}]
+                continue
+            key = spelling.reasoning
+        spelled[key] = value
     content = message["content"]
-    if not content or isinstance(content, list):
-        return message
-    return {**message, "content": [{"type": "text", "text": content}]}
+    if thinking or (content and spelling.content_as_parts):
+        spelled["content"] = thinking + ([{"type": "text", "text": content}] if content else [])
+    return spelled
 
 
-def _reasoning_as(key: str, message: dict) -> dict:
-    return {key if k == REASONING_KEYS[0] else k: v for k, v in message.items()}
+def _with_text(call: dict) -> dict:
+    text = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+    return {**call, "function": {**call["function"], "arguments": text}}
 
 
-def _reasoning_as_part(message: dict) -> dict:
-    if REASONING_KEYS[0] not in message:
-        return message
-    rest = {k: v for k, v in message.items() if k != REASONING_KEYS[0]}
-    thinking = {"type": "thinking", "thinking": message[REASONING_KEYS[0]]}
-    text = [{"type": "text", "text": message["content"]}] if message["content"] else []
-    return {**rest, "content": [thinking, *text]}
-
-
-def _arguments_as_text(message: dict) -> dict:
-    if "tool_calls" not in message:
-        return message
-    calls = [{**call, "function": _with_text(call["function"])} for call in message["tool_calls"]]
-    return {**message, "tool_calls": calls}
-
-
-def _with_text(function: dict) -> dict:
-    return {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}
-
-
-def _tools_wrapped(chat: Chat) -> Chat:
-    if "tools" not in chat.template_options:
-        return chat
+def _options(options: dict[str, Any], spelling: Spelling) -> dict[str, Any]:
+    if not spelling.wrapped_tools or "tools" not in options:
+        return options
     tools = [
         {"type": "function", "function": tool}
         if isinstance(tool, dict) and "name" in tool and "function" not in tool
         else tool
-        for tool in chat.template_options["tools"]
+        for tool in options["tools"]
     ]
-    return chat._replace(template_options={**chat.template_options, "tools": tools})
-
-
-ROLES = (_as_it_is, _each(developer_as_system))
-CONTENT = (_as_it_is, _each(_content_as_parts))
-REASONING = (
-    _as_it_is,
-    *(_each(partial(_reasoning_as, key)) for key in REASONING_KEYS[1:]),
-    _each(_reasoning_as_part),
-)
-ARGUMENTS = (_as_it_is, _each(_arguments_as_text))
-TOOLS = (_as_it_is, _tools_wrapped)
+    return {**options, "tools": tools}

@@ -16,6 +16,7 @@ from dspark_megatron.data.chats.answers import AnswerRules, Rendering, not_writt
 from dspark_megatron.data.chats.completeness import LeftOut, NotRendered, check_complete
 from dspark_megatron.data.chats.loss_mask import (
     AnswerEnds,
+    Encoding,
     ReasoningMask,
     Span,
     check_offsets,
@@ -25,7 +26,6 @@ from dspark_megatron.data.chats.loss_mask import (
     without,
 )
 from dspark_megatron.data.chats.messages import Chat
-from dspark_megatron.data.chats.spellings import developer_as_system
 from dspark_megatron.errors import ConfigError
 
 GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -40,15 +40,13 @@ class Rendered(NamedTuple):
     text: str
     answers: list[Span]
     """The parts that the assistant wrote."""
-    end: int
-    """Where it stopped writing."""
 
 
 class ChatTemplate:
     """A tokenizer's chat template, inspected once.
 
-    `reasoning` takes reasoning out of what is learnt; None leaves it in. `rules` say where answers
-    begin and end. Raises ConfigError for a tokenizer without a template or character offsets.
+    `reasoning` takes reasoning out of what is learnt. `rules` say where answers begin and end.
+    Raises ConfigError for a tokenizer without a template or character offsets.
     """
 
     def __init__(
@@ -66,7 +64,7 @@ class ChatTemplate:
                 "target's folder; training lines may have input_ids and loss_mask instead"
             ) from error
         self._tokenizer = tokenizer
-        self._reasoning, self._rules = reasoning, rules or AnswerRules()
+        self._reasoning, self._rules = reasoning or ReasoningMask(None), rules or AnswerRules()
         marked = GENERATION_TAG.search(template) is not None
         self._knows_developer = "developer" in template
         self._marks_generation = marked and not _trims_spaces(tokenizer)
@@ -83,10 +81,9 @@ class ChatTemplate:
         """Ids and character ranges of a rendered chat: [s] and [s] pairs."""
         return tokenize(self._tokenizer, text)
 
-    def encode(self, chat: Chat) -> list[tuple[list[int], list[bool]]]:
-        """Ids of the rendered chat, and whether each is learnt because the assistant wrote it: [s]
-        and [s]. There are several if the template rewrites earlier turns, each up to another
-        assistant turn.
+    def encode(self, chat: Chat) -> list[Encoding]:
+        """The rendered chat, of which is learnt what the assistant wrote. There are several if the
+        template rewrites earlier turns, each up to another assistant turn.
 
         The token that ends a turn counts as written, unless it ends a last answer that was cut
         short. What the template puts after that token does not count.
@@ -105,7 +102,7 @@ class ChatTemplate:
             return None
         return text
 
-    def _encode_marked(self, chat: Chat, text: str) -> tuple[list[int], list[bool]]:
+    def _encode_marked(self, chat: Chat, text: str) -> Encoding:
         encoded = self._apply(
             chat,
             tokenize=True,
@@ -119,18 +116,15 @@ class ChatTemplate:
         hidden = not_written(text, marked, chat.messages, tags, cut_short=chat.cut_short)
         mask = self._ends.trim(token_ids, marks)
         mask = without(mask, tokens_inside(offsets, hidden, len(text)))
-        return token_ids, self._without_reasoning(text, offsets, mask)
+        return token_ids, self._reasoning.hide(text, offsets, mask)
 
-    def _encode_part(self, part: Rendered) -> tuple[list[int], list[bool]]:
+    def _encode_part(self, part: Rendered) -> Encoding:
         token_ids, offsets = self.tokenize(part.text)
         mask = tokens_inside(offsets, part.answers, len(part.text))
-        length = sum(end <= part.end for _, end in offsets)
+        length = sum(end <= part.answers[-1][1] for _, end in offsets)
         mask = self._ends.trim(token_ids[:length], mask[:length])
         mask += [False] * (len(token_ids) - length)
-        return token_ids, self._without_reasoning(part.text, offsets, mask)
-
-    def _without_reasoning(self, text: str, offsets: list[Span], mask: list[bool]) -> list[bool]:
-        return mask if self._reasoning is None else self._reasoning.hide(text, offsets, mask)
+        return token_ids, self._reasoning.hide(part.text, offsets, mask)
 
     def _assistant_parts(self, chat: Chat) -> list[Rendered]:
         """The chat up to its last assistant turn to be learnt. It is one part as long as each turn
@@ -150,11 +144,10 @@ class ChatTemplate:
             answer = written_answer(rendering, message, self._rules.tags, cut_short=is_cut)
             text, this = "".join(answer), range(turn, turn + 1)
             check_complete(text, upto.messages, chat.template_options, answers=this)
-            earlier = []
-            if parts and answer.seen.startswith(parts[-1].text):
-                earlier = parts.pop().answers
+            continues = parts and answer.seen.startswith(parts[-1].text)
+            earlier = parts.pop().answers if continues else []
             end = len(answer.seen) + len(answer.wrote)
-            parts.append(Rendered(text, [*earlier, (len(answer.seen), end)], end))
+            parts.append(Rendered(text, [*earlier, (len(answer.seen), end)]))
         return parts
 
     def _text(self, chat: Chat, *, add_generation_prompt: bool = False) -> str:
@@ -168,8 +161,9 @@ class ChatTemplate:
             template = self._tokenizer.get_chat_template(tools=options.get("tools"))
             options["chat_template"] = on_day(template, self._rules.template_date)
         messages = chat.messages
-        if not self._knows_developer:
-            messages = list(map(developer_as_system, messages))
+        if not self._knows_developer:  # `system` is its older name
+            roles = ("system" if m["role"] == "developer" else m["role"] for m in messages)
+            messages = [{**m, "role": role} for m, role in zip(messages, roles, strict=True)]
         try:
             return self._tokenizer.apply_chat_template(messages, **options)
         except Exception as error:  # a template is foreign code and may raise anything

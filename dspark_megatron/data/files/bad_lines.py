@@ -14,8 +14,8 @@ VALUES = r"""(?<!\w)'[^']*'|(?<=: )"[^"]*"|\([^)]*\)|\d+"""
 """The parts in which errors of one kind differ: quoted texts, brackets and numbers."""
 MOST_WITHOUT_SKIPPING = 1000
 """After so many bad lines a file is not read to its end, if none may be left out."""
-SHOWN_PLACES = 3
-"""How many lines of one reason are named besides the first."""
+SHOWN_PLACES = 4
+"""How many lines of one reason are named."""
 SHOWN_REASONS = 20
 
 
@@ -23,13 +23,17 @@ SHOWN_REASONS = 20
 class Reason:
     example: str
     """The error of the first line, with its place."""
-    count: int = 1
+    count: int = 0
     places: list[str] = field(default_factory=list)
-    """Some of the other lines."""
+    """The first few lines."""
+
+    def add(self, place: str) -> None:
+        self.count += 1
+        if self.count <= SHOWN_PLACES:
+            self.places.append(place)
 
     def describe(self) -> str:
-        also = ", ".join(self.places)
-        more = ", ..." if self.count > 1 + len(self.places) else ""
+        also, more = ", ".join(self.places[1:]), ", ..." if self.count > SHOWN_PLACES else ""
         others = f" (also {also}{more})" if also else ""
         return f"{self.count:,} x {self.example}{others}"
 
@@ -50,17 +54,8 @@ class BadLines:
             with errors_at(path, number):
                 yield
         except ConfigError as error:
-            self._add(f"{path}:{number}", str(error), str(error.__cause__))
-
-    def _add(self, place: str, error: str, without_place: str) -> None:
-        kind = re.sub(VALUES, "", without_place)[:60]
-        reason = self._reasons.get(kind)
-        if reason is None:
-            self._reasons[kind] = Reason(error)
-            return
-        reason.count += 1
-        if len(reason.places) < SHOWN_PLACES:
-            reason.places.append(place)
+            kind = re.sub(VALUES, "", str(error.__cause__))[:60]
+            self._reasons.setdefault(kind, Reason(str(error))).add(f"{path}:{number}")
 
     def describe(self) -> str:
         """A line for each reason, the most frequent first."""

@@ -11,20 +11,20 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from dspark_megatron.errors import ConfigError
 
 OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 """How to open compressed files, by their first bytes."""
-TO_JSONL = "write it as JSONL: datasets.load_dataset({!r}, data_files=...)['train'].to_json(...)"
+AS_JSONL = "write it as JSONL: datasets.{}.to_json(...)"
 FOREIGN = {
-    b"PAR1": ("a Parquet file", TO_JSONL.format("parquet")),
-    b"ARROW1": ("an Arrow file", TO_JSONL.format("arrow")),
-    b"\xff\xff\xff\xff": (
-        "an Arrow stream",
-        "write it as JSONL: datasets.load_from_disk(FOLDER).to_json(...)",
+    b"PAR1": (
+        "a Parquet file",
+        AS_JSONL.format("load_dataset('parquet', data_files=...)['train']"),
     ),
+    b"ARROW1": ("an Arrow file", AS_JSONL.format("load_dataset('arrow', data_files=...)['train']")),
+    b"\xff\xff\xff\xff": ("an Arrow stream", AS_JSONL.format("load_from_disk(FOLDER)")),
     b"\x28\xb5\x2f\xfd": ("packed by Zstandard", "unpack it: zstd -d FILE"),
     b"PK\x03\x04": ("a ZIP archive", "unpack it: unzip FILE"),
 }
@@ -84,7 +84,7 @@ def _open(path: str | Path) -> BinaryIO:
     for magic, (kind, way_out) in FOREIGN.items():
         if start.startswith(magic):
             raise ConfigError(f"{path} is {kind}, and lines of JSON are read; {way_out}")
-    packed = (opener for magic, opener in OPENERS.items() if start.startswith(magic))
+    packed: Iterator[Any] = (opener for magic, opener in OPENERS.items() if start.startswith(magic))
     return next(packed, open)(path, "rb")
 
 

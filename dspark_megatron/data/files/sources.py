@@ -8,16 +8,8 @@ from dspark_megatron.errors import ConfigError, require
 
 NAMES = ("*.jsonl", "*.jsonl.gz", "*.jsonl.bz2", "*.jsonl.xz", "*.idx")
 """The files of a folder that are read."""
-FOREIGN_NAMES = (
-    "*.parquet",
-    "*.arrow",
-    "*.zst",
-    "*.csv",
-    "*.tsv",
-    "*.ndjson",
-    "*.json",
-    "*.json.*",
-)
+FOREIGN_NAMES = "*.parquet *.arrow *.zst *.csv *.tsv *.ndjson *.json *.json.*".split()
+"""Files of a folder with data that is not read."""
 NO_DATA = ("dataset_info.json", "dataset_infos.json", "state.json")
 """Files in which Hugging Face's datasets describe themselves."""
 
@@ -49,8 +41,8 @@ def find_files(entry: str | Path) -> list[DataFile]:
 
 def _files_of_folder(path: Path) -> list[DataFile]:
     """Raises ConfigError also for a folder with data that would be passed over."""
-    found = {file.name for name in FOREIGN_NAMES for file in path.glob(name)}
-    foreign = sorted(found.difference(NO_DATA))
+    others = {file.name for name in FOREIGN_NAMES for file in path.glob(name)}
+    foreign = sorted(others.difference(NO_DATA))
     require(
         not foreign,
         f"the data folder {path} has {len(foreign)} files of data that are not read "

@@ -74,9 +74,11 @@ class ChatEndpoint:
     def answer(self, body: dict[str, Any], stop: threading.Event) -> Answer:
         """The answer to a request of `messages` and sampling parameters. Raises NoAnswer after the
         last try, or once `stop` is set."""
+        body = {"model": self.model, **body}
         for tries in range(self.retries + 1):
             try:
-                return self._answer({"model": self.model, **body})
+                response = self._request("/chat/completions", body)
+                return _answer_of(response, wants_tokens="return_token_ids" in body)
             except NoAnswer as error:
                 if not error.passing or tries == self.retries:
                     raise
@@ -84,12 +86,6 @@ class ChatEndpoint:
                 if stop.wait(min(error.delay or delay, LONGEST_DELAY)):
                     raise
         raise AssertionError("the last try returns or raises")
-
-    def _answer(self, body: dict[str, Any]) -> Answer:
-        answer = _answer_of(self._request("/chat/completions", body))
-        if body.get("return_token_ids") and not answer.sample():
-            raise NoAnswer("no token ids", "the server does not tell those of prompt and answer")
-        return answer
 
     def _request(self, path: str, body: dict | None = None) -> dict[str, Any]:
         request = urllib.request.Request(self.url.rstrip("/") + path)
@@ -103,10 +99,8 @@ class ChatEndpoint:
                 content = response.read()
         except urllib.error.HTTPError as error:
             raise _refusal(error) from error
-        except TimeoutError as error:
-            raise NoAnswer("timeout", f"none in {self.timeout:g} s", passing=True) from error
-        except (OSError, HTTPException) as error:  # URLError is an OSError
-            if isinstance(getattr(error, "reason", None), TimeoutError):
+        except (OSError, HTTPException) as error:  # URLError and TimeoutError are OSErrors
+            if isinstance(getattr(error, "reason", error), TimeoutError):
                 raise NoAnswer("timeout", f"none in {self.timeout:g} s", passing=True) from error
             raise NoAnswer("no connection", str(error), passing=True) from error
         try:
@@ -123,11 +117,11 @@ def _refusal(error: urllib.error.HTTPError) -> NoAnswer:
     passing = error.code in (408, 429) or error.code >= 500
     refusal = NoAnswer(f"HTTP {error.code}", text or error.reason, passing=passing)
     with contextlib.suppress(ValueError, TypeError):  # it may be a date, or missing
-        refusal.delay = max(0.0, float(error.headers.get("Retry-After")))
+        refusal.delay = max(0.0, float(error.headers.get("Retry-After", "")))
     return refusal
 
 
-def _answer_of(response: dict[str, Any]) -> Answer:
+def _answer_of(response: dict[str, Any], *, wants_tokens: bool) -> Answer:
     try:
         choice = response["choices"][0]
         message, finish_reason = choice["message"], choice["finish_reason"]
@@ -145,7 +139,10 @@ def _answer_of(response: dict[str, Any]) -> Answer:
     parts = {"reasoning_content": reasoning, "tool_calls": calls}
     parts = {name: value for name, value in parts.items() if value}
     prompt_ids, token_ids = response.get("prompt_token_ids"), choice.get("token_ids")
-    return Answer(content or "", finish_reason, tokens, parts or None, prompt_ids, token_ids)
+    answer = Answer(content or "", finish_reason, tokens, parts or None, prompt_ids, token_ids)
+    if wants_tokens and not answer.sample():
+        raise NoAnswer("no token ids", "the server does not tell those of prompt and answer")
+    return answer
 
 
 def ask_all(
@@ -174,23 +171,16 @@ def ask_all(
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                result = _result(future)
-                yield {running.pop(future): result}
-                is_failure = isinstance(result, NoAnswer)
-                failed = failed + 1 if is_failure and result.passing else 0
-                if failed >= limit or (is_failure and result.reason in HOPELESS):
+                error = future.exception()
+                failure = error if isinstance(error, NoAnswer) else None
+                yield {running.pop(future): failure or future.result()}
+                failed = failed + 1 if failure and failure.passing else 0
+                if failed >= limit or (failure and failure.reason in HOPELESS):
                     stop.set()
                     source = iter(())  # what runs may still end well
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
-
-
-def _result(future: Future) -> Answer | NoAnswer:
-    try:
-        return future.result()
-    except NoAnswer as error:
-        return error
 
 
 def _body(record: dict, seed: int, sampling: dict[str, Any]) -> dict[str, Any]:

@@ -5,8 +5,9 @@ Shapes: b = prompts of a batch, s = longest prompt of the batch, t = longest ans
 
 import random
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from datetime import date
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,8 @@ from transformers import (
 from dspark_megatron.data.chats.template import reads_clock
 from dspark_megatron.data.prompts.chat_prompts import Prompt
 from dspark_megatron.data.prompts.response_file import Answer, first_settings
-from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.errors import ConfigError
 from dspark_megatron.storage.target_folder import stop_token_ids
-
-
-def load_pretrained(kind: Any, target: Path, **options: Any) -> Any:
-    """`kind.from_pretrained` of the target's folder, whose own code is never run."""
-    require(target.is_dir(), f"the target's folder {target} must exist and does not")
-    options |= {"local_files_only": True, "trust_remote_code": False}
-    try:
-        return kind.from_pretrained(target, **options)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())  # Transformers writes several lines
-        raise ConfigError(f"{kind.__name__} cannot load {target}: {reason}") from error
 
 
 def template_day(
@@ -61,42 +51,44 @@ def batch_seed(seed: int, batch: int) -> int:
     return random.Random(f"{seed}/{batch}").getrandbits(63)
 
 
+@dataclass
 class LocalTarget:
     """A target that samples from its plain softmax, or greedily at temperature 0."""
 
-    def __init__(
-        self,
-        folder: Path,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        temperature: float,
-        max_new_tokens: int,
-        dtype: str = "auto",
-        device: str = "cpu",
-        messages_only: bool = False,
-    ) -> None:
-        """messages_only: answers do not keep their tokens."""
-        self._folder, self._tokenizer = folder, tokenizer
-        self._dtype, self._device, self._messages_only = dtype, device, messages_only
-        self._stops = stop_token_ids(folder, tokenizer)
-        choice = {"do_sample": False}
-        if temperature > 0:
-            choice = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
-        self._generation = GenerationConfig(
-            **choice,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=self._stops,
-            pad_token_id=self._stops[0],
-        )
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    temperature: float
+    max_new_tokens: int
+    dtype: str = "auto"
+    device: str = "cpu"
+    messages_only: bool = False
+    """Answers do not keep their tokens."""
+
+    @cached_property
+    def _stops(self) -> list[int]:
+        return stop_token_ids(self.folder, self.tokenizer)
 
     @cached_property
     def _model(self) -> PreTrainedModel:
-        """Loaded when the first answer is wanted."""
-        model = load_pretrained(AutoModelForCausalLM, self._folder, dtype=self._dtype)
+        """Loaded when the first answer is wanted. Code of the target's folder is never run."""
+        options = {"local_files_only": True, "trust_remote_code": False}
+        try:
+            model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=self.dtype, **options)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())  # Transformers writes several lines
+            raise ConfigError(f"Transformers cannot load {self.folder}: {reason}") from error
+        choice: dict[str, Any] = {"do_sample": False}
+        if self.temperature > 0:
+            choice = {"do_sample": True, "temperature": self.temperature, "top_p": 1.0, "top_k": 0}
         # The target's own generation config is replaced, not amended: it may hold penalties or cuts
         # that `generate` would merge in, and the draft has to learn the model's bare distribution.
-        model.generation_config = self._generation
-        return model.to(self._device).eval()
+        model.generation_config = GenerationConfig(
+            **choice,
+            max_new_tokens=self.max_new_tokens,
+            eos_token_id=self._stops,
+            pad_token_id=self._stops[0],
+        )
+        return model.to(self.device).eval()
 
     def answer_all(
         self, prompts: list[Prompt], missing: Collection[int], batch_size: int, seed: int
@@ -111,10 +103,10 @@ class LocalTarget:
 
     def answer(self, prompts: list[list[int]], seed: int) -> list[Answer]:
         """Answer b tokenized prompts at once."""
-        left = {"batch_first": True, "padding_side": "left"}
-        rows = [torch.tensor(prompt, device=self._device) for prompt in prompts]
-        ids = pad_sequence(rows, padding_value=self._stops[0], **left)  # [b, s]
-        mask = pad_sequence([torch.ones_like(row) for row in rows], **left)  # [b, s]
+        left = partial(pad_sequence, batch_first=True, padding_side="left")
+        rows = [torch.tensor(prompt, device=self.device) for prompt in prompts]
+        ids = left(rows, padding_value=self._stops[0])  # [b, s]
+        mask = left([torch.ones_like(row) for row in rows])  # [b, s]
         torch.manual_seed(seed)
         with torch.inference_mode():
             tokens = self._model.generate(ids, attention_mask=mask)  # [b, s + t]
@@ -124,11 +116,11 @@ class LocalTarget:
     def _answer(self, prompt: list[int], generated: list[int]) -> Answer:
         """The answer of t ids, perhaps with a stop token and padding at their end."""
         end = next((place for place, token in enumerate(generated) if token in self._stops), None)
-        content = self._tokenizer.decode(
+        content = self.tokenizer.decode(
             generated[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         written = generated if end is None else generated[: end + 1]
-        tokens = (None, None) if self._messages_only else (prompt, written)
+        tokens = (None, None) if self.messages_only else (prompt, written)
         if end is not None:
             return Answer(content, "stop", end, None, *tokens)
         # The cut may fall inside a character of several tokens; its first bytes decode to U+FFFD.

@@ -192,8 +192,8 @@ def _errors(
     """Distances of [low, high] from the values, as errorbar wants them."""
     if intervals is None:
         return None
-    known = (pair and None not in pair for pair in intervals)
-    ends = [pair if k else (v, v) for v, pair, k in zip(values, intervals, known, strict=True)]
+    pairs = zip(values, intervals, strict=True)
+    ends = [pair if pair and None not in pair else (v, v) for v, pair in pairs]
     low = [max(v - low, 0) for v, (low, _) in zip(values, ends, strict=True)]
     high = [max(high - v, 0) for v, (_, high) in zip(values, ends, strict=True)]
     return [low, high]

@@ -27,7 +27,8 @@ def read_evaluation(path: Path) -> dict[str, Any]:
         f"{path} puts several evaluations together ({', '.join(found)}); give a file that one "
         "evaluation wrote (evaluate.output)",
     )
-    files, slots = found.get("files"), found.get("block_size")
+    files: Any = found.get("files")
+    slots: Any = found.get("block_size")
     good = isinstance(files, dict) and bool(files) and type(slots) is int
     require(
         good and all(isinstance(figures, dict) for figures in files.values()),
@@ -79,7 +80,7 @@ def read_simulation(path: Path, evaluation: dict[str, Any]) -> list[dict[str, An
     """Figures of a serving simulation by requests and policy; ConfigError when it is none, or of
     another draft than the one that was evaluated."""
     found = _read(path)
-    figures = found.get("figures")
+    figures: Any = found.get("figures")
     good = isinstance(figures, list) and bool(figures)
     require(
         good and all(isinstance(row, dict) and row.keys() >= SIMULATED for row in figures),

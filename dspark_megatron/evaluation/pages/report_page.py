@@ -1,18 +1,20 @@
-"""An evaluation on one self-contained HTML page, from its JSON files alone."""
+"""An evaluation on one self-contained HTML page, from its JSON files alone. Its text is in
+`report.html.jinja`, which escapes whatever comes from outside; here are its tables."""
 
+import base64
 from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
 
-from dspark_megatron.evaluation.pages.page_parts import (
-    page,
-    paragraph,
-    picture,
-    section,
-    shown,
-    table,
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
+
+from dspark_megatron.evaluation.pages.plots import (
+    png,
+    reliability_diagram,
+    slot_plot,
+    threshold_plot,
 )
-from dspark_megatron.evaluation.pages.plots import reliability_diagram, slot_plot, threshold_plot
 from dspark_megatron.evaluation.serving.serving_plot import serving_plot
 
 FACTS = (
@@ -33,14 +35,9 @@ FILE_COLUMNS = {
     "identical_to_plain": "= plain",
 }
 """Figures of a prompt file and their headings; one that no file has is left out."""
-SLOT_TABLES = {
-    "accept_rate": "Share of a slot's tokens that were kept, of those whose predecessors were.",
-    "prefix_survival": "Share of the proposals whose tokens up to and with a slot were all kept.",
-}
-SIMULATION_TABLES = {
-    "tokens_per_second": "Tokens per second of all requests served at once.",
-    "verified": "Draft slots of a request that are verified in a step.",
-}
+
+Table = tuple[list[Any], list[list[Any]]]
+"""Headings and rows. Cells: numbers, text, or None for what is not known."""
 
 
 def report_page(
@@ -50,92 +47,83 @@ def report_page(
 ) -> str:
     """The page's HTML. Arguments: what `report_inputs` reads."""
     files = _short_names(evaluation["files"])
+    templates = Environment(
+        loader=PackageLoader("dspark_megatron.evaluation", "pages"),
+        autoescape=True,
+        trim_blocks=True,
+        undefined=StrictUndefined,
+    )
+    templates.filters |= {"shown": _shown, "base64": _base64}
+    return templates.get_template("report.html.jinja").render(
+        title=f"Evaluation of the draft of iteration {_shown(evaluation.get('iteration'))}",
+        facts=[[key.replace("_", " "), evaluation.get(key)] for key in FACTS],
+        by_file=_by_file(files),
+        with_intervals=any(map(_intervals, files.values())),
+        slot_plot=slot_plot(files),
+        accept_rate=_by_slot(files, "accept_rate"),
+        prefix_survival=_by_slot(files, "prefix_survival"),
+        calibration=calibration and _calibration(calibration),
+        simulation=simulation and _simulation(simulation),
+    )
+
+
+def _by_file(files: dict[str, dict[str, Any]]) -> Table:
     for figures in files.values():
         figures["estimated_tau"] = figures.get("estimate", {}).get("tau")
-    facts = [[key.replace("_", " "), evaluation.get(key)] for key in FACTS]
-    parts = [table([], facts), _by_file(files), _by_slot(files)]
-    if calibration is not None:
-        parts += [_calibration(calibration), _sweep(calibration["threshold_sweep"])]
-    if simulation is not None:
-        parts.append(_simulation(simulation))
-    return page(
-        f"Evaluation of the draft of iteration {shown(evaluation.get('iteration'))}", *parts
-    )
-
-
-def _by_file(files: dict[str, dict[str, Any]]) -> str:
     keys = [key for key in FILE_COLUMNS if any(f.get(key) is not None for f in files.values())]
-    rows = [[name, *(_of_file(figures, key) for key in keys)] for name, figures in files.items()]
-    note = (
-        "tau: tokens gained in a round of drafting and verifying, bonus token included. estimate: "
-        "the same, told from the answers without generation."
-    )
-    if any(map(_intervals, files.values())):
-        note += " Below a figure: its confidence interval."
-    headings = ["file", *(FILE_COLUMNS[key] for key in keys)]
-    return section("Prompt files", table(headings, rows), paragraph(note))
-
-
-def _by_slot(files: dict[str, dict[str, Any]]) -> str:
-    parts = [picture(slot_plot(files), "acceptance and survival by slot")]
-    for key, meaning in SLOT_TABLES.items():
-        slots = max(len(figures[key]) for figures in files.values())
-        rows = [[name, *_of_slots(figures, key)] for name, figures in files.items()]
-        parts += [paragraph(meaning), table(["slot", *range(slots)], rows)]
-    return section("Acceptance by slot", *parts)
-
-
-def _calibration(calibration: dict[str, Any]) -> str:
-    before, after = (calibration["survival"][when] for when in ("before", "after"))
-    columns = [
-        ("temperature", calibration["temperatures"]),
-        ("ECE before", before["ece"]),
-        ("after", after["ece"]),
-        ("floor", after["noise_floor"]),
-        ("AUC before", before["auc"]),
-        ("after", after["auc"]),
-        ("Brier before", before["brier"]),
-        ("after", after["brier"]),
+    rows = [
+        [name, *(_with_interval(figures.get(key), _intervals(figures).get(key)) for key in keys)]
+        for name, figures in files.items()
     ]
-    by_slot = zip(*(figures for _, figures in columns), strict=True)
-    rows = [[slot, *row] for slot, row in enumerate(by_slot)]
-    fit, held_out = calibration["fit"], calibration["held_out"]
-    note = (
-        f"Of the survival up to and with a slot ({calibration['labels']} labels). Temperatures "
-        f"fitted on {fit['rounds']} rounds of {fit['prompts']} prompts; figures of "
-        f"{held_out['rounds']} rounds of {held_out['prompts']} others. An ECE near the floor, that "
-        "of exactly calibrated predictions on as many rounds, cannot be told from 0."
-    )
-    return section(
-        "Calibration of the confidence head",
-        picture(reliability_diagram(calibration["survival"]), "reliability diagram"),
-        table(["slot", *(head for head, _ in columns)], rows),
-        *map(paragraph, [note, *calibration["notes"]]),
-    )
+    return ["file", *(FILE_COLUMNS[key] for key in keys)], rows
 
 
-def _sweep(sweep: dict[str, Any]) -> str:
-    after = sweep["after"]
-    rows = [[f"{row[0]:g}", *row[1:]] for row in zip(*after.values(), strict=True)]
-    return section(
-        "Confidence threshold",
-        paragraph("Each draft cut at the first slot whose confidence is below the threshold."),
-        picture(threshold_plot(sweep), "threshold sweep"),
-        paragraph("After calibration:"),
-        table([name.replace("_", " ") for name in after], rows),
-    )
+def _by_slot(files: dict[str, dict[str, Any]], key: str) -> Table:
+    rows = []
+    for name, figures in files.items():
+        values = figures[key]
+        pairs = _intervals(figures).get(key) or [None] * len(values)
+        rows.append([name, *map(_with_interval, values, pairs)])
+    return ["slot", *range(max(map(len, rows)) - 1)], rows
 
 
-def _simulation(figures: list[dict[str, Any]]) -> str:
+def _calibration(calibration: dict[str, Any]) -> dict[str, Any]:
+    before, after = (calibration["survival"][when] for when in ("before", "after"))
+    columns = {
+        "temperature": calibration["temperatures"],
+        "ECE before": before["ece"],
+        "ECE after": after["ece"],
+        "floor": after["noise_floor"],
+        "AUC before": before["auc"],
+        "AUC after": after["auc"],
+        "Brier before": before["brier"],
+        "Brier after": after["brier"],
+    }
+    by_slot = [[slot, *row] for slot, row in enumerate(zip(*columns.values(), strict=True))]
+    sweep = calibration["threshold_sweep"]
+    thresholds = zip(*sweep["after"].values(), strict=True)
+    return {
+        **calibration,
+        "reliability_diagram": reliability_diagram(calibration["survival"]),
+        "by_slot": (["slot", *columns], by_slot),
+        "threshold_plot": threshold_plot(sweep),
+        "by_threshold": (
+            [name.replace("_", " ") for name in sweep["after"]],
+            [[f"{row[0]:g}", *row[1:]] for row in thresholds],
+        ),
+    }
+
+
+def _simulation(figures: list[dict[str, Any]]) -> dict[str, Any]:
     levels = sorted({row["requests"] for row in figures})
-    parts = [picture(serving_plot(figures), "throughput and verified slots by requests")]
-    for key, meaning in SIMULATION_TABLES.items():
+    tables: dict[str, Any] = {"serving_plot": serving_plot(figures)}
+    for key in ("tokens_per_second", "verified"):
         by_policy: dict[str, dict[int, float]] = {}
         for row in figures:
             by_policy.setdefault(row["policy"], {})[row["requests"]] = row[key]
         rows = [[policy, *map(found.get, levels)] for policy, found in by_policy.items()]
-        parts += [paragraph(meaning), table(["policy \\ requests", *levels], rows)]
-    return section("Serving simulation", *parts)
+        tables[key] = ["policy \\ requests", *levels], rows
+    return tables
 
 
 def _short_names(files: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -149,17 +137,20 @@ def _intervals(figures: dict[str, Any]) -> dict[str, Any]:
     return figures.get("confidence_intervals") or {}
 
 
-def _of_file(figures: dict[str, Any], key: str) -> str:
-    return _with_interval(figures.get(key), _intervals(figures).get(key))
-
-
-def _of_slots(figures: dict[str, Any], key: str) -> list[str]:
-    values = figures[key]
-    pairs = _intervals(figures).get(key) or [None] * len(values)
-    return [_with_interval(value, pair) for value, pair in zip(values, pairs, strict=True)]
-
-
 def _with_interval(value: float | None, pair: Sequence[float | None] | None) -> str:
     if not pair or None in pair:
-        return shown(value)
-    return f"{shown(value)}\n{shown(pair[0])}–{shown(pair[1])}"
+        return _shown(value)
+    return f"{_shown(value)}\n{_shown(pair[0])}–{_shown(pair[1])}"
+
+
+def _shown(value: Any) -> str:
+    """A value as text, with the digits that are worth reading."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+    return str(value)
+
+
+def _base64(figure: Figure) -> str:
+    return base64.b64encode(png(figure)).decode()

@@ -11,7 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dspark_megatron.conversion.layouts.names import LAYER, Row, hugging_face_shapes, to_megatron
+from dspark_megatron.conversion.layouts.names import (
+    LAYER,
+    NameMapping,
+    hugging_face_shapes,
+    to_megatron,
+)
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.shape import DraftShape
 from dspark_megatron.storage.safetensors_folder import SafetensorsFolder
@@ -66,7 +71,7 @@ class FolderLayers:
 class LayerCopies:
     """What draft layers take over from a target's."""
 
-    rows: list[Row]
+    rows: list[NameMapping]
     """Megatron names of the draft, Hugging Face names of the target."""
     report: list[str]
     """Lines that say what is copied, and what is not and why."""
@@ -79,7 +84,7 @@ def layer_copies(
     values, gate with up. same_heads: whether both have the same numbers of heads and the same head
     width; else attention does not fit, though a shape may."""
     wanted = hugging_face_shapes(shape, shared_weights=False)
-    rows: list[Row] = []
+    rows: list[NameMapping] = []
     report: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for i, layer in enumerate(ids):
         for row in LAYER:
@@ -105,7 +110,7 @@ def layer_copies(
 @torch.no_grad()
 def copy_layers(
     draft: DSparkDraftModel,
-    rows: Iterable[Row],
+    rows: Iterable[NameMapping],
     source: LayerSource,
     *,
     tp_group: dist.ProcessGroup,
@@ -114,7 +119,7 @@ def copy_layers(
     parameters = dict(draft.named_parameters())
     for row in rows:
         get = partial(source.part, dim=row.split, index=tp_group.rank(), count=tp_group.size())
-        for name, tensor in to_megatron(draft.shape, get, rows=[row]):
+        for name, tensor in to_megatron(draft.shape, get, entries=[row]):
             parameters[name].copy_(tensor)
 
 

@@ -83,7 +83,7 @@ class PipelineTarget(FrozenGPT, StatesSource):
         takes, and a broadcast over the pipeline."""
         outputs, (b, s) = [], input_ids.shape
         hook = self.model.register_forward_hook(lambda _model, _inputs, x: outputs.append(x))
-        last_hidden = self.states(Batch(input_ids)).needed_hidden
+        last_hidden = self.states(Batch(input_ids)).hidden
         hook.remove()
         last, size = self.pp_group.size() - 1, (b, s, self.model.vocab_size)
         logits = torch.empty(size, dtype=self.dtype, device=self.device)

@@ -89,7 +89,7 @@ class MegatronTarget(FrozenGPT, Target):
             pairs = zip(hidden, starts, strict=True)
             return torch.stack([one[start : start + width] for one, start in pairs])
 
-        return TargetStates(new(states.taps), new(states.needed_hidden))
+        return TargetStates(new(states.taps), new(states.hidden))
 
     def forget(self, cache: list[Tensor], tokens: list[int]) -> None:
         cache[:] = [one[: len(one) - n] for one, n in zip(cache, tokens, strict=True)]

@@ -63,8 +63,9 @@ class DeepSpecLayout:
         return path.stat().st_size == nbytes
 
     def sample_tensors(
-        self, sample: Sample, taps: Tensor, last_hidden: Tensor
+        self, sample: Sample, taps: Tensor, last_hidden: Tensor | None
     ) -> dict[str, Tensor]:
+        assert last_hidden is not None
         return {
             "input_ids": sample.input_ids.int(),
             "attention_mask": torch.ones(len(sample.input_ids), dtype=torch.uint8),

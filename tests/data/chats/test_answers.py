@@ -119,6 +119,11 @@ def test_reasoning_that_was_written_is_learnt_with_its_tags(answers, template, e
         assert answers(told(raw), template) == [expected]
 
 
+def test_an_empty_answer_learns_its_end_alone(answers):
+    assert answers(told(""), "marked") == [f"<think>\n\n</think>\n\n⟦{END}"]
+    assert answers(told(""), "block") == [f"<think>\n\n</think>\n\n⟦{END}"]
+
+
 def test_reasoning_with_a_key_of_its_own(answers):
     record = told(TEXT, reasoning_content=WHY)
     assert answers(record, "block") == [f"⟦{WRITTEN}{END}"]

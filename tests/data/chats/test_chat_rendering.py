@@ -8,27 +8,14 @@ from dspark_megatron.data.chats.template import ChatTemplate
 from dspark_megatron.data.conversation import ConversationEncoder
 from dspark_megatron.data.prompts.chat_prompts import load_prompts, make_prompt
 from dspark_megatron.errors import ConfigError
+from support.chat_lines import write_jsonl
 from support.chat_templates import LAST_QUESTION, QWEN3_ANSWER, TEMPLATES, chatml
-from support.samples import GENERATION_TEMPLATE, VOCAB_SIZE, supervised_text
+from support.samples import GENERATION_TEMPLATE, VOCAB_SIZE
 from support.template_table import CASES, QUESTION, TOOL, message
 from support.tiny_tokenizer import CHATML_TEMPLATE, tiny_tokenizer
 
 ANSWER = message("assistant", "Lima.")
 ASKED_ELSEWHERE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBOR"}}
-
-
-@pytest.fixture
-def learnt():
-    """The whole text and the learnt text of each sample of messages, with a template."""
-
-    def learnt(messages, template=CHATML_TEMPLATE, **line):
-        tokenizer = tiny_tokenizer(VOCAB_SIZE)
-        tokenizer.chat_template = TEMPLATES.get(template, template)
-        record = messages if isinstance(messages, dict) else {"messages": messages, **line}
-        samples = ConversationEncoder(tokenizer, VOCAB_SIZE).encode(record)
-        return [(tokenizer.decode(s.input_ids), supervised_text(tokenizer, s)) for s in samples]
-
-    return learnt
 
 
 def calling(arguments, name="weather"):
@@ -253,12 +240,10 @@ def test_marked_answers_are_whole_or_compared(learnt):
 def test_prompts_are_checked_and_spelled_as_chats_are(tmp_path):
     tokenizer = tiny_tokenizer(VOCAB_SIZE)
     tokenizer.chat_template = TEMPLATES["llama-3"]
-    path = tmp_path / "prompts.jsonl"
     parts = {"messages": [message("human", [{"type": "text", "text": "Peru?"}])]}
-    path.write_text(json.dumps(parts))
+    path = write_jsonl(tmp_path / "prompts.jsonl", [parts])
     assert "\n\nPeru?<|eot_id|>" in load_prompts(path, tokenizer, None, 999)[0].text
-    lines = [{**parts, "tools": [TOOL]}, parts, {"messages": []}]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_jsonl(path, [{**parts, "tools": [TOOL]}, parts, {"messages": []}])
     with pytest.raises(ConfigError, match="2 of 3 lines") as error:
         load_prompts(path, tokenizer, None, 999)
     assert "prompts.jsonl:1: the chat template leaves out the line's tools" in str(error.value)

@@ -3,10 +3,9 @@
 import pytest
 from tokenizers import processors
 
-from dspark_megatron.data.conversation import ConversationEncoder
 from dspark_megatron.errors import ConfigError
 from support.chat_lines import chat, talk, turns
-from support.samples import FORGETTING_TEMPLATE, GENERATION_TEMPLATE, VOCAB_SIZE, supervised_text
+from support.samples import FORGETTING_TEMPLATE, GENERATION_TEMPLATE, VOCAB_SIZE
 from support.tiny_tokenizer import tiny_tokenizer
 
 TAGS = ("<think>", "</think>")
@@ -24,18 +23,6 @@ OPENING_TEMPLATE = (
     "<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 )
-
-
-@pytest.fixture
-def learnt(tokenizer):
-    """The whole text and the learnt text of each sample of a record."""
-
-    def learnt(record, template=None, tags=None):
-        tokenizer.chat_template = template or tokenizer.chat_template
-        samples = ConversationEncoder(tokenizer, VOCAB_SIZE, tags).encode(record)
-        return [(tokenizer.decode(s.input_ids), supervised_text(tokenizer, s)) for s in samples]
-
-    return learnt
 
 
 def calling(function):
@@ -68,6 +55,10 @@ def test_sharegpt_is_the_chat_of_its_turns(learnt):
         (
             calling({"name": "add", "arguments": "[3"}),
             "calls add with arguments that are no",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "hi", "thinking": True}]},
+            r'message 0 \(user\) must have a "thinking" that is a string, not True',
         ),
         (calling({"arguments": {}}), 'tool call without a "function" with a "name"'),
         ({"messages": [{"role": "assistant", "tool_calls": 3}]}, '"tool_calls" that are a list'),

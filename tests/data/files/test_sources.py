@@ -1,6 +1,5 @@
 """Where samples come from: files, folders, globs, Megatron indexed datasets, in given shares."""
 
-import json
 from collections import Counter
 
 import numpy
@@ -11,21 +10,18 @@ from dspark_megatron.data.dataset import load_samples
 from dspark_megatron.data.files.sources import check_apart, find_files
 from dspark_megatron.data.sampler import Blend, SampleRef, StepSampler, global_batch, share_out
 from dspark_megatron.errors import ConfigError
-from support.chat_lines import talk
-from support.samples import FORGETTING_TEMPLATE, sample_rules
+from support.chat_lines import talk, tokens, write_jsonl
+from support.samples import FORGETTING_TEMPLATE, VOCAB_SIZE, sample_rules
 from support.tiny_target import tiny_config
 from support.tiny_tokenizer import tiny_tokenizer
 from support.training_runs import assert_same_curve, curve, run_training
 
-VOCAB_SIZE = 320
 RULES = sample_rules(8, 1)
 
 
 def write_ids(path, first, count):
     """Samples whose ids say where they come from."""
-    rows = [{"input_ids": [first + i] * 2, "loss_mask": [1, 1]} for i in range(count)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_jsonl(path, [tokens([first + i] * 2, [1, 1]) for i in range(count)])
 
 
 def write_indexed(prefix, documents, dtype=numpy.uint16):
@@ -170,8 +166,7 @@ def test_the_report_counts_split_chats_and_hidden_reasoning(tmp_path):
     tokenizer = tiny_tokenizer(VOCAB_SIZE)
     tokenizer.chat_template = FORGETTING_TEMPLATE
     chats = [talk("hi", "<think>hm</think>hello", "and", "bye"), talk("hi", "all")]
-    path = tmp_path / "chats.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in chats))
+    path = write_jsonl(tmp_path / "chats.jsonl", chats)
     rules = sample_rules(99, 1, reasoning_tags=("<think>", "</think>"))
     report = load_samples([path], tokenizer, VOCAB_SIZE, rules).report
     hidden = len(tokenizer("<think>hm</think>").input_ids)

@@ -1,6 +1,5 @@
 """Answers through a real HTTP server on this machine, with failures of every kind."""
 
-import json
 import re
 import threading
 from collections import Counter
@@ -8,7 +7,7 @@ from collections import Counter
 import generate_responses as tool
 import pytest
 
-from support.chat_lines import prompt, read_rows, write_lines
+from support.chat_lines import prompt, read_rows, write_jsonl
 from support.chat_server import KEY, Server
 
 
@@ -31,7 +30,7 @@ def run(server, tmp_path, capsys):
 
     def run(*texts, options=()):
         rows = [text if isinstance(text, dict) else prompt(text) for text in texts]
-        source = write_lines(tmp_path / "prompts.jsonl", [json.dumps(row) for row in rows])
+        source = write_jsonl(tmp_path / "prompts.jsonl", rows)
         output = tmp_path / "out.jsonl"
         arguments = ["--endpoint", server.url, "--model", "tiny", "--input", str(source)]
         arguments += ["--output", str(output), "--retry-delay", "0.01", "--timeout", "0.5"]

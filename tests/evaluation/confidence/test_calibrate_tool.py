@@ -107,7 +107,7 @@ def test_what_cannot_be_done_is_said(tmp_path):
     (tmp_path / "export" / "config.json").unlink()
     (tmp_path / "export").rmdir()
     (tmp_path / "export").write_text("a file")
-    with pytest.raises(SystemExit, match="cannot write .*export/reliability.png: File exists"):
+    with pytest.raises(SystemExit, match="cannot write .*/export/.*: File exists"):
         run(tmp_path)
 
 

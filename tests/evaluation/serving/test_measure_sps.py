@@ -1,10 +1,6 @@
 """tools/measure_sps.py takes real steps of a target, and leaves its contexts as they were. No time
 is tested."""
 
-import os
-import subprocess
-import sys
-
 import measure_sps
 import pytest
 import torch
@@ -13,8 +9,8 @@ import verification_steps
 from dspark_megatron.data.batch import Batch
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.evaluation.serving.sps_table import AdditiveSps, SampledSps, read_sps_table
-from support.paths import ROOT
 from support.tiny_target import tiny_config
+from support.tool_runs import run_tool
 
 
 def arguments(*more, output="sps.json"):
@@ -100,13 +96,9 @@ def test_a_measurement_that_cannot_be_right_is_named():
 def test_the_command_writes_a_table(tiny_run, tmp_path):
     config, output = tmp_path / "run.yaml", tmp_path / "sps.json"
     config.write_text(tiny_config(tiny_run).to_yaml())
-    command = [sys.executable, "tools/measure_sps.py", "--config", config, "target.dtype=bfloat16"]
+    command = ["tools/measure_sps.py", "--config", config, "target.dtype=bfloat16"]
     command += ["--output", output, "--context-length=20", "--rounds=1", "--batch-tokens", "1", "3"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    text = run_tool(*command)
     table = read_sps_table(output)
     assert isinstance(table, SampledSps) and table.sample_batch_tokens == [1, 3]
-    assert "steps / s" in done.stdout
+    assert "steps / s" in text

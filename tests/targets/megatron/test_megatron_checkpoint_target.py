@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -19,9 +17,9 @@ from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.storage.target_weights import shared_matrices, weights_fingerprint
 from support.megatron_checkpoint import write_checkpoint
 from support.megatron_targets import TARGETS, assert_states, config_of, megatron_states, whole
-from support.paths import ROOT
 from support.stored_states import prepare_options
 from support.tiny_target import tiny_config
+from support.tool_runs import run_tool
 from support.training_runs import (
     assert_same_curve,
     curve,
@@ -192,12 +190,9 @@ def test_train_evaluate_and_export_from_a_checkpoint(tiny_run, target, checkpoin
         assert code == 0, text
     assert json.loads((tmp_path / "draft" / "evaluation.json").read_text())["iteration"] == 3
     out = tmp_path / "out"
-    command = [sys.executable, ROOT / "tools" / "convert_checkpoint.py", "export"]
-    command += ["--checkpoint", tmp_path / "draft", "--target", path, "--output", out]
-    command += ["--dtype", "fp32", "--target-checkpoint", run]
-    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    assert "equal to the target's" in done.stdout
+    command = ["tools/convert_checkpoint.py", "export", "--checkpoint", tmp_path / "draft"]
+    command += ["--target", path, "--output", out, "--dtype", "fp32", "--target-checkpoint", run]
+    assert "equal to the target's" in run_tool(*command)
     expected = load_file(target("qwen2") / "model.safetensors")["model.embed_tokens.weight"]
     assert torch.equal(load_file(out / "model.safetensors")["embed_tokens.weight"], expected)
 

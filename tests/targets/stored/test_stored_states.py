@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import struct
-import subprocess
-import sys
 from unittest import mock
 
 import pytest
@@ -20,14 +18,10 @@ from dspark_megatron.targets.stored.safetensors_layout import (
     target_positions,
     to_float8,
 )
-from support.paths import ROOT
 from support.stored_states import prepare, prepare_options
 from support.tiny_target import make_chats, tiny_config
-from support.training_runs import (
-    assert_same_curve,
-    curve,
-    run_training,
-)
+from support.tool_runs import run_tool
+from support.training_runs import assert_same_curve, curve, run_training
 
 STEPS = 6
 
@@ -204,9 +198,7 @@ def test_killed_at_ten_random_points(pool, run, tmp_path):
     place = dict(world=1, tp=1, config=config)
     pool.run(prepare_options, **place, output=whole, **{"shard-mib": "0.001"})
     options = ["--config", str(file), "--output", str(killed), "--shard-mib", "0.001"]
-    command = [sys.executable, "tests/support/killed_writer.py", "10", *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    text = subprocess.check_output(command, cwd=ROOT, env=environment, text=True)
+    text = run_tool("tests/support/killed_writer.py", "10", *options)
     assert text.splitlines().count("killed") == 10
     assert contents(killed) == contents(whole)
 
@@ -356,9 +348,8 @@ def test_deepspec_layout_holds_every_state(pool, run, caches, tmp_path):
 
 @pytest.mark.slow
 def test_the_benchmark_runs(tmp_path):
-    tool = ["tools/benchmark_cache.py", "--folder", str(tmp_path), "--gib", "0.02", "--rounds", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    text = subprocess.check_output([sys.executable, *tool], cwd=ROOT, env=environment, text=True)
+    sizes = ["--gib", "0.02", "--rounds", "1"]
+    text = run_tool("tools/benchmark_cache.py", "--folder", tmp_path, *sizes)
     assert "plain reads" in text and "states" in text
     assert not list(tmp_path.iterdir()), "the files are removed"
 
