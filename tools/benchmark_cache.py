@@ -1,8 +1,8 @@
-"""How fast a cache of target states is read, against plain reads of the same files.
+"""How fast stored states are read, against plain reads of the same files.
 
     python tools/benchmark_cache.py --folder DIR [--gib 1] [--rounds 5]
 
-Writes a cache of random states (h = 1,024, five taps, 1,024 tokens a sample, half of them
+Stores random states (h = 1,024, five taps, 1,024 tokens a sample, half of them
 supervised) with the writer's own code, then reads it in turns: the files from start to end in
 blocks of 8 MiB, and each sample's states once, in random order, as training does. Before each turn
 the system is told to forget the files (posix_fadvise), so that they come from the disk. One reading
@@ -42,14 +42,14 @@ class RandomTarget:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measure reading a cache of states.")
+    parser = argparse.ArgumentParser(description="Measure reading stored states.")
     parser.add_argument("--folder", type=Path, required=True, help="on the disk to measure")
-    parser.add_argument("--gib", type=float, default=1.0, help="size of the cache, about")
+    parser.add_argument("--gib", type=float, default=1.0, help="size of the states, about")
     parser.add_argument("--rounds", type=int, default=5, help="turns, of which the median counts")
     return parser.parse_args(argv)
 
 
-def write_cache(folder: Path, samples: list[Sample]) -> None:
+def store_states(folder: Path, samples: list[Sample]) -> None:
     from dspark_megatron.mcore.prepare import prepare_megatron
     from dspark_megatron.run.runtime import Launch, start
     from dspark_megatron.targets.stored.writer import StatesWriter
@@ -85,8 +85,8 @@ def read_plainly(files: list[Path]) -> None:
 
 
 def read_states(folder: Path, samples: list[Sample]) -> None:
-    cache = SafetensorsStates(folder, read_manifest(folder))
-    target = StoredStates(cache, samples, device=torch.device("cpu"))
+    reader = SafetensorsStates(folder, read_manifest(folder))
+    target = StoredStates(reader, samples, device=torch.device("cpu"))
     for i in torch.randperm(len(samples)).tolist():
         target.states(Batch(samples[i].input_ids[None], sample_indices=(i,)))
 
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         folder = Path(scratch)
-        write_cache(folder, samples)
+        store_states(folder, samples)
         files = sorted(folder.glob("shard_*"))
         size = sum(path.stat().st_size for path in files)
         seconds = measure(folder, files, samples, args.rounds)

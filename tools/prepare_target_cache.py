@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Write a cache of the target's states.")
+    parser = argparse.ArgumentParser(description="Store the target's states.")
     add = parser.add_argument
     add("--config", required=True, help="YAML file of the run that is to read it")
     add("overrides", nargs="*", metavar="section.key=value")

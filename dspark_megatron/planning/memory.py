@@ -47,7 +47,7 @@ class RankMemory:
 def rank_memory(plan: RunPlan) -> RankMemory:
     """Of the rank that holds most. Sizes are upper bounds where data decides: samples of
     `data.max_length` tokens, `model.num_anchors` anchors in each and every slot supervised. Without
-    the target where its quantized size is not known, or its states are read from a cache."""
+    the target where its quantized size is not known, or its states are stored."""
     states = _target_states(plan)
     weights, work = _target_figures(plan)
     held = {} if weights is None else {"frozen target": weights}

@@ -38,7 +38,7 @@ class Wish:
     global_batch_size: int = 512
     micro_batch_size: int = 1
     samples: int | None = None
-    """Training samples, for the size of a cache."""
+    """Training samples, for the size of their stored states."""
     overrides: list[str] = field(default_factory=list)
     """`section.key=value`"""
 

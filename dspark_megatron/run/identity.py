@@ -54,12 +54,12 @@ def template_day(plan: RunPlan) -> str | None:
 
 
 def fix_template_day(
-    plan: RunPlan, main_ranks: Callable[[Callable[[], str]], str], *, cache: Path | None = None
+    plan: RunPlan, main_ranks: Callable[[Callable[[], str]], str], *, stored: Path | None = None
 ) -> None:
     """Set data.template_date, where it is null and the chat template reads the clock, to that of
-    what is continued: `cache`, else the run in train.output_dir, else target.cache. A new run takes
-    today's, by the main rank's clock. Every rank calls it. main_ranks: gives every rank what a
-    function returns on the main rank."""
+    what is continued: `stored`, else the run in train.output_dir, else target.cache. A new run
+    takes today's, by the main rank's clock. Every rank calls it. main_ranks: gives every rank what
+    a function returns on the main rank."""
     config = plan.config
     if config.data.template_date is not None:
         return
@@ -68,10 +68,10 @@ def fix_template_day(
     def choose() -> str:
         if not reads:
             return ""
-        kept = _of_cache(cache) if cache else None
+        kept = _of_stored_states(stored) if stored else None
         kept = kept or _of_run(Path(config.train.output_dir))
         if not kept and config.target.is_stored:
-            kept = _of_cache(Path(config.target.cache))
+            kept = _of_stored_states(Path(config.target.cache))
         return kept or date.today().isoformat()
 
     day = main_ranks(choose)  # asked for by every rank: their templates are compared later only
@@ -105,7 +105,7 @@ def _of_run(folder: Path) -> str | None:
     return next((day for facts in found if (day := facts.get("template_date"))), None)
 
 
-def _of_cache(folder: Path) -> str | None:
+def _of_stored_states(folder: Path) -> str | None:
     for name in (MANIFEST, UNFINISHED):
         if data := _read(folder / name, json.loads).get("data"):
             return data.get("template_date")

@@ -146,7 +146,7 @@ def start_facts(plan: RunPlan, resume_from: Path | None) -> Facts:
 
 
 def folder_facts(name: str, folder: Path | None) -> Facts:
-    """Of a checkpoint, a draft or a cache: what it says of itself."""
+    """Of a checkpoint, a draft or stored states: what it says of itself."""
     if folder is None:
         return {name: "none"}
     files = ("dspark.json", ".metadata", "config.json", "manifest.json")

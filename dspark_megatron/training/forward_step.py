@@ -86,7 +86,7 @@ class ForwardStep:
     def _target_states(self, batch: MicroBatch, metrics: MetricSums) -> TargetStates:
         states = self.target.states(batch)
         if states.positions is not None:
-            padding = states.positions - sum(batch.lengths or [])
+            padding = states.positions - sum(batch.lengths)
             metrics.add(positions=states.positions, padding=padding)
         return states
 

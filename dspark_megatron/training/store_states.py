@@ -27,7 +27,7 @@ def run(job: Launch, args: Namespace) -> None:
     own = {name: getattr(args, name) for name in ("output", "dtype", "format", "shard_mib")}
     agree_at_launch(job, launch_facts(config, command="prepare_target_cache", **own))
     plan = check(config, job.world_size, use="store_states")
-    fix_template_day(plan, job.main_ranks, cache=output)
+    fix_template_day(plan, job.main_ranks, stored=output)
     runtime = start(job, config.parallel.tensor_parallel, shards_target=plan.shards_target)
     agree(target_facts(plan))
     store_states(plan, runtime, output, args)
@@ -104,8 +104,8 @@ def _size_line(plan: RunPlan, data: ConversationDataset, writer: StatesWriter) -
     deepspec = DeepSpecLayout(shape.hidden_size, shape.target_layer_ids, "")
     theirs = sum(deepspec.entry(data[i]).nbytes for i in range(len(data)))
     return (
-        f"cache of {len(data):,} samples with {tokens:,} tokens: {writer.nbytes / 2**30:,.3f} GiB, "
-        f"{writer.nbytes / tokens:,.0f} bytes a token; DeepSpec's layout (bf16): "
-        f"{theirs / 2**30:,.3f} GiB, {theirs / tokens:,.0f} bytes a token; "
-        f"{writer.nbytes / theirs:.1%} of it"
+        f"states of {len(data):,} samples with {tokens:,} tokens: "
+        f"{writer.nbytes / 2**30:,.3f} GiB, {writer.nbytes / tokens:,.0f} bytes a token; "
+        f"DeepSpec's layout (bf16): {theirs / 2**30:,.3f} GiB, {theirs / tokens:,.0f} bytes a "
+        f"token; {writer.nbytes / theirs:.1%} of it"
     )

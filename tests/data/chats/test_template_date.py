@@ -99,7 +99,7 @@ def test_the_day_is_that_of_the_first_start(tmp_path):
     assert fixed(plan_of(run)) == "2026-01-04"
     cached.config.data.template_date = None
     assert fixed(cached) == "2026-01-04"  # its checkpoints are of that day
-    assert fixed(plan_of(run), cache=cache) == "2026-01-03"  # a cache that is gone on with
+    assert fixed(plan_of(run), stored=cache) == "2026-01-03"  # stored states that are gone on with
     newest = run / "checkpoints" / "iter_0000002"
     newest.mkdir(parents=True)
     (newest / "dspark.json").write_text('{"template_date": "2026-01-07"}')
