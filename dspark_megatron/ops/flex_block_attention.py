@@ -12,6 +12,7 @@ i query tiles, j key tiles, w blocks that reach into a query tile.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class FlexBlockAttention:
             for context, block in zip(context_kv, block_kv, strict=True)
         )
         rows = query.flatten(0, 1).transpose(0, 1)[None]  # [1, a/tp, n*k, d]
-        attend = compiled_flex() if query.is_cuda else flex_attention
+        attend: Any = compiled_flex() if query.is_cuda else flex_attention
         out = attend(rows, key, value, block_mask=self.mask, enable_gqa=True)
         return out[0].transpose(0, 1).reshape(query.shape)
 

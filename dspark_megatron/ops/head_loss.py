@@ -10,6 +10,7 @@ this rank.
 """
 
 from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -164,7 +165,15 @@ class _Gradients(torch.autograd.Function):
     """The loss and its terms, with the gradients that the forward pass has made."""
 
     @staticmethod
-    def forward(ctx, features, w2, target_hidden, labels, weights, head_loss):
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        w2: Tensor | None,
+        target_hidden: Tensor | None,
+        labels: Tensor,
+        weights: Tensor,
+        head_loss: Any,
+    ) -> tuple[Tensor, Tensor]:
         terms, *gradients = head_loss.terms_and_gradients(features, target_hidden, labels, weights)
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(terms)
@@ -175,7 +184,7 @@ class _Gradients(torch.autograd.Function):
         return (weights * loss).sum(), terms
 
     @staticmethod
-    def backward(ctx, grad_loss, _):
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_features, grad_w2 = ctx.saved_tensors
         if grad_w2 is not None:
             grad_w2 = (grad_w2 * grad_loss).to(ctx.w2_dtype)

@@ -8,8 +8,10 @@ from dspark_megatron.conversion.engines.table import MLX
 from dspark_megatron.conversion.layouts.names import LM_HEAD
 from dspark_megatron.conversion.layouts.rope_config import rope_differences
 
-BUNDLED = ("dspark_block_size", "dspark_markov_rank", "dspark_markov_head_type")
-BUNDLED += ("dspark_noise_token_id", "dspark_target_layer_ids")
+BUNDLED = (
+    *("dspark_block_size", "dspark_markov_rank", "dspark_markov_head_type"),
+    *("dspark_noise_token_id", "dspark_target_layer_ids"),
+)
 INHERITED = ("text_config", "num_nextn_predict_layers", "auto_map", "num_experts")
 VLLM_METHODS = ("eagle-", "eagle3", "dflash")
 

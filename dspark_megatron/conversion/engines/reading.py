@@ -13,10 +13,14 @@ from dspark_megatron.conversion.engines.table import AUX, FLAGS, HF, MLX, SGLANG
 from dspark_megatron.conversion.layouts.names import LATENT, LM_HEAD, hugging_face_shapes
 from dspark_megatron.shape import DraftShape
 
-SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-SIZES += ("num_key_value_heads", "vocab_size", "target_layer_ids", "markov_rank")
-KEYS = (*SIZES, "head_dim", "block_size", "mask_token_id", "markov_head_type", *FLAGS)
-KEYS += ("num_anchors",)
+SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "vocab_size", "target_layer_ids", "markov_rank"),
+)
+KEYS = (
+    *(*SIZES, "head_dim", "block_size", "mask_token_id", "markov_head_type", *FLAGS),
+    "num_anchors",
+)
 FOREIGN = r"(model|logit_head|markov_w[12]|gate_proj|joint_proj|confidence_proj)\."
 """Names of a wrapped model, of older SpecForge (`logit_head.`) and of ModelOpt (flat heads)."""
 
@@ -40,7 +44,7 @@ class Reading:
         return [name for name in self.tensors if re.match(pattern, name)]
 
     @property
-    def vocab_rows(self) -> int | None:
+    def vocab_rows(self) -> int:
         """Of the draft's LM head."""
         size = self.get("draft_vocab_size")
         return size if type(size) is int else self.values["vocab_size"]
@@ -54,7 +58,8 @@ class Reading:
 
 def unfolded(engine: Engine, config: dict[str, Any], speculators: bool) -> dict[str, Any]:
     """The config after the engine has lifted nested keys to the top level, if it does."""
-    layers, nested = config.get("transformer_layer_config"), config.get("dflash_config")
+    layers: Any = config.get("transformer_layer_config")
+    nested: Any = config.get("dflash_config")
     if speculators:
         aux = {engine.speculators_ids: config.get("aux_hidden_state_layer_ids")}
         known = {"architectures": ["Qwen3DSparkModel"]}
@@ -68,7 +73,8 @@ def unfolded(engine: Engine, config: dict[str, Any], speculators: bool) -> dict[
 def resolve(engine: Engine, config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The values of KEYS, and a line for each that is missing or malformed. A value that stands
     where this engine does not look is used on, so that the tensors can be judged as well."""
-    values, lines = {}, []
+    values: dict[str, Any] = {}
+    lines: list[str] = []
     for key in KEYS:
         place = first_place(config, engine.places.get(key, (key,)))
         value = _lookup(config, place) if place else engine.defaults.get(key)
@@ -152,7 +158,9 @@ def _expected_tensors(r: Reading) -> dict[str, tuple[int, ...]] | None:
     if any(v[key] is None for key in SIZES):
         return None
     keys = {"ffn_hidden_size": "intermediate_size", "num_layers": "num_hidden_layers"}
-    sizes = {f.name: v.get(keys.get(f.name, f.name)) for f in dataclasses.fields(DraftShape)}
+    sizes: dict[str, Any] = {
+        f.name: v.get(keys.get(f.name, f.name)) for f in dataclasses.fields(DraftShape)
+    }
     sizes |= {
         "head_dim": v["head_dim"] or v["hidden_size"] // v["num_attention_heads"],
         "target_layer_ids": tuple(v["target_layer_ids"]),
