@@ -117,13 +117,10 @@ def compare(args: argparse.Namespace) -> list[str]:
     from dspark_megatron.conversion.draft_folder import DraftFolder
     from dspark_megatron.conversion.logit_check import compare_logits
     from dspark_megatron.conversion.sources import CheckpointSource
-    from dspark_megatron.storage.training_checkpoint import CheckpointReader, find_checkpoint
 
     runtime = start(Launch.alone(), 1)
     try:
-        source = CheckpointSource(
-            CheckpointReader(find_checkpoint(args.checkpoint, args.iteration))
-        )
+        source = CheckpointSource(args.checkpoint, args.iteration)
         facts = TargetFacts.of(load_target_config(args.target), args.target.resolve().name)
         folder = DraftFolder(args.input, args.layout, facts)
         return compare_logits(

@@ -7,7 +7,7 @@ from dspark_megatron.conversion.folder_writer import WriteOptions, write_draft_f
 from dspark_megatron.conversion.sources import CheckpointSource, FolderSource
 from dspark_megatron.conversion.target_match import open_draft_folder
 from dspark_megatron.errors import require
-from dspark_megatron.storage.training_checkpoint import CheckpointReader, find_checkpoint
+from dspark_megatron.storage.training_checkpoint import CheckpointReader
 
 Fingerprint = Callable[[Path], str]
 
@@ -26,7 +26,7 @@ def export_checkpoint(
     fingerprint: how training fingerprinted the target; None skips that comparison. Raises
     ConfigError before anything is written when the export could not be used.
     """
-    source = CheckpointSource(CheckpointReader(find_checkpoint(checkpoint, iteration)))
+    source = CheckpointSource(checkpoint, iteration)
     _check_fingerprint(source.reader, Path(target_dir), fingerprint)
     options = options or WriteOptions()
     return write_draft_folder(source, Path(target_dir), Path(output_dir), options)

@@ -19,7 +19,7 @@ from dspark_megatron.conversion.layouts.names import (
 )
 from dspark_megatron.conversion.sidecar import same_checkpoint
 from dspark_megatron.errors import ConfigError
-from dspark_megatron.storage.training_checkpoint import CheckpointReader
+from dspark_megatron.storage.training_checkpoint import CheckpointReader, find_checkpoint
 
 
 class DraftSource(Protocol):
@@ -42,12 +42,14 @@ class DraftSource(Protocol):
 
 
 class CheckpointSource:
-    """A training checkpoint. Raises ConfigError that lists every wrong tensor."""
+    """A training checkpoint, by `find_checkpoint`. Raises ConfigError that lists every wrong
+    tensor."""
 
-    def __init__(self, reader: CheckpointReader) -> None:
-        check_megatron_tensors(reader.shape, reader.names(), str(reader.path))
-        self.reader, self.path = reader, reader.path
-        self.description = DraftDescription.of_checkpoint(reader.meta)
+    def __init__(self, path: str | Path, iteration: int | str | None = None) -> None:
+        self.reader = CheckpointReader(find_checkpoint(path, iteration))
+        self.path = self.reader.path
+        check_megatron_tensors(self.reader.shape, self.reader.names(), str(self.path))
+        self.description = DraftDescription.of_checkpoint(self.reader.meta)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         return to_hugging_face(self.reader.shape, self.reader.tensor)

@@ -25,7 +25,6 @@ from dspark_megatron.conversion.target_match import (
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.storage.safetensors_folder import open_safetensors
 from dspark_megatron.storage.target_folder import load_target_config
-from dspark_megatron.storage.training_checkpoint import CheckpointReader, find_checkpoint
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -57,7 +56,7 @@ def verify_folder(
         problems += target_problems(shape, target_config)
     source = None
     if checkpoint:
-        source = CheckpointSource(CheckpointReader(find_checkpoint(checkpoint, iteration)))
+        source = CheckpointSource(checkpoint, iteration)
         problems += _source_problems(folder, source, target_config)
     with_temperatures = False
     try:

@@ -23,8 +23,8 @@ from torch import Tensor
 from dspark_megatron.errors import require
 from dspark_megatron.storage.checkpoint_metadata import damaged
 from dspark_megatron.storage.torch_dist_folder import TorchDistFolder
+from dspark_megatron.storage.training_checkpoint import TRACKER
 
-TRACKER = "latest_checkpointed_iteration.txt"
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 MODEL_PARTS = ("embedding.", "decoder.", "output_layer.", "mtp.", "rotary_pos_emb.")
 """What the names of a GPTModel's tensors begin with."""

@@ -159,11 +159,9 @@ class SafetensorsFolder:
         it; dim None: all of it."""
         if dim is None:
             return self.tensor(name)
-        with open_safetensors(self._file_of(name)) as file:
-            entry = file.get_slice(name)
-            size = entry.get_shape()[dim] // count
-            mine = slice(index * size, (index + 1) * size)
-            return entry[mine] if dim == 0 else entry[:, mine]
+        size = self.shape(name)[dim] // count
+        mine, whole = slice(index * size, (index + 1) * size), slice(None)
+        return self.block(name, *((mine, whole) if dim == 0 else (whole, mine)))
 
     @cached_property
     def _headers(self) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -3,13 +3,13 @@
 Layer ids are canonical inside: k is the output of target layer k, -1 the embedding.
 """
 
-import dataclasses
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from dspark_megatron.conversion.engines.table import AUX, FLAGS, HF, MLX, SGLANG, VLLM, Engine
+from dspark_megatron.conversion.layouts.hf_config import SHAPE_KEYS
 from dspark_megatron.conversion.layouts.names import LATENT, LM_HEAD, hugging_face_shapes
 from dspark_megatron.shape import DraftShape
 
@@ -157,11 +157,7 @@ def _expected_tensors(r: Reading) -> dict[str, tuple[int, ...]] | None:
     v = r.values
     if any(v[key] is None for key in SIZES):
         return None
-    keys = {"ffn_hidden_size": "intermediate_size", "num_layers": "num_hidden_layers"}
-    sizes: dict[str, Any] = {
-        f.name: v.get(keys.get(f.name, f.name)) for f in dataclasses.fields(DraftShape)
-    }
-    sizes |= {
+    sizes: dict[str, Any] = {name: v.get(key) for name, (key, _) in SHAPE_KEYS.items()} | {
         "head_dim": v["head_dim"] or v["hidden_size"] // v["num_attention_heads"],
         "target_layer_ids": tuple(v["target_layer_ids"]),
         "markov_head_type": v["markov_head_type"] or "vanilla",

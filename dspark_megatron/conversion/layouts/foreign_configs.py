@@ -5,6 +5,7 @@ speculators 0.9 nests the backbone in `transformer_layer_config`, counts layer i
 embedding (one more than ours), and must not have a top-level `model_type`.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,42 +14,16 @@ from dspark_megatron.errors import ConfigError, require
 
 Config = dict[str, Any]
 
-DSPARK_KEYS = (
-    "mask_token_id",
-    "target_layer_ids",
-    "markov_rank",
-    "markov_head_type",
-    "enable_confidence_head",
-    "confidence_head_with_markov",
-)
-BACKBONE_KEYS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "rms_norm_eps",
-    "attention_bias",
-    "attention_dropout",
-    "initializer_range",
-    "max_position_embeddings",
-    "layer_types",
-    "sliding_window",
-    "use_sliding_window",
-    "max_window_layers",
-    "tie_word_embeddings",
-    "rope_theta",
-    "rope_parameters",
-    "rope_scaling",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "dtype",
-    "torch_dtype",
-)
+HEAD_KEYS = ("markov_rank", "markov_head_type", "enable_confidence_head")
+HEAD_KEYS += ("confidence_head_with_markov",)
+DSPARK_KEYS = ("mask_token_id", "target_layer_ids", *HEAD_KEYS)
+BACKBONE_KEYS = """
+    vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
+    num_key_value_heads head_dim hidden_act rms_norm_eps attention_bias attention_dropout
+    initializer_range max_position_embeddings layer_types sliding_window use_sliding_window
+    max_window_layers tie_word_embeddings rope_theta rope_parameters rope_scaling bos_token_id
+    eos_token_id pad_token_id dtype torch_dtype
+""".split()
 SPECULATORS_VERSION = "0.9.0"
 
 
@@ -92,10 +67,7 @@ def to_modelopt(canonical: Config, target: TargetFacts) -> Config:
     nested = {
         "projector_type": "dspark",
         "shift_label": True,
-        "mask_token_id": canonical["mask_token_id"],
-        "target_layer_ids": canonical["target_layer_ids"],
-        "markov_rank": canonical["markov_rank"],
-        "markov_head_type": canonical["markov_head_type"],
+        **_some(canonical, DSPARK_KEYS[:4]),
         "use_confidence_head": canonical["enable_confidence_head"],
     }
     return {
@@ -137,7 +109,7 @@ def to_speculators(canonical: Config, target: TargetFacts) -> Config:
         # Readers differ in what its absence means.
         "sample_from_anchor": True,
         "sliding_window_non_causal": False,
-        **_some(canonical, DSPARK_KEYS[2:]),
+        **_some(canonical, HEAD_KEYS),
         "tie_word_embeddings": False,
         "transformer_layer_config": backbone,
         "speculators_config": {
@@ -189,5 +161,5 @@ def lifted(config: Config, target: TargetFacts | None) -> Config:
     return {**complete, "rope_parameters": rope_of_config(complete)}
 
 
-def _some(config: Config, keys: tuple[str, ...]) -> Config:
+def _some(config: Config, keys: Iterable[str]) -> Config:
     return {key: config[key] for key in keys if key in config}

@@ -69,7 +69,7 @@ def hugging_face_config(
     }
 
 
-KEYS = {
+SHAPE_KEYS = {
     "hidden_size": ("hidden_size", int),
     "ffn_hidden_size": ("intermediate_size", int),
     "num_layers": ("num_hidden_layers", int),
@@ -95,14 +95,14 @@ KEYS = {
 def description_of_config(config: dict[str, Any]) -> DraftDescription:
     """The draft back from such a `config.json`. Raises ConfigError that lists the keys that are
     missing or of another type."""
-    missing = [key for key, _ in KEYS.values() if config.get(key) is None]
+    missing = [key for key, _ in SHAPE_KEYS.values() if config.get(key) is None]
     require(
         not missing,
         f"config.json lacks {missing}; put them in as the draft was trained (what is the target's "
         "is taken from --target)",
     )
     raise_if_any(_type_problems(config), "config.json")
-    shape = DraftShape.from_dict({field: config[key] for field, (key, _) in KEYS.items()})
+    shape = DraftShape.from_dict({field: config[key] for field, (key, _) in SHAPE_KEYS.items()})
     found = {**(config.get("dflash_config") or {}), **config}
     facts = DraftDescription(shape=shape).facts()
     facts |= {key: found[key] for key in facts if found.get(key) is not None}
@@ -118,10 +118,10 @@ def description_of_config(config: dict[str, Any]) -> DraftDescription:
 def _type_problems(config: dict[str, Any]) -> list[str]:
     problems = [
         f"{key} must be of type {kind.__name__}, is {config[key]!r}"
-        for key, kind in KEYS.values()
+        for key, kind in SHAPE_KEYS.values()
         if type(config[key]) is not kind and not (kind is float and type(config[key]) is int)
     ]
-    sizes = [key for key, kind in KEYS.values() if kind is int and key != "mask_token_id"]
+    sizes = [key for key, kind in SHAPE_KEYS.values() if kind is int and key != "mask_token_id"]
     problems += [
         f"{key} ({config[key]}) must be {'>= 0' if key == 'markov_rank' else '> 0'}"
         for key in sizes

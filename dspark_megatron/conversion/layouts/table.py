@@ -50,17 +50,8 @@ OLD_PREFIXES = ("model.", "logit_head.")
 LAYOUTS = {
     layout.name: layout
     for layout in (
-        Layout(
-            "hf",
-            foreign_configs.same,
-            foreign_configs.lifted,
-            shared_weights=True,
-        ),
-        Layout(
-            "speculators",
-            foreign_configs.to_speculators,
-            foreign_configs.from_speculators,
-        ),
+        Layout("hf", foreign_configs.same, foreign_configs.lifted, shared_weights=True),
+        Layout("speculators", foreign_configs.to_speculators, foreign_configs.from_speculators),
         Layout(
             "modelopt",
             foreign_configs.to_modelopt,
@@ -73,11 +64,7 @@ LAYOUTS = {
                 ("confidence_head.proj.", "confidence_proj."),
             ),
         ),
-        Layout(
-            "specforge",
-            foreign_configs.to_specforge,
-            foreign_configs.lifted,
-        ),
+        Layout("specforge", foreign_configs.to_specforge, foreign_configs.lifted),
     )
 }
 
