@@ -29,29 +29,27 @@ class HeadLossSize:
 
 def head_loss_parts(loss: LossConfig, size: HeadLossSize, *, with_target: bool) -> dict[str, int]:
     """What `head_loss` holds above its inputs at the highest moment of its two passes, by part."""
-    e, entries = size.dtype.itemsize, size.vocab_local * size.markov_rank
+    e, columns, entries = size.dtype.itemsize, size.vocab_local, size.vocab_local * size.markov_rank
     features = 2 * e * size.rows * (size.hidden_size + size.markov_rank)
-    chunk = _chunk_parts(loss, size, with_target=with_target)
-    # The gradient is scaled in fp32, then cast to the weight's type.
-    scaled = {"scaled gradient of markov_w2": FP32 * entries + (e * entries if e != FP32 else 0)}
-    scaled["scaled gradient of its rows"] = features // 2
-    higher = chunk if sum(chunk.values()) >= sum(scaled.values()) else scaled
+    rows = min(chunk_rows(loss, columns, size.dtype, with_target=with_target), size.rows)
+    logits = rows * row_bytes(columns, size.dtype, with_target=with_target)
+    tile = 0 if loss.compile else min(tile_rows(columns, size.device), rows)
+    moments = [
+        {
+            "logits of the head loss": logits,
+            "a tile's p and q in the head loss": TILES * FP32 * tile * columns,
+        },
+        {
+            "logits of the head loss": logits,
+            "a chunk's share of markov_w2's gradient": 0 if e == FP32 else e * entries,
+        },
+        {  # scaled in fp32, then cast to the weight's type
+            "scaled gradient of markov_w2": FP32 * entries + (e * entries if e != FP32 else 0),
+            "scaled gradient of its rows": features // 2,
+        },
+    ]
     return {
         "rows of the loss and their gradients": features + size.rows * (5 * FP32 + 2 * 8),
         "gradient of markov_w2 in the loss (fp32)": FP32 * entries,
-        **higher,
-    }
-
-
-def _chunk_parts(loss: LossConfig, size: HeadLossSize, *, with_target: bool) -> dict[str, int]:
-    """While a chunk's logits exist. Compiled passes keep none of it."""
-    columns, e = size.vocab_local, size.dtype.itemsize
-    rows = min(chunk_rows(loss, columns, size.dtype, with_target=with_target), size.rows)
-    tile = 0 if loss.compile else min(tile_rows(columns, size.device), rows)
-    return {
-        "logits of the head loss": rows * row_bytes(columns, size.dtype, with_target=with_target),
-        "a tile's p and q in the head loss": TILES * FP32 * tile * columns,
-        "a chunk's share of markov_w2's gradient": 0
-        if e == FP32
-        else e * columns * size.markov_rank,
+        **max(moments, key=lambda parts: sum(parts.values())),
     }

@@ -105,6 +105,4 @@ def test_the_peak_of_the_loss(tmp_path, dtype):
         )
         loss = LossConfig(memory_budget_mb=BUDGETS[dtype])
         planned = sum(head_loss_parts(loss, size, with_target=True).values())
-        if dtype == "bfloat16":  # on a CPU the products copy the LM head out of the wider matrix
-            planned += 2 * size.vocab_local * size.hidden_size
         assert planned / 2**20 == pytest.approx(measured["MiB per rank"], rel=0.15), tp
