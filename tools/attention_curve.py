@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dspark_megatron.ops.block_attention import block_attention
-from dspark_megatron.ops.context_ranges import ContextRanges
+from dspark_megatron.ops.transfer import ContextRanges
 from dspark_megatron.shape import DraftShape
 from support.reference import context_mask
 

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from dspark_megatron.config import LossConfig
-from dspark_megatron.ops.context_ranges import ContextRanges
 from dspark_megatron.ops.seeds import derived_seed
-from dspark_megatron.ops.transfer import all_to_device
+from dspark_megatron.ops.transfer import ContextRanges, all_to_device
 
 DEFAULT_LOSS = LossConfig()
 

@@ -13,9 +13,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from dspark_megatron.ops.context_ranges import ContextRanges
 from dspark_megatron.ops.flex_block_attention import FlexBlockAttention
 from dspark_megatron.ops.grouped_block_attention import GroupedBlockAttention
+from dspark_megatron.ops.transfer import ContextRanges
 
 FASTER_ON_CUDA = "sdpa"
 """What `auto` takes on a GPU: the backend that runs everywhere, until `make gpu-check` has shown on

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from dspark_megatron.ops.context_ranges import ContextRanges
+from dspark_megatron.ops.transfer import ContextRanges
 
 TILE = 128
 """Queries and keys of a tile: FlexAttention's own default."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dspark_megatron.ops.context_ranges import ContextRanges
+from dspark_megatron.ops.transfer import ContextRanges
 
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Not cuDNN's, which PyTorch prefers on Hopper: it makes a plan for every length of keys, and the

@@ -1,4 +1,6 @@
-"""From the host to the device without a wait."""
+"""From the host to the device without a wait, and what both have of one thing."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,3 +24,18 @@ def all_to_device(tensors: dict[str, Tensor], device: torch.device) -> dict[str,
         name: part.view(tensor.dtype).view(tensor.shape)
         for (name, tensor), part in zip(ordered, parts, strict=True)
     }
+
+
+class ContextRanges(NamedTuple):
+    """The half-open range of the context that each of n blocks sees. Ranges that start alike are
+    of one sample."""
+
+    on_host: list[tuple[int, int]]
+    """Groups of blocks are cut by these."""
+    on_device: Tensor
+    """[n, 2] the same numbers, for the masks."""
+
+    @classmethod
+    def of(cls, ranges: list[tuple[int, int]], device: torch.device) -> "ContextRanges":
+        numbers = torch.tensor(ranges, dtype=torch.int64).view(-1, 2)
+        return cls(ranges, to_device(numbers, device))

@@ -17,7 +17,7 @@ from dspark_megatron.data.blocks import (
 )
 from dspark_megatron.ops.acceptance import tau
 from dspark_megatron.ops.block_attention import block_attention
-from dspark_megatron.ops.context_ranges import ContextRanges
+from dspark_megatron.ops.transfer import ContextRanges
 from support.reference import plain_blocks, plain_candidates, plain_tau
 
 MASK = torch.tensor([0, 1, 1, 0, 1, 1, 1, 1, 0, 1], dtype=torch.bool)

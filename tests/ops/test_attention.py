@@ -13,8 +13,8 @@ from torch.nn.attention.flex_attention import flex_attention
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.ops import flex_block_attention
 from dspark_megatron.ops.block_attention import block_attention
-from dspark_megatron.ops.context_ranges import ContextRanges
 from dspark_megatron.ops.flex_block_attention import TILE, FlexBlockAttention
+from dspark_megatron.ops.transfer import ContextRanges
 from support.shapes import SHAPE
 from support.tiny_draft import build_tiny_draft, make_samples, sample_logits
 from support.tiny_target import tiny_config

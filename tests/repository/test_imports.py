@@ -57,6 +57,12 @@ def test_every_part_of_the_package_has_a_rule():
     assert rooms | modules == MAY_IMPORT.keys()
 
 
+def test_a_flat_folder_holds_at_most_twelve_files():
+    for folder in [PACKAGE, *(p for p in PACKAGE.rglob("*") if p.is_dir())]:
+        files = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+        assert len(files) <= 12, f"{folder.relative_to(PACKAGE)} holds {len(files)} files"
+
+
 @pytest.mark.parametrize("room", ["ops", "data", "targets"])
 def test_rooms_without_megatron(room):
     """But for the provider that is Megatron-Core's, which only training may ask for."""

@@ -14,8 +14,10 @@ from dspark_megatron.errors import ConfigError, require
 
 Config = dict[str, Any]
 
-HEAD_KEYS = ("markov_rank", "markov_head_type", "enable_confidence_head")
-HEAD_KEYS += ("confidence_head_with_markov",)
+HEAD_KEYS = (
+    *("markov_rank", "markov_head_type"),
+    *("enable_confidence_head", "confidence_head_with_markov"),
+)
 DSPARK_KEYS = ("mask_token_id", "target_layer_ids", *HEAD_KEYS)
 BACKBONE_KEYS = """
     vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
