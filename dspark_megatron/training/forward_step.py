@@ -57,7 +57,7 @@ class ForwardStep:
     def __call__(self, batch: MicroBatch, model: Any, metrics: MetricSums) -> Tensor | None:
         """[] with gradients; None where nothing is learnt. Adds to `metrics`. model: the draft, or
         what a loop has wrapped it in."""
-        blocks, lengths = batch.blocks, batch.lengths or []
+        blocks, lengths = batch.blocks, batch.lengths
         metrics.add(samples=len(lengths), tokens=sum(lengths), candidates=blocks.candidates)
         if blocks.weight == 0:  # on every tensor-parallel rank alike
             if self.target.lockstep:
