@@ -73,12 +73,12 @@ def _forward_parts(plan: RunPlan, work: TargetWork) -> Parts:
     """A layer at work, when the last states of its pass are still to come, or states being put
     together: each tap by itself and beside the others, or those of several passes and all of them.
     """
-    teacher = plan.config.needs_target_logits
-    joined = _taps(plan) + (target_passes(plan) > 1) * teacher * state_bytes(plan)
+    with_hidden = plan.config.needs_target_logits
+    joined = _taps(plan) + (target_passes(plan) > 1) * with_hidden * state_bytes(plan)
     for_others = PipelineStates.of(plan).kept_for_others
     parts = {
         "states kept for other pipeline ranks": for_others * pipeline_state_bytes(plan),
-        "states of a target layer": max(work.layer - teacher * work.last_states, joined),
+        "states of a target layer": max(work.layer - with_hidden * work.last_states, joined),
         "target's keys and values": work.cache,
         "gathered target layer": work.gathered_layers,
     }
@@ -202,7 +202,7 @@ def _last_layer(plan: RunPlan) -> int | None:
 
 
 def _target_states(plan: RunPlan) -> Parts:
-    """Taps and, for a teacher, the last hidden states."""
+    """Taps and, where the loss compares with the target, the last hidden states."""
     states = PipelineStates.of(plan)
     parts = {"target states of a micro-batch": states.states * state_bytes(plan)}
     if states.received:
@@ -241,6 +241,6 @@ def _loss_parts(plan: RunPlan, one: DraftPass) -> Parts:
         device=torch.device("cuda"),  # its larger tiles: a plan is made for GPUs
     )
     output = 2 * e * rows * (shape.hidden_size + shape.markov_rank)
-    teacher = config.needs_target_logits * e * rows * shape.hidden_size
+    target_hidden = config.needs_target_logits * e * rows * shape.hidden_size
     parts = head_loss_parts(config.loss, size, with_target=config.needs_target_logits)
-    return {"the draft's output and the target's rows": output + teacher, **parts}
+    return {"the draft's output and the target's hidden states": output + target_hidden, **parts}

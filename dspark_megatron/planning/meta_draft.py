@@ -18,7 +18,7 @@ class DraftElements(NamedTuple):
 
     trained: int
     frozen: int
-    """The target's embedding and LM head, and the room for `markov_w2` beside it."""
+    """The target's embedding and LM head, and the buffer of `markov_w2` beside it."""
 
 
 def draft_elements(shape: DraftShape, tp_size: int) -> DraftElements:

@@ -17,7 +17,7 @@ class PipelineStates:
     per_run: int
     """Of these, the ones that go through the stages together."""
     states: int
-    """Of one micro-batch: taps and, for a teacher, the last hidden state."""
+    """Of one micro-batch: taps and, if the loss compares with the target, the last hidden one."""
     widest: int
     """Of these, the most that one stage makes."""
 

@@ -1,6 +1,5 @@
-"""A rank's place in the job: environment, device, process groups, and how all ranks end together.
-
-The torchrun environment is read here and nowhere else.
+"""The place of a rank in its job: environment, device, process groups, and how all ranks end
+together. The environment that torchrun sets is read here and nowhere else.
 """
 
 import contextlib
@@ -21,18 +20,13 @@ import torch.distributed as dist
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.mcore.prepare import prepare_megatron
 
-_FAILURE_KEY = "dspark_failure"
-
-
-_MAIN_RANKS_KEY = "dspark_main_ranks"
-
-
+_FAILURE_KEY, _MAIN_RANKS_KEY = "dspark_failure", "dspark_main_ranks"
 _CHECK_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Process groups and device of this rank; what the rooms get as arguments."""
+    """Process groups and device of this rank."""
 
     rank: int
     world_size: int
@@ -42,7 +36,7 @@ class Runtime:
 
     @classmethod
     def joined(cls, device: torch.device) -> "Runtime":
-        """That of a job whose groups Megatron-Core has made."""
+        """Of a job whose groups Megatron-Core has made."""
         from megatron.core import parallel_state
 
         return cls(
