@@ -116,7 +116,7 @@ def steps_with_idle_micro_batches(runtime, config, steps_of):
     def make_idle(self, refs):
         batch = make(self, refs)
         if runtime.dp_group.rank() == 1 and next(number) % 4 == 0:
-            return replace(batch, own_blocks=batch.blocks.part(slice(0)))
+            return replace(batch, blocks=batch.blocks.part(slice(0)))
         return batch
 
     with mock.patch.object(MicroBatches, "_of", make_idle):

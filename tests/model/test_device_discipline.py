@@ -74,7 +74,7 @@ def test_a_host_tensor_in_the_step_is_found():
 
     def left_on_the_host(self, device):
         moved = move(self, device)
-        return replace(moved, own_blocks=replace(moved.blocks, weights=self.blocks.weights))
+        return replace(moved, blocks=replace(moved.blocks, weights=self.blocks.weights))
 
     move = MicroBatch.to
     with (

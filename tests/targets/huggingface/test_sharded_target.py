@@ -73,7 +73,7 @@ def calls_without_blocks(runtime, lockstep):
     shape = SHAPES["vanilla"]
     model, samples = build_tiny_draft(runtime, shape), make_samples(shape, (9,))
     (batch,) = rank_micro_batches(runtime, samples, shape.block_size, 1)
-    batch = dataclasses.replace(batch, own_blocks=batch.blocks.part(slice(0)))
+    batch = dataclasses.replace(batch, blocks=dataclasses.replace(batch.blocks, weight=0.0))
     step = make_step(runtime, model, samples)
     target = step.forward_step.target = CountedStates(samples)
     target.lockstep = lockstep
