@@ -103,7 +103,7 @@ def with_checkpoint(config: Config) -> tuple[Config, Path | None]:
     require(bool(config.evaluate.prompt_files), "evaluate.prompt_files is empty; name a JSONL file")
     require(
         not config.target.is_stored,
-        "evaluation decodes with the target, and a cache has no states of new tokens; set "
+        "evaluation decodes with the target, and stored states have none of new tokens; set "
         "target.provider=huggingface",
     )
     checkpoint = evaluated_checkpoint(config)

@@ -40,9 +40,9 @@ weight that goes by its name of the local backend, too."""
 ContextKV = list[tuple[Tensor, Tensor]]
 """Keys and values of the context for each layer, each [t, g/tp, d]."""
 
-FROZEN_REPLICAS = ("embed_tokens", "joint_head")
-"""The target's own matrices (its LM head within the joint one): needed to run, never trained, not
-in training checkpoints."""
+FROZEN_REPLICAS = ("embed_tokens", "output_head")
+"""The target's own matrices, its LM head within the output weight: needed to run, never trained,
+not in training checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class DSparkDraftModel(MegatronModule):
         self.final_layernorm = RMSNorm(**norm)
         # The target's LM head, and columns for markov_w2: see HeadWeights.output_weight.
         width = shape.hidden_size + shape.markov_rank
-        self.joint_head = VocabParallelWeight(config, vocab, width, tp_group=tp_group)
+        self.output_head = VocabParallelWeight(config, vocab, width, tp_group=tp_group)
         self.markov_head: MarkovHead | None = None
         if shape.markov_rank:
             head = MARKOV_HEADS[shape.markov_head_type]
@@ -159,7 +159,7 @@ class DSparkDraftModel(MegatronModule):
     def head_weights(self) -> HeadWeights:
         """The vocabulary matrices for the head loss."""
         w2 = None if self.markov_head is None else self.markov_head.markov_w2.weight
-        return HeadWeights(self.joint_head.weight, w2, self.vocab_shard)
+        return HeadWeights(self.output_head.weight, w2, self.vocab_shard)
 
     @property
     def lm_head(self) -> Tensor:

@@ -26,8 +26,8 @@ def plain_accept_rates(inputs, temperature):
     draft = inputs["hidden"] @ inputs["lm_head"].t()
     if inputs["latent"] is not None:
         draft = draft + inputs["latent"] @ inputs["markov_w2"].t()
-    teacher = inputs["target_hidden"] @ inputs["lm_head"].t()
-    p, q = probabilities(draft, temperature), probabilities(teacher, temperature)
+    target = inputs["target_hidden"] @ inputs["lm_head"].t()
+    p, q = probabilities(draft, temperature), probabilities(target, temperature)
     return 1 - (p - q).abs().sum(dim=-1) / 2
 
 
@@ -170,8 +170,8 @@ def plain_estimate(weights, temperature):
         supervised = plain_blocks(ids, mask, anchors, SHAPE.block_size).eval_mask
         at = (anchors[:, None] + torch.arange(SHAPE.block_size)).clamp(max=len(ids) - 1)
         with torch.no_grad():
-            draft, teacher = twin(taps, ids, anchors).logits, twin.lm_head(last[at])
-        p, q = probabilities(draft, temperature), probabilities(teacher, temperature)
+            draft, target = twin(taps, ids, anchors).logits, twin.lm_head(last[at])
+        p, q = probabilities(draft, temperature), probabilities(target, temperature)
         rates = torch.minimum(p, q).sum(dim=-1)
         rounds += plain_rounds(rates.tolist(), supervised.tolist(), anchors.tolist())
         blocks += len(anchors)

@@ -203,7 +203,7 @@ def test_drafts_are_compared_over_all_ranks(pool, tiny_run):
     for name, message in (
         ("final_layernorm.weight", "the draft's weights that are not split is"),
         ("markov_head.markov_w2.weight", "the draft's weights of tensor-parallel rank 1 is"),
-        ("joint_head.weight", "the draft's weights of tensor-parallel rank 1 is"),
+        ("output_head.weight", "the draft's weights of tensor-parallel rank 1 is"),
     ):
         with pytest.raises(AssertionError, match=message):
             pool.run(draft_of_another_start, **layout, config=config, changed=name)

@@ -153,7 +153,7 @@ def test_states_of_experts_spread_over_a_stage(pool):
 
 
 def checked_states(runtime, config):
-    """After the teacher check; and the bytes of this stage."""
+    """After the check of the logits; and the bytes of this stage."""
     from dspark_megatron.run.build import build_draft, build_target
     from dspark_megatron.targets.start_checks import check_target_logits
 

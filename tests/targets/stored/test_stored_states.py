@@ -371,6 +371,6 @@ def test_what_needs_the_target_says_so(run, tiny_run, tmp_path):
         cached(run, "x", "somewhere", evaluate=evaluate)
     from dspark_megatron.evaluation.command import with_checkpoint
 
-    with pytest.raises(ConfigError, match="a cache has no states of new tokens"):
+    with pytest.raises(ConfigError, match="stored states have none of new tokens"):
         prompts = {"prompt_files": [str(other)]}
         with_checkpoint(cached(run, "x", "somewhere", evaluate=prompts))
