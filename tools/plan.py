@@ -27,7 +27,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seq-length", type=int, default=4096)
     parser.add_argument("--global-batch-size", type=int, default=512)
     parser.add_argument("--micro-batch-size", type=int, default=1)
-    parser.add_argument("--samples", type=int, help="training samples, for the size of a cache")
+    parser.add_argument(
+        "--samples", type=int, help="training samples, for the size of their states"
+    )
     parser.add_argument("--output", type=Path, help="write the YAML there, not to stdout")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser.parse_intermixed_args(argv)

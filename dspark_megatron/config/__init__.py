@@ -78,8 +78,8 @@ class Config:
         )
         require(
             every is None or not self.target.is_stored,
-            f"evaluate.every ({every}) needs the target for answers that are not in "
-            "a cache; set evaluate.every=null or target.provider=huggingface",
+            f"evaluate.every ({every}) needs the target for answers whose states "
+            "are not stored; set evaluate.every=null or target.provider=huggingface",
         )
         most, longest = self.target.max_tokens_per_forward, self.data.max_length
         require(

@@ -32,8 +32,8 @@ def load_config(
     Raises ConfigError for an unreadable file, an unknown key (naming the nearest valid one), a
     value of the wrong type, or settings that contradict each other.
     """
-    raw = _sections_of(path) if path is not None else {}
-    changes = nested_overrides(overrides)
+    raw = _with_new_names(_sections_of(path)) if path is not None else {}
+    changes = _with_new_names(nested_overrides(overrides))
     config = config_from_dict(merged_sections(raw, changes))
     config.validate(trains=trains)
     check_new_preset(raw, changes)

@@ -59,8 +59,8 @@ class TargetConfig:
         )
         require(
             not self.checkpoint or self.provider != "huggingface",
-            f"target.checkpoint ({self.checkpoint}) is read by target.provider=megatron, and for a "
-            f"cache of its states (here: {self.provider}); set that, or leave it empty",
+            f"target.checkpoint ({self.checkpoint}) is read by target.provider=megatron, and names "
+            f"the weights of stored states (here: {self.provider}); set that, or leave it empty",
         )
         if self.provider == "megatron":
             self._validate_megatron()

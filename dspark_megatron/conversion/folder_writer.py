@@ -91,14 +91,12 @@ def write_draft_folder(
     shapes = {name: torch.empty(size, dtype=dtype, device="meta") for name, size in sizes.items()}
     plan = plan_files(shapes, options.max_shard_size)
 
+    def converted(item: tuple[str, Tensor]) -> tuple[str, Tensor]:
+        name, tensor = item
+        return layout.to_name(name), _cast(name, tensor, dtype)
+
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        return map(
-            lambda item: (
-                layout.to_name(item[0]),
-                _cast(item[0], item[1], dtype),
-            ),  # keeps none of them
-            _tensors(source, shared),
-        )
+        return map(converted, _tensors(source, shared))  # a loop would keep the last one
 
     if _holds_earlier_export(output_dir) and not options.force:
         require(

@@ -144,19 +144,19 @@ class _Batch:
 
     def drop_finished(self, on_answer: Callable[[], object]) -> bool:
         """Whether there was one; answers are cut to their largest length."""
-        rows = [i for i, answer in enumerate(self.answers) if not self._finished(answer)]
-        if len(rows) == len(self.answers):
+        going = [i for i, answer in enumerate(self.answers) if not self._finished(answer)]
+        if len(going) == len(self.answers):
             return False
         for answer in self.answers:
             if self._finished(answer):
                 del answer.generation.token_ids[self.sampling.max_new_tokens :]
                 on_answer()
-        self.keep(rows)
+        self.keep(going)
         return True
 
-    def keep(self, rows: list[int]) -> None:
-        self.answers = [self.answers[row] for row in rows]
-        self.target.keep(self.cache, rows)
+    def keep(self, sequences: list[int]) -> None:
+        self.answers = [self.answers[i] for i in sequences]
+        self.target.keep(self.cache, sequences)
 
     def round(self) -> None:
         states = self.target.extend(self._anchors()[:, None], self.cache)
@@ -195,9 +195,9 @@ class _Drafted(_Batch):
         self.drafter.add(taps)
         return taps
 
-    def keep(self, rows: list[int]) -> None:
-        super().keep(rows)
-        self.drafter.keep(rows)
+    def keep(self, sequences: list[int]) -> None:
+        super().keep(sequences)
+        self.drafter.keep(sequences)
 
     def round(self) -> None:
         anchors = self._anchors()

@@ -5,13 +5,12 @@ Megatron wraps and saves the draft alone; the frozen target is beside it.
 
 import math
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from dspark_megatron.config import Config
@@ -26,7 +25,7 @@ from dspark_megatron.run.checkpoints import check_same_run
 from dspark_megatron.run.data import load_train_data
 from dspark_megatron.run.identity import export_settings, fix_template_day, run_identity
 from dspark_megatron.run.rank_facts import draft_facts, launch_facts, target_facts
-from dspark_megatron.run.runtime import Runtime, main_ranks_folder
+from dspark_megatron.run.runtime import Runtime, from_main_rank, main_ranks_folder
 from dspark_megatron.run.states import states_source
 from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.storage.training_checkpoint import FORMAT, META, TRACKER
@@ -47,7 +46,7 @@ class DraftPretraining:
         that cannot work. is_new: no checkpoint is to be loaded, so the draft has the weights that
         it starts from."""
         self.plan = plan = check(config, runtime.world_size, use="train")
-        fix_template_day(plan, _main_ranks)
+        fix_template_day(plan, lambda make: from_main_rank(make() if runtime.is_main else ""))
         self.runtime = runtime
         agree(launch_facts(config, command="pretrain") | target_facts(plan))
         self.draft = build_run_draft(plan, runtime, is_new=is_new)
@@ -83,13 +82,6 @@ class DraftPretraining:
             unit=self._unit,
             ratios=metrics.ratios(self._step.term_weights),
         )
-
-
-def _main_ranks(make: Callable[[], str]) -> str:
-    """What `make` returns on the main rank. One broadcast of an object."""
-    made = [make() if dist.get_rank() == 0 else ""]
-    dist.broadcast_object_list(made, 0)
-    return made[0]
 
 
 def tokens_per_weight(most: float) -> float:

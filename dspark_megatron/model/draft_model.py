@@ -199,9 +199,8 @@ class DSparkDraftModel(MegatronModule):
         embedded = self.embed_tokens(torch.cat([anchor_token_ids, mask_token]))  # [n + 1, h]
         source = torch.full_like(positions, n)  # a slot's row of `embedded`
         source[:, 0] = torch.arange(n, device=positions.device)
-        hidden = embedded[
-            self.split.local(source.flatten())
-        ]  # [R, h], n*k rows or this rank's part
+        own = self.split.local(source.flatten())  # [R], n*k slots or this rank's part
+        hidden = embedded[own]  # [R, h]
         rope = self.rotary(positions, hidden.dtype)
         for layer, layer_kv in zip(self.layers, context_kv, strict=True):
             hidden = layer(hidden, layer_kv, attend, rope)

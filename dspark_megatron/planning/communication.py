@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from dspark_megatron.shape import DraftShape
 
 GATHERED_FLOATS, REDUCED_FLOATS = 5, 2
-"""Of each row of the loss, as the docstring of `head_loss` has it."""
+"""Of each slot, as the docstring of `HeadLoss` has it."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What the head loss takes at its highest, by formula: bytes of a rank.
 
-Shapes: n rows, h hidden, r Markov rank, v/tp vocabulary entries of this rank.
+Shapes: n supervised slots, h hidden, r Markov rank, v/tp vocabulary entries of this rank.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class HeadLossSize:
 
 
 def head_loss_parts(loss: LossConfig, size: HeadLossSize, *, with_target: bool) -> dict[str, int]:
-    """What `head_loss` holds above its inputs at the highest moment of its two passes, by part."""
+    """What `HeadLoss` holds above its inputs at the highest moment of its two passes, by part."""
     e, columns, entries = size.dtype.itemsize, size.vocab_local, size.vocab_local * size.markov_rank
     features = 2 * e * size.rows * (size.hidden_size + size.markov_rank)
     rows = min(chunk_rows(loss, columns, size.dtype, with_target=with_target), size.rows)

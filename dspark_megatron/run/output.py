@@ -5,7 +5,7 @@ from pathlib import Path
 from dspark_megatron.config import Config
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.storage.training_checkpoint import latest_iteration
-from dspark_megatron.storage.writing import claim_folder, write_text
+from dspark_megatron.storage.writing import claim_folder, leftovers_of, write_text
 
 
 def claim_output(output_dir: Path, config: Config) -> None:
@@ -19,8 +19,10 @@ def claim_output(output_dir: Path, config: Config) -> None:
             f"train.output_dir {output_dir} holds checkpoints and train.resume is false; "
             "name another folder, or set train.resume=true"
         )
-    for folder in (output_dir, checkpoints):
-        claim_folder(folder, f"train.output_dir {output_dir}")
+    what, ours = f"train.output_dir {output_dir}", ("config.yaml", "run_status")
+    # An evaluation may be writing its own files there.
+    claim_folder(output_dir, what, *map(leftovers_of, ours))
+    claim_folder(checkpoints, what)
 
 
 def write_config(output_dir: Path, config: Config) -> None:

@@ -57,7 +57,7 @@ def launch_facts(config: Config, **arguments: Any) -> Facts:
         **{f"the argument {name}": repr(value) for name, value in arguments.items()},
         **config_facts(config),
         **{f"the version of {name}": version for name, version in _versions().items()},
-        **{f"the code of {room}": digest for room, digest in _code().items()},
+        **{f"the code of {part}": digest for part, digest in _code().items()},
         **_user_code(config),
         **{f"the variable {name}": value for name, value in _environment().items()},
         "the device": "cuda" if torch.cuda.is_available() else "cpu",
@@ -84,14 +84,14 @@ def _versions() -> dict[str, str]:
 
 
 def _code() -> dict[str, str]:
-    """Digests of this package by room."""
+    """Digests of this package by part."""
     root = Path(dspark_megatron.__file__).parent
-    rooms: dict[str, list[Path]] = {}
+    parts: dict[str, list[Path]] = {}
     for file in sorted(root.rglob("*.py")):
-        rooms.setdefault(file.relative_to(root.parent).parts[1], []).append(file)
+        parts.setdefault(file.relative_to(root.parent).parts[1], []).append(file)
     return {
-        f"{root.name}/{room}": digest(part for file in files for part in _named(file))
-        for room, files in rooms.items()
+        f"{root.name}/{part}": digest(text for file in files for text in _named(file))
+        for part, files in parts.items()
     }
 
 

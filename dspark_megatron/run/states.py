@@ -29,7 +29,12 @@ def states_source(
     """Collective over the world. Raises ConfigError for a target that is not what it seems."""
     if plan.config.target.is_stored:
         return stored_states_of(plan, runtime, dataset)
-    return checked_target(plan, runtime, dataset, draft)
+    target = checked_target(plan, runtime, dataset, draft)
+    if plan.config.target.packing:
+        assert isinstance(target, HuggingFaceTarget), "no other packs"
+        few = (dataset[i % len(dataset)] for i in range(3))
+        check_packing(target, [sample.input_ids for sample in few])
+    return target
 
 
 def checked_target(
@@ -38,7 +43,7 @@ def checked_target(
     dataset: ConversationDataset,
     draft: DSparkDraftModel | None = None,
 ) -> Target:
-    """The target, seen on its first samples to be what it seems; ConfigError where it is not.
+    """The target, whose logits were compared on the first sample; ConfigError where they differ.
     Collective over the world. Without a draft the target's LM head is read for it."""
     config = plan.config
     target = build_target(plan, runtime, with_last_hidden=config.needs_target_logits)
@@ -49,10 +54,6 @@ def checked_target(
             head, shard = read_target_head(plan, target, tp_group=runtime.tp_group)
         first = dataset[0].input_ids[None]
         check_target_logits(target, config.target.path, head, shard, first)
-    if config.target.packing:
-        assert isinstance(target, HuggingFaceTarget), "no other packs"
-        few = (dataset[i % len(dataset)] for i in range(3))
-        check_packing(target, [sample.input_ids for sample in few])
     return target
 
 

@@ -64,8 +64,12 @@ def claim_file(path: Path, key: str) -> None:
     """Make the folder of a file to be written later; ConfigError if that will not be possible.
     key: the setting that names the file."""
     require(not path.is_dir(), f"{key} {path} is a folder; name a file")
-    leftovers = f"{PARTIAL}????????_{glob.escape(path.name)}"
-    claim_folder(path.parent, f"{key} {path}", leftovers)
+    claim_folder(path.parent, f"{key} {path}", leftovers_of(path.name))
+
+
+def leftovers_of(name: str) -> str:
+    """The pattern of what killed writers of such a file leave behind."""
+    return f"{PARTIAL}????????_{glob.escape(name)}"
 
 
 def claim_folder(folder: Path, what: str, *leftovers: str) -> None:

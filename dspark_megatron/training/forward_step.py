@@ -37,6 +37,7 @@ class ForwardStep:
         has_head = draft.confidence_head is not None
         self.confidence_alpha = loss.confidence_head_alpha if has_head else 0.0
         self.with_target = loss.needs_target_logits(with_confidence_head=has_head)
+        # Wrappers and optimizers fill the parameters anew and never replace them.
         self.objective, head = Objective.of(loss), draft.head_weights()
         size = len(head.lm_head), head.lm_head.dtype
         rows = chunk_rows(loss, *size, with_target=self.with_target)

@@ -50,8 +50,7 @@ class HeldOut:
         return cls(plan, runtime, dataset)
 
     def is_due(self, iteration: int) -> bool:
-        every = self.config.evaluate.every
-        return every is not None and iteration % every == 0
+        return iteration % self.every == 0
 
     def estimate(
         self, state: RunState, draft: DSparkDraftModel, target: Target, reporter: Reporter | None

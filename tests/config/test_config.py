@@ -41,8 +41,11 @@ def test_a_key_of_an_older_version_means_the_new_one(tmp_path):
     target = "target: {path: somewhere, check_teacher_logits: false}"
     old = MINIMAL.replace("target: {path: somewhere}", target)
     assert not load_config(write(tmp_path, old)).target.check_logits
+    assert load_config(write(tmp_path, old), ["target.check_logits=true"]).target.check_logits
+    new = write(tmp_path, MINIMAL)
+    assert not load_config(new, ["target.check_teacher_logits=false"]).target.check_logits
     with pytest.raises(ConfigError, match="check_teacher_logits is now called target.check_logits"):
-        load_config(write(tmp_path, old), ["target.check_logits=true"])
+        load_config(new, ["target.check_teacher_logits=false", "target.check_logits=true"])
 
 
 def test_overrides_are_typed(tmp_path):

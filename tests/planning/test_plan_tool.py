@@ -170,7 +170,7 @@ def test_taps_are_spread_as_in_the_paper(layers, ids):
     assert evenly_spread_layers(layers) == ids
 
 
-def test_a_cache_of_the_paper_s_size():
+def test_stored_states_of_the_paper_s_size():
     """DeepSpec's own figure for Qwen3-4B is 38 TB."""
     text = recommend(wish("qwen3-8b", "model.target_layer_ids=[1]", samples=1000), NODE)
     gib = 1000 * (4096 * (2 * 4096 * 2 + 6) + 56) / 2**30

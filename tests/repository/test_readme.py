@@ -75,7 +75,7 @@ CHANGES = {
     },
     "python tools/inspect_data.py --config run.yaml": {},
     "torchrun --nproc-per-node 8 tools/prepare_target_cache.py --config run.yaml "
-    "--output CACHE": {},
+    "--output STATES": {},
     "python tools/calibrate_confidence.py --records drafts.safetensors --output RUN": {},
     "torchrun --nproc-per-node 8 tools/measure_sps.py --config run.yaml --output sps.json": {
         "add": "--batch-tokens 1 32 --rounds 1 --context-length 8"

@@ -22,7 +22,7 @@ class Engine:
     """Whose sources were read."""
     architectures: tuple[str, ...] = ("Qwen3DSparkModel",)
     defaults: dict[str, Any]
-    """For the keys (`verdicts.KEYS`) it can do without; it requires the others."""
+    """For the keys (`reading.KEYS`) it can do without; it requires the others."""
     places: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Where it looks for a key, first found wins; a key that is not here: at the top level."""
     speculators_ids: str | None = None

@@ -1,4 +1,4 @@
-"""Reads the lines of a file of JSON objects: plain, packed, or as one JSON array.
+"""Reads the lines of a file of JSON objects: plain, compressed, or as one JSON array.
 
 The first bytes tell what a file is. Errors name the file, and the line where there is one.
 """
@@ -25,7 +25,7 @@ FOREIGN = {
     ),
     b"ARROW1": ("an Arrow file", AS_JSONL.format("load_dataset('arrow', data_files=...)['train']")),
     b"\xff\xff\xff\xff": ("an Arrow stream", AS_JSONL.format("load_from_disk(FOLDER)")),
-    b"\x28\xb5\x2f\xfd": ("packed by Zstandard", "unpack it: zstd -d FILE"),
+    b"\x28\xb5\x2f\xfd": ("compressed by Zstandard", "unpack it: zstd -d FILE"),
     b"PK\x03\x04": ("a ZIP archive", "unpack it: unzip FILE"),
 }
 """Other forms of data by their first bytes: what each is, and how to make it JSONL."""
@@ -84,8 +84,8 @@ def _open(path: str | Path) -> BinaryIO:
     for magic, (kind, way_out) in FOREIGN.items():
         if start.startswith(magic):
             raise ConfigError(f"{path} is {kind}, and lines of JSON are read; {way_out}")
-    packed: Iterator[Any] = (opener for magic, opener in OPENERS.items() if start.startswith(magic))
-    return next(packed, open)(path, "rb")
+    fitting: Iterator[Any] = (found for magic, found in OPENERS.items() if start.startswith(magic))
+    return next(fitting, open)(path, "rb")
 
 
 def _items(path: str | Path, file: BinaryIO) -> Iterator[tuple[int, object]]:

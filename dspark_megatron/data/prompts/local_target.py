@@ -104,9 +104,9 @@ class LocalTarget:
     def answer(self, prompts: list[list[int]], seed: int) -> list[Answer]:
         """Answer b tokenized prompts at once."""
         left = partial(pad_sequence, batch_first=True, padding_side="left")
-        rows = [torch.tensor(prompt, device=self.device) for prompt in prompts]
-        ids = left(rows, padding_value=self._stops[0])  # [b, s]
-        mask = left([torch.ones_like(row) for row in rows])  # [b, s]
+        whole = [torch.tensor(prompt, device=self.device) for prompt in prompts]
+        ids = left(whole, padding_value=self._stops[0])  # [b, s]
+        mask = left([torch.ones_like(prompt) for prompt in whole])  # [b, s]
         torch.manual_seed(seed)
         with torch.inference_mode():
             tokens = self._model.generate(ids, attention_mask=mask)  # [b, s + t]

@@ -1,6 +1,6 @@
 """Throughput of serving R requests at once, by what decides how much of each draft is verified.
 
-Recorded rounds are replayed, each of R rows going through the rounds of one prompt after the other.
+Recorded rounds are replayed: each of R requests goes through those of one prompt after the other.
 A step takes `1 / SPS(tokens verified)` seconds and the time of a draft; a request that verifies l
 slots of a round gains the ones among them that the target kept, and one token more. Between the
 points of a table that clock goes by straight lines, however the scheduler reads the table: floor
@@ -109,11 +109,11 @@ def check_replayable(records: DraftRecords) -> None:
 
 
 def replay(records: DraftRecords, requests: int, steps: int, seed: int) -> Iterator[Tensor]:
-    """Rounds of R rows, step by step: indices [R] into the records.
+    """Rounds of R requests, step by step: indices [R] into the records.
 
-    Prompts come in an order of their own for each seed, over and over; a row that has replayed the
-    last round of its prompt takes the next prompt. The first prompts begin anywhere in their
-    rounds, so that rows do not end together.
+    Prompts come in an order of their own for each seed, over and over; a request that has replayed
+    the last round of its prompt takes the next prompt. The first prompts begin anywhere in their
+    rounds, so that requests do not end together.
     """
     generator = torch.Generator().manual_seed(seed)
     order, ends = _by_prompt(records)

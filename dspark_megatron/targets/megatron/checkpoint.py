@@ -75,7 +75,7 @@ _OTHER_NAMES = (
 for experts Megatron's own names do not agree."""
 
 
-def gpt_shape_of(checkpoint: GPTCheckpoint, vocab_size: int) -> GPTShape:
+def shape_of_checkpoint(checkpoint: GPTCheckpoint, vocab_size: int) -> GPTShape:
     """The shape that the checkpoint's arguments give. vocab_size: entries that count, which they do
     not say. Raises ConfigError for a model that is not of this kind."""
     args = with_old_names(checkpoint.args)

@@ -13,9 +13,8 @@ from dspark_megatron.storage.gpt_checkpoint import GPTCheckpoint
 from dspark_megatron.storage.safetensors_folder import SafetensorsFolder
 from dspark_megatron.storage.target_folder import shared_weights
 from dspark_megatron.targets.megatron import checkpoint
-from dspark_megatron.targets.megatron import gpt_shape as hf_shape
 from dspark_megatron.targets.megatron.gpt_model import build_gpt_model
-from dspark_megatron.targets.megatron.gpt_shape import GPTShape
+from dspark_megatron.targets.megatron.gpt_shape import GPTShape, gpt_shape_of
 from dspark_megatron.targets.megatron.groups import check_expert_parallel
 from dspark_megatron.targets.megatron.hf_weights import load_hf_weights
 
@@ -32,11 +31,11 @@ class GPTSource:
     def open(cls, config: TargetConfig, target_config: PretrainedConfig) -> "GPTSource":
         """Reads no weights. ConfigError for a model that is not supported, and for a checkpoint of
         another model than the Hugging Face config describes."""
-        shape = hf_shape.gpt_shape_of(target_config)
+        shape = gpt_shape_of(target_config)
         weights: GPTCheckpoint | SafetensorsFolder
         if config.checkpoint:
             weights = saved = GPTCheckpoint(config.checkpoint)
-            own = checkpoint.gpt_shape_of(saved, shape.vocab_size)
+            own = checkpoint.shape_of_checkpoint(saved, shape.vocab_size)
             own.require_same(shape, f"target.checkpoint {saved.path}", "config.json")
             dtype = saved.dtype
         else:
@@ -80,7 +79,7 @@ def check_gpt_target(config: Config, target_config: PretrainedConfig, stage_size
     """ConfigError unless the target is a GPTModel that can be split so. stage_size: ranks that hold
     a layer. Reads a checkpoint's arguments and no weights, which need not be there."""
     target, tp, ep = config.target, config.parallel.tensor_parallel, config.parallel.expert_parallel
-    shape = hf_shape.gpt_shape_of(target_config)
+    shape = gpt_shape_of(target_config)
     if target.checkpoint:
         shape = GPTSource.open(target, target_config).shape
     check_expert_parallel(ep, shape.num_experts, stage_size, tp_size=tp)

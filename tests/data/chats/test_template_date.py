@@ -165,7 +165,7 @@ def test_a_runs_description_and_its_caches_have_the_day(tiny_run):
     assert rules.template_date == "2026-03-05"
 
 
-def test_a_cache_of_another_day_is_refused_with_words_on_the_clock(tiny_run):
+def test_stored_states_of_another_day_are_refused_with_words_on_the_clock(tiny_run):
     class Cache:
         path = Path("states")
         facts = {"target_fingerprint": "", "data": {"template_date": "2026-03-05"}}

@@ -133,7 +133,7 @@ def test_a_byte_order_mark_is_no_text(load):
         (b"PAR1\x15\x04", r"is a Parquet file, .* datasets.load_dataset\('parquet', data_files"),
         (b"\xff\xff\xff\xff\x01", "is an Arrow stream, .* datasets.load_from_disk"),
         (b"ARROW1\x00\x00", "is an Arrow file, .* write it as JSONL"),
-        (b"\x28\xb5\x2f\xfd\x00", "is packed by Zstandard, .* zstd -d"),
+        (b"\x28\xb5\x2f\xfd\x00", "is compressed by Zstandard, .* zstd -d"),
         (b"PK\x03\x04", "is a ZIP archive, .* unzip"),
         (json.dumps(GOOD, indent=1).encode(), "has a JSON object over several lines, .*jq -c"),
         (

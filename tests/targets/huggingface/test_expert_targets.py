@@ -72,7 +72,7 @@ def test_states_and_memory(pool, tiny_run, tmp_path, family, world, tp, shards, 
 
 
 @pytest.mark.parametrize("ep", [1, 2])
-def test_cached_states_and_the_teacher(pool, tiny_run, moe_target, ep):
+def test_states_with_a_key_value_cache_and_logits(pool, tiny_run, moe_target, ep):
     config = config_of(tiny_run, moe_target, 2, 1, ep)
     for taps, _, cached, _, _ in pool.run(tapped, world=2, tp=2, config=config):
         torch.testing.assert_close(cached, taps, rtol=1e-4, atol=1e-5)

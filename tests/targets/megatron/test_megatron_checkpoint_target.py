@@ -197,7 +197,7 @@ def test_train_evaluate_and_export_from_a_checkpoint(tiny_run, target, checkpoin
     assert torch.equal(load_file(out / "model.safetensors")["embed_tokens.weight"], expected)
 
 
-def test_a_cache_of_its_states(pool, tiny_run, checkpoint, tmp_path):
+def test_its_states_stored(pool, tiny_run, checkpoint, tmp_path):
     run, path = checkpoint("qwen2")
     target, cache = (
         {"path": str(path), "provider": "megatron", "checkpoint": str(run)},

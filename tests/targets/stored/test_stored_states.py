@@ -69,7 +69,7 @@ LAYOUTS = [((4, 2, 1), (2, 1)), ((2, 1, 2), (2, 2))]
 
 
 @pytest.mark.parametrize("written, read", LAYOUTS)
-def test_a_cache_gives_the_online_curve(pool, run, online, tmp_path, written, read):
+def test_stored_states_give_the_online_curve(pool, run, online, tmp_path, written, read):
     world, tp, shared = written
     target = {"shard_across_data_parallel": shared}
     config = run("x", target=target, parallel={"tensor_parallel": tp})
@@ -213,7 +213,7 @@ def test_killed_at_ten_random_points(pool, run, tmp_path):
         ({"data": {"max_length": 40}}, "lack 20 of 24 .* max_length: 48 there, 40 here"),
     ],
 )
-def test_a_cache_of_another_run_is_refused(pool, run, caches, sections, message):
+def test_stored_states_of_another_run_are_refused(pool, run, caches, sections, message):
     config = cached(run, "refused", caches["float32"], **sections)
     with pytest.raises(AssertionError, match=message):
         pool.run(run_training, world=1, tp=1, config=config)
@@ -366,7 +366,7 @@ def test_what_needs_the_target_says_so(run, tiny_run, tmp_path):
     with pytest.raises(ConfigError, match="needs target.cache"):
         run("x", target={"provider": "cache"})
     other = tmp_path / "heldout.jsonl"
-    with pytest.raises(ConfigError, match="needs the target for answers that are not in a cache"):
+    with pytest.raises(ConfigError, match="needs the target for answers whose states are not"):
         evaluate = {"every": 2, "heldout_files": [str(other)]}
         cached(run, "x", "somewhere", evaluate=evaluate)
     from dspark_megatron.evaluation.command import with_checkpoint
