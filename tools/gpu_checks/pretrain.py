@@ -89,7 +89,7 @@ def _pretrain(
     if on_cpu:
         more = ("--distributed-backend", "gloo", *more)
     line = command_line(settings, save, *map(str, more), iterations=steps, save_interval=steps // 2)
-    program = [Path(TESTS) / "megatron_on_cpu.py", EXAMPLE] if on_cpu else [EXAMPLE]
+    program = [Path(TESTS) / "support/megatron_on_cpu.py", EXAMPLE] if on_cpu else [EXAMPLE]
     _run(context, save.name, [*program, *line])
     return _scalars(board, "loss")
 
