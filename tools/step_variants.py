@@ -13,7 +13,6 @@ import benchmarking  # noqa: F401  makes `reference` importable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
 from dspark_megatron.config import LossConfig, OptimizerConfig
 from dspark_megatron.conversion.layouts.names import to_hugging_face
@@ -77,21 +76,10 @@ def plain_inputs(item: Item, num_anchors: int, slots: int, device: torch.device)
 class SdpaAttention(PlainAttention):
     """The plain attention with its scores inside one fused call."""
 
-    def forward(
-        self, hidden: Tensor, context: Tensor, mask: Tensor, rope: tuple[Tensor, Tensor]
-    ) -> Tensor:
-        cos, sin = rope
-        query = self.q_norm(self._heads(self.q_proj(hidden)))  # [n*k, a, d]
-        both = torch.cat([context, hidden])  # [s + n*k, h]
-        key = self.k_norm(self._heads(self.k_proj(both)))
-        value = self._heads(self.v_proj(both))
-        rows = slice(len(context), None)
-        query, _ = apply_rotary_pos_emb(query, query, cos[rows], sin[rows])
-        key, _ = apply_rotary_pos_emb(key, key, cos, sin)
-        key, value = (x.repeat_interleave(self.share, dim=1) for x in (key, value))
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
         sides = (x.transpose(0, 1)[None] for x in (query, key, value))
         out = F.scaled_dot_product_attention(*sides, attn_mask=mask)  # [1, a, n*k, d]
-        return self.o_proj(out[0].transpose(0, 1).flatten(1))
+        return out[0].transpose(0, 1)
 
 
 class PlainStep:

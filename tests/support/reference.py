@@ -132,11 +132,14 @@ class PlainAttention(nn.Module):
         query, _ = apply_rotary_pos_emb(query, query, cos[rows], sin[rows])
         key, _ = apply_rotary_pos_emb(key, key, cos, sin)
         key, value = (x.repeat_interleave(self.share, dim=1) for x in (key, value))
+        return self.o_proj(self.attend(query, key, value, mask).flatten(1))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        """query [n*k, a, d], key and value [s + n*k, a, d] -> [n*k, a, d]."""
         scores = torch.einsum("qad,lad->aql", query, key) / math.sqrt(self.head_dim)
         scores = scores.float().masked_fill(~mask, -torch.inf)
         probs = scores.softmax(dim=-1).to(value.dtype)
-        out = torch.einsum("aql,lad->qad", probs, value)
-        return self.o_proj(out.flatten(1))
+        return torch.einsum("aql,lad->qad", probs, value)
 
     def _heads(self, states: Tensor) -> Tensor:
         return states.unflatten(-1, (-1, self.head_dim))
