@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> None:
     """The imports within are slow; those of the work need the CPU support that `launch`
     installs."""
     arguments = parse_arguments(argv)
-    from dspark_megatron.run.runtime import launch
+    from dspark_megatron.run.ranks.runtime import launch
 
     with launch() as job:
         from dspark_megatron.evaluation.command import run

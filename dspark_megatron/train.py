@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     CPU support that `launch` installs."""
     arguments = parse_arguments(argv)
     with stop_requests() as stop:
-        from dspark_megatron.run.runtime import launch
+        from dspark_megatron.run.ranks.runtime import launch
 
         with launch() as job:
             from dspark_megatron.training.command import run

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dspark_megatron.data.blocks import draft_blocks
-from dspark_megatron.run.runtime import Runtime, launch
+from dspark_megatron.run.ranks.runtime import Runtime, launch
 from dspark_megatron.shape import DraftShape
 
 FORMATS = {"tokens": ",d", "tp": "d", "sequence parallel": "", "recompute": "", "MiB": ".1f"}

@@ -51,7 +51,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def store_states(folder: Path, samples: list[Sample]) -> None:
     from dspark_megatron.mcore.prepare import prepare_megatron
-    from dspark_megatron.run.runtime import Launch, start
+    from dspark_megatron.run.ranks.runtime import Launch, start
     from dspark_megatron.targets.stored.writer import StatesWriter
 
     prepare_megatron()

@@ -26,7 +26,7 @@ from dspark_megatron.config import LossConfig
 from dspark_megatron.data.blocks import draft_blocks, sample_anchors
 from dspark_megatron.data.conversation import Sample
 from dspark_megatron.planning.communication import StepSize, draft_collectives, ring_bytes
-from dspark_megatron.run.runtime import Runtime, launch
+from dspark_megatron.run.ranks.runtime import Runtime, launch
 from dspark_megatron.shape import DraftShape
 
 FORMATS = {"tp": "d", "sequence parallel": "", "recompute": "", "vocabulary": ",d"}

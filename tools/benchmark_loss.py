@@ -25,7 +25,7 @@ import torch.distributed as dist
 from loss_variants import Problem, Products
 from torch import Tensor
 
-from dspark_megatron.run.runtime import Runtime, launch, start
+from dspark_megatron.run.ranks.runtime import Runtime, launch, start
 
 NAMES = ("hidden", "latent", "w2")
 VARIANTS = ("plain", "recompute", "head_loss", "products in chunks", "products")

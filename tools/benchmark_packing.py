@@ -19,7 +19,7 @@ from dspark_megatron.config import Config
 from dspark_megatron.config.loading import load_config
 from dspark_megatron.data.dataset import ConversationDataset
 from dspark_megatron.errors import ConfigError, require
-from dspark_megatron.run.runtime import Runtime, launch, start
+from dspark_megatron.run.ranks.runtime import Runtime, launch, start
 from dspark_megatron.targets.huggingface.packing import SequencePacker
 
 VARIANTS = {

@@ -32,7 +32,7 @@ from dspark_megatron.data.blocks import anchor_seed, sample_anchors
 from dspark_megatron.data.conversation import Sample
 from dspark_megatron.data.dataset import load_samples
 from dspark_megatron.errors import ConfigError
-from dspark_megatron.run.runtime import Runtime, launch, start
+from dspark_megatron.run.ranks.runtime import Runtime, launch, start
 from dspark_megatron.shape import DraftShape
 
 QUICKSTART = "examples/quickstart/quickstart.yaml"

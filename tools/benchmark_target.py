@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 from dspark_megatron.config import TargetConfig
 from dspark_megatron.data.batch import Batch
 from dspark_megatron.planning.target_work import target_work
-from dspark_megatron.run.runtime import Runtime, launch
+from dspark_megatron.run.ranks.runtime import Runtime, launch
 from dspark_megatron.targets.huggingface.split import TargetSplit
 from dspark_megatron.targets.huggingface.target import HuggingFaceTarget
 

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from dspark_megatron.config import TargetConfig
 from dspark_megatron.data.batch import Batch
-from dspark_megatron.run.runtime import Runtime, launch
+from dspark_megatron.run.ranks.runtime import Runtime, launch
 from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.targets.base import Target
 from dspark_megatron.targets.huggingface.split import TargetSplit

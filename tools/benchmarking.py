@@ -132,7 +132,7 @@ def runtime_of_each_size(job: Any, sizes: list[int]) -> Iterator[Any]:
     what is left of the world is data-parallel. Every rank goes through all of them."""
     from megatron.core import parallel_state
 
-    from dspark_megatron.run.runtime import start
+    from dspark_megatron.run.ranks.runtime import start
 
     for tp_size in [size for size in sizes if job.world_size % size == 0] or [1]:
         parallel_state.destroy_model_parallel()

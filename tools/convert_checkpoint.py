@@ -111,7 +111,7 @@ def verify(args: argparse.Namespace) -> Iterator[str]:
 def compare(args: argparse.Namespace) -> list[str]:
     """The logits of both sides; needs Megatron-Core and room for one whole draft in fp32."""
     from dspark_megatron.mcore.prepare import prepare_megatron
-    from dspark_megatron.run.runtime import Launch, start
+    from dspark_megatron.run.ranks.runtime import Launch, start
 
     prepare_megatron()
     from dspark_megatron.conversion.draft_folder import DraftFolder

@@ -29,7 +29,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    from dspark_megatron.run.runtime import launch
+    from dspark_megatron.run.ranks.runtime import launch
 
     with launch() as job:
         from dspark_megatron.training.store_states import run

@@ -21,7 +21,7 @@ from dspark_megatron.data.blocks import draft_blocks
 from dspark_megatron.data.conversation import Sample
 from dspark_megatron.mcore.optimizer import wrap_data_parallel
 from dspark_megatron.model.draft_model import DSparkDraftModel
-from dspark_megatron.run.runtime import Runtime
+from dspark_megatron.run.ranks.runtime import Runtime
 from dspark_megatron.shape import DraftShape
 from dspark_megatron.targets.base import StatesSource, TargetStates
 from dspark_megatron.training.metrics import MetricSums

@@ -14,12 +14,12 @@ from torch import Tensor
 from dspark_megatron.config.loading import load_config
 from dspark_megatron.errors import require
 from dspark_megatron.evaluation.serving.sps_table import SpsTable, measured_table, write_sps_table
-from dspark_megatron.run.agreement import agree, agree_at_launch
 from dspark_megatron.run.build import build_target, read_target_head
 from dspark_megatron.run.check import RunPlan, check
 from dspark_megatron.run.known_draft import with_some_draft
-from dspark_megatron.run.rank_facts import launch_facts, target_facts
-from dspark_megatron.run.runtime import Launch, Runtime, start
+from dspark_megatron.run.ranks.agreement import agree, agree_at_launch
+from dspark_megatron.run.ranks.facts import launch_facts, target_facts
+from dspark_megatron.run.ranks.runtime import Launch, Runtime, start
 from dspark_megatron.storage.writing import claim_file
 
 Sizes = tuple[int, int]

@@ -26,14 +26,15 @@ from dspark_megatron.evaluation.run import (
 )
 from dspark_megatron.evaluation.scheduled_cut import ScheduledCut
 from dspark_megatron.evaluation.serving.sps_table import read_sps_table, sps_of_step
-from dspark_megatron.run.agreement import Facts, agree, agree_at_launch
 from dspark_megatron.run.build import build_draft, build_target, load_target_head
 from dspark_megatron.run.check import RunPlan, check
-from dspark_megatron.run.checkpoints import check_same_run, load_checkpoint
+from dspark_megatron.run.checkpoints.loading import load_checkpoint
+from dspark_megatron.run.checkpoints.state import check_same_run
 from dspark_megatron.run.identity import draft_identity, fix_template_day
 from dspark_megatron.run.initial.warm_start import WarmStart
 from dspark_megatron.run.known_draft import evaluated_checkpoint, with_draft_of
-from dspark_megatron.run.rank_facts import (
+from dspark_megatron.run.ranks.agreement import Facts, agree, agree_at_launch
+from dspark_megatron.run.ranks.facts import (
     draft_facts,
     file_digest,
     folder_facts,
@@ -41,7 +42,7 @@ from dspark_megatron.run.rank_facts import (
     prompt_facts,
     target_facts,
 )
-from dspark_megatron.run.runtime import Launch, Runtime, main_ranks_folder, start
+from dspark_megatron.run.ranks.runtime import Launch, Runtime, main_ranks_folder, start
 from dspark_megatron.storage.checkpoint_metadata import check_whole
 from dspark_megatron.storage.target_folder import stop_token_ids
 from dspark_megatron.storage.training_checkpoint import read_meta

@@ -19,13 +19,13 @@ from dspark_megatron.data.blocks import slot_weights
 from dspark_megatron.errors import require
 from dspark_megatron.megatron_lm.arguments import config_from_args
 from dspark_megatron.model.draft_model import DSparkDraftModel
-from dspark_megatron.run.agreement import agree
 from dspark_megatron.run.check import check
-from dspark_megatron.run.checkpoints import check_same_run
+from dspark_megatron.run.checkpoints.state import check_same_run
 from dspark_megatron.run.data import load_train_data
 from dspark_megatron.run.identity import export_settings, fix_template_day, run_identity
-from dspark_megatron.run.rank_facts import draft_facts, launch_facts, target_facts
-from dspark_megatron.run.runtime import Runtime, from_main_rank, main_ranks_folder
+from dspark_megatron.run.ranks.agreement import agree
+from dspark_megatron.run.ranks.facts import draft_facts, launch_facts, target_facts
+from dspark_megatron.run.ranks.runtime import Runtime, from_main_rank, main_ranks_folder
 from dspark_megatron.run.states import states_source
 from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.storage.training_checkpoint import FORMAT, META, TRACKER

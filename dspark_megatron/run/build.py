@@ -13,7 +13,7 @@ from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.model.layer_specs import chosen_layer_spec, user_code
 from dspark_megatron.ops.vocab_parallel import VocabShard
 from dspark_megatron.run.check import RunPlan
-from dspark_megatron.run.runtime import Runtime
+from dspark_megatron.run.ranks.runtime import Runtime
 from dspark_megatron.shape.layout import padded_vocab_size
 from dspark_megatron.storage.target_weights import shared_matrices
 from dspark_megatron.targets.base import Target

@@ -15,10 +15,10 @@ from dspark_megatron.data.chats.reasoning import Tags
 from dspark_megatron.data.conversation import describe_sample
 from dspark_megatron.data.dataset import ConversationDataset, SampleRules, load_samples
 from dspark_megatron.errors import ConfigError, require
-from dspark_megatron.run.agreement import agree
 from dspark_megatron.run.check import RunPlan
-from dspark_megatron.run.rank_facts import data_facts
-from dspark_megatron.run.runtime import Runtime
+from dspark_megatron.run.ranks.agreement import agree
+from dspark_megatron.run.ranks.facts import data_facts
+from dspark_megatron.run.ranks.runtime import Runtime
 from dspark_megatron.storage.target_folder import stop_token_ids
 
 

@@ -14,7 +14,7 @@ from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.run.build import build_target, read_target_head
 from dspark_megatron.run.check import RunPlan
 from dspark_megatron.run.identity import clock_hint, template_day
-from dspark_megatron.run.runtime import Runtime
+from dspark_megatron.run.ranks.runtime import Runtime
 from dspark_megatron.targets.base import Target
 from dspark_megatron.targets.huggingface.target import HuggingFaceTarget
 from dspark_megatron.targets.start_checks import check_packing, check_target_logits

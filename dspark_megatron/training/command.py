@@ -4,11 +4,11 @@ from argparse import Namespace
 
 from dspark_megatron.config.loading import load_config
 from dspark_megatron.planning.dry_run import describe_run
-from dspark_megatron.run.agreement import agree_at_launch
 from dspark_megatron.run.check import check
 from dspark_megatron.run.identity import fix_template_day
-from dspark_megatron.run.rank_facts import launch_facts
-from dspark_megatron.run.runtime import Launch, start
+from dspark_megatron.run.ranks.agreement import agree_at_launch
+from dspark_megatron.run.ranks.facts import launch_facts
+from dspark_megatron.run.ranks.runtime import Launch, start
 from dspark_megatron.training.loop import train
 from dspark_megatron.training.stop_requests import StopRequests
 

@@ -9,12 +9,12 @@ from dspark_megatron.data.dataset import ConversationDataset
 from dspark_megatron.data.files.sources import check_apart
 from dspark_megatron.evaluation.estimate import EstimateSettings, estimate_acceptance
 from dspark_megatron.model.draft_model import DSparkDraftModel
-from dspark_megatron.run.agreement import agree
 from dspark_megatron.run.check import RunPlan
-from dspark_megatron.run.checkpoints import BestEstimate, RunState
+from dspark_megatron.run.checkpoints.state import BestEstimate, RunState
 from dspark_megatron.run.data import load_run_data
-from dspark_megatron.run.rank_facts import data_facts
-from dspark_megatron.run.runtime import Runtime
+from dspark_megatron.run.ranks.agreement import agree
+from dspark_megatron.run.ranks.facts import data_facts
+from dspark_megatron.run.ranks.runtime import Runtime
 from dspark_megatron.targets.base import Target
 from dspark_megatron.training.reporter import Reporter
 

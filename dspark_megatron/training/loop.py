@@ -11,24 +11,19 @@ from dspark_megatron.data.batch import MicroBatches
 from dspark_megatron.data.dataset import ConversationDataset
 from dspark_megatron.mcore.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from dspark_megatron.model.draft_model import DSparkDraftModel
-from dspark_megatron.run.agreement import agree
 from dspark_megatron.run.build import build_draft
 from dspark_megatron.run.check import RunPlan
-from dspark_megatron.run.checkpoints import (
-    RunState,
-    check_same_run,
-    load_checkpoint,
-    read_state,
-    save_checkpoint,
-    track_best,
-)
+from dspark_megatron.run.checkpoints.loading import load_checkpoint
+from dspark_megatron.run.checkpoints.saving import save_checkpoint, track_best
+from dspark_megatron.run.checkpoints.state import RunState, check_same_run, read_state
 from dspark_megatron.run.data import load_train_data
 from dspark_megatron.run.identity import export_settings, run_identity
 from dspark_megatron.run.initial.initial_weights import InitialWeights
 from dspark_megatron.run.initial.warm_start import WarmStart
 from dspark_megatron.run.output import claim_output, write_config, write_status
-from dspark_megatron.run.rank_facts import draft_facts, start_facts, target_facts
-from dspark_megatron.run.runtime import Runtime
+from dspark_megatron.run.ranks.agreement import agree
+from dspark_megatron.run.ranks.facts import draft_facts, start_facts, target_facts
+from dspark_megatron.run.ranks.runtime import Runtime
 from dspark_megatron.run.states import open_stored_states, states_source
 from dspark_megatron.storage.training_checkpoint import FORMAT, iteration_folder
 from dspark_megatron.targets.huggingface.packing import SequencePacker

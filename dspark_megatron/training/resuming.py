@@ -10,9 +10,9 @@ from dspark_megatron.config import Config, TrainConfig
 from dspark_megatron.config.loading import load_config
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.run.check import RunPlan
-from dspark_megatron.run.checkpoints import RunState, check_same_run, read_state
+from dspark_megatron.run.checkpoints.state import RunState, check_same_run, read_state
 from dspark_megatron.run.identity import run_identity
-from dspark_megatron.run.runtime import Runtime, from_main_rank, main_ranks_folder
+from dspark_megatron.run.ranks.runtime import Runtime, from_main_rank, main_ranks_folder
 from dspark_megatron.storage.checkpoint_metadata import check_whole
 from dspark_megatron.storage.training_checkpoint import (
     find_checkpoint,

@@ -10,12 +10,12 @@ from dspark_megatron.config import Config
 from dspark_megatron.config.loading import load_config
 from dspark_megatron.data.dataset import ConversationDataset
 from dspark_megatron.errors import require
-from dspark_megatron.run.agreement import agree, agree_at_launch
 from dspark_megatron.run.check import RunPlan, check
 from dspark_megatron.run.data import load_train_data
 from dspark_megatron.run.identity import fix_template_day
-from dspark_megatron.run.rank_facts import launch_facts, target_facts
-from dspark_megatron.run.runtime import Launch, Runtime, from_main_rank, start
+from dspark_megatron.run.ranks.agreement import agree, agree_at_launch
+from dspark_megatron.run.ranks.facts import launch_facts, target_facts
+from dspark_megatron.run.ranks.runtime import Launch, Runtime, from_main_rank, start
 from dspark_megatron.run.states import checked_target, kept_facts, sample_facts, states_facts
 from dspark_megatron.targets.stored.deepspec_layout import DeepSpecLayout
 from dspark_megatron.targets.stored.safetensors_layout import SafetensorsLayout

@@ -138,7 +138,7 @@ def write_at(runtime, shape, folder, run):
 
 def read_at(runtime, shape, checkpoint):
     """The trained parameters of this rank from a checkpoint, and those filled from a folder."""
-    from dspark_megatron.run.checkpoints import load_checkpoint
+    from dspark_megatron.run.checkpoints.loading import load_checkpoint
     from support.tiny_draft import build_tiny_draft
 
     draft = build_tiny_draft(runtime, shape)

@@ -319,7 +319,7 @@ def greedy(runtime, config):
     from dspark_megatron.evaluation.figures import acceptance
     from dspark_megatron.run.build import build_draft, build_target
     from dspark_megatron.run.check import check
-    from dspark_megatron.run.checkpoints import load_checkpoint
+    from dspark_megatron.run.checkpoints.loading import load_checkpoint
     from dspark_megatron.storage.target_folder import stop_token_ids
 
     plan = check(config, runtime.world_size)

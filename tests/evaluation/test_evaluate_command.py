@@ -84,7 +84,7 @@ def evaluate(runtime, config, fault=None):
     """The command's own steps on the ranks of the pool. fault: a lossy target, found at start or,
     where that is not looked at, in its answers."""
     from dspark_megatron.evaluation import command
-    from dspark_megatron.run.runtime import Launch
+    from dspark_megatron.run.ranks.runtime import Launch
     from dspark_megatron.targets.huggingface.target import HuggingFaceTarget
 
     start, check, forget = command.start, command.check_pieces_agree, HuggingFaceTarget.forget

@@ -110,7 +110,8 @@ def test_names_and_sharded_tensors_are_the_local_ones(pool, tp):
 
 
 def save_draft(runtime, folder, engine):
-    from dspark_megatron.run.checkpoints import RunState, save_checkpoint
+    from dspark_megatron.run.checkpoints.saving import save_checkpoint
+    from dspark_megatron.run.checkpoints.state import RunState
     from dspark_megatron.storage.training_checkpoint import FORMAT
 
     draft = build_tiny_draft(runtime, SHAPE, spec=spec_on_stand_in() if engine else None)
@@ -119,7 +120,7 @@ def save_draft(runtime, folder, engine):
 
 def load_draft(runtime, folder, engine):
     """Hidden states of a draft whose weights come from the checkpoint alone."""
-    from dspark_megatron.run.checkpoints import load_checkpoint
+    from dspark_megatron.run.checkpoints.loading import load_checkpoint
 
     draft = build_tiny_draft(runtime, SHAPE, spec=spec_on_stand_in() if engine else None)
     with torch.no_grad():

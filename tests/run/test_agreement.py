@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 from dspark_megatron.data.prompts.chat_prompts import Prompt
 from dspark_megatron.errors import ConfigError
-from dspark_megatron.run import rank_facts
-from dspark_megatron.run.agreement import RankFacts, agree_at_launch, disagreement
-from dspark_megatron.run.runtime import Launch
+from dspark_megatron.run.ranks import facts as rank_facts
+from dspark_megatron.run.ranks.agreement import RankFacts, agree_at_launch, disagreement
+from dspark_megatron.run.ranks.runtime import Launch
 from support.tiny_target import make_chats, tiny_config
 from support.training_runs import run_training
 
@@ -185,9 +185,9 @@ def test_ranks_with_the_same_copies_train(pool, tiny_run, own_copies):
 
 def draft_of_another_start(runtime, config, changed):
     """A draft's weights, of which the last rank has changed one."""
-    from dspark_megatron.run.agreement import agree
     from dspark_megatron.run.build import build_draft
     from dspark_megatron.run.check import check
+    from dspark_megatron.run.ranks.agreement import agree
 
     draft = build_draft(check(config, runtime.world_size), runtime)
     if runtime.rank == runtime.world_size - 1 and changed:

@@ -142,7 +142,7 @@ def megatron_logits(runtime, config):
     from dspark_megatron.ops.vocab_parallel import gather_vocab
     from dspark_megatron.run.build import build_draft
     from dspark_megatron.run.check import check
-    from dspark_megatron.run.checkpoints import load_checkpoint
+    from dspark_megatron.run.checkpoints.loading import load_checkpoint
     from dspark_megatron.storage.training_checkpoint import find_checkpoint
     from support.tiny_draft import make_samples, sample_logits
 

@@ -23,7 +23,7 @@ def test_bad_settings_end_all_ranks_with_one_message(tiny_run, tmp_path):
 
 FAILING_JOB = """
 import sys, torch
-from dspark_megatron.run.runtime import launch, start
+from dspark_megatron.run.ranks.runtime import launch, start
 def main():
     with launch() as job:
         runtime = start(job, 1)

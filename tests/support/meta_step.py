@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from dspark_megatron.config import LossConfig, OptimizerConfig
 from dspark_megatron.planning.meta_draft import EverythingOnMeta, one_of_ranks
-from dspark_megatron.run.runtime import Runtime
+from dspark_megatron.run.ranks.runtime import Runtime
 from dspark_megatron.targets.base import StatesSource, TargetStates
 from support.tiny_draft import make_samples, one_collective_at_a_time, rank_micro_batches
 

@@ -124,7 +124,7 @@ def _join(store: Any, rank: int, world: int, tp: int) -> Any:
     from torch.distributed.tensor._redistribute import clear_redistribute_planner_cache
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
-    from dspark_megatron.run.runtime import Launch, start
+    from dspark_megatron.run.ranks.runtime import Launch, start
 
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()

@@ -138,7 +138,7 @@ def test_fused_accumulation_needs_a_gpu(tiny_run):
     [(2, False, None, "1"), (1, False, None, None), (2, True, None, None), (2, False, "8", "8")],
 )
 def test_one_connection_where_it_orders_kernels(monkeypatch, tp, shards_target, before, after):
-    from dspark_megatron.run.runtime import order_kernels
+    from dspark_megatron.run.ranks.runtime import order_kernels
 
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "")  # so that it is put back afterwards
     monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")

@@ -9,7 +9,7 @@ import pytest
 
 from dspark_megatron.config import TrainConfig
 from dspark_megatron.errors import ConfigError
-from dspark_megatron.run.checkpoints import RunState
+from dspark_megatron.run.checkpoints.state import RunState
 from dspark_megatron.storage.training_checkpoint import CheckpointReader, find_checkpoint
 from dspark_megatron.training.resuming import RunEnd
 from support.tiny_target import tiny_config

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dspark_megatron.run.runtime import Launch, Runtime, start
+from dspark_megatron.run.ranks.runtime import Launch, Runtime, start
 
 
 class Skip(Exception):

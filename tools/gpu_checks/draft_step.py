@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dspark_megatron.config import LossConfig, OptimizerConfig
 from dspark_megatron.mcore.optimizer import build_optimizer
 from dspark_megatron.model.draft_model import DSparkDraftModel
-from dspark_megatron.run.runtime import Runtime
+from dspark_megatron.run.ranks.runtime import Runtime
 from dspark_megatron.training import forward_step
 from gpu_checks.context import Context
 

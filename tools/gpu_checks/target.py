@@ -11,7 +11,7 @@ from dspark_megatron.data.batch import Batch
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.run.build import build_target
 from dspark_megatron.run.check import check as check_run
-from dspark_megatron.run.runtime import Runtime
+from dspark_megatron.run.ranks.runtime import Runtime
 from dspark_megatron.targets.huggingface.target import HuggingFaceTarget
 from dspark_megatron.targets.start_checks import check_packing
 from gpu_checks.context import Context, check_close

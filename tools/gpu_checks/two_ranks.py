@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from dspark_megatron.run.runtime import Runtime
+from dspark_megatron.run.ranks.runtime import Runtime
 from gpu_checks.context import Context, Skip, check_close
 from support.ranks import RankPool
 from support.shapes import SHAPE

@@ -16,7 +16,7 @@ from dspark_megatron.conversion.target_match import not_finite, shared_problems
 from dspark_megatron.errors import require
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.run.check import RunPlan
-from dspark_megatron.run.checkpoints import load_checkpoint
+from dspark_megatron.run.checkpoints.loading import load_checkpoint
 from dspark_megatron.shape import DraftShape
 from dspark_megatron.storage.training_checkpoint import CheckpointReader, find_checkpoint
 

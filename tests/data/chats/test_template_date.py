@@ -15,7 +15,7 @@ from dspark_megatron.data.prompts.chat_prompts import load_prompts
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.run import states as target_cache
 from dspark_megatron.run.check import check
-from dspark_megatron.run.checkpoints import check_same_run
+from dspark_megatron.run.checkpoints.state import check_same_run
 from dspark_megatron.run.data import load_run_data, sample_rules
 from dspark_megatron.run.identity import fix_template_day, run_identity, template_day
 from dspark_megatron.run.states import sample_facts

@@ -19,9 +19,9 @@ from dspark_megatron.data.dataset import ConversationDataset
 from dspark_megatron.data.files.sources import find_files
 from dspark_megatron.data.prompts.chat_prompts import Prompt
 from dspark_megatron.model.draft_model import DSparkDraftModel
-from dspark_megatron.run.agreement import Facts
 from dspark_megatron.run.check import RunPlan
 from dspark_megatron.run.initial.initial_weights import initial_folder
+from dspark_megatron.run.ranks.agreement import Facts
 from dspark_megatron.run.states import tokenizer_text
 
 _PACKAGES = (

@@ -17,7 +17,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dspark_megatron.errors import ConfigError
-from dspark_megatron.run.runtime import Launch
+from dspark_megatron.run.ranks.runtime import Launch
 
 Facts = dict[str, str]
 _WAIT = datetime.timedelta(minutes=30)

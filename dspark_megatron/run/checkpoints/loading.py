@@ -1,0 +1,48 @@
+"""A draft and its optimizer from a checkpoint of any parallel layout."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint.api import CheckpointException
+
+from dspark_megatron.errors import ConfigError
+from dspark_megatron.model.draft_model import DSparkDraftModel
+from dspark_megatron.run.checkpoints.sharding import sharded_state
+from dspark_megatron.run.checkpoints.state import RunState, read_state
+from dspark_megatron.storage.checkpoint_metadata import check_whole, damaged
+from dspark_megatron.storage.torch_dist_folder import cause_of
+
+_SETTINGS = ("max_lr", "min_lr", "betas", "eps")
+"""What a parameter group takes from the config, not from a checkpoint."""
+
+
+def load_checkpoint(folder: Path, model: DSparkDraftModel, optimizer: Any | None) -> RunState:
+    """Fill the model, and the optimizer if given, from a checkpoint of any parallel layout.
+    Collective over the world."""
+    check_whole(folder)  # Megatron-Core would unpickle its metadata unseen
+    try:
+        state = sharded_state(model, optimizer, is_loading=True)
+        loaded = dist_checkpointing.load(state, str(folder))
+    except CheckpointException as error:
+        raise damaged(folder, cause_of(error)) from error
+    result = model.load_state_dict(loaded["model"], strict=False)
+    if result.missing_keys or result.unexpected_keys:
+        raise ConfigError(
+            f"checkpoint {folder} lacks {result.missing_keys} and has unknown "
+            f"{result.unexpected_keys}"
+        )
+    if optimizer is not None:
+        _keep_settings(optimizer, loaded["optimizer"])
+        with torch.no_grad():  # the fp32 optimizer copies into views of leaf parameters
+            optimizer.load_state_dict(loaded["optimizer"])
+    return read_state(folder)
+
+
+def _keep_settings(optimizer: Any, loaded: dict) -> None:
+    """Put this run's learning rates and constants into the loaded parameter groups: the config
+    rules, not the checkpoint. Before loading, since newer Megatron-Core finds groups by them."""
+    ours = optimizer.param_groups[0]  # all groups share them
+    for group in loaded.get("optimizer", loaded)["param_groups"]:
+        group.update({name: ours[name] for name in _SETTINGS})

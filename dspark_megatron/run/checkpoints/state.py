@@ -1,0 +1,74 @@
+"""Where a run stands, as its checkpoints say, and which runs may continue them."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dspark_megatron.config import LossConfig
+from dspark_megatron.errors import ConfigError
+from dspark_megatron.run.identity import clock_hint
+from dspark_megatron.storage.training_checkpoint import read_meta
+
+_DEFAULTS = {"loss": asdict(LossConfig())}
+"""By section of dspark.json: what a checkpoint means by a key that is younger than it is."""
+
+
+@dataclass(frozen=True)
+class BestEstimate:
+    """The best held-out tau of a run so far; its checkpoint is kept."""
+
+    iteration: int
+    tau: float
+    conditions: dict[str, Any]
+    """What it was estimated on and how; only estimates of the same compare."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands."""
+
+    iteration: int
+    consumed_samples: int
+    open_metrics: tuple[float, ...] = ()
+    """Packed sums of the log interval that the checkpoint stands in, over all ranks."""
+    best: BestEstimate | None = None
+    """None until an estimate is made, or when its checkpoint is gone."""
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the best estimate so far was made here."""
+        return self.best is not None and self.best.iteration == self.iteration
+
+
+def read_state(folder: Path) -> RunState:
+    """Where the run stood when it saved this checkpoint."""
+    meta = read_meta(folder)
+    best = BestEstimate(**meta["best"]) if meta.get("best") else None
+    return RunState(meta["iteration"], meta["consumed_samples"], tuple(meta["open_metrics"]), best)
+
+
+def check_same_run(folder: Path, meta: dict[str, Any]) -> None:
+    """Refuse a checkpoint whose identity (shape, target, data, seed) is not this run's.
+
+    Compares every key of `meta` that the checkpoint has, and those of the loss section that it
+    lacks at their defaults; ConfigError lists what differs.
+    """
+    saved = read_meta(folder)
+    different = []
+    for key, value in meta.items():
+        if isinstance(value, dict):
+            old = _DEFAULTS.get(key, {}) | (saved.get(key) or {})
+            different += [
+                f"{key}.{k}: {old.get(k)!r} there, {v!r} here"
+                for k, v in value.items()
+                if old.get(k) != v
+            ]
+        elif key in saved and saved[key] != value:
+            different.append(f"{key}: {saved[key]!r} there, {value!r} here")
+    if different:
+        of_data = ("data_fingerprint", "template_date")
+        hint = clock_hint(saved, meta) if any(d.startswith(of_data) for d in different) else ""
+        raise ConfigError(
+            f"checkpoint {folder} belongs to another run: {'; '.join(different)}. "
+            f"Use another train.output_dir, or the settings of that run.{hint}"
+        )
