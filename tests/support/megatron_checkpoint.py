@@ -60,8 +60,8 @@ def write_checkpoint(
     object that runs code when it is unpickled. without: an argument to leave out."""
     from megatron.core import dist_checkpointing
 
-    from dspark_megatron.run.check import check
     from dspark_megatron.mcore.checkpoint_writer import write_in_this_process
+    from dspark_megatron.run.check import check
     from dspark_megatron.targets.megatron.groups import target_groups
     from dspark_megatron.targets.megatron.source import GPTSource
 

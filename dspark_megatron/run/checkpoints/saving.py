@@ -26,6 +26,7 @@ from dspark_megatron.mcore.checkpoint_writer import write_in_this_process
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.run.checkpoints.sharding import SHARDING, sharded_state
 from dspark_megatron.run.checkpoints.state import BestEstimate, RunState
+from dspark_megatron.run.ranks.places import at
 from dspark_megatron.run.ranks.runtime import from_main_rank
 from dspark_megatron.storage.checkpoint_metadata import check_whole
 from dspark_megatron.storage.torch_dist_folder import cause_of
@@ -59,19 +60,20 @@ def save_checkpoint(
     written in full.
     """
     final, is_main = iteration_folder(checkpoints, state.iteration), dist.get_rank() == 0
+    at(f"saving iteration {state.iteration}")
     partial = from_main_rank(_new_folder(final) if is_main else None)
     write_in_this_process()
     tensors = sharded_state(model, optimizer, is_loading=False)
-    problem = None
+    problem: Exception | None = None
     try:
         dist_checkpointing.save(tensors, str(partial), content_metadata=SHARDING)
     except CheckpointException as error:  # on every rank; the main one knows why
-        problem = error if is_main else None
+        problem = error
     except OSError as error:  # of one rank, while the others wait for it: its word ends them
         raise _unsaved(final, error) from error
     if is_main and problem is None:
         problem = _completed(partial, final, {**meta, **asdict(state)})
-    if text := from_main_rank(problem and str(_unsaved(final, problem))):
+    if text := from_main_rank(str(_unsaved(final, problem)) if is_main and problem else None):
         raise ConfigError(text)
     if is_main:
         write_text(checkpoints / TRACKER, f"{state.iteration}\n")
