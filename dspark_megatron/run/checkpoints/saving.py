@@ -64,7 +64,7 @@ def save_checkpoint(
     partial = from_main_rank(_new_folder(final) if is_main else None)
     write_in_this_process()
     tensors = sharded_state(model, optimizer, is_loading=False)
-    problem: Exception | None = None
+    problem: BaseException | None = None
     try:
         dist_checkpointing.save(tensors, str(partial), content_metadata=SHARDING)
     except CheckpointException as error:  # on every rank; the main one knows why

@@ -84,10 +84,9 @@ def _described(job: Launch, error: BaseException) -> str:
     """What a rank says as it fails. A collective breaks when another rank is gone: it is named."""
     of_collective = isinstance(error, dist.DistError) or "gloo" in str(error)
     if job.world_size > 1 and isinstance(error, RuntimeError) and of_collective:
-        with contextlib.suppress(dist.DistError):
-            if lost := lost_ranks(job):
-                seen = str(error).splitlines()[0]
-                return f"error: {lost}. Start the run again to continue it. Seen as: {seen}"
+        seen, _, _ = str(error).partition(". ")
+        if lost := lost_ranks(job):
+            return f"error: {lost}. Start the run again to continue it. Seen as: {seen}"
     return f"rank {job.rank} failed:\n{''.join(traceback.format_exception(error))}"
 
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from dspark_megatron.run.ranks.absent import Sign, absence, goes_on, silent
 from dspark_megatron.run.ranks.ending import end_process, say, tell_torchrun
 from dspark_megatron.run.ranks.job import Launch
+from dspark_megatron.run.ranks.launcher import launcher_is_gone
 from dspark_megatron.run.ranks.places import look, time_limit
 
 _FAILURE_KEY, _SIGN_KEY = "dspark_failure", "dspark_sign"
@@ -43,10 +44,6 @@ class Watch:
                 self._store_is_silent(error)
 
     def _tick(self) -> None:
-        if self.job.watch_store.check([_FAILURE_KEY]) and not self.done.is_set():
-            end_after_another(self.job, self.job.watch_store)
-        if self.job.world_size == 1:
-            return
         self._look()
         # Not all at once: the first rank that is sure ends the others.
         patience = time_limit() + min(self.job.rank, 30)
@@ -54,8 +51,14 @@ class Watch:
             self._judge()
 
     def _look(self) -> None:
-        """Count how long the main thread has been inside one call, and tell the others. Time in
-        which the whole process was stopped does not count."""
+        """See whether another rank has failed, count how long the main thread has been inside one
+        call, and tell the others. Time in which the whole process was stopped does not count."""
+        if launcher_is_gone():
+            return  # and so may the store be; another thread ends this rank
+        if self.job.watch_store.check([_FAILURE_KEY]) and not self.done.is_set():
+            end_after_another(self.job, self.job.watch_store)
+        if self.job.world_size == 1:
+            return
         now, seen = time.monotonic(), look(self._thread)
         passed, self._last_tick = min(now - self._last_tick, 2 * _CHECK_SECONDS), now
         has_moved = (seen.marks, seen.stack) != (self._seen.marks, self._seen.stack)
@@ -70,9 +73,11 @@ class Watch:
     def _judge(self) -> None:
         """End the run unless some rank still gets on."""
         before = signs(self.job, self.job.watch_store)
-        sure = max(_SURE_SECONDS, min(30.0, time_limit() / 10))
-        if self.done.wait(sure):
-            return
+        until = time.monotonic() + max(_SURE_SECONDS, min(30.0, time_limit() / 10))
+        while time.monotonic() < until:
+            if self.done.wait(_CHECK_SECONDS):
+                return
+            self._look()
         after = signs(self.job, self.job.watch_store)
         if goes_on(before, after):
             self._seconds = max(0.0, self._seconds - 10)
@@ -98,13 +103,18 @@ def signs(job: Launch, store: dist.Store) -> dict[int, Sign]:
 def lost_ranks(job: Launch) -> str:
     """Why a collective may have broken: ranks without a sign of life, empty if there are none. Ends
     this rank if another one says that it failed."""
-    before = signs(job, job.store)
-    deadline = time.monotonic() + _SURE_SECONDS
-    while time.monotonic() < deadline:
-        if job.store.check([_FAILURE_KEY]):
-            end_after_another(job, job.store)
-        time.sleep(0.2)
-    after = signs(job, job.store)
+    if launcher_is_gone():
+        time.sleep(5 * _CHECK_SECONDS)  # this rank ends meanwhile
+    try:
+        before = signs(job, job.store)
+        deadline = time.monotonic() + _SURE_SECONDS
+        while time.monotonic() < deadline:
+            if job.store.check([_FAILURE_KEY]):
+                end_after_another(job, job.store)
+            time.sleep(0.2)
+        after = signs(job, job.store)
+    except dist.DistError:
+        return f"the job's store at {job.address} is gone, which the first node's launcher serves"
     gone = sorted(silent(before, after))
     return "; ".join(f"{after[r].who} is gone; it was last at {after[r].where}" for r in gone)
 
