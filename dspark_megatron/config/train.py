@@ -36,6 +36,10 @@ class TrainConfig:
     exit_duration_minutes: float | None = None
     """Minutes since the launch after which the run ends its step, saves and exits, as it does on
     SIGTERM. Null means no limit."""
+    timeout_minutes: float = 10.0
+    """Minutes that ranks wait for one that does not come: at the rendezvous, when they compare
+    settings, and in a step or a save. Six times as long while data and target are loaded. Then the
+    run ends and names the rank, its host and where it was."""
     keep_last: int = 3
     """Checkpoints that are kept besides the best one. Older ones are deleted once a newer one is
     complete."""
@@ -53,6 +57,7 @@ class TrainConfig:
     def validate(self) -> None:
         positive("train", self, "iterations", "epochs", "micro_batch_size", "global_batch_size")
         positive("train", self, "log_every", "save_every", "keep_last", "exit_duration_minutes")
+        positive("train", self, "timeout_minutes")
         require(
             self.resume_from is None or (self.resume and self.resume_from >= 0),
             f"train.resume_from ({self.resume_from}) must be the iteration (>= 0) of a checkpoint, "

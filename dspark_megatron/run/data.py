@@ -18,6 +18,7 @@ from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.run.check import RunPlan
 from dspark_megatron.run.ranks.agreement import agree
 from dspark_megatron.run.ranks.facts import data_facts
+from dspark_megatron.run.ranks.places import at
 from dspark_megatron.run.ranks.runtime import Runtime
 from dspark_megatron.storage.target_folder import stop_token_ids
 
@@ -65,6 +66,7 @@ def load_train_data(plan: RunPlan, runtime: Runtime) -> ConversationDataset:
     """The training samples, the same on all ranks; the main rank says what became of the files'
     lines."""
     data = plan.config.data
+    at("reading data.train_files", longer=True)
     dataset = load_run_data(
         plan, data.train_files, weights=data.weights, show_progress=runtime.is_main
     )

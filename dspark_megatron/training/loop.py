@@ -20,10 +20,10 @@ from dspark_megatron.run.data import load_train_data
 from dspark_megatron.run.identity import export_settings, run_identity
 from dspark_megatron.run.initial.initial_weights import InitialWeights
 from dspark_megatron.run.initial.warm_start import WarmStart
-from dspark_megatron.run.output import claim_output, write_config, write_status
+from dspark_megatron.run.output import claimed_output, write_config, write_status
 from dspark_megatron.run.ranks.agreement import agree
 from dspark_megatron.run.ranks.facts import draft_facts, start_facts, target_facts
-from dspark_megatron.run.ranks.runtime import Runtime
+from dspark_megatron.run.ranks.runtime import Runtime, at_step
 from dspark_megatron.run.states import open_stored_states, states_source
 from dspark_megatron.storage.training_checkpoint import FORMAT, iteration_folder
 from dspark_megatron.targets.huggingface.packing import SequencePacker
@@ -45,10 +45,11 @@ from dspark_megatron.training.stop_requests import StopReason, StopRequests
 def train(plan: RunPlan, runtime: Runtime, stop: StopRequests) -> None:
     """Train until the run's end or until a rank is to stop; every rank calls it."""
     agree(target_facts(plan))
-    output_dir = Path(plan.config.train.output_dir)
-    if runtime.is_main:
-        claim_output(output_dir, plan.config)
-    dist.barrier()
+    with claimed_output(plan.config, runtime) as output_dir:
+        _train(plan, runtime, stop, output_dir)
+
+
+def _train(plan: RunPlan, runtime: Runtime, stop: StopRequests, output_dir: Path) -> None:
     resume_from = checkpoint_to_resume(plan, output_dir / "checkpoints", runtime)
     if finished := finished_state(plan, resume_from, output_dir, runtime):
         return finish_again(plan, runtime, output_dir, finished)
@@ -127,12 +128,13 @@ class Trainer:
 
     def run(self, stop: StopRequests) -> None:
         """Steps until the run's end, saving on the way, at the end and on a stop."""
-        reporter = self._reporter()
+        reporter, start = self._reporter(), self.state.iteration
         metrics, clock = self._open_metrics(), time.perf_counter()
         limit = self.settings.exit_duration_minutes
         # Signals only: with a limit shorter than its start, a requeued run would never get on.
         reason = self._agreed(stop.reason(None))
         while not reason and not self.end.is_reached(self.state):
+            at_step(self.state.iteration + 1, done=self.state.iteration - start)
             grad_norm = self._train_step(metrics)
             iteration = self.state.iteration
             last = self.end.is_reached(self.state)
