@@ -4,7 +4,7 @@ from pathlib import Path
 
 from dspark_megatron.config import Config
 from dspark_megatron.errors import ConfigError
-from dspark_megatron.storage.training_checkpoint import latest_iteration
+from dspark_megatron.storage.checkpoints.tracker import latest_iteration
 from dspark_megatron.storage.writing import claim_folder, leftovers_of, write_text
 
 

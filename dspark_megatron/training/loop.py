@@ -25,7 +25,8 @@ from dspark_megatron.run.ranks.agreement import agree
 from dspark_megatron.run.ranks.facts import draft_facts, start_facts, target_facts
 from dspark_megatron.run.ranks.runtime import Runtime
 from dspark_megatron.run.states import open_stored_states, states_source
-from dspark_megatron.storage.training_checkpoint import FORMAT, iteration_folder
+from dspark_megatron.storage.checkpoints.meta import FORMAT
+from dspark_megatron.storage.checkpoints.whole import iteration_folder
 from dspark_megatron.targets.huggingface.packing import SequencePacker
 from dspark_megatron.targets.stored.target import StoredStates
 from dspark_megatron.training.heldout import HeldOut

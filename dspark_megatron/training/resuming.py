@@ -13,13 +13,9 @@ from dspark_megatron.run.check import RunPlan
 from dspark_megatron.run.checkpoints.state import RunState, check_same_run, read_state
 from dspark_megatron.run.identity import run_identity
 from dspark_megatron.run.ranks.runtime import Runtime, from_main_rank, main_ranks_folder
-from dspark_megatron.storage.checkpoint_metadata import check_whole
-from dspark_megatron.storage.training_checkpoint import (
-    find_checkpoint,
-    iteration_folder,
-    latest_iteration,
-    read_meta,
-)
+from dspark_megatron.storage.checkpoints.tracker import latest_iteration
+from dspark_megatron.storage.checkpoints.whole import check_whole, iteration_folder
+from dspark_megatron.storage.training_checkpoint import find_checkpoint, read_meta
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,9 @@ import torch
 
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.ops.acceptance import probabilities, round_starts
-from dspark_megatron.storage.training_checkpoint import BEST, find_checkpoint, iteration_folder
+from dspark_megatron.storage.checkpoints.tracker import BEST
+from dspark_megatron.storage.checkpoints.whole import iteration_folder
+from dspark_megatron.storage.training_checkpoint import find_checkpoint
 from support.decoded import PROMPTS
 from support.draft_steps import whole
 from support.head_loss_inputs import make_inputs, shard_of

@@ -11,7 +11,7 @@ from dspark_megatron.errors import ConfigError
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.run.checkpoints.sharding import sharded_state
 from dspark_megatron.run.checkpoints.state import RunState, read_state
-from dspark_megatron.storage.checkpoint_metadata import check_whole, damaged
+from dspark_megatron.storage.checkpoints.whole import check_whole, damaged
 from dspark_megatron.storage.torch_dist_folder import cause_of
 
 _SETTINGS = ("max_lr", "min_lr", "betas", "eps")

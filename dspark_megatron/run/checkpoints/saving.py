@@ -22,12 +22,9 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.run.checkpoints.sharding import SHARDING, sharded_state
 from dspark_megatron.run.checkpoints.state import BestEstimate, RunState
-from dspark_megatron.storage.training_checkpoint import (
-    BEST_TRACKER,
-    META,
-    TRACKER,
-    iteration_folder,
-)
+from dspark_megatron.storage.checkpoint_metadata import META
+from dspark_megatron.storage.checkpoints.tracker import BEST_TRACKER, TRACKER
+from dspark_megatron.storage.checkpoints.whole import iteration_folder
 from dspark_megatron.storage.writing import write_json, write_text
 
 
