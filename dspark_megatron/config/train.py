@@ -45,9 +45,9 @@ class TrainConfig:
     """Continue from the checkpoint of this iteration of output_dir instead. Once the run has saved
     a checkpoint after that, it continues from the newest again. Null means the newest."""
     overwrite: bool = False
-    """With `resume: false`, start anew in a folder that has checkpoints. They are set aside when
-    the new run takes its first step, and deleted once it has saved a checkpoint of its own. A
-    command that is started again with this set starts anew again."""
+    """With `resume: false`, start anew in a folder that has checkpoints: they are moved to
+    checkpoints/replaced_1 (or 2, ...) when the new run takes its first step. The same command
+    starts anew every time; leave this out to continue."""
     initial_checkpoint: str = ""
     """Weights to start from, with a fresh optimizer: a run, its checkpoint, an import, or the
     folder of a draft in any layout. A run that continues ignores this."""

@@ -3,6 +3,7 @@ only the classes that belong in it are loaded. It says how large the other files
 checked before any of them is opened.
 """
 
+import io
 import os
 import pickle
 from pathlib import Path
@@ -71,6 +72,22 @@ def check_shards(checkpoint: Path, metadata: Metadata) -> None:
             raise Damage.of(error.path, error.reason) from error
         if not os.access(checkpoint / name, os.R_OK):
             raise Damage.of(checkpoint / name, "it may not be read")
+
+
+def unreadable_shard(checkpoint: Path) -> Path:
+    """The first file whose tensors cannot be read, to say which it is once a load has failed; the
+    folder if all can. Reads all of them."""
+    for index, stored in read_metadata(checkpoint).storage_data.items():
+        file = checkpoint / stored.relative_path
+        try:
+            with file.open("rb") as opened:
+                opened.seek(stored.offset)
+                content = io.BytesIO(opened.read(stored.length))
+            if not index.fqn.startswith("common_state/"):
+                torch.load(content, map_location="cpu", weights_only=True)
+        except Exception:
+            return file
+    return checkpoint
 
 
 def _check_entries(metadata: Any) -> None:

@@ -22,7 +22,11 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from dspark_megatron.errors import require
-from dspark_megatron.storage.checkpoint_metadata import check_shards, read_metadata
+from dspark_megatron.storage.checkpoint_metadata import (
+    check_shards,
+    read_metadata,
+    unreadable_shard,
+)
 from dspark_megatron.storage.checkpoints.damage import Damage
 from dspark_megatron.storage.checkpoints.data_only import load_data
 
@@ -110,7 +114,7 @@ class TorchDistFolder:
                 cause = cause_of(error)
                 if isinstance(cause, KeyboardInterrupt):
                     raise cause from None
-                raise Damage.of(self.path, cause) from error
+                raise Damage.of(unreadable_shard(self.path), cause) from error
         return state
 
 

@@ -20,7 +20,7 @@ from dspark_megatron.run.data import load_train_data
 from dspark_megatron.run.identity import export_settings, run_identity
 from dspark_megatron.run.initial.initial_weights import InitialWeights
 from dspark_megatron.run.initial.warm_start import WarmStart
-from dspark_megatron.run.output import claim_output, write_config, write_status
+from dspark_megatron.run.output import claim_output, set_aside, write_config, write_status
 from dspark_megatron.run.ranks.agreement import agree
 from dspark_megatron.run.ranks.facts import draft_facts, start_facts, target_facts
 from dspark_megatron.run.ranks.runtime import Runtime
@@ -128,6 +128,8 @@ class Trainer:
 
     def run(self, stop: StopRequests) -> None:
         """Steps until the run's end, saving on the way, at the end and on a stop."""
+        if self.runtime.is_main and not self.settings.resume:
+            self._say(set_aside(self.checkpoints))
         reporter = self._reporter()
         metrics, clock = self._open_metrics(), time.perf_counter()
         limit = self.settings.exit_duration_minutes
@@ -252,7 +254,7 @@ class Trainer:
         )
 
     def _say(self, text: str) -> None:
-        if self.runtime.is_main:
+        if text and self.runtime.is_main:
             print(text, flush=True)
 
 

@@ -1,6 +1,7 @@
 """Checkpoints of a run: Megatron-Core's distributed format, complete or absent.
 
-    checkpoints/iter_0000100/                      tensors (torch_dist) and dspark.json
+    checkpoints/iter_0000100/                      tensors (torch_dist), dspark.json,
+                                                   checksums.json
     checkpoints/latest_checkpointed_iteration.txt  the newest complete one, written last
     checkpoints/best_checkpointed_iteration.txt    that of the best held-out tau, if there is one
 
@@ -10,7 +11,6 @@ an `iter_` name is always whole. It loads at any tensor- or data-parallel size.
 
 import os
 import queue
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ from dspark_megatron.run.checkpoints.state import BestEstimate, RunState
 from dspark_megatron.storage.checkpoint_metadata import META
 from dspark_megatron.storage.checkpoints.tracker import BEST_TRACKER, TRACKER
 from dspark_megatron.storage.checkpoints.whole import iteration_folder
-from dspark_megatron.storage.writing import write_json, write_text
+from dspark_megatron.storage.checksums import ranks_checksums, write_checksums
+from dspark_megatron.storage.writing import remove, write_json, write_text
 
 
 def save_checkpoint(
@@ -46,7 +47,7 @@ def save_checkpoint(
     partial = checkpoints / f".partial_{final.name}"
     is_main = dist.get_rank() == 0
     if is_main:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
         partial.mkdir(parents=True)
     dist.barrier()
     collect_results_here()
@@ -55,8 +56,10 @@ def save_checkpoint(
         str(partial),
         content_metadata=SHARDING,
     )
+    checksums = ranks_checksums(partial)
     if is_main:
         write_json(partial / META, {**meta, **asdict(state)})
+        write_checksums(partial, checksums)
         if final.exists():  # it loses its name whole; pruning deletes it
             final.rename(partial.with_name(f"{partial.name}_{os.urandom(4).hex()}"))
         partial.rename(final)
@@ -92,4 +95,4 @@ def _prune(checkpoints: Path, newest: Path, keep_last: int, best: BestEstimate |
         if folder != kept:
             folder.rename(checkpoints / f".partial_{folder.name}")
     for leftover in checkpoints.glob(".partial_iter_*"):
-        shutil.rmtree(leftover)
+        remove(leftover)

@@ -4,6 +4,9 @@ from pathlib import Path
 
 from dspark_megatron.errors import ConfigError
 
+_ADVICE = ("Weights only load failed", "Please file an issue", "compatible with your use case")
+"""How lines of PyTorch's begin that advise to load a pickle without limits."""
+
 
 class Damage(ConfigError):
     """A file of a checkpoint, or the folder, is damaged or incomplete."""
@@ -22,5 +25,6 @@ def reason_of(cause: BaseException | str) -> str:
     """In one line."""
     if isinstance(cause, str):
         return cause
-    lines = str(cause).splitlines()
+    lines = [line.strip() for line in str(cause).partition("Please use")[0].splitlines()]
+    lines = [line for line in lines if line and not line.startswith(_ADVICE)]
     return f"{type(cause).__name__}: {lines[0]}" if lines else type(cause).__name__

@@ -58,10 +58,11 @@ def best_iteration(checkpoints: Path) -> int:
     )
 
 
-def mend_tracker(checkpoints: Path, iteration: int) -> None:
-    """Let the tracker name this iteration, if it does not."""
-    if _tracked(checkpoints / TRACKER)[0] != iteration:
-        write_text(checkpoints / TRACKER, f"{iteration}\n")
+def mend_tracker(newest: Path) -> None:
+    """Let the tracker beside a checkpoint name it, if it does not."""
+    tracker, iteration = newest.parent / TRACKER, iteration_of(newest)
+    if _tracked(tracker)[0] != iteration:
+        write_text(tracker, f"{iteration}\n")
 
 
 def _found_without(tracker: Path, problem: str, there: dict[int, Path]) -> int:

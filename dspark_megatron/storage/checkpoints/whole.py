@@ -110,7 +110,7 @@ def _check(checkpoint: Path, verify: Verify) -> bool:
         if checksums is not None:
             compare(checkpoint, checksums, full=verify == "full")
     except NotAsWritten as error:
-        raise Damage.of(error.path, error.reason) from error
+        raise Damage.of(error.path, f"{error.reason}, by {CHECKSUMS}") from error
     parse_meta(checkpoint)
     _check_backend(checkpoint / "metadata.json")
     _check_common(folder)
