@@ -63,10 +63,14 @@ def ranks_checksums(folder: Path) -> Checksums:
 def write_checksums(folder: Path, known: Mapping[str, Checksum] | None = None) -> None:
     """Of all files that are in the folder; what is `known` is not read again."""
     found, known = {}, known or {}
-    for path in sorted(folder.iterdir()):
+    for path in folder.iterdir():
         if path.name != CHECKSUMS and not path.name.startswith(PARTIAL) and path.is_file():
             found[path.name] = known.get(path.name) or checksum_of(path)
-    content = {name: one._asdict() for name, one in found.items()}
+    keep_checksums(folder, found)
+
+
+def keep_checksums(folder: Path, checksums: Checksums) -> None:
+    content = {name: one._asdict() for name, one in sorted(checksums.items())}
     write_json(folder / CHECKSUMS, {"algorithm": "crc32", "files": content})
 
 
@@ -80,12 +84,13 @@ def read_checksums(folder: Path) -> Checksums | None:
         raise NotAsWritten(path, "it is no file")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return {name: _parsed(entry) for name, entry in content["files"].items()}
+        return {name: parsed(entry) for name, entry in content["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise NotAsWritten(path, f"{type(error).__name__}: {error}".splitlines()[0]) from error
 
 
-def _parsed(entry: object) -> Checksum:
+def parsed(entry: object) -> Checksum:
+    """What JSON has of one. ValueError, TypeError or KeyError for anything else."""
     size, crc32 = entry["size"], entry["crc32"]  # type: ignore[index]
     if not isinstance(size, int) or not re.fullmatch("[0-9a-f]{8}", crc32):
         raise ValueError(f"{entry!r:.80} is no checksum")

@@ -24,7 +24,7 @@ from dspark_megatron.run.output import claim_output, set_aside, write_config, wr
 from dspark_megatron.run.ranks.agreement import agree
 from dspark_megatron.run.ranks.facts import draft_facts, start_facts, target_facts
 from dspark_megatron.run.ranks.runtime import Runtime
-from dspark_megatron.run.states import open_stored_states, states_source
+from dspark_megatron.run.states import check_stored_states, states_source
 from dspark_megatron.storage.checkpoints.meta import FORMAT
 from dspark_megatron.storage.checkpoints.whole import iteration_folder
 from dspark_megatron.targets.huggingface.packing import SequencePacker
@@ -55,7 +55,7 @@ def train(plan: RunPlan, runtime: Runtime, stop: StopRequests) -> None:
         return finish_again(plan, runtime, output_dir, finished)
     agree(start_facts(plan, resume_from))
     if plan.config.target.is_stored:
-        open_stored_states(plan)  # refused before the data are read
+        check_stored_states(plan, runtime)  # refused before the data are read
     draft = build_run_draft(plan, runtime, is_new=resume_from is None)
     heldout = HeldOut.load(plan, runtime)
     dataset = load_train_data(plan, runtime)
@@ -141,6 +141,8 @@ class Trainer:
             last = self.end.is_reached(self.state)
             if reporter is not None:
                 reporter.step()
+            if last and isinstance(self.target, StoredStates):
+                self.target.finish()
             if last or iteration % self.settings.log_every == 0:
                 seconds = time.perf_counter() - clock
                 self._log(reporter, metrics, grad_norm, seconds)
