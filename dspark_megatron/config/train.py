@@ -48,6 +48,10 @@ class TrainConfig:
     resume_from: int | None = None
     """Continue from the checkpoint of this iteration of output_dir instead. Once the run has saved
     a checkpoint after that, it continues from the newest again. Null means the newest."""
+    overwrite: bool = False
+    """With `resume: false`, start anew in a folder that has checkpoints: they are moved to
+    checkpoints/replaced_1 (or 2, ...) when the new run takes its first step. The same command
+    starts anew every time; leave this out to continue."""
     initial_checkpoint: str = ""
     """Weights to start from, with a fresh optimizer: a run, its checkpoint, an import, or the
     folder of a draft in any layout. A run that continues ignores this."""
@@ -62,5 +66,10 @@ class TrainConfig:
             self.resume_from is None or (self.resume and self.resume_from >= 0),
             f"train.resume_from ({self.resume_from}) must be the iteration (>= 0) of a checkpoint, "
             f"with train.resume=true (it is {str(self.resume).lower()})",
+        )
+        require(
+            not (self.overwrite and self.resume),
+            "train.overwrite=true starts anew in a folder that has checkpoints, and train.resume "
+            "is true; set train.resume=false to lose them, or train.overwrite=false to go on",
         )
         not_negative("train", self, "seed")

@@ -44,7 +44,8 @@ def read_state(folder: Path) -> RunState:
     """Where the run stood when it saved this checkpoint."""
     meta = read_meta(folder)
     best = BestEstimate(**meta["best"]) if meta.get("best") else None
-    return RunState(meta["iteration"], meta["consumed_samples"], tuple(meta["open_metrics"]), best)
+    metrics = tuple(meta.get("open_metrics") or ())
+    return RunState(meta["iteration"], meta["consumed_samples"], metrics, best)
 
 
 def check_same_run(folder: Path, meta: dict[str, Any]) -> None:
