@@ -1,5 +1,6 @@
 """The training run: start, steps, checkpoints, end."""
 
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,12 @@ import torch.distributed as dist
 
 from dspark_megatron.data.batch import MicroBatches
 from dspark_megatron.data.dataset import ConversationDataset
-from dspark_megatron.mcore.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
+from dspark_megatron.mcore.optimizer import (
+    build_optimizer,
+    build_scheduler,
+    make_state,
+    wrap_data_parallel,
+)
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.run.build import build_draft
 from dspark_megatron.run.check import RunPlan
@@ -28,6 +34,8 @@ from dspark_megatron.run.states import open_stored_states, states_source
 from dspark_megatron.storage.training_checkpoint import FORMAT, iteration_folder
 from dspark_megatron.targets.huggingface.packing import SequencePacker
 from dspark_megatron.targets.stored.target import StoredStates
+from dspark_megatron.training.health.bad_steps import BadSteps
+from dspark_megatron.training.health.weights import check_weights
 from dspark_megatron.training.heldout import HeldOut
 from dspark_megatron.training.metrics import MetricSums
 from dspark_megatron.training.padding import describe_padding
@@ -124,6 +132,7 @@ class Trainer:
             dp_group=runtime.dp_group,
             device=runtime.device,
         )
+        self.bad_steps = BadSteps(config.train, self.step, self.optimizer, dataset.origins, runtime)
 
     def run(self, stop: StopRequests) -> None:
         """Steps until the run's end, saving on the way, at the end and on a stop."""
@@ -133,7 +142,7 @@ class Trainer:
         # Signals only: with a limit shorter than its start, a requeued run would never get on.
         reason = self._agreed(stop.reason(None))
         while not reason and not self.end.is_reached(self.state):
-            grad_norm = self._train_step(metrics)
+            grad_norm = self._train_step(metrics, reporter)
             iteration = self.state.iteration
             last = self.end.is_reached(self.state)
             if reporter is not None:
@@ -149,8 +158,9 @@ class Trainer:
                 clock += time.perf_counter() - started
             reason = self._agreed(stop.reason(limit))
             is_due = last or self.state.is_best or iteration % self.settings.save_every == 0
-            if reason or is_due:
+            if reason or is_due or self.bad_steps.are_too_many:
                 self._save(metrics)
+            self.bad_steps.check(iteration)
         if reporter is not None:
             reporter.close()
             self._report_end(reason)
@@ -170,19 +180,37 @@ class Trainer:
             "there"
         )
 
-    def _train_step(self, metrics: MetricSums) -> float:
-        """One optimizer step; returns the gradient norm before clipping."""
+    def _train_step(self, metrics: MetricSums, reporter: Reporter | None) -> float | None:
+        """One step; returns the gradient norm before clipping, None where it was skipped. A
+        skipped one leaves weights, moments and metrics as they were; data and learning rate go on.
+        """
         micro_batches = self.batches.of_step(self.state.consumed_samples)
+        before = metrics.packed()
         self.optimizer.zero_grad()
         self.step.run(micro_batches, metrics)
         self.scheduler.step(self.end.progress_of_a_step)
-        _, grad_norm, _ = self.optimizer.step()
-        consumed = self.state.consumed_samples + self.settings.global_batch_size
-        self.state = RunState(self.state.iteration + 1, consumed, best=self.state.best)
-        return float(grad_norm)
+        reason = self.bad_steps.reason(metrics)
+        self.state = replace(
+            self.state,
+            iteration=self.state.iteration + 1,
+            consumed_samples=self.state.consumed_samples + self.settings.global_batch_size,
+            skipped_steps=self.state.skipped_steps + bool(reason),
+        )
+        if reason is None:
+            return float(self.optimizer.step()[1])
+        own = MetricSums.unpacked(metrics.packed() - before)
+        skipped = self.bad_steps.skip(self.state.iteration, reason, own)
+        metrics.restore(before)
+        if reporter is not None:
+            reporter.log_skipped(skipped)
+        return None
 
     def _log(
-        self, reporter: Reporter | None, metrics: MetricSums, grad_norm: float, seconds: float
+        self,
+        reporter: Reporter | None,
+        metrics: MetricSums,
+        grad_norm: float | None,
+        seconds: float,
     ) -> None:
         total = metrics.reduced(dp_group=self.runtime.dp_group)
         if reporter is None:
@@ -193,11 +221,14 @@ class Trainer:
             **total.means(self.step.forward_step.term_weights),
             "grad_norm": grad_norm,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "skipped_steps": self.state.skipped_steps,
             "tokens_per_second": total.scalars["tokens"].item() / seconds,
         }
         reporter.log(row)
 
     def _save(self, metrics: MetricSums) -> None:
+        check_weights(self.draft, self.state.iteration)
+        make_state(self.optimizer)
         open_metrics = metrics.reduced(dp_group=self.runtime.dp_group).packed().tolist()
         save_checkpoint(
             self.checkpoints,
@@ -230,7 +261,8 @@ class Trainer:
         of all ranks together, so one data-parallel rank takes it. Sums of another set of metrics,
         of an older version, are let go."""
         new, kept = self._new_metrics(), self.state.open_metrics
-        if len(kept) != new.packed().numel() or self.runtime.dp_group.rank():
+        finite = all(map(math.isfinite, kept))  # one of a version that did not skip may have others
+        if len(kept) != new.packed().numel() or not finite or self.runtime.dp_group.rank():
             return new
         packed = torch.tensor(kept, dtype=torch.float64, device=self.runtime.device)
         metrics = MetricSums.unpacked(packed)
