@@ -7,8 +7,9 @@ from statistics import median
 from typing import Any
 
 NAMES = ("loss", "grad_norm")
-WINDOW, LEAST = 50, 10
-"""Logged values that a new one is compared with; fewer than the second tell nothing."""
+WINDOW, LEAST = 20, 10
+"""Logged values that a new one is compared with; fewer than the second tell nothing, and in more of
+them the fall of the loss at the start of a run would hide jumps."""
 _DEVIATIONS, _SHARE = 6.0, 0.2
 
 
