@@ -69,6 +69,8 @@ def make_state(optimizer: Any) -> None:
     """Give an optimizer that has taken no step its state, all zeros: Megatron-Core cannot save it
     without. One that has taken a step stays as it is."""
     for one in optimizer.chained_optimizers:
+        if one.optimizer is None:  # this rank has no share of the parameters
+            continue
         one.init_state_fn(one.optimizer, one.config)
         for group in one.optimizer.param_groups:
             group.setdefault("step", 0)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from dspark_megatron.conversion.draft_tensors import check_finite
 from dspark_megatron.data.batch import MicroBatches
 from dspark_megatron.data.dataset import ConversationDataset
 from dspark_megatron.mcore.optimizer import (
@@ -199,7 +200,7 @@ class Trainer:
         if reason is None:
             return float(self.optimizer.step()[1])
         own = MetricSums.unpacked(metrics.packed() - before)
-        skipped = self.bad_steps.skip(self.state.iteration, reason, own)
+        skipped = self.bad_steps.skip(self.state, reason, own)
         metrics.restore(before)
         if reporter is not None:
             reporter.log_skipped(skipped)
@@ -296,6 +297,7 @@ def build_run_draft(plan: RunPlan, runtime: Runtime, *, is_new: bool) -> DSparkD
     draft = build_draft(plan, runtime)
     if initial is not None:
         initial.load(draft, tp_group=runtime.tp_group)
+        check_finite(draft, "the draft as it starts")
         if runtime.is_main:
             print(initial.describe(), flush=True)
     return draft

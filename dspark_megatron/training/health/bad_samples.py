@@ -18,9 +18,10 @@ _GRADIENTS = 5
 def describe_samples(
     batches: Sequence[SlotTerms], origins: Origins, *, is_first: bool
 ) -> list[dict[str, Any]]:
-    """The samples of all ranks in the order of the data, with file and line and the mean of each
-    term of the loss. `at_fault`: one of these is not finite. is_first: this is the first of the
-    tensor-parallel ranks, which have the same samples. One all-gather of objects over the world."""
+    """The samples of all ranks that had something to learn, those with the largest loss first, with
+    file and line and the mean of each term. `at_fault`: one of these is not finite. is_first: this
+    is the first of the tensor-parallel ranks, which have the same samples. One all-gather of
+    objects over the world."""
     own = []
     for batch in batches if is_first else ():
         for sample, terms in zip(batch.sample_indices, batch.by_sample(), strict=True):
@@ -29,7 +30,11 @@ def describe_samples(
             place = {"sample": sample, "file": str(file), "line": line}
             own.append({**place, "at_fault": at_fault, "terms": terms})
     gathered = [one for part in _of_all_ranks(own) for one in part]
-    return sorted(gathered, key=lambda one: one["sample"])
+    return sorted(gathered, key=lambda one: (-_loss(one), one["sample"]))
+
+
+def _loss(sample: dict[str, Any]) -> float:
+    return math.inf if sample["at_fault"] else sum(sample["terms"].values())
 
 
 @torch.no_grad()

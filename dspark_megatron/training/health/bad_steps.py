@@ -15,6 +15,7 @@ from dspark_megatron.config import TrainConfig
 from dspark_megatron.data.origins import Origins
 from dspark_megatron.errors import require
 from dspark_megatron.mcore.optimizer import gradient_norm, gradient_size
+from dspark_megatron.run.checkpoints.state import RunState
 from dspark_megatron.run.ranks.runtime import Runtime
 from dspark_megatron.training.health.bad_samples import describe_samples, largest_gradients
 from dspark_megatron.training.metrics import MetricSums
@@ -48,8 +49,9 @@ class BadSteps:
         if bound is not None:
             norm = gradient_norm(self._optimizer)
         finite = gradient_size(self._step.model).isfinite() & metrics.packed().isfinite().all()
-        faults = torch.stack([~finite, finite.new_tensor(bound is not None and norm > bound)])
-        faults = faults.float()
+        faults = torch.zeros(2, device=finite.device)
+        faults[0] = ~finite
+        faults[1] = float(bound is not None and norm > bound)
         dist.all_reduce(faults, op=dist.ReduceOp.MAX)
         not_finite, too_large = faults.tolist()
         if not_finite:
@@ -58,19 +60,20 @@ class BadSteps:
             return f"its gradient norm {norm:.4g} is above train.skip_gradient_norm_above ({bound})"
         return None
 
-    def skip(self, iteration: int, reason: str, metrics: MetricSums) -> dict[str, Any]:
+    def skip(self, state: RunState, reason: str, metrics: MetricSums) -> dict[str, Any]:
         """Count a step as skipped, and say what is known of it: a line of `skipped_samples.jsonl`,
-        the same on all ranks. metrics: of the step alone. Two all-gathers of objects and the
-        all-reduce of the metrics."""
-        self._skipped.append(iteration)
-        while self._skipped[0] <= iteration - WINDOW:
+        the same on all ranks. state: after the step. metrics: of the step alone. Two all-gathers of
+        objects and the all-reduce of the metrics."""
+        self._skipped.append(state.iteration)
+        while self._skipped[0] <= state.iteration - WINDOW:
             self._skipped.popleft()
         total = metrics.reduced(dp_group=self._runtime.dp_group)
         samples = describe_samples(
             self._step.slot_terms, self._origins, is_first=self._runtime.tp_group.rank() == 0
         )
         return {
-            "iteration": iteration,
+            "iteration": state.iteration,
+            "consumed_samples": state.consumed_samples,
             "reason": reason,
             **total.means(self._step.forward_step.term_weights),
             "at_fault": [one["sample"] for one in samples if one["at_fault"]],

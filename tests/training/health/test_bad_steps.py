@@ -63,6 +63,9 @@ def test_the_line_names_the_samples_and_what_was_not_finite(poisoned, tiny_run):
             assert sample["line"] == sample["sample"] + 1
             finite = None not in sample["terms"].values()
             assert finite == (sample["sample"] not in BAD) != sample["at_fault"]
+        assert line["consumed_samples"] == 4 * line["iteration"]
+        losses = [sum(s["terms"].values()) for s in line["samples"] if not s["at_fault"]]
+        assert losses == sorted(losses, reverse=True) and line["samples"][0]["at_fault"]
         assert line["largest_gradients"][0]["largest"] is None
         assert line["loss"] is None and "loss" in line["not_finite"]
 

@@ -1,6 +1,7 @@
 """Weights that are no numbers, or absurd, are never saved."""
 
 import contextlib
+import shutil
 from pathlib import Path
 from unittest import mock
 
@@ -88,4 +89,19 @@ def test_a_checkpoint_with_weights_that_are_not_finite_is_refused_by_all_readers
         str(tmp_path / "run"),
     )
     with pytest.raises(AssertionError, match="down_proj.weight has 1 values|" + found):
+        pool.run(run_training, world=1, tp=1, config=config)
+
+
+def test_a_target_whose_embedding_is_not_finite_is_refused(pool, tiny_run, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    target = shutil.copytree(tiny_run["target"]["path"], tmp_path / "target")
+    tensors = load_file(target / "model.safetensors")
+    tensors["model.embed_tokens.weight"][7, 3] = float("inf")
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    settings = {"output_dir": str(tmp_path / "run")}
+    config = tiny_config(tiny_run, target={"path": str(target)}, train=settings)
+    with pytest.raises(
+        AssertionError, match="embed_tokens.weight has 1 values that are not finite"
+    ):
         pool.run(run_training, world=1, tp=1, config=config)
