@@ -99,6 +99,7 @@ class Trainer:
         self.settings = config.train
         self.checkpoints = output_dir / "checkpoints"
         self.output_dir = output_dir
+        self.reporter: Reporter | None = None
         identity = {**run_identity(plan), "data_fingerprint": dataset.fingerprint}
         self.state = RunState(0, 0) if resume_from is None else read_state(resume_from)
         self.end = RunEnd.of(config.train, len(dataset))
@@ -137,13 +138,13 @@ class Trainer:
 
     def run(self, stop: StopRequests) -> None:
         """Steps until the run's end, saving on the way, at the end and on a stop."""
-        reporter = self._reporter()
+        reporter = self.reporter = self._reporter()
         metrics, clock = self._open_metrics(), time.perf_counter()
         limit = self.settings.exit_duration_minutes
         # Signals only: with a limit shorter than its start, a requeued run would never get on.
         reason = self._agreed(stop.reason(None))
         while not reason and not self.end.is_reached(self.state):
-            grad_norm = self._train_step(metrics, reporter)
+            grad_norm = self._train_step(metrics)
             iteration = self.state.iteration
             last = self.end.is_reached(self.state)
             if reporter is not None:
@@ -181,7 +182,7 @@ class Trainer:
             "there"
         )
 
-    def _train_step(self, metrics: MetricSums, reporter: Reporter | None) -> float | None:
+    def _train_step(self, metrics: MetricSums) -> float | None:
         """One step; returns the gradient norm before clipping, None where it was skipped. A
         skipped one leaves weights, moments and metrics as they were; data and learning rate go on.
         """
@@ -202,8 +203,8 @@ class Trainer:
         own = MetricSums.unpacked(metrics.packed() - before)
         skipped = self.bad_steps.skip(self.state, reason, own)
         metrics.restore(before)
-        if reporter is not None:
-            reporter.log_skipped(skipped)
+        if self.reporter is not None:
+            self.reporter.log_skipped(skipped)
         return None
 
     def _log(
