@@ -55,6 +55,13 @@ class TrainConfig:
     initial_checkpoint: str = ""
     """Weights to start from, with a fresh optimizer: a run, its checkpoint, an import, or the
     folder of a draft in any layout. A run that continues ignores this."""
+    max_skipped_steps: int = 10
+    """Of the last 100 steps of a start, how many may be skipped because their gradients or loss are
+    not finite, or their gradient norm is above the next key. One more ends the run with an error,
+    after it was saved: started again it continues behind the bad samples."""
+    skip_gradient_norm_above: float | None = None
+    """A step whose gradient norm, before clipping, is above this is skipped, too. Null means no
+    bound."""
     tensorboard: bool = True
     """Write TensorBoard events to output_dir/tensorboard."""
 
@@ -72,4 +79,5 @@ class TrainConfig:
             "train.overwrite=true starts anew in a folder that has checkpoints, and train.resume "
             "is true; set train.resume=false to lose them, or train.overwrite=false to go on",
         )
-        not_negative("train", self, "seed")
+        positive("train", self, "skip_gradient_norm_above")
+        not_negative("train", self, "seed", "max_skipped_steps")

@@ -22,6 +22,7 @@ from dspark_megatron.data.conversation import ConversationEncoder, Sample
 from dspark_megatron.data.files.bad_lines import BadLines
 from dspark_megatron.data.files.jsonl import lines_of, parse_line
 from dspark_megatron.data.files.sources import DataFile, find_files
+from dspark_megatron.data.origins import Origins
 from dspark_megatron.data.sampler import Shares, share_out
 from dspark_megatron.errors import ConfigError, require
 
@@ -104,13 +105,14 @@ class ConversationDataset:
         loss_mask: Tensor,
         offsets: Tensor,
         report: DropReport,
+        origins: Origins,
         shares: Shares | None = None,
     ) -> None:
         """token_ids: [t] int32, half the memory of int64. loss_mask: [t] bool. offsets: [n + 1]
         int64; sample i is the half-open range from offsets[i] to offsets[i + 1]. shares: those of
         the sources, unless each sample comes once an epoch."""
         self._token_ids, self._loss_mask, self._offsets = token_ids, loss_mask, offsets
-        self.report, self.shares = report, shares
+        self.report, self.origins, self.shares = report, origins, shares
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -163,6 +165,7 @@ def load_samples(
     for group in files:
         kept_before = report.kept
         for file in group:
+            packed.origins.start_file(file.path)
             for number, line in _read(file, read_indexed, show_progress):
                 report.lines += 1
                 samples: list[Sample] = []
@@ -171,7 +174,7 @@ def load_samples(
                 report.bad_lines.check_early(report.lines, rules.skip_bad_lines)
                 report.split_chats += len(samples) > 1
                 for sample in samples:
-                    packed.add(sample, rules, report)
+                    packed.add(sample, number, rules, report)
         sizes.append(report.kept - kept_before)
     report.bad_lines.check(report.lines, rules.skip_bad_lines)
     if encoder.reasoning.tags is not None:
@@ -232,8 +235,9 @@ class _PackedSamples:
         self._token_ids = array("i")
         self._loss_mask = bytearray()
         self._offsets = array("q", [0])
+        self.origins = Origins()
 
-    def add(self, sample: Sample, rules: SampleRules, report: DropReport) -> None:
+    def add(self, sample: Sample, line: int, rules: SampleRules, report: DropReport) -> None:
         """Cut the sample, then keep or drop it. The report counts which."""
         report.truncated += len(sample.input_ids) > rules.max_length
         sample = Sample(*(part[: rules.max_length] for part in sample))
@@ -249,6 +253,7 @@ class _PackedSamples:
             self._token_ids.frombytes(sample.input_ids.numpy().tobytes())
             self._loss_mask += sample.loss_mask.numpy().tobytes()
             self._offsets.append(len(self._loss_mask))
+            self.origins.add(line)
 
     def dataset(self, report: DropReport, shares: Shares | None) -> ConversationDataset:
         return ConversationDataset(
@@ -256,5 +261,6 @@ class _PackedSamples:
             torch.frombuffer(self._loss_mask, dtype=torch.bool),
             torch.frombuffer(self._offsets, dtype=torch.int64),
             report,
+            self.origins,
             shares,
         )
