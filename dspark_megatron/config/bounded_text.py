@@ -46,7 +46,8 @@ def read_json(path: str | Path, most_bytes: int = MOST_JSON_BYTES) -> dict[str, 
     text = read_text(path, most_bytes)
     found = _parsed(lambda: json.loads(text), f"{path}", "JSON", "copy it again")
     require(
-        isinstance(found, dict), f"{path} must hold a JSON object, has a {type(found).__name__}"
+        isinstance(found, dict),
+        f"{path} must hold a JSON object, has a {type(found).__name__}; copy it again",
     )
     return found
 

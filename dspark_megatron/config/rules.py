@@ -6,7 +6,6 @@ from typing import Any, Literal, get_args, get_origin
 
 from dspark_megatron.errors import ConfigError, require
 
-
 SHOWN = 200
 """Letters of a value in a message."""
 MOST = {
@@ -20,8 +19,7 @@ MOST = {
     "train.epochs": 10**6,
     **dict.fromkeys(("train.seed", "evaluate.seed"), 2**63 - 1),
 }
-"""Limits of settings: far beyond what has been trained, and still of a size that work can be planned
-for."""
+"""Limits of settings: far beyond what has been trained, and of a size that can be planned for."""
 MOST_INTEGER = 10**9
 """The limit of every other setting that is an integer, and of those in lists."""
 

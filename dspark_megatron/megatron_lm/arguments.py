@@ -11,7 +11,6 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
-
 from dspark_megatron.config import Config
 from dspark_megatron.config.bounded_text import parse_yaml
 from dspark_megatron.config.loading import config_from_dict

@@ -105,7 +105,7 @@ def check(config: Config, world_size: int, *, use: Use | None = None) -> RunPlan
         stops = stop_token_ids(config.target.path, tokenizer)
         require(
             stops[-1] < shape.vocab_size,
-            f"the token that ends an answer ({stops[-1]}, of config.json, generation_config.json or "
+            f"a token that ends an answer ({stops[-1]}, of config.json, generation_config.json or "
             f"the tokenizer in {config.target.path}) must be in the target's vocabulary of "
             f"{shape.vocab_size}; copy these files again",
         )

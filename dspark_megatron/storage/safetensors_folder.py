@@ -1,7 +1,6 @@
 """A folder with one safetensors file, or several and an index: read a tensor at a time, written a
 file at a time."""
 
-import json
 import os
 import re
 import shutil

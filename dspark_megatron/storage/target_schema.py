@@ -13,7 +13,7 @@ import torch
 from transformers.activations import ACT2FN
 
 from dspark_megatron.config.rules import shown
-from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.errors import require
 
 
 class Rule(NamedTuple):
@@ -84,7 +84,8 @@ _TOKENS = _integers(-1, 2**31 - 1, lists=True)
 RULES: dict[str, Rule] = {
     "model_type": Rule("a text", _is_text),
     "architectures": Rule(
-        "a list of texts", lambda value: isinstance(value, list) and all(map(_is_text, value))
+        "a list of texts",
+        lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
     ),
     "auto_map": _MAPPING,
     "hidden_size": _WIDTH,
@@ -140,7 +141,8 @@ def _problems(config: dict[str, Any], place: str) -> Iterator[str]:
         value = config.get(key)
         if value is not None and not rule.holds(value):
             yield f"{place}{key} ({shown(value)}) must be {rule.words}"
-    heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    heads: Any = config.get("num_attention_heads")
+    kv_heads: Any = config.get("num_key_value_heads")
     if _COUNT.holds(heads) and _COUNT.holds(kv_heads) and heads % kv_heads:
         yield (
             f"{place}num_attention_heads ({heads}) must be divisible by num_key_value_heads "
