@@ -33,6 +33,7 @@ from dspark_megatron.targets.family import (
     check_logits,
     check_pieces,
 )
+from dspark_megatron.targets.folder_check import check_weights_described
 from dspark_megatron.targets.huggingface.quantization import check_quantization
 from dspark_megatron.targets.huggingface.split import TargetSplit, check_target_split
 from dspark_megatron.targets.megatron.source import check_gpt_target
@@ -94,6 +95,8 @@ def check(config: Config, world_size: int, *, use: Use | None = None) -> RunPlan
     target_config = load_target_config(config.target.path)
     check_family(config, target_config)
     shape = draft_shape(config.model, target_config)
+    if not config.target.checkpoint:
+        check_weights_described(config.target.path, target_config)
     plan = planned_layout(config, target_config, shape, world_size)
     if config.target.provider == "megatron":
         check_gpt_target(config, target_config, world_size // config.parallel.pipeline_parallel)
@@ -101,6 +104,12 @@ def check(config: Config, world_size: int, *, use: Use | None = None) -> RunPlan
     if use != "plan" or list(Path(config.target.path).glob("tokenizer*")):
         tokenizer = load_tokenizer(config.target.path)
         stops = stop_token_ids(config.target.path, tokenizer)
+        require(
+            stops[-1] < shape.vocab_size,
+            f"a token that ends an answer ({stops[-1]}, of config.json, generation_config.json or "
+            f"the tokenizer in {config.target.path}) must be in the target's vocabulary of "
+            f"{shape.vocab_size}; copy these files again",
+        )
         special = {"pad": tokenizer.pad_token_id, "eos": stops}
         check_special_tokens(shape.mask_token_id, special)
         plan = replace(plan, found_tokenizer=tokenizer)
