@@ -23,7 +23,7 @@ from dspark_megatron.data.files.bad_lines import BadLines
 from dspark_megatron.data.files.jsonl import lines_of, parse_line
 from dspark_megatron.data.files.sources import DataFile, find_files
 from dspark_megatron.data.sampler import Shares, share_out
-from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.errors import ConfigError, printable, require
 
 ReadIndexed = Callable[[Path], Iterable[Tensor]]
 """Gives the documents of a Megatron indexed dataset by its prefix, each [s]."""
@@ -191,7 +191,9 @@ def _read(
         lines: Iterable[tuple[int, object]] = enumerate(read_indexed(file.path))
     else:
         lines = lines_of(file.path)
-    yield from tqdm(lines, desc=file.path.name, unit=" samples", disable=not show_progress)
+    yield from tqdm(
+        lines, desc=printable(file.path.name), unit=" samples", disable=not show_progress
+    )
 
 
 def _samples(line: object, encoder: ConversationEncoder, rules: SampleRules) -> list[Sample]:
