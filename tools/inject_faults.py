@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_all(args: argparse.Namespace, bench: Bench, chosen: list[Fault]) -> int:
     started, report = time.monotonic(), about(args)
-    prepare(bench, {"train", *(fault.command for fault in chosen)})
+    prepare(bench, chosen)
     print(f"{len(chosen)} faults", flush=True)
     verdicts = []
     for fault in chosen:

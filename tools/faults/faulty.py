@@ -111,14 +111,20 @@ DEEDS: dict[str, Callable[..., Any]] = {
 }
 
 
-def install(place: str, call: int, deed: Callable[..., Any]) -> None:
-    """Replace the function of a place by one that does the deed at its `call`-th call."""
-    function, pattern = PLACES[place]
+def owner_of(function: str) -> tuple[Any, str]:
+    """The module or class that has a function of `PLACES`, and its name there."""
     module, _, path = function.partition(":")
     owner: Any = importlib.import_module(module)
     *parents, name = path.split(".")
     for parent in parents:
         owner = getattr(owner, parent)
+    return owner, name
+
+
+def install(place: str, call: int, deed: Callable[..., Any]) -> None:
+    """Replace the function of a place by one that does the deed at its `call`-th call."""
+    function, pattern = PLACES[place]
+    owner, name = owner_of(function)
     original, left = getattr(owner, name), [call]
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -141,6 +147,8 @@ def main() -> None:
         if folder := fault.get("cwd"):
             os.chdir(folder)
         arguments += fault.get("arguments", [])
+        if root := fault.get("root"):
+            sys.path.insert(0, str(Path(root).resolve()))
         if place := fault.get("place"):
             prepare(command)
             install(place, fault.get("call", 1), DEEDS[fault["deed"]])

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,16 +48,19 @@ def start(folder: Path, fault: dict[str, Any], words: list[str], ranks: int) -> 
     return Command(folder, [FAULTY, json.dumps(fault), *words], None if alone else ranks)
 
 
-def prepare(bench: Bench, kinds: set[str]) -> None:
-    """The results of commands that nothing happens to, and the half of a run."""
+def prepare(bench: Bench, faults: Iterable[Fault]) -> None:
+    """The results of commands that nothing happens to, and the half of a run, as they are needed
+    for these faults."""
     bench.prepare()
-    room = bench.room("unbroken")
-    for kind, layout in ((kind, layout) for kind, layout in UNBROKEN.items() if kind in kinds):
+    room, kinds = bench.room("unbroken"), {"train", *(fault.command for fault in faults)}
+    for kind in filter(kinds.__contains__, UNBROKEN):
+        layout = UNBROKEN[kind]
         ended = start(room, NOTHING, command(kind, layout, bench), layout.ranks).end(CONTINUING)
         assert ended.code == 0, ended.text
-    room = bench.room("half")
+    if not any(fault.begins for fault in faults):
+        return
+    room, layout = bench.room("half"), UNBROKEN["train"]
     fault = {"ranks": [0], "place": "step", "call": HALF + 1, "deed": "kill all"}
-    layout = UNBROKEN["train"]
     start(room, fault, command("train", layout, bench), layout.ranks).end(CONTINUING)
     survivors(room, 0)
     assert (bench.half / "checkpoints" / f"iter_{HALF:07d}").is_dir()

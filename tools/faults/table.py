@@ -23,7 +23,7 @@ class Layout(NamedTuple):
 SPLIT = Layout(2, 2, 1)
 OTHERS = (Layout(1, 1, 4), Layout(2, 1, 2), Layout(1, 1, 2), Layout(4, 2, 1), Layout(2, 1, 1))
 """Where what SPLIT has begun goes on."""
-TWO = "all ranks must have the same"
+DIFFER = "all ranks must have the same"
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def _kills() -> list[Fault]:
         "rename": (0, 2),
         "tracker": (0, 2),
     }
-    quick = {("one rank", "rename"), ("all", "tracker")}
+    quick = {("the launcher", "shards written"), ("all", "tracker")}
     found = []
     for number, (place, (rank, call)) in enumerate(places.items()):
         for offset, (who, deed) in enumerate(WHO.items()):
@@ -113,7 +113,6 @@ def _other_kills() -> list[Fault]:
             call=call,
             start=start,
             then=Layout(1, 1, 1),
-            quick=command == "export" and place.startswith("rename"),
         )
         for command, place, call, start, whom in places
         for who, deed in whom.items()
@@ -174,7 +173,7 @@ RANKS_DIFFER = tuple(
         f"rank 1 has another {what}",
         begins="half",
         others=others,
-        says=TWO,
+        says=DIFFER,
         then=OTHERS[number % len(OTHERS)],
     )
     for number, (what, others) in enumerate(
