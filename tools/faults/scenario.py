@@ -138,6 +138,9 @@ def _problems_of_the_result(fault: Fault, folder: Path, bench: Bench) -> list[st
         problems += PROBLEMS[fault.command](folder, bench)
     if fault.damage == "link" and (folder / PRECIOUS / "file").read_text() != "kept":
         problems.append("a folder that a link led to was changed")
+    if fault.deed == "not a number":
+        skipped = (folder / "run" / "skipped_samples.jsonl").read_text().splitlines()
+        problems += [] if len(skipped) == 1 else [f"{len(skipped)} steps were skipped and not 1"]
     return problems
 
 

@@ -23,6 +23,7 @@ class Layout(NamedTuple):
 SPLIT = Layout(2, 2, 1)
 OTHERS = (Layout(1, 1, 4), Layout(2, 1, 2), Layout(1, 1, 2), Layout(4, 2, 1), Layout(2, 1, 1))
 """Where what SPLIT has begun goes on."""
+NO_ROOM = r"(?m)^error: .*File too large.*make room"
 DIFFER = "all ranks must have the same"
 
 
@@ -129,13 +130,18 @@ ENDS = (
         says=r"rank 1\b",
         then=OTHERS[1],
     ),
-    Fault("a writer of a checkpoint is killed", deed="kill started", place="writer", call=2),
+    Fault(
+        "a process that writes a checkpoint is killed",
+        deed="kill started",
+        place="writer",
+        goes_on=True,  # a rank writes by itself: there is no such process
+    ),
     Fault(
         "full disk in a save, on one rank",
         deed="fill disk",
         place="save",
         call=2,
-        says="(?i)file too large|no space|full",
+        says=NO_ROOM,
         then=OTHERS[1],
     ),
     Fault(
@@ -144,7 +150,7 @@ ENDS = (
         place="save",
         ranks=(0,),
         call=2,
-        says="(?i)file too large|no space|full",
+        says=NO_ROOM,
     ),
     Fault(
         "full disk while states are stored",
@@ -154,7 +160,7 @@ ENDS = (
         ranks=(0,),
         start=Layout(2, 1, 1),
         then=Layout(1, 1, 1),
-        says="(?i)file too large|no space|full",
+        says=NO_ROOM,
     ),
     Fault(
         "NaN in the loss of one rank",
@@ -164,6 +170,16 @@ ENDS = (
         start=Layout(2, 1, 1),
         says="(?i)skipped",
         goes_on=True,
+        same_curve=False,
+    ),
+    Fault(
+        "NaN in more steps than may be skipped",
+        deed="not a number",
+        place="loss",
+        call=11,
+        start=Layout(2, 1, 1),
+        arguments=("train.max_skipped_steps=0",),
+        says="train.max_skipped_steps allows 0",
         same_curve=False,
     ),
 )
@@ -221,6 +237,7 @@ FOLDERS = (
         "a bit of the newest checkpoint has flipped",
         begins="half",
         damage="flipped bit",
+        arguments=("storage.verify=full",),
         says="distcp.*iter_0000002",
         way_out=("train.resume_from=2",),
     ),

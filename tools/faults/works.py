@@ -111,7 +111,8 @@ def problems_of_a_finished_run(folder: Path) -> list[str]:
         if not all(map(_is_finite, json.loads(line).values())):
             problems.append(f"a metric that is not finite: {line[:80]}")
     hidden = [path for path in run.rglob(".*") if path.name not in FIXED]
-    problems += [f"left over: {path.relative_to(folder)}" for path in hidden]
+    left = [*hidden, *run.rglob("*.lock")]
+    problems += [f"left over: {path.relative_to(folder)}" for path in left]
     folders = len(list((run / "checkpoints").glob("iter_*")))
     return problems if folders == 2 else [*problems, f"{folders} checkpoints and not 2"]
 
