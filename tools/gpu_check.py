@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a plain checkout
 from gpu_checks.processes import FAILED, NOT_RUN, run_check, run_in_process
 from gpu_checks.wheels import install_wheels
 
-from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.errors import ConfigError, print_error, require
 from dspark_megatron.storage.writing import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,8 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         output = claim_output(args.output.resolve())
         environment = child_environment(args.wheels, output)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return print_error(error)
     started = time.monotonic()
     report: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "command": " ".join(sys.argv)}
     report["checks"] = results = []

@@ -25,7 +25,7 @@ from dspark_megatron.data.files.jsonl import check_readable, lines_of, parse_lin
 from dspark_megatron.data.files.sources import DataFile, find_files
 from dspark_megatron.data.origins import Origins
 from dspark_megatron.data.sampler import Shares, share_out
-from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.errors import ConfigError, printable, require
 
 ReadIndexed = Callable[[Path], Iterable[Tensor]]
 """Gives the documents of a Megatron indexed dataset by its prefix, each [s]."""
@@ -204,7 +204,9 @@ def _read(
         lines: Iterable[tuple[int, object]] = enumerate(read_indexed(file.path))
     else:
         lines = lines_of(file.path)
-    yield from tqdm(lines, desc=file.path.name, unit=" samples", disable=not show_progress)
+    yield from tqdm(
+        lines, desc=printable(file.path.name), unit=" samples", disable=not show_progress
+    )
 
 
 def _samples(line: object, encoder: ConversationEncoder, rules: SampleRules) -> list[Sample]:

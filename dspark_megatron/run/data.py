@@ -7,6 +7,7 @@ from dspark_megatron.data.chats.answers import AnswerRules
 from dspark_megatron.data.chats.reasoning import Tags
 from dspark_megatron.data.conversation import describe_sample
 from dspark_megatron.data.dataset import ConversationDataset, SampleRules, load_samples
+from dspark_megatron.errors import printable
 from dspark_megatron.run.check import RunPlan
 from dspark_megatron.run.indexed_dataset import read_indexed
 from dspark_megatron.run.ranks.agreement import agree
@@ -65,7 +66,7 @@ def load_train_data(plan: RunPlan, runtime: Runtime) -> ConversationDataset:
     )
     agree(data_facts("data.train_files", data.train_files, dataset))
     if runtime.is_main:
-        print(dataset.report.describe(), flush=True)
+        print(printable(dataset.report.describe()), flush=True)
         if data.show_sample:
-            print(describe_sample(dataset[0], plan.tokenizer), flush=True)
+            print(printable(describe_sample(dataset[0], plan.tokenizer)), flush=True)
     return dataset
