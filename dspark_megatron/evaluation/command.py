@@ -44,7 +44,7 @@ from dspark_megatron.run.ranks.facts import (
 )
 from dspark_megatron.run.ranks.places import at, set_time_limit
 from dspark_megatron.run.ranks.runtime import Launch, Runtime, main_ranks_folder, start
-from dspark_megatron.storage.checkpoint_metadata import check_whole
+from dspark_megatron.storage.checkpoints.whole import check_whole
 from dspark_megatron.storage.target_folder import stop_token_ids
 from dspark_megatron.storage.training_checkpoint import read_meta
 from dspark_megatron.storage.writing import claim_file, write_json

@@ -7,6 +7,8 @@ import transformers
 from torch import Tensor
 
 from dspark_megatron.conversion.draft_tensors import check_draft_tensors
+from dspark_megatron.conversion.layouts.names import raise_if_any
+from dspark_megatron.conversion.target_match import not_finite
 from dspark_megatron.errors import require
 from dspark_megatron.mcore import transformer_engine
 from dspark_megatron.model.draft_model import DSparkDraftModel
@@ -88,6 +90,8 @@ def frozen_rows(plan: RunPlan, shard: VocabShard) -> list[Tensor]:
             "the draft reads it as it is; save the target with its embedding and LM head in "
             "bfloat16 or float32",
         )
+        problems = not_finite(matrix.name, rows)
+        raise_if_any(problems, str(target.checkpoint or target.path))
         found.append(rows)
     return found
 

@@ -1,6 +1,7 @@
 """Checkpoints of a run: Megatron-Core's distributed format, complete or absent.
 
-    checkpoints/iter_0000100/                      tensors (torch_dist) and dspark.json
+    checkpoints/iter_0000100/                      tensors (torch_dist), dspark.json,
+                                                   checksums.json
     checkpoints/latest_checkpointed_iteration.txt  the newest complete one, written last
     checkpoints/best_checkpointed_iteration.txt    that of the best held-out tau, if there is one
 
@@ -11,7 +12,6 @@ data-parallel size.
 
 import os
 import secrets
-import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -28,15 +28,12 @@ from dspark_megatron.run.checkpoints.sharding import SHARDING, sharded_state
 from dspark_megatron.run.checkpoints.state import BestEstimate, RunState
 from dspark_megatron.run.ranks.places import at
 from dspark_megatron.run.ranks.runtime import from_main_rank
-from dspark_megatron.storage.checkpoint_metadata import check_whole
+from dspark_megatron.storage.checkpoint_metadata import META
+from dspark_megatron.storage.checkpoints.tracker import BEST_TRACKER, TRACKER
+from dspark_megatron.storage.checkpoints.whole import check_whole, iteration_folder
+from dspark_megatron.storage.checksums import Checksums, ranks_checksums, write_checksums
 from dspark_megatron.storage.torch_dist_folder import cause_of
-from dspark_megatron.storage.training_checkpoint import (
-    BEST_TRACKER,
-    META,
-    TRACKER,
-    iteration_folder,
-)
-from dspark_megatron.storage.writing import write_json, write_text
+from dspark_megatron.storage.writing import remove, write_json, write_text
 
 _UNFINISHED = ".partial_iter_*"
 _LATE_SECONDS = 30.0
@@ -71,8 +68,9 @@ def save_checkpoint(
         problem = error
     except OSError as error:  # of one rank, while the others wait for it: its word ends them
         raise _unsaved(final, error) from error
+    checksums = ranks_checksums(partial)
     if is_main and problem is None:
-        problem = _completed(partial, final, {**meta, **asdict(state)})
+        problem = _completed(partial, final, {**meta, **asdict(state)}, checksums)
     if text := from_main_rank(str(_unsaved(final, problem)) if is_main and problem else None):
         raise ConfigError(text)
     if is_main:
@@ -88,16 +86,19 @@ def _new_folder(final: Path) -> Path:
     """An empty folder to write into, on the main rank, after what killed saves have left is gone.
     Its name is new, so that a rank of a killed run that still writes does not write into it."""
     for leftover in final.parent.glob(_UNFINISHED):
-        _remove(leftover)
+        remove(leftover)
     partial = final.with_name(f".partial_{final.name}_{secrets.token_hex(4)}")
     partial.mkdir(parents=True)
     return partial
 
 
-def _completed(partial: Path, final: Path, meta: dict[str, Any]) -> Exception | None:
+def _completed(
+    partial: Path, final: Path, meta: dict[str, Any], checksums: Checksums
+) -> Exception | None:
     """Take what all ranks have written as a checkpoint; or why that is not possible."""
     try:
         write_json(partial / META, meta)
+        write_checksums(partial, checksums)
         _check_written(partial)
         _put_in_place(partial, final)
     except (ConfigError, OSError) as error:
@@ -107,7 +108,7 @@ def _completed(partial: Path, final: Path, meta: dict[str, Any]) -> Exception | 
 
 def _unsaved(final: Path, error: BaseException) -> ConfigError:
     for leftover in final.parent.glob(_UNFINISHED):  # it may fill the disk
-        _remove(leftover)
+        remove(leftover)
     return ConfigError(
         f"checkpoint {final.name} could not be saved: {cause_of(error)}. Older ones in "
         f"{final.parent} are as they were; make room there if the disk is full, and start the run "
@@ -169,12 +170,4 @@ def _prune(checkpoints: Path, newest: Path, keep_last: int, best: BestEstimate |
         if folder != kept:
             folder.rename(checkpoints / f".partial_{folder.name}")
     for leftover in checkpoints.glob(_UNFINISHED):
-        _remove(leftover)
-
-
-def _remove(path: Path) -> None:
-    """A folder with all that is in it, or a link, which is not followed."""
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    else:
-        shutil.rmtree(path, ignore_errors=True)
+        remove(leftover)
