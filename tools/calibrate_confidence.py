@@ -20,7 +20,7 @@ from typing import Any
 from dspark_megatron import evaluate
 from dspark_megatron.config.loading import load_config
 from dspark_megatron.conversion.sidecar import SIDECAR, check_place, sidecar_json
-from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.errors import ConfigError, printable, require
 from dspark_megatron.evaluation.confidence.calibration import CalibrationSettings, calibrate
 from dspark_megatron.evaluation.confidence.calibration_records import load_records
 from dspark_megatron.evaluation.pages.plots import png, reliability_diagram, threshold_plot
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         _calibrate(args)
     except ConfigError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {printable(str(error))}")
 
 
 def _calibrate(args: argparse.Namespace) -> None:

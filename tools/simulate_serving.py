@@ -16,7 +16,7 @@ from typing import Any
 import benchmarking
 
 from dspark_megatron.conversion.sidecar import SIDECAR, read_temperatures
-from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.errors import ConfigError, print_error, require
 from dspark_megatron.evaluation.draft_records import DraftRecords
 from dspark_megatron.evaluation.pages.plots import png
 from dspark_megatron.evaluation.serving.serving_plot import serving_plot
@@ -82,8 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         figures = simulate(args)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return print_error(error)
     print(benchmarking.table(figures, FORMATS))
     print(f"wrote {args.output} and {args.output.with_suffix('.png')}")
     return 0

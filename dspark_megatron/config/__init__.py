@@ -16,7 +16,8 @@ from dspark_megatron.config.loss import LossConfig
 from dspark_megatron.config.model import ModelConfig
 from dspark_megatron.config.optimizer import OptimizerConfig
 from dspark_megatron.config.parallel import ParallelConfig
-from dspark_megatron.config.rules import check_choices
+from dspark_megatron.config.rules import check_bounds, check_choices
+from dspark_megatron.config.storage import StorageConfig
 from dspark_megatron.config.target import TargetConfig
 from dspark_megatron.config.train import TrainConfig
 from dspark_megatron.errors import require
@@ -34,12 +35,14 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
 
     def validate(self, *, trains: bool = True) -> None:
         """Raises ConfigError unless all settings are valid, alone and together. trains: whether
         what only training needs must be given (its data, folder and length)."""
         for section in dataclasses.fields(self):
             check_choices(section.name, getattr(self, section.name))
+            check_bounds(section.name, getattr(self, section.name))
             getattr(self, section.name).validate()
         if trains:
             self._check_given()

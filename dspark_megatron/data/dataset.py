@@ -4,6 +4,7 @@ Shapes: n kept samples, t tokens of all of them, s tokens of one.
 """
 
 import hashlib
+import itertools
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -20,11 +21,11 @@ from dspark_megatron.data.blocks import has_block
 from dspark_megatron.data.chats.answers import AnswerRules
 from dspark_megatron.data.conversation import ConversationEncoder, Sample
 from dspark_megatron.data.files.bad_lines import BadLines
-from dspark_megatron.data.files.jsonl import lines_of, parse_line
+from dspark_megatron.data.files.jsonl import check_readable, lines_of, parse_line
 from dspark_megatron.data.files.sources import DataFile, find_files
 from dspark_megatron.data.origins import Origins
 from dspark_megatron.data.sampler import Shares, share_out
-from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.errors import ConfigError, printable, require
 
 ReadIndexed = Callable[[Path], Iterable[Tensor]]
 """Gives the documents of a Megatron indexed dataset by its prefix, each [s]."""
@@ -159,7 +160,9 @@ def load_samples(
     Raises ConfigError when no sample is kept, and for lines that cannot be used, if they are more
     than may be left out. It lists all of them by reason and names `file:line`.
     """
-    files = [find_files(entry) for entry in entries]  # a missing one is known before the work
+    files = [find_files(entry) for entry in entries]
+    for file in itertools.chain.from_iterable(files):
+        _check_readable(file, read_indexed)  # before the work
     encoder = ConversationEncoder(tokenizer, vocab_size, rules.reasoning_tags, rules.answers)
     packed, report, sizes = _PackedSamples(), DropReport(), []
     for group in files:
@@ -185,6 +188,13 @@ def load_samples(
     return packed.dataset(report, share_out(names, sizes, weights) if weights else None)
 
 
+def _check_readable(file: DataFile, read_indexed: ReadIndexed | None) -> None:
+    if not file.indexed:
+        check_readable(file.path)
+    elif read_indexed is not None:
+        read_indexed(file.path)
+
+
 def _read(
     file: DataFile, read_indexed: ReadIndexed | None, show_progress: bool
 ) -> Iterator[tuple[int, object]]:
@@ -194,7 +204,9 @@ def _read(
         lines: Iterable[tuple[int, object]] = enumerate(read_indexed(file.path))
     else:
         lines = lines_of(file.path)
-    yield from tqdm(lines, desc=file.path.name, unit=" samples", disable=not show_progress)
+    yield from tqdm(
+        lines, desc=printable(file.path.name), unit=" samples", disable=not show_progress
+    )
 
 
 def _samples(line: object, encoder: ConversationEncoder, rules: SampleRules) -> list[Sample]:

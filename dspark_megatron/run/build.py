@@ -15,6 +15,7 @@ from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.model.layer_specs import chosen_layer_spec, user_code
 from dspark_megatron.ops.vocab_parallel import VocabShard
 from dspark_megatron.run.check import RunPlan
+from dspark_megatron.run.ranks.places import at
 from dspark_megatron.run.ranks.runtime import Runtime
 from dspark_megatron.shape.layout import padded_vocab_size
 from dspark_megatron.storage.target_weights import shared_matrices
@@ -104,6 +105,7 @@ def build_target(
         not plan.config.target.is_stored,
         "this needs the target itself, not states of some samples; set target.provider=huggingface",
     )
+    at("loading the target", longer=True)
     if plan.config.target.provider == "megatron":
         return _build_megatron_target(plan, runtime, with_last_hidden=with_last_hidden)
     if not runtime.is_main:

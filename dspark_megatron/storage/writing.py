@@ -29,7 +29,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     partial = path.with_name(f"{PARTIAL}{secrets.token_hex(4)}_{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.touch()
+        partial.touch(exist_ok=False)  # follows no link that has the name
         mode = partial.stat().st_mode
         yield partial
         partial.chmod(mode)  # safetensors makes files for their owner alone
@@ -83,6 +83,18 @@ def _finite(value: Any, place: str, places: list[str]) -> Any:
     return value
 
 
+def remove(path: Path) -> None:
+    """Delete a file, a folder with all in it, or a link, which is not followed; nothing where there
+    is none. ConfigError where that is not possible."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot delete {path}: {error.strerror}; delete it by hand") from error
+
+
 def claim_file(path: Path, key: str) -> None:
     """Make the folder of a file to be written later; ConfigError if that will not be possible.
     key: the setting that names the file."""
@@ -102,8 +114,9 @@ def claim_folder(folder: Path, what: str, *leftovers: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
         for pattern in leftovers or (f"{PARTIAL}*", ".tmp??????"):  # the latter: of safetensors
-            for path in filter(Path.is_file, folder.glob(pattern)):
-                path.unlink(missing_ok=True)
+            for path in folder.glob(pattern):
+                if path.is_symlink() or not path.is_dir():
+                    path.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"{what} must be writable: {error.strerror}") from error
 

@@ -65,7 +65,8 @@ class ForwardStep:
         self.objective, head = Objective.of(loss), draft.head_weights()
         size = len(head.lm_head), head.lm_head.dtype
         rows = chunk_rows(loss, *size, with_target=self.with_target)
-        self.head_loss = HeadLoss(head, self.objective, rows, loss.compile, tp_group=tp_group)
+        compiled = loss.is_compiled(device.type)
+        self.head_loss = HeadLoss(head, self.objective, rows, compiled, tp_group=tp_group)
 
     @property
     def term_weights(self) -> dict[str, float]:

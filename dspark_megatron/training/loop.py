@@ -27,12 +27,13 @@ from dspark_megatron.run.data import load_train_data
 from dspark_megatron.run.identity import export_settings, run_identity
 from dspark_megatron.run.initial.initial_weights import InitialWeights
 from dspark_megatron.run.initial.warm_start import WarmStart
-from dspark_megatron.run.output import claim_output, write_config, write_status
+from dspark_megatron.run.output import claimed_output, set_aside, write_config, write_status
 from dspark_megatron.run.ranks.agreement import agree
 from dspark_megatron.run.ranks.facts import draft_facts, start_facts, target_facts
-from dspark_megatron.run.ranks.runtime import Runtime
-from dspark_megatron.run.states import open_stored_states, states_source
-from dspark_megatron.storage.training_checkpoint import FORMAT, iteration_folder
+from dspark_megatron.run.ranks.runtime import Runtime, at_step
+from dspark_megatron.run.states import check_stored_states, states_source
+from dspark_megatron.storage.checkpoints.meta import FORMAT
+from dspark_megatron.storage.checkpoints.whole import iteration_folder
 from dspark_megatron.targets.huggingface.packing import SequencePacker
 from dspark_megatron.targets.stored.target import StoredStates
 from dspark_megatron.training.health.bad_steps import BadSteps
@@ -54,16 +55,17 @@ from dspark_megatron.training.stop_requests import StopReason, StopRequests
 def train(plan: RunPlan, runtime: Runtime, stop: StopRequests) -> None:
     """Train until the run's end or until a rank is to stop; every rank calls it."""
     agree(target_facts(plan))
-    output_dir = Path(plan.config.train.output_dir)
-    if runtime.is_main:
-        claim_output(output_dir, plan.config)
-    dist.barrier()
+    with claimed_output(plan.config, runtime) as output_dir:
+        _train(plan, runtime, stop, output_dir)
+
+
+def _train(plan: RunPlan, runtime: Runtime, stop: StopRequests, output_dir: Path) -> None:
     resume_from = checkpoint_to_resume(plan, output_dir / "checkpoints", runtime)
     if finished := finished_state(plan, resume_from, output_dir, runtime):
         return finish_again(plan, runtime, output_dir, finished)
     agree(start_facts(plan, resume_from))
     if plan.config.target.is_stored:
-        open_stored_states(plan)  # refused before the data are read
+        check_stored_states(plan, runtime)  # refused before the data are read
     draft = build_run_draft(plan, runtime, is_new=resume_from is None)
     heldout = HeldOut.load(plan, runtime)
     dataset = load_train_data(plan, runtime)
@@ -138,17 +140,23 @@ class Trainer:
 
     def run(self, stop: StopRequests) -> None:
         """Steps until the run's end, saving on the way, at the end and on a stop."""
+        if self.runtime.is_main and not self.settings.resume:
+            self._say(set_aside(self.checkpoints))
         reporter = self.reporter = self._reporter()
+        start = self.state.iteration
         metrics, clock = self._open_metrics(), time.perf_counter()
         limit = self.settings.exit_duration_minutes
         # Signals only: with a limit shorter than its start, a requeued run would never get on.
         reason = self._agreed(stop.reason(None))
         while not reason and not self.end.is_reached(self.state):
+            at_step(self.state.iteration + 1, done=self.state.iteration - start)
             grad_norm = self._train_step(metrics)
             iteration = self.state.iteration
             last = self.end.is_reached(self.state)
             if reporter is not None:
                 reporter.step()
+            if last and isinstance(self.target, StoredStates):
+                self.target.finish()
             if last or iteration % self.settings.log_every == 0:
                 seconds = time.perf_counter() - clock
                 self._log(reporter, metrics, grad_norm, seconds)
@@ -285,7 +293,7 @@ class Trainer:
         )
 
     def _say(self, text: str) -> None:
-        if self.runtime.is_main:
+        if text and self.runtime.is_main:
             print(text, flush=True)
 
 

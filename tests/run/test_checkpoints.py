@@ -18,7 +18,8 @@ def resave(runtime, config, checkpoints):
     from dspark_megatron.run.check import check
     from dspark_megatron.run.checkpoints.loading import load_checkpoint
     from dspark_megatron.run.checkpoints.saving import save_checkpoint
-    from dspark_megatron.storage.training_checkpoint import iteration_folder, read_meta
+    from dspark_megatron.storage.checkpoints.whole import iteration_folder
+    from dspark_megatron.storage.training_checkpoint import read_meta
 
     plan = check(config, runtime.world_size)
     draft = build_draft(plan, runtime)

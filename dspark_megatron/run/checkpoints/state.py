@@ -49,7 +49,7 @@ def read_state(folder: Path) -> RunState:
     return RunState(
         meta["iteration"],
         meta["consumed_samples"],
-        tuple(meta["open_metrics"]),
+        tuple(meta.get("open_metrics") or ()),
         best,
         meta.get("skipped_steps", 0),
     )
