@@ -24,7 +24,6 @@ from typing import Any
 
 import benchmarking
 import torch
-from transformers import AutoTokenizer
 
 from dspark_megatron.config import LossConfig
 from dspark_megatron.config.loading import load_config
@@ -34,6 +33,7 @@ from dspark_megatron.data.dataset import load_samples
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.run.ranks.runtime import Runtime, launch, start
 from dspark_megatron.shape import DraftShape
+from dspark_megatron.storage.target_folder import load_tokenizer
 
 QUICKSTART = "examples/quickstart/quickstart.yaml"
 FORMATS = {"variant": "", "MiB": ",.1f", "memory / plain": ".3f", "ms per sample": ",.1f"}
@@ -78,7 +78,7 @@ def quickstart_samples(args: argparse.Namespace) -> list[Sample]:
     from dspark_megatron.run.data import sample_rules
 
     config = load_config(args.config)
-    tokenizer = AutoTokenizer.from_pretrained(args.target or config.target.path)
+    tokenizer = load_tokenizer(args.target or config.target.path)
     dataset = load_samples(
         config.data.train_files,
         tokenizer,

@@ -75,7 +75,8 @@ def measured(case: Case, args: argparse.Namespace, runtime: Runtime, folder: Pat
     split = TargetSplit(runtime.tp_group.size(), runtime.dp_group.size(), case.shards)
     path, max_tokens = folder / case.family / case.dtype, args.seq_length // case.pieces
     if runtime.is_main and not path.exists():
-        AutoModel.from_config(config, dtype=dtype).save_pretrained(path)
+        model = AutoModel.from_config(config, dtype=dtype, trust_remote_code=False)
+        model.save_pretrained(path)
     dist.barrier()
     target = HuggingFaceTarget(
         TargetConfig(path=str(path), max_tokens_per_forward=max_tokens),

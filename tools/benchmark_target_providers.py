@@ -147,7 +147,8 @@ def main(argv: list[str] | None = None) -> None:
         if runtime.is_main:
             for family in args.families:
                 config = family_config(family, args)
-                AutoModelForCausalLM.from_config(config).save_pretrained(Path(own) / family)
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+                model.save_pretrained(Path(own) / family)
         dist.barrier()
         rows = measure(job, args, Path(folder[0]))
         dist.barrier()

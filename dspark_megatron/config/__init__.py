@@ -16,7 +16,7 @@ from dspark_megatron.config.loss import LossConfig
 from dspark_megatron.config.model import ModelConfig
 from dspark_megatron.config.optimizer import OptimizerConfig
 from dspark_megatron.config.parallel import ParallelConfig
-from dspark_megatron.config.rules import check_choices
+from dspark_megatron.config.rules import check_bounds, check_choices
 from dspark_megatron.config.storage import StorageConfig
 from dspark_megatron.config.target import TargetConfig
 from dspark_megatron.config.train import TrainConfig
@@ -42,6 +42,7 @@ class Config:
         what only training needs must be given (its data, folder and length)."""
         for section in dataclasses.fields(self):
             check_choices(section.name, getattr(self, section.name))
+            check_bounds(section.name, getattr(self, section.name))
             getattr(self, section.name).validate()
         if trains:
             self._check_given()

@@ -1,23 +1,26 @@
 """Reads a Config, strictly, from a YAML file of sections and `section.key=value` overrides."""
 
-import contextlib
 import dataclasses
 import datetime
 import difflib
+import math
 import types
 import typing
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from dspark_megatron.config import Config
+from dspark_megatron.config.bounded_text import MOST_YAML_BYTES, parse_yaml, read_text
 from dspark_megatron.config.presets import check_new_preset, with_preset
-from dspark_megatron.config.rules import one_of
+from dspark_megatron.config.rules import SHOWN, one_of, shown
 from dspark_megatron.errors import ConfigError, require
 
 RENAMED = {"target.check_teacher_logits": "target.check_logits"}
 """Keys of older versions, which saved configs still have."""
+MOST_NAME_BYTES = 255
+"""Of a file's name, on the usual file systems."""
+MOST_TEXT = 4000
+"""Letters of a setting: more than a path can have."""
 
 
 def load_config(
@@ -41,12 +44,7 @@ def load_config(
 
 
 def _sections_of(path: str | Path) -> dict[str, Any]:
-    try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    raw = parse_yaml(read_text(path, MOST_YAML_BYTES), str(path))
     require(
         raw is None or isinstance(raw, dict),
         f"{path} must hold sections (a YAML mapping), not a {type(raw).__name__}",
@@ -82,10 +80,7 @@ def nested_overrides(overrides: typing.Iterable[str]) -> dict[str, dict[str, Any
             bool(separator and dot and key),
             f"override {override!r} must look like section.key=value",
         )
-        try:
-            sections.setdefault(section, {})[key] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"override {override!r} has no valid YAML value: {error}") from error
+        sections.setdefault(section, {})[key] = parse_yaml(text, f"override {override!r}")
     return sections
 
 
@@ -104,14 +99,14 @@ def _build(cls: type, raw: dict[str, Any], prefix: str) -> Any:
     for key, value in raw.items():
         name = f"{prefix}{key}"
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.4)
+            near = difflib.get_close_matches(str(key)[:SHOWN], fields, n=1, cutoff=0.4)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"valid: {', '.join(fields)}"
-            raise ConfigError(f"unknown config key {name}; {hint}")
+            raise ConfigError(f"unknown config key {name[:SHOWN]}; {hint}")
         kind: Any = fields[key].type
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             require(
                 value is None or isinstance(value, dict),
-                f"{name} must be a section (a YAML mapping), got {value!r}",
+                f"{name} must be a section (a YAML mapping), got {shown(value)}",
             )
             values[key] = _build(kind, value or {}, prefix=f"{name}.")
         else:
@@ -131,11 +126,43 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
         return value
     if plain is list and isinstance(value, list):
         return [_convert(f"{name}[{i}]", v, inner[0]) for i, v in enumerate(value)]
-    if plain is float and not isinstance(value, bool):
-        with contextlib.suppress(TypeError, ValueError):
-            return float(value)  # YAML 1.1 reads 6e-4 as a string
+    if plain is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        value = _number(name, value)
     if plain is str and type(value) is datetime.date:
         return value.isoformat()  # YAML makes a date of an unquoted 2026-01-31
-    if type(value) is plain:
+    if type(value) is not plain:
+        wanted = kind if inner else kind.__name__
+        raise ConfigError(f"{name} must be of type {wanted}, got {shown(value)}")
+    if isinstance(value, str):
+        _check_text(name, value)
+    return value
+
+
+def _number(name: str, value: int | float | str) -> Any:
+    """As a finite float, also where YAML 1.1 reads 6e-4 as a text; any other text as it is."""
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    except ValueError:
         return value
-    raise ConfigError(f"{name} must be of type {kind if inner else kind.__name__}, got {value!r}")
+    require(math.isfinite(number), f"{name} ({shown(value)}) must be a finite number")
+    return number
+
+
+def _check_text(name: str, value: str) -> None:
+    """ConfigError for a text that no file can have for its name, or that cannot be saved."""
+    require(
+        not any("\ud800" <= letter <= "\udfff" or letter == "\0" for letter in value),
+        f"{name} ({shown(value)}) must be text in UTF-8 without null characters",
+    )
+    longest = max(len(part.encode()) for part in value.split("/"))
+    require(
+        longest <= MOST_NAME_BYTES,
+        f"{name} ({shown(value)}) has a part of {longest:,} bytes between slashes, and a file's "
+        f"name has at most {MOST_NAME_BYTES}",
+    )
+    require(
+        len(value) <= MOST_TEXT,
+        f"{name} ({shown(value)}) must have at most {MOST_TEXT:,} letters, has {len(value):,}",
+    )

@@ -6,6 +6,31 @@ from typing import Any, Literal, get_args, get_origin
 
 from dspark_megatron.errors import ConfigError, require
 
+SHOWN = 200
+"""Letters of a value in a message."""
+MOST = {
+    "model.num_layers": 1000,
+    "model.block_size": 1000,
+    "model.num_anchors": 10**6,
+    **dict.fromkeys(("model.ffn_hidden_size", "model.markov_rank"), 10**6),
+    **dict.fromkeys(("model.num_attention_heads", "model.num_key_value_heads"), 10**5),
+    "model.head_dim": 10**5,
+    "parallel.tensor_parallel": 10**5,
+    "train.epochs": 10**6,
+    **dict.fromkeys(("train.seed", "evaluate.seed"), 2**63 - 1),
+}
+"""Limits of settings: far beyond what has been trained, and of a size that can be planned for."""
+MOST_INTEGER = 10**9
+"""The limit of every other setting that is an integer, and of those in lists."""
+
+
+def shown(value: object) -> str:
+    """A value for a message, cut where it is long."""
+    if isinstance(value, int) and abs(value) >= 10**SHOWN:
+        return f"an integer of {value.bit_length():,} bits"
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
 
 def check_choices(name: str, section: Any) -> None:
     """Every field of a `Literal` type must have one of its values."""
@@ -14,11 +39,23 @@ def check_choices(name: str, section: Any) -> None:
             one_of(f"{name}.{field.name}", getattr(section, field.name), get_args(field.type))
 
 
+def check_bounds(name: str, section: Any) -> None:
+    """No number may be larger than its limit: it would be planned for without end."""
+    for field in dataclasses.fields(section):
+        full, value = f"{name}.{field.name}", getattr(section, field.name)
+        most = MOST.get(full, MOST_INTEGER)
+        for number in value if isinstance(value, list) else [value]:
+            require(
+                not (isinstance(number, int) or full in MOST) or abs(number or 0) <= most,
+                f"{full} ({shown(value)}) must be at most {most:,}",
+            )
+
+
 def one_of(name: str, value: object, valid: tuple[str, ...]) -> None:
     if value not in valid:
-        near = difflib.get_close_matches(str(value), valid, n=1, cutoff=0.4)
+        near = difflib.get_close_matches(str(value)[:SHOWN], valid, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{name} ({value!r}) must be one of {', '.join(valid)}{hint}")
+        raise ConfigError(f"{name} ({shown(value)}) must be one of {', '.join(valid)}{hint}")
 
 
 def positive(name: str, section: Any, *fields: str) -> None:

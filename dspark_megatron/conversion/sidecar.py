@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.storage.writing import json_text
 
 SIDECAR = "dspark_sts.json"
 
@@ -104,8 +105,9 @@ def sidecar_json(calibration: dict[str, Any]) -> str:
         "ece_after": after,
         "iteration": calibration["iteration"],
         "checkpoint": calibration["checkpoint"],
+        "note": calibration["verdict"],
     }
-    return json.dumps(content, indent=2) + "\n"
+    return json_text(content, indent=2) + "\n"
 
 
 def check_place(folder: Path, block_size: int, facts: dict[str, Any], force: bool) -> None:

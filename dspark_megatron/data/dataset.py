@@ -4,6 +4,7 @@ Shapes: n kept samples, t tokens of all of them, s tokens of one.
 """
 
 import hashlib
+import itertools
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -20,10 +21,11 @@ from dspark_megatron.data.blocks import has_block
 from dspark_megatron.data.chats.answers import AnswerRules
 from dspark_megatron.data.conversation import ConversationEncoder, Sample
 from dspark_megatron.data.files.bad_lines import BadLines
-from dspark_megatron.data.files.jsonl import lines_of, parse_line
+from dspark_megatron.data.files.jsonl import check_readable, lines_of, parse_line
 from dspark_megatron.data.files.sources import DataFile, find_files
+from dspark_megatron.data.origins import Origins
 from dspark_megatron.data.sampler import Shares, share_out
-from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.errors import ConfigError, printable, require
 
 ReadIndexed = Callable[[Path], Iterable[Tensor]]
 """Gives the documents of a Megatron indexed dataset by its prefix, each [s]."""
@@ -104,13 +106,14 @@ class ConversationDataset:
         loss_mask: Tensor,
         offsets: Tensor,
         report: DropReport,
+        origins: Origins,
         shares: Shares | None = None,
     ) -> None:
         """token_ids: [t] int32, half the memory of int64. loss_mask: [t] bool. offsets: [n + 1]
         int64; sample i is the half-open range from offsets[i] to offsets[i + 1]. shares: those of
         the sources, unless each sample comes once an epoch."""
         self._token_ids, self._loss_mask, self._offsets = token_ids, loss_mask, offsets
-        self.report, self.shares = report, shares
+        self.report, self.origins, self.shares = report, origins, shares
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -157,12 +160,15 @@ def load_samples(
     Raises ConfigError when no sample is kept, and for lines that cannot be used, if they are more
     than may be left out. It lists all of them by reason and names `file:line`.
     """
-    files = [find_files(entry) for entry in entries]  # a missing one is known before the work
+    files = [find_files(entry) for entry in entries]
+    for file in itertools.chain.from_iterable(files):
+        _check_readable(file, read_indexed)  # before the work
     encoder = ConversationEncoder(tokenizer, vocab_size, rules.reasoning_tags, rules.answers)
     packed, report, sizes = _PackedSamples(), DropReport(), []
     for group in files:
         kept_before = report.kept
         for file in group:
+            packed.origins.start_file(file.path)
             for number, line in _read(file, read_indexed, show_progress):
                 report.lines += 1
                 samples: list[Sample] = []
@@ -171,7 +177,7 @@ def load_samples(
                 report.bad_lines.check_early(report.lines, rules.skip_bad_lines)
                 report.split_chats += len(samples) > 1
                 for sample in samples:
-                    packed.add(sample, rules, report)
+                    packed.add(sample, number, rules, report)
         sizes.append(report.kept - kept_before)
     report.bad_lines.check(report.lines, rules.skip_bad_lines)
     if encoder.reasoning.tags is not None:
@@ -180,6 +186,13 @@ def load_samples(
         raise _nothing_kept(entries, report, rules)
     names = [str(entry) for entry in entries]
     return packed.dataset(report, share_out(names, sizes, weights) if weights else None)
+
+
+def _check_readable(file: DataFile, read_indexed: ReadIndexed | None) -> None:
+    if not file.indexed:
+        check_readable(file.path)
+    elif read_indexed is not None:
+        read_indexed(file.path)
 
 
 def _read(
@@ -191,7 +204,9 @@ def _read(
         lines: Iterable[tuple[int, object]] = enumerate(read_indexed(file.path))
     else:
         lines = lines_of(file.path)
-    yield from tqdm(lines, desc=file.path.name, unit=" samples", disable=not show_progress)
+    yield from tqdm(
+        lines, desc=printable(file.path.name), unit=" samples", disable=not show_progress
+    )
 
 
 def _samples(line: object, encoder: ConversationEncoder, rules: SampleRules) -> list[Sample]:
@@ -232,8 +247,9 @@ class _PackedSamples:
         self._token_ids = array("i")
         self._loss_mask = bytearray()
         self._offsets = array("q", [0])
+        self.origins = Origins()
 
-    def add(self, sample: Sample, rules: SampleRules, report: DropReport) -> None:
+    def add(self, sample: Sample, line: int, rules: SampleRules, report: DropReport) -> None:
         """Cut the sample, then keep or drop it. The report counts which."""
         report.truncated += len(sample.input_ids) > rules.max_length
         sample = Sample(*(part[: rules.max_length] for part in sample))
@@ -249,6 +265,7 @@ class _PackedSamples:
             self._token_ids.frombytes(sample.input_ids.numpy().tobytes())
             self._loss_mask += sample.loss_mask.numpy().tobytes()
             self._offsets.append(len(self._loss_mask))
+            self.origins.add(line)
 
     def dataset(self, report: DropReport, shares: Shares | None) -> ConversationDataset:
         return ConversationDataset(
@@ -256,5 +273,6 @@ class _PackedSamples:
             torch.frombuffer(self._loss_mask, dtype=torch.bool),
             torch.frombuffer(self._offsets, dtype=torch.int64),
             report,
+            self.origins,
             shares,
         )

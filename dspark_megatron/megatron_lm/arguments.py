@@ -11,9 +11,8 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
-import yaml
-
 from dspark_megatron.config import Config
+from dspark_megatron.config.bounded_text import parse_yaml
 from dspark_megatron.config.loading import config_from_dict
 from dspark_megatron.errors import require
 from dspark_megatron.megatron_lm.names import ARGUMENTS, settings
@@ -134,7 +133,7 @@ def _parsing(kind: Any) -> dict[str, Any]:
 
 def _mapping(text: str) -> dict[str, Any]:
     """YAML's, as in an override."""
-    found = yaml.safe_load(text)
+    found = parse_yaml(text, repr(text))
     if not isinstance(found, dict):
         raise ValueError(f"{text} is no mapping")
     return found

@@ -1,23 +1,18 @@
 """The samples of a run: files read by the rules of its config."""
 
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
-
-import numpy
-import torch
-from megatron.core.datasets.indexed_dataset import IndexedDataset
-from torch import Tensor
 
 from dspark_megatron.config import Config
 from dspark_megatron.data.chats.answers import AnswerRules
 from dspark_megatron.data.chats.reasoning import Tags
 from dspark_megatron.data.conversation import describe_sample
 from dspark_megatron.data.dataset import ConversationDataset, SampleRules, load_samples
-from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.errors import printable
 from dspark_megatron.run.check import RunPlan
+from dspark_megatron.run.indexed_dataset import read_indexed
 from dspark_megatron.run.ranks.agreement import agree
 from dspark_megatron.run.ranks.facts import data_facts
+from dspark_megatron.run.ranks.places import at
 from dspark_megatron.run.ranks.runtime import Runtime
 from dspark_megatron.storage.target_folder import stop_token_ids
 
@@ -65,37 +60,13 @@ def load_train_data(plan: RunPlan, runtime: Runtime) -> ConversationDataset:
     """The training samples, the same on all ranks; the main rank says what became of the files'
     lines."""
     data = plan.config.data
+    at("reading data.train_files", longer=True)
     dataset = load_run_data(
         plan, data.train_files, weights=data.weights, show_progress=runtime.is_main
     )
     agree(data_facts("data.train_files", data.train_files, dataset))
     if runtime.is_main:
-        print(dataset.report.describe(), flush=True)
+        print(printable(dataset.report.describe()), flush=True)
         if data.show_sample:
-            print(describe_sample(dataset[0], plan.tokenizer), flush=True)
+            print(printable(describe_sample(dataset[0], plan.tokenizer)), flush=True)
     return dataset
-
-
-def read_indexed(prefix: Path) -> Iterator[Tensor]:
-    """The documents of a Megatron indexed dataset, each the tokens of its sequences one after the
-    other: [s] int64. ConfigError for files that are none or do not belong together."""
-    try:
-        dataset = IndexedDataset(str(prefix))
-    except (AssertionError, ValueError, OSError) as error:
-        raise ConfigError(f"{prefix}.idx is no index of a Megatron dataset: {error}") from error
-    index = dataset.index
-    require(
-        issubclass(index.dtype, numpy.integer),
-        f"{prefix} must hold token ids and holds {index.dtype.__name__}",
-    )
-    wanted = int(index.sequence_lengths.sum(dtype=numpy.int64)) * index.dtype_size
-    found = Path(f"{prefix}.bin").stat().st_size
-    require(
-        wanted == found,
-        f"{prefix}.bin must have the {wanted:,} bytes that {prefix}.idx speaks of, and has "
-        f"{found:,}; write the dataset again",
-    )
-    bounds = dataset.document_indices.tolist()
-    for first, end in zip(bounds[:-1], bounds[1:], strict=True):
-        sequences = [dataset[i].astype(numpy.int64) for i in range(first, end)]
-        yield torch.from_numpy(numpy.concatenate([numpy.empty(0, numpy.int64), *sequences]))

@@ -9,8 +9,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from dspark_megatron.config.bounded_text import parse_yaml
 from dspark_megatron.data.chats.template import reads_clock
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.run.check import RunPlan
@@ -102,9 +101,13 @@ def _of_run(folder: Path) -> str | None:
     if (iteration := latest_iteration(folder / "checkpoints")) is not None:
         newest = iteration_folder(folder / "checkpoints", iteration)
         found.append(_read(newest / META, json.loads))
-    found.append(_read(folder / "config.yaml", yaml.safe_load).get("data") or {})
+    found.append(_read(folder / "config.yaml", _yaml).get("data") or {})
     found.append(_read(folder / META, json.loads))
     return next((day for facts in found if (day := facts.get("template_date"))), None)
+
+
+def _yaml(text: str) -> Any:
+    return parse_yaml(text, "it")
 
 
 def _of_stored_states(folder: Path) -> str | None:
@@ -120,7 +123,7 @@ def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
         return {}
     try:
         return dict(parse(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
             f"{path} cannot be read for the day that the chat template was given: {error}; set "
             "data.template_date"

@@ -1,14 +1,47 @@
 """The folder of a run, claimed before any long work."""
 
+import contextlib
 import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from dspark_megatron.config import Config
 from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.run.ranks.ending import at_end
+from dspark_megatron.run.ranks.runtime import Runtime
+from dspark_megatron.run.ranks.shared_folder import check_shared
 from dspark_megatron.storage.checkpoints.tracker import BEST_TRACKER, TRACKER
 from dspark_megatron.storage.checkpoints.whole import iterations_in
+from dspark_megatron.storage.folder_lock import FolderLock
 from dspark_megatron.storage.writing import claim_folder, leftovers_of, write_text
+
+
+@contextlib.contextmanager
+def own_folder(folder: Path, what: str, runtime: Runtime) -> Iterator[None]:
+    """Within it this job alone writes into a folder; ConfigError if another does. It is let go when
+    this process ends, however that is. what: the setting that names it."""
+    if not runtime.is_main:
+        yield
+        return
+    lock = FolderLock(folder, what)
+    with at_end(lock.release):
+        if said := lock.take():
+            print(said, flush=True)
+        yield
+
+
+@contextlib.contextmanager
+def claimed_output(config: Config, runtime: Runtime) -> Iterator[Path]:
+    """The folder of a run, made, locked, and seen to be the same for all ranks. ConfigError where
+    one of that is impossible. Every rank calls it: a broadcast and an all-gather of objects."""
+    output_dir = Path(config.train.output_dir)
+    with own_folder(output_dir, "train.output_dir", runtime):
+        if runtime.is_main:
+            claim_output(output_dir, config)
+        folders = output_dir, output_dir / "checkpoints"
+        check_shared(f"train.output_dir {output_dir}", *folders, runtime=runtime)
+        yield output_dir
 
 
 def claim_output(output_dir: Path, config: Config) -> None:
@@ -25,7 +58,7 @@ def claim_output(output_dir: Path, config: Config) -> None:
         "name another folder, set train.resume=true to continue, or train.overwrite=true to set "
         "them aside",
     )
-    what, ours = f"train.output_dir {output_dir}", ("config.yaml", "run_status")
+    what, ours = f"train.output_dir {output_dir}", ("config.yaml", "run_status", "shared")
     # An evaluation may be writing its own files there.
     claim_folder(output_dir, what, *map(leftovers_of, ours))
     claim_folder(checkpoints, what)

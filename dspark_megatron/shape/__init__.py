@@ -106,6 +106,7 @@ def _divided(heads: int, kv_heads: int, head_dim: int) -> tuple[int, int, int]:
         heads % kv_heads == 0,
         f"query heads ({heads}) must be divisible by key/value heads ({kv_heads})",
     )
+    require(head_dim % 2 == 0, f"the width of a head ({head_dim}) must be even, for RoPE")
     return heads, kv_heads, head_dim
 
 

@@ -48,7 +48,7 @@ def _targets_rope(text: Any) -> dict[str, Any]:
         f"the target's rope_type {kind!r}{why} is none of those that a draft can have "
         f"({', '.join(ROPE_TYPES)}); {_way_out(rope['rope_theta'])}",
     )
-    return rope
+    return computable(rope, f"the target's config ({text.model_type}) says")
 
 
 def _way_out(theta: float) -> str:

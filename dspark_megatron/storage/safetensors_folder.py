@@ -1,7 +1,7 @@
 """A folder with one safetensors file, or several and an index: read a tensor at a time, written a
 file at a time."""
 
-import json
+import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dspark_megatron.config.bounded_text import read_json
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.storage.writing import whole_file, write_json
 
@@ -41,6 +42,10 @@ DTYPES = {
 def open_safetensors(path: Path) -> Iterator[Any]:
     """A safetensors file to read from. ConfigError when it is missing or damaged, or when what is
     asked of it is not there."""
+    require(
+        path.is_file() or not path.exists(),
+        f"{path} must be a safetensors file, and is a folder, pipe or device; copy it again",
+    )
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -178,6 +183,10 @@ class SafetensorsFolder:
         return self.files[name]
 
 
+def has_safetensors(folder: Path) -> bool:
+    return any(os.path.lexists(folder / name) for name in (INDEX, "model.safetensors"))
+
+
 def _files_of(folder: Path) -> dict[str, Path]:
     index, single = folder / INDEX, folder / "model.safetensors"
     if index.is_file():
@@ -192,13 +201,11 @@ def _files_of(folder: Path) -> dict[str, Path]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{index} must be readable JSON ({error}); copy it again") from error
-    entries: Any = content.get("weight_map") if isinstance(content, dict) else None
+    entries: Any = read_json(index).get("weight_map")
     require(
-        isinstance(entries, dict) and all(isinstance(file, str) for file in entries.values()),
-        f"{index} must have a weight_map from tensors to files; copy it again",
+        isinstance(entries, dict)
+        and bool(entries)
+        and all(isinstance(file, str) and Path(file).name == file for file in entries.values()),
+        f"{index} must have a weight_map from tensors to files beside it; copy it again",
     )
     return entries

@@ -1,7 +1,7 @@
 """What is read straight from the target's folder: its config, single tensors, its fingerprint."""
 
 import hashlib
-import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +11,35 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoTokenizer,
-    GenerationConfig,
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from dspark_megatron.config.bounded_text import read_json
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.storage.safetensors_folder import SafetensorsFolder, open_safetensors
+from dspark_megatron.storage.target_schema import check_schema
 
 EMBEDDINGS = (
     *("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embeddings.weight"),
     "embed_in.weight",
 )
 HEADS = ("lm_head.weight", "embed_out.weight")
+READ = (".json", ".jinja", ".model", ".safetensors")
+"""Ends of the names of files that are read."""
 
 
 def load_target_config(target_dir: str | Path) -> PretrainedConfig:
     """The target's `config.json`; only a folder will do, never a hub name, and only of a class that
     Transformers has itself: code of the folder is never run."""
-    file = Path(target_dir) / "config.json"
-    require(file.is_file(), f"the target's folder {target_dir} must hold a config.json")
-    _check_class(file)
+    folder = Path(target_dir)
+    file = folder / "config.json"
+    require(os.path.lexists(file), f"the target's folder {target_dir} must hold a config.json")
+    _check_plain(folder)
+    own = read_json(file)
+    check_schema(own, file)
+    _check_class(file, own)
     try:
         return AutoConfig.from_pretrained(
             target_dir, local_files_only=True, trust_remote_code=False
@@ -43,12 +50,14 @@ def load_target_config(target_dir: str | Path) -> PretrainedConfig:
 
 def load_tokenizer(target_dir: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a target's folder; code of the folder is never run."""
+    _check_plain(Path(target_dir))
+    settings = list(map(read_json, Path(target_dir).glob("tokenizer_config.json")))
     try:
         return AutoTokenizer.from_pretrained(
             target_dir, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # a damaged file raises whatever its reader does
-        own = _read_json(Path(target_dir) / "tokenizer_config.json").get("auto_map")
+        own = next((found["auto_map"] for found in settings if found.get("auto_map")), None)
         reason = _one_line(error)
         if own:
             reason = (
@@ -60,11 +69,26 @@ def load_tokenizer(target_dir: str | Path) -> PreTrainedTokenizerBase:
         raise ConfigError(message) from error
 
 
-def _check_class(file: Path) -> None:
+def _check_plain(folder: Path) -> None:
+    """ConfigError for a folder with a pipe or device in it, whose reader would wait for ever, and
+    for what has the name of a file that is read and is none: Transformers would pass it over."""
+    strange = [
+        file.name
+        for file in folder.iterdir()
+        if not file.is_file() and (file.suffix in READ or (file.exists() and not file.is_dir()))
+    ]
+    require(
+        not strange,
+        f"{', '.join(map(repr, sorted(strange)))} in the target's folder {folder} must be a file, "
+        "and is a folder, pipe or device, or a link that leads nowhere; copy it again or take it "
+        "out",
+    )
+
+
+def _check_class(file: Path, config: dict[str, Any]) -> None:
     """ConfigError unless Transformers itself has the class of a `config.json`."""
-    config = _read_json(file)
     family, names = config.get("model_type"), config.get("architectures") or []
-    if family in CONFIG_MAPPING or (not config.get("auto_map") and family is None):
+    if family in CONFIG_MAPPING:
         return
     code = ", only code in the folder (auto_map), which is never run" * bool(config.get("auto_map"))
     public = [kind for kind, own in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if own in names]
@@ -81,15 +105,6 @@ def _check_class(file: Path) -> None:
     )
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    """What a JSON file holds; nothing if it cannot be read, which its reader will say better."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
@@ -98,11 +113,15 @@ def stop_token_ids(target_dir: str | Path, tokenizer: PreTrainedTokenizerBase) -
     """Tokens that end an answer, ascending: those of the target's generation config (or its
     config) and the tokenizer's eos. A chat model's end of turn is often known only to the former,
     while its tokenizer names the end of a document."""
-    if (Path(target_dir) / "generation_config.json").is_file():
-        own = GenerationConfig.from_pretrained(target_dir, local_files_only=True).eos_token_id
+    file = Path(target_dir) / "generation_config.json"
+    if file.is_file():
+        generation = read_json(file)
+        check_schema({"eos_token_id": generation.get("eos_token_id")}, file)
+        own = generation.get("eos_token_id")
     else:
         own = load_target_config(target_dir).get_text_config().eos_token_id
-    stops = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
+    found = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
+    stops = {token for token in found if token is not None and token >= 0}
     require(
         bool(stops),
         f"the target {target_dir} must name a token that ends an answer; set eos_token_id in its "

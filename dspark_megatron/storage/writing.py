@@ -7,6 +7,7 @@ and renamed; whoever owns a folder removes what killed writers left there.
 import contextlib
 import glob
 import json
+import math
 import os
 import secrets
 import shutil
@@ -65,7 +66,29 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any, indent: int = 2) -> None:
-    write_text(path, json.dumps(content, indent=indent) + "\n")
+    write_text(path, json_text(content, indent) + "\n")
+
+
+def json_text(content: Any, indent: int | None = None) -> str:
+    """JSON that every reader takes: it has no NaN and no infinity. Where there was one stands null,
+    and the key `not_finite` of an object lists the places."""
+    places: list[str] = []
+    content = _finite(content, "", places)
+    if places and isinstance(content, dict):
+        content["not_finite"] = places
+    return json.dumps(content, indent=indent, allow_nan=False)
+
+
+def _finite(value: Any, place: str, places: list[str]) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        places.append(place)
+        return None
+    prefix = f"{place}." if place else ""
+    if isinstance(value, dict):
+        return {key: _finite(one, f"{prefix}{key}", places) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one, f"{prefix}{i}", places) for i, one in enumerate(value)]
+    return value
 
 
 def remove(path: Path) -> None:

@@ -154,11 +154,12 @@ def _logit_difference(target_config: PretrainedConfig) -> float | None:
 def _logits_of_class(config: PretrainedConfig) -> tuple[Tensor, Tensor]:
     """Logits of a random model, and the product of its last hidden state and its head."""
     with torch.device("meta"):
-        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        size = sum(parameter.numel() for parameter in model.parameters())
     if size > _TRIAL_PARAMETERS:
         raise ValueError(f"{size} parameters are too many for a trial")
     model = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation="eager"
+        config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
     ).eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():

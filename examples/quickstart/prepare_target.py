@@ -101,15 +101,17 @@ def split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
 def convert(gguf: Path, folder: Path) -> None:
     """Write the model of `gguf` in float32, with its tokenizer, as safetensors into `folder`."""
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    tokenizer = AutoTokenizer.from_pretrained(**source)
+    tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
     split_digits(tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        **source, dtype=torch.float32, trust_remote_code=False
+    )
 
     # The tensors are plain by now, but a model marked as quantized refuses to be saved. An unmarked
     # model of the same shape takes them over.
     config = model.config
     del config.quantization_config
-    clean = AutoModelForCausalLM.from_config(config)
+    clean = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     clean.load_state_dict(model.state_dict())
     clean.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -168,7 +168,7 @@ def test_bad_files(tmp_path, text, message):
 
 
 def test_a_missing_file(tmp_path):
-    with pytest.raises(ConfigError, match="cannot read the config"):
+    with pytest.raises(ConfigError, match="there is no such file"):
         load_config(tmp_path / "none.yaml")
 
 

@@ -54,7 +54,9 @@ class _Builder:
 def _own_states(
     folder: Path, ids: Tensor, layer_ids: list[int], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, trust_remote_code=False
+    ).to(device)
     with torch.no_grad():
         own = model(ids.to(device), output_hidden_states=True).hidden_states
     return torch.cat([own[i + 1] for i in layer_ids], dim=-1), own[-1]

@@ -21,6 +21,14 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Where servers put the reasoning of an answer. The first is ours."""
 TEXT_PARTS = ("text", "input_text", "output_text")
 """Types of content parts that are text."""
+NOT_OPTIONS = {
+    *("chat_template", "conversation", "continue_final_message", "tokenizer_kwargs"),
+    *("padding", "truncation", "max_length", "return_tensors"),
+}
+"""What a line may not set beside its options of the template: another template, and how texts
+become tokens."""
+MOST_MESSAGES = 2000
+"""Of one chat: it is rendered anew for each of its answers."""
 LOSS_SWITCHES = ("weight", "loss", "train", "training")
 """Where files for other trainers say which turns are learnt."""
 EMPTY: tuple[Any, ...] = (None, "", [], {})
@@ -109,6 +117,12 @@ def template_options(record: dict) -> dict[str, Any]:
         isinstance(options, dict),
         f'"chat_template_kwargs" must be an object, not {shown(options)}',
     )
+    others = sorted(NOT_OPTIONS.intersection(options))
+    require(
+        not others,
+        f'"chat_template_kwargs" gives {", ".join(others)}, which is no option of a template; '
+        "take it out",
+    )
     tools = record.get("tools") or record.get("functions") or []
     if isinstance(tools, str):
         try:
@@ -137,6 +151,10 @@ def checked_messages(messages: Any, name: str = "messages") -> list[dict]:
     require(
         isinstance(messages, list) and bool(messages),
         f'"{name}" must be a list of at least one message, not {shown(messages)}',
+    )
+    require(
+        len(messages) <= MOST_MESSAGES,
+        f'"{name}" has {len(messages):,} messages, and at most {MOST_MESSAGES:,} are read',
     )
     return [_normalized(position, message) for position, message in enumerate(messages)]
 

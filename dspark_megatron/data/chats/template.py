@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from dspark_megatron.data.chats.answers import AnswerRules, Rendering, not_written, written_answer
+from dspark_megatron.data.chats.bounded_rendering import bounded, check_template, checked_text
 from dspark_megatron.data.chats.completeness import LeftOut, NotRendered, check_complete
 from dspark_megatron.data.chats.loss_mask import (
     AnswerEnds,
@@ -26,6 +27,7 @@ from dspark_megatron.data.chats.loss_mask import (
     without,
 )
 from dspark_megatron.data.chats.messages import Chat
+from dspark_megatron.data.files.bad_lines import NoFurther
 from dspark_megatron.errors import ConfigError
 
 GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -65,6 +67,7 @@ class ChatTemplate:
             ) from error
         self._tokenizer = tokenizer
         self._reasoning, self._rules = reasoning or ReasoningMask(None), rules or AnswerRules()
+        check_template(str(template))
         marked = GENERATION_TAG.search(template) is not None
         self._knows_developer = "developer" in template
         self._marks_generation = marked and not _trims_spaces(tokenizer)
@@ -152,7 +155,9 @@ class ChatTemplate:
 
     def _text(self, chat: Chat, *, add_generation_prompt: bool = False) -> str:
         """What the template makes of a chat, complete or not."""
-        return self._apply(chat, tokenize=False, add_generation_prompt=add_generation_prompt)
+        with bounded():
+            how = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+            return checked_text(self._apply(chat, **how))
 
     def _apply(self, chat: Chat, **how: Any) -> Any:
         """What `apply_chat_template` makes of a chat. ConfigError when the template refuses it."""
@@ -166,6 +171,8 @@ class ChatTemplate:
             messages = [{**m, "role": role} for m, role in zip(messages, roles, strict=True)]
         try:
             return self._tokenizer.apply_chat_template(messages, **options)
+        except (NoFurther, MemoryError):
+            raise
         except Exception as error:  # a template is foreign code and may raise anything
             raise NotRendered(
                 f"the chat template refuses this chat: {type(error).__name__}: {error}; "

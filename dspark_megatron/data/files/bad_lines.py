@@ -19,6 +19,11 @@ SHOWN_PLACES = 4
 SHOWN_REASONS = 20
 
 
+class NoFurther(Exception):
+    """What no other line would pass either, or not in bounded time: it is not left out like a bad
+    line, but ends the reading."""
+
+
 @dataclass
 class Reason:
     example: str
@@ -53,6 +58,8 @@ class BadLines:
         try:
             with errors_at(path, number):
                 yield
+        except NoFurther as error:
+            raise ConfigError(f"{path}:{number}: {error}") from error
         except ConfigError as error:
             kind = re.sub(VALUES, "", str(error.__cause__))[:60]
             self._reasons.setdefault(kind, Reason(str(error))).add(f"{path}:{number}")

@@ -1,6 +1,7 @@
 """The files that an entry of data.train_files stands for."""
 
 import glob
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ class DataFile(NamedTuple):
 def find_files(entry: str | Path) -> list[DataFile]:
     """The files of an entry, sorted by name. It may be a JSONL file, the prefix of an indexed
     dataset, a folder (its files of NAMES) or a glob of these. ConfigError if there is none."""
+    require(bool(str(entry).strip()), "an entry of data files is empty; name a file")
     path = Path(entry)
     if path.is_dir():
         return _files_of_folder(path)
@@ -35,8 +37,21 @@ def find_files(entry: str | Path) -> list[DataFile]:
         f"data file {entry} must exist: a JSONL file, the prefix of a Megatron indexed dataset "
         "(PREFIX.bin and PREFIX.idx), a folder or a glob of these",
     )
-    files = [file for match in matches for file in find_files(match)]
-    return list(dict.fromkeys(files))  # a glob may match both files of an indexed dataset
+    files = [file for match in matches for file in _files_of_match(Path(match))]
+    return _once(files)
+
+
+def _files_of_match(path: Path) -> list[DataFile]:
+    return _files_of_folder(path) if path.is_dir() else [_data_file(path)]
+
+
+def _once(files: list[DataFile]) -> list[DataFile]:
+    """Each file once: a glob may match both files of an indexed dataset, and a file again through
+    a link to a folder above it."""
+    once: dict[str, DataFile] = {}
+    for file in files:
+        once.setdefault(os.path.realpath(file.path), file)
+    return list(once.values())
 
 
 def _files_of_folder(path: Path) -> list[DataFile]:
@@ -54,6 +69,11 @@ def _files_of_folder(path: Path) -> list[DataFile]:
 
 
 def _data_file(path: Path) -> DataFile:
+    require(
+        path.is_file() or not os.path.lexists(path),
+        f"data file {path} must be a file, and is a folder, pipe or device, or a link that leads "
+        "nowhere; take it out",
+    )
     is_part = path.suffix in (".idx", ".bin") and path.is_file()
     if path.is_file() and not is_part:
         return DataFile(path, indexed=False)

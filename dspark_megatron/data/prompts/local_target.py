@@ -71,9 +71,10 @@ class LocalTarget:
     @cached_property
     def _model(self) -> PreTrainedModel:
         """Loaded when the first answer is wanted. Code of the target's folder is never run."""
-        options = {"local_files_only": True, "trust_remote_code": False}
         try:
-            model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=self.dtype, **options)
+            model = AutoModelForCausalLM.from_pretrained(
+                self.folder, dtype=self.dtype, local_files_only=True, trust_remote_code=False
+            )
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())  # Transformers writes several lines
             raise ConfigError(f"Transformers cannot load {self.folder}: {reason}") from error

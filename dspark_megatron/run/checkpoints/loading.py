@@ -7,6 +7,7 @@ import torch
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
+from dspark_megatron.conversion.draft_tensors import check_finite
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.run.checkpoints.sharding import sharded_state
@@ -34,6 +35,7 @@ def load_checkpoint(folder: Path, model: DSparkDraftModel, optimizer: Any | None
             f"checkpoint {folder} lacks {result.missing_keys} and has unknown "
             f"{result.unexpected_keys}"
         )
+    check_finite(model, f"checkpoint {folder}")
     if optimizer is not None:
         _keep_settings(optimizer, loaded["optimizer"])
         with torch.no_grad():  # the fp32 optimizer copies into views of leaf parameters

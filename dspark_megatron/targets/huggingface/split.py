@@ -14,6 +14,7 @@ from transformers.distributed import DistributedConfig
 from dspark_megatron.config import Config
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.shape.layout import target_shards
+from dspark_megatron.targets.family import model_class
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,10 @@ class _Described:
 @functools.lru_cache(maxsize=2)
 def _built(described: _Described, dtype: torch.dtype) -> PreTrainedModel:
     own = copy.deepcopy(described.config)  # a model leaves its type in it
+    model_class(own)
     try:
         with torch.device("meta"):
-            return AutoModel.from_config(own, dtype=dtype)
+            return AutoModel.from_config(own, dtype=dtype, trust_remote_code=False)
     except Exception as error:  # whatever a family's class makes of its own config
         raise ConfigError(
             f"Transformers cannot build a target of model_type {own.model_type!r} from its config: "

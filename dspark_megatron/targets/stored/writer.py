@@ -15,6 +15,7 @@ from dspark_megatron.data.batch import Batch, padded
 from dspark_megatron.data.dataset import ConversationDataset
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.storage.checksums import checksum_of, keep_checksums
+from dspark_megatron.storage.folder_lock import LOCK
 from dspark_megatron.storage.writing import PARTIAL, claim_folder, write_json
 from dspark_megatron.targets.base import Target
 from dspark_megatron.targets.stored.layout import (
@@ -178,11 +179,12 @@ class StatesWriter:
             self.output.is_dir() or not self.output.exists(),
             f"{self.output} must be a folder and is a file; name another one",
         )
-        names = [path.name for path in self.output.iterdir()] if self.output.exists() else []
+        found = self.output.iterdir() if self.output.exists() else []
+        names = [path.name for path in found if path.name != LOCK]
         if all(name.startswith(PARTIAL) for name in names):  # killed in its first moment
             return
-        found = [self.output / name for name in (MANIFEST, UNFINISHED)]
-        known = [path for path in found if path.is_file()]
+        manifests = [self.output / name for name in (MANIFEST, UNFINISHED)]
+        known = [path for path in manifests if path.is_file()]
         require(
             bool(known),
             f"{self.output} must be empty or hold stored states, and has files but no {MANIFEST}; "
