@@ -28,8 +28,8 @@ from dspark_megatron.conversion.target_match import not_finite, open_draft_folde
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.shape import DraftShape
 from dspark_megatron.shape.layout import check_draft_split, padded_vocab_size
-from dspark_megatron.storage.checkpoint_metadata import META
 from dspark_megatron.storage.checkpoints.meta import FORMAT
+from dspark_megatron.storage.checkpoints.metadata import META
 from dspark_megatron.storage.checkpoints.tracker import TRACKER
 from dspark_megatron.storage.checkpoints.whole import iteration_folder
 from dspark_megatron.storage.checksums import write_checksums

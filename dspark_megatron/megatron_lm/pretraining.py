@@ -27,8 +27,8 @@ from dspark_megatron.run.ranks.agreement import agree
 from dspark_megatron.run.ranks.facts import draft_facts, launch_facts, target_facts
 from dspark_megatron.run.ranks.runtime import Runtime, from_main_rank, main_ranks_folder
 from dspark_megatron.run.states import states_source
-from dspark_megatron.storage.checkpoint_metadata import META
 from dspark_megatron.storage.checkpoints.meta import FORMAT
+from dspark_megatron.storage.checkpoints.metadata import META
 from dspark_megatron.storage.checkpoints.tracker import latest_iteration, mend_tracker
 from dspark_megatron.storage.checkpoints.whole import iteration_folder
 from dspark_megatron.storage.target_folder import load_target_config
