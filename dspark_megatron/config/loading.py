@@ -78,9 +78,9 @@ def nested_overrides(overrides: typing.Iterable[str]) -> dict[str, dict[str, Any
         section, dot, key = name.partition(".")
         require(
             bool(separator and dot and key),
-            f"override {override!r} must look like section.key=value",
+            f"override {shown(override)} must look like section.key=value",
         )
-        sections.setdefault(section, {})[key] = parse_yaml(text, f"override {override!r}")
+        sections.setdefault(section, {})[key] = parse_yaml(text, f"override {shown(override)}")
     return sections
 
 

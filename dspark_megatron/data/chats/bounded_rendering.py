@@ -16,6 +16,7 @@ from types import FrameType
 from jinja2 import Environment, TemplateSyntaxError
 
 from dspark_megatron.data.files.bad_lines import NoFurther
+from dspark_megatron.errors import require
 
 MOST_SECONDS = 20.0
 """Of processor time for one rendering."""
@@ -27,19 +28,21 @@ MOST_TEMPLATE_LETTERS = 2**20
 
 
 def check_template(template: str) -> None:
-    """NoFurther for a template that could not be stopped: it is too long to be compiled, or raises
-    to powers, which texts do not need and no limit of time interrupts."""
-    if len(template) > MOST_TEMPLATE_LETTERS:
-        raise NoFurther(
-            f"the chat template has {len(template):,} letters, and at most "
-            f"{MOST_TEMPLATE_LETTERS:,} are read; give the target another one"
-        )
+    """ConfigError for a template that could not be stopped: it is too long to be compiled, or
+    raises to powers, which texts do not need and no limit of time interrupts."""
+    require(
+        len(template) <= MOST_TEMPLATE_LETTERS,
+        f"the chat template has {len(template):,} letters, and at most {MOST_TEMPLATE_LETTERS:,} "
+        "are read; give the target another one",
+    )
     try:
         operators = {text for _, kind, text in Environment().lex(template) if kind == "operator"}
     except TemplateSyntaxError:  # which rendering says better
         return
-    if "**" in operators:
-        raise NoFurther("the chat template raises to powers (**), which is not allowed; change it")
+    require(
+        "**" not in operators,
+        "the chat template raises to powers (**), which is not allowed; change the template",
+    )
 
 
 @contextlib.contextmanager
