@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 
@@ -36,11 +37,12 @@ def check_template(template: str) -> None:
         "are read; give the target another one",
     )
     try:
-        operators = {text for _, kind, text in Environment().lex(template) if kind == "operator"}
+        tokens = [text for _, kind, text in Environment().lex(template) if kind != "whitespace"]
     except TemplateSyntaxError:  # which rendering says better
         return
+    powers = [before for before, text in pairwise(tokens) if text == "**" and before not in "(,"]
     require(
-        "**" not in operators,
+        not powers,  # behind a bracket or a comma it stands for arguments by name
         "the chat template raises to powers (**), which is not allowed; change the template",
     )
 
