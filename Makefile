@@ -10,7 +10,7 @@ CORE_TESTS := tests/model/test_draft_model.py tests/model/test_device_discipline
 	tests/run/test_initial_checkpoint.py tests/targets/huggingface/test_sharded_target.py \
 	tests/megatron_lm
 
-.PHONY: quickstart test test-fast test-core gpu-check lint format clean
+.PHONY: quickstart test test-fast test-core faults gpu-check lint format clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python examples/quickstart/quickstart.py
@@ -24,6 +24,11 @@ test-fast: $(VENV)/.installed
 
 test-core: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not commands" $(CORE_TESTS)
+
+# The faults of docs/reliability.md, in runs/faults/faults.json: 20 minutes on two quiet cores.
+# SOAK=10: kills at random places for ten minutes instead.
+faults: $(VENV)/.installed
+	$(BIN)/python tools/inject_faults.py $(if $(SOAK),--soak-minutes $(SOAK))
 
 # From a plain checkout, with the Python that has PyTorch for the GPU; WHEELS=DIR: made by
 # tools/gpu_wheels.sh DIR where there is a network, for a machine without one.

@@ -7,6 +7,8 @@ and speed, as a table and as JSON.
 
 import argparse
 
+from dspark_megatron.run.ranks.launcher import end_with_launcher
+
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Evaluate a DSpark drafter.")
@@ -19,6 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     """The imports within are slow; those of the work need the CPU support that `launch`
     installs."""
     arguments = parse_arguments(argv)
+    end_with_launcher()
     from dspark_megatron.run.ranks.runtime import launch
 
     with launch() as job:

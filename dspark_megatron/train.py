@@ -2,6 +2,7 @@
 
 import argparse
 
+from dspark_megatron.run.ranks.launcher import end_with_launcher
 from dspark_megatron.training.stop_requests import stop_requests
 
 
@@ -21,6 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     """The imports within are slow, and no signal may be lost meanwhile; those of the work need the
     CPU support that `launch` installs."""
     arguments = parse_arguments(argv)
+    end_with_launcher()
     with stop_requests() as stop:
         from dspark_megatron.run.ranks.runtime import launch
 

@@ -56,7 +56,7 @@ class AttentionInputs:
         self.block_kv = normal(anchors, slots, *kv), normal(anchors, slots, *kv)
         positions = (torch.arange(anchors) * context) // anchors + 1
         ranges = [(0, position) for position in positions.tolist()]
-        sizes = dict(slots=slots, context_length=context)
+        sizes = dict(slots=slots, context_length=context, head_dim=heads[-1])
         ranges = ContextRanges.of(ranges, device)
         self.attention = partial(block_attention, context_ranges=ranges, **sizes, **options)
         self.mask = context_mask(positions, context, slots).to(device)  # [A*B, S + A*B]

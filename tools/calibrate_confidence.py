@@ -12,7 +12,6 @@ carries the run's along), `calibration.json` (all figures), `reliability.png` an
 """
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -21,12 +20,12 @@ from typing import Any
 from dspark_megatron import evaluate
 from dspark_megatron.config.loading import load_config
 from dspark_megatron.conversion.sidecar import SIDECAR, check_place, sidecar_json
-from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.errors import ConfigError, printable, require
 from dspark_megatron.evaluation.confidence.calibration import CalibrationSettings, calibrate
 from dspark_megatron.evaluation.confidence.calibration_records import load_records
 from dspark_megatron.evaluation.pages.plots import png, reliability_diagram, threshold_plot
 from dspark_megatron.run.known_draft import evaluated_checkpoint, with_draft_of
-from dspark_megatron.storage.writing import claim_file, write_files
+from dspark_megatron.storage.writing import claim_file, json_text, write_files
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -49,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         _calibrate(args)
     except ConfigError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {printable(str(error))}")
 
 
 def _calibrate(args: argparse.Namespace) -> None:
@@ -65,7 +64,7 @@ def _calibrate(args: argparse.Namespace) -> None:
     records = load_records(args.records)
     check_place(args.output, records.block_size, records.facts, args.force)
     result = calibrate(records, settings)
-    texts = {"calibration.json": json.dumps(result, indent=1) + "\n", SIDECAR: sidecar_json(result)}
+    texts = {"calibration.json": json_text(result, indent=1) + "\n", SIDECAR: sidecar_json(result)}
     write_files(
         args.output,
         {
@@ -122,7 +121,7 @@ def _summary(result: dict[str, Any]) -> str:
         columns += [before["brier"], after["brier"]]
         cells = "".join(f"{_show(column[slot]):>9}" for column in columns)
         lines.append(f"{slot:<6}{temperature:>8.3f}{cells}")
-    return "\n".join([*lines, *result["notes"]])
+    return "\n".join([*lines, result["verdict"], *result["notes"]])
 
 
 def _show(value: float | None) -> str:

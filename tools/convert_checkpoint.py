@@ -24,10 +24,10 @@ from dspark_megatron.conversion.import_draft import import_folder
 from dspark_megatron.conversion.layouts.foreign_configs import TargetFacts
 from dspark_megatron.conversion.layouts.table import LAYOUTS
 from dspark_megatron.conversion.verify import verify_folder
-from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.errors import ConfigError, print_error, printable, require
+from dspark_megatron.storage.checkpoints.tracker import BEST
 from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.storage.target_weights import weights_fingerprint
-from dspark_megatron.storage.training_checkpoint import BEST
 
 ITERATION_HELP = "a number, or `best`: of the best held-out tau; default: the newest"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -217,10 +217,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
         for line in args.run(args):
-            print(line, flush=True)
+            print(printable(line), flush=True)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return print_error(error)
     return 0
 
 

@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from dspark_megatron.errors import ConfigError
+from dspark_megatron.errors import ConfigError, printable
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         _report(args)
     except ConfigError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {printable(str(error))}")
 
 
 def _report(args: argparse.Namespace) -> None:

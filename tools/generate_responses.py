@@ -31,10 +31,23 @@ from dspark_megatron.config.data import is_day
 from dspark_megatron.data.chats.answers import AnswerRules
 from dspark_megatron.data.chats.template import ChatTemplate
 from dspark_megatron.data.prompts import endpoint, response_file
+from dspark_megatron.data.prompts.address import checked_address, checked_key
 from dspark_megatron.data.prompts.chat_prompts import read_prompts
+from dspark_megatron.data.prompts.json_server import JsonServer
 from dspark_megatron.data.prompts.local_target import LocalTarget, template_day
-from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.errors import ConfigError, print_error, require
 from dspark_megatron.storage.target_folder import load_target_config, load_tokenizer
+
+BOUNDS = {
+    "temperature": (0, 10**6),
+    "max_new_tokens": (1, 10**7),
+    "batch_size": (1, 10**5),
+    "concurrency": (1, 4096),
+    "timeout": (0.001, 7 * 24 * 3600),
+    "retries": (0, 1000),
+    "retry_delay": (0, 3600),
+}
+"""The least and the most of each number."""
 
 
 def ask_target(args: argparse.Namespace, partial: Path) -> response_file.Outcome:
@@ -55,10 +68,10 @@ def ask_target(args: argparse.Namespace, partial: Path) -> response_file.Outcome
 
 def ask_endpoint(args: argparse.Namespace) -> response_file.Outcome:
     records = [prompt.record for prompt in read_prompts(args.input, None)]
-    key = os.environ.get(args.api_key_variable, "")
-    patience = given(args, "timeout", "retries", "retry_delay")
-    server = endpoint.ChatEndpoint(args.endpoint, args.model, key, **patience)
-    server.check()
+    key = checked_key(os.environ.get(args.api_key_variable, ""), args.api_key_variable)
+    server = JsonServer(args.endpoint, key, args.timeout)
+    asked = endpoint.ChatEndpoint(server, args.model, **given(args, "retries", "retry_delay"))
+    asked.check()
     sampling = {"temperature": args.temperature, "max_tokens": args.max_new_tokens}
     sampling |= given(args, *endpoint.SENT_IF_GIVEN, "return_token_ids")
     return response_file.collect_answers(
@@ -66,7 +79,7 @@ def ask_endpoint(args: argparse.Namespace) -> response_file.Outcome:
         records,
         {"model": args.model, "seed": args.seed, **sampling},  # the address may change
         lambda missing: endpoint.ask_all(
-            server, records, missing, args.seed, sampling, args.concurrency
+            asked, records, missing, args.seed, sampling, args.concurrency
         ),
         leave_out_failed=args.leave_out_failed,
     )
@@ -98,10 +111,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("with --endpoint").add_argument
     add("--model", default="", help="the name by which the server knows the target")
     add("--concurrency", type=int, default=16, help="requests at one time")
-    add("--timeout", type=float, default=600, help="seconds that the server may be silent")
+    add("--timeout", type=float, default=600, help="seconds that a request may take in all")
     add("--retries", type=int, default=5, help="after a 429, 5xx, timeout or broken connection")
     add("--retry-delay", type=float, default=1, help="seconds before the first; doubled each time")
     add("--api-key-variable", default="OPENAI_API_KEY", help="environment variable with the key")
+    add("--insecure", action="store_true", help="allow http:// to another host than this one")
     add("--token-ids", dest="return_token_ids", help="ask for token ids and keep them", **flag)
     add("--leave-out-failed", action="store_true", help="write the output without failed prompts")
     for name in endpoint.SENT_IF_GIVEN:
@@ -111,11 +125,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    least = {"temperature": 0, "max_new_tokens": 1, "batch_size": 1}
-    least |= {"concurrency": 1, "timeout": 0.001, "retries": 0, "retry_delay": 0}
-    for name, bound in least.items():
+    for name, (least, most) in BOUNDS.items():
         value = getattr(args, name)
-        require(bound <= value < math.inf, f"{name} must be finite and >= {bound}, not {value}")
+        require(
+            least <= value <= most,
+            f"{name} must be finite and >= {least} and <= {most:,}, not {value}",
+        )
+    for name in given(args, *endpoint.SENT_IF_GIVEN):
+        require(math.isfinite(getattr(args, name)), f"{name} must be finite")
     day = args.template_date
     require(day is None or is_day(day), f"--template-date ({day}) must be like 2026-01-31")
     if args.endpoint is None:
@@ -123,11 +140,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         sent = list(given(args, *endpoint.SENT_IF_GIVEN))
         require(not sent, f"{', '.join(sent)} need --endpoint; --target samples the plain softmax")
         return
-    require(
-        args.endpoint.startswith(("http://", "https://")) and bool(args.model),
-        f"--endpoint ({args.endpoint}) must be a URL, such as http://localhost:8000/v1, and "
-        f"--model ({args.model!r}) the name of what it serves",
-    )
+    args.endpoint = checked_address(args.endpoint, insecure=args.insecure)
+    require(bool(args.model), "--model must be the name of what --endpoint serves")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -137,8 +151,7 @@ def main(argv: list[str] | None = None) -> int:
         partial = response_file.partial_file(args.output)
         outcome = ask_endpoint(args) if args.endpoint else ask_target(args, partial)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return print_error(error)
     print(response_file.describe_answers(outcome.answers))
     if outcome.failures:
         print(endpoint.describe_failures(outcome.failures, args.output), file=sys.stderr)

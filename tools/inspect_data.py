@@ -9,7 +9,7 @@ it needs the target and the data; the draft is that of the model section, or of 
 import argparse
 import sys
 
-from dspark_megatron.errors import ConfigError
+from dspark_megatron.errors import ConfigError, print_error, printable
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -29,10 +29,9 @@ def main(argv: list[str] | None = None) -> int:
     from dspark_megatron.run.inspection import inspect_data
 
     try:
-        print(inspect_data(args))
+        print(printable(inspect_data(args)))
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return print_error(error)
     return 0
 
 

@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from dspark_megatron.errors import ConfigError
+from dspark_megatron.errors import ConfigError, printable
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         text = recommend(wish, machine)
     except ConfigError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {printable(str(error))}")
     if args.output is None:
         print(text, end="")
     else:

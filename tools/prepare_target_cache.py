@@ -29,6 +29,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
+    from dspark_megatron.run.ranks.launcher import end_with_launcher
+
+    end_with_launcher()
     from dspark_megatron.run.ranks.runtime import launch
 
     with launch() as job:

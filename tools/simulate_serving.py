@@ -9,7 +9,6 @@ confidence thresholds and the prefix scheduler. Writes the figures as JSON and a
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,13 @@ from typing import Any
 import benchmarking
 
 from dspark_megatron.conversion.sidecar import SIDECAR, read_temperatures
-from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.errors import ConfigError, print_error, require
 from dspark_megatron.evaluation.draft_records import DraftRecords
 from dspark_megatron.evaluation.pages.plots import png
 from dspark_megatron.evaluation.serving.serving_plot import serving_plot
 from dspark_megatron.evaluation.serving.serving_simulation import ServingSettings, simulate_serving
 from dspark_megatron.evaluation.serving.sps_table import read_sps_table
-from dspark_megatron.storage.writing import write_files
+from dspark_megatron.storage.writing import json_text, write_files
 
 FORMATS = {"requests": "d", "policy": "", "tokens_per_second": ",.1f", "per_request": ",.1f"}
 FORMATS |= {"tau": ".3f", "verified": ".3f", "speedup": ".3f"}
@@ -71,7 +70,7 @@ def simulate(args: argparse.Namespace) -> list[dict[str, Any]]:
     figures = simulate_serving(records, table, args.requests, settings)
     about = {"records": str(args.records), "sps_table": str(args.sps), **vars(settings)}
     about["drafts"] = records.facts
-    text = json.dumps({**about, "figures": figures}, indent=2) + "\n"
+    text = json_text({**about, "figures": figures}, indent=2) + "\n"
     picture = args.output.with_suffix(".png").name
     contents = {picture: png(serving_plot(figures)), args.output.name: text.encode()}
     write_files(args.output.parent, contents)
@@ -83,8 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         figures = simulate(args)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return print_error(error)
     print(benchmarking.table(figures, FORMATS))
     print(f"wrote {args.output} and {args.output.with_suffix('.png')}")
     return 0

@@ -19,6 +19,7 @@ from dspark_megatron.run.check import RunPlan, check
 from dspark_megatron.run.known_draft import with_some_draft
 from dspark_megatron.run.ranks.agreement import agree, agree_at_launch
 from dspark_megatron.run.ranks.facts import launch_facts, target_facts
+from dspark_megatron.run.ranks.places import set_time_limit
 from dspark_megatron.run.ranks.runtime import Launch, Runtime, start
 from dspark_megatron.storage.writing import claim_file
 
@@ -28,6 +29,7 @@ Sizes = tuple[int, int]
 
 def run(job: Launch, args: Namespace) -> None:
     config = load_config(args.config, args.overrides, trains=False)
+    set_time_limit(config.train.timeout_minutes)
     own = {k: v for k, v in vars(args).items() if k not in ("config", "overrides")}
     agree_at_launch(job, launch_facts(config, command="measure_sps", **own))
     config = with_some_draft(config)

@@ -17,6 +17,7 @@ from dspark_megatron.config.model import ModelConfig
 from dspark_megatron.config.optimizer import OptimizerConfig
 from dspark_megatron.config.parallel import ParallelConfig
 from dspark_megatron.config.rules import check_bounds, check_choices
+from dspark_megatron.config.storage import StorageConfig
 from dspark_megatron.config.target import TargetConfig
 from dspark_megatron.config.train import TrainConfig
 from dspark_megatron.errors import require
@@ -34,6 +35,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
 
     def validate(self, *, trains: bool = True) -> None:
         """Raises ConfigError unless all settings are valid, alone and together. trains: whether

@@ -52,8 +52,9 @@ class LossConfig:
     chunk_rows: int | None = None
     """Slots whose logits exist at one time in the head loss. Null takes as many as the budget
     allows."""
-    compile: bool = False
-    """Fuse the elementwise part of the head loss with torch.compile."""
+    compile: bool | None = None
+    """Fuse the elementwise part of the head loss with torch.compile. Null fuses on a GPU, where it
+    is faster, and not on a CPU, where it is not."""
 
     def validate(self) -> None:
         not_negative("loss", self, "ce_loss_alpha", "l1_loss_alpha", "tvd_loss_alpha")
@@ -68,6 +69,9 @@ class LossConfig:
             f"loss.loss_decay_gamma ({self.loss_decay_gamma}) must be > 0, or null for no decay",
         )
         positive("loss", self, "memory_budget_mb", "chunk_rows")
+
+    def is_compiled(self, device_type: str) -> bool:
+        return device_type == "cuda" if self.compile is None else self.compile
 
     @property
     def l1_weight(self) -> float:

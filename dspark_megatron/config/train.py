@@ -36,6 +36,10 @@ class TrainConfig:
     exit_duration_minutes: float | None = None
     """Minutes since the launch after which the run ends its step, saves and exits, as it does on
     SIGTERM. Null means no limit."""
+    timeout_minutes: float = 10.0
+    """Minutes that ranks wait for one that does not come: at the rendezvous, when they compare
+    settings, and in a step or a save. Six times as long while data and target are loaded. Then the
+    run ends and names the rank, its host and where it was."""
     keep_last: int = 3
     """Checkpoints that are kept besides the best one. Older ones are deleted once a newer one is
     complete."""
@@ -44,18 +48,36 @@ class TrainConfig:
     resume_from: int | None = None
     """Continue from the checkpoint of this iteration of output_dir instead. Once the run has saved
     a checkpoint after that, it continues from the newest again. Null means the newest."""
+    overwrite: bool = False
+    """With `resume: false`, start anew in a folder that has checkpoints: they are moved to
+    checkpoints/replaced_1 (or 2, ...) when the new run takes its first step. The same command
+    starts anew every time; leave this out to continue."""
     initial_checkpoint: str = ""
     """Weights to start from, with a fresh optimizer: a run, its checkpoint, an import, or the
     folder of a draft in any layout. A run that continues ignores this."""
+    max_skipped_steps: int = 10
+    """Of the last 100 steps of a start, how many may be skipped because their gradients or loss are
+    not finite, or their gradient norm is above the next key. One more ends the run with an error,
+    after it was saved: started again it continues behind the bad samples."""
+    skip_gradient_norm_above: float | None = None
+    """A step whose gradient norm, before clipping, is above this is skipped, too. Null means no
+    bound."""
     tensorboard: bool = True
     """Write TensorBoard events to output_dir/tensorboard."""
 
     def validate(self) -> None:
         positive("train", self, "iterations", "epochs", "micro_batch_size", "global_batch_size")
         positive("train", self, "log_every", "save_every", "keep_last", "exit_duration_minutes")
+        positive("train", self, "timeout_minutes")
         require(
             self.resume_from is None or (self.resume and self.resume_from >= 0),
             f"train.resume_from ({self.resume_from}) must be the iteration (>= 0) of a checkpoint, "
             f"with train.resume=true (it is {str(self.resume).lower()})",
         )
-        not_negative("train", self, "seed")
+        require(
+            not (self.overwrite and self.resume),
+            "train.overwrite=true starts anew in a folder that has checkpoints, and train.resume "
+            "is true; set train.resume=false to lose them, or train.overwrite=false to go on",
+        )
+        positive("train", self, "skip_gradient_norm_above")
+        not_negative("train", self, "seed", "max_skipped_steps")

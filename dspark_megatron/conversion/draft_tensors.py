@@ -7,7 +7,12 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from torch import Tensor
 
-from dspark_megatron.conversion.layouts.names import check_megatron_tensors, to_megatron
+from dspark_megatron.conversion.layouts.names import (
+    check_megatron_tensors,
+    raise_if_any,
+    to_megatron,
+)
+from dspark_megatron.conversion.target_match import not_finite
 from dspark_megatron.model.draft_model import FROZEN_REPLICAS, DSparkDraftModel
 
 
@@ -21,6 +26,14 @@ def check_draft_tensors(draft: DSparkDraftModel, where: str) -> None:
         tensor = entry.build()[0] if isinstance(entry, ShardedTensorFactory) else entry
         saved[name] = tuple(tensor.global_shape)
     check_megatron_tensors(draft.shape, {**trained, **saved}, where)
+
+
+@torch.no_grad()
+def check_finite(draft: DSparkDraftModel, where: str) -> None:
+    """ConfigError that names the trained tensors of this rank that have values that are infinite or
+    no numbers. No collective."""
+    trained = ((name, p) for name, p in draft.named_parameters() if p.requires_grad)
+    raise_if_any([line for name, p in trained for line in not_finite(name, p)], where)
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ Calibration writes it beside a draft; conversion carries it along. The keys `ite
 `checkpoint` say which draft it is of.
 """
 
-import json
 import math
 import shutil
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from dspark_megatron.config.bounded_text import read_json
 from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.storage.writing import json_text
 
 SIDECAR = "dspark_sts.json"
 
@@ -105,8 +105,9 @@ def sidecar_json(calibration: dict[str, Any]) -> str:
         "ece_after": after,
         "iteration": calibration["iteration"],
         "checkpoint": calibration["checkpoint"],
+        "note": calibration["verdict"],
     }
-    return json.dumps(content, indent=2) + "\n"
+    return json_text(content, indent=2) + "\n"
 
 
 def check_place(folder: Path, block_size: int, facts: dict[str, Any], force: bool) -> None:

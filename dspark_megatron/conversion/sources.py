@@ -19,6 +19,7 @@ from dspark_megatron.conversion.layouts.names import (
 )
 from dspark_megatron.conversion.sidecar import same_checkpoint
 from dspark_megatron.errors import ConfigError
+from dspark_megatron.storage.checkpoints.whole import check_whole
 from dspark_megatron.storage.training_checkpoint import CheckpointReader, find_checkpoint
 
 
@@ -48,6 +49,7 @@ class CheckpointSource:
     def __init__(self, path: str | Path, iteration: int | str | None = None) -> None:
         self.reader = CheckpointReader(find_checkpoint(path, iteration))
         self.path = self.reader.path
+        check_whole(self.path)
         check_megatron_tensors(self.reader.shape, self.reader.names(), str(self.path))
         self.description = DraftDescription.of_checkpoint(self.reader.meta)
 

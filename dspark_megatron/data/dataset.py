@@ -23,8 +23,9 @@ from dspark_megatron.data.conversation import ConversationEncoder, Sample
 from dspark_megatron.data.files.bad_lines import BadLines
 from dspark_megatron.data.files.jsonl import check_readable, lines_of, parse_line
 from dspark_megatron.data.files.sources import DataFile, find_files
+from dspark_megatron.data.origins import Origins
 from dspark_megatron.data.sampler import Shares, share_out
-from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.errors import ConfigError, printable, require
 
 ReadIndexed = Callable[[Path], Iterable[Tensor]]
 """Gives the documents of a Megatron indexed dataset by its prefix, each [s]."""
@@ -105,13 +106,14 @@ class ConversationDataset:
         loss_mask: Tensor,
         offsets: Tensor,
         report: DropReport,
+        origins: Origins,
         shares: Shares | None = None,
     ) -> None:
         """token_ids: [t] int32, half the memory of int64. loss_mask: [t] bool. offsets: [n + 1]
         int64; sample i is the half-open range from offsets[i] to offsets[i + 1]. shares: those of
         the sources, unless each sample comes once an epoch."""
         self._token_ids, self._loss_mask, self._offsets = token_ids, loss_mask, offsets
-        self.report, self.shares = report, shares
+        self.report, self.origins, self.shares = report, origins, shares
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -166,6 +168,7 @@ def load_samples(
     for group in files:
         kept_before = report.kept
         for file in group:
+            packed.origins.start_file(file.path)
             for number, line in _read(file, read_indexed, show_progress):
                 report.lines += 1
                 samples: list[Sample] = []
@@ -174,7 +177,7 @@ def load_samples(
                 report.bad_lines.check_early(report.lines, rules.skip_bad_lines)
                 report.split_chats += len(samples) > 1
                 for sample in samples:
-                    packed.add(sample, rules, report)
+                    packed.add(sample, number, rules, report)
         sizes.append(report.kept - kept_before)
     report.bad_lines.check(report.lines, rules.skip_bad_lines)
     if encoder.reasoning.tags is not None:
@@ -201,7 +204,9 @@ def _read(
         lines: Iterable[tuple[int, object]] = enumerate(read_indexed(file.path))
     else:
         lines = lines_of(file.path)
-    yield from tqdm(lines, desc=file.path.name, unit=" samples", disable=not show_progress)
+    yield from tqdm(
+        lines, desc=printable(file.path.name), unit=" samples", disable=not show_progress
+    )
 
 
 def _samples(line: object, encoder: ConversationEncoder, rules: SampleRules) -> list[Sample]:
@@ -242,8 +247,9 @@ class _PackedSamples:
         self._token_ids = array("i")
         self._loss_mask = bytearray()
         self._offsets = array("q", [0])
+        self.origins = Origins()
 
-    def add(self, sample: Sample, rules: SampleRules, report: DropReport) -> None:
+    def add(self, sample: Sample, line: int, rules: SampleRules, report: DropReport) -> None:
         """Cut the sample, then keep or drop it. The report counts which."""
         report.truncated += len(sample.input_ids) > rules.max_length
         sample = Sample(*(part[: rules.max_length] for part in sample))
@@ -259,6 +265,7 @@ class _PackedSamples:
             self._token_ids.frombytes(sample.input_ids.numpy().tobytes())
             self._loss_mask += sample.loss_mask.numpy().tobytes()
             self._offsets.append(len(self._loss_mask))
+            self.origins.add(line)
 
     def dataset(self, report: DropReport, shares: Shares | None) -> ConversationDataset:
         return ConversationDataset(
@@ -266,5 +273,6 @@ class _PackedSamples:
             torch.frombuffer(self._loss_mask, dtype=torch.bool),
             torch.frombuffer(self._offsets, dtype=torch.int64),
             report,
+            self.origins,
             shares,
         )

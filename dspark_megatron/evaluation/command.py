@@ -42,8 +42,9 @@ from dspark_megatron.run.ranks.facts import (
     prompt_facts,
     target_facts,
 )
+from dspark_megatron.run.ranks.places import at, set_time_limit
 from dspark_megatron.run.ranks.runtime import Launch, Runtime, main_ranks_folder, start
-from dspark_megatron.storage.checkpoint_metadata import check_whole
+from dspark_megatron.storage.checkpoints.whole import check_whole
 from dspark_megatron.storage.target_folder import stop_token_ids
 from dspark_megatron.storage.training_checkpoint import read_meta
 from dspark_megatron.storage.writing import claim_file, write_json
@@ -53,6 +54,7 @@ from dspark_megatron.targets.start_checks import check_pieces_agree, check_targe
 
 def run(job: Launch, arguments: Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides, trains=False)
+    set_time_limit(config.train.timeout_minutes)
     agree_at_launch(job, launch_facts(config, command="evaluate"))
     evaluate(job, config)
 
@@ -71,12 +73,13 @@ def evaluate(job: Launch, config: Config) -> None:
         check_checkpoint(plan, checkpoint)
     cut = _scheduled_cut(settings, plan.shape.block_size, checkpoint)
     output = _claim_outputs(config)
-    runtime = start(job, config.parallel.tensor_parallel)
+    runtime = start(job, config.parallel.tensor_parallel, uneven=True)
     if checkpoint is not None:  # a run that goes on may have saved another one meanwhile
         checkpoint = main_ranks_folder(checkpoint, runtime)
     agree(target_facts(plan) | prompt_facts(files) | _file_facts(settings, checkpoint))
     first_prompt = torch.tensor([files[settings.prompt_files[0]][0].input_ids])
     decoder, iteration = build_decoder(plan, runtime, checkpoint, first_prompt, cut)
+    at("decoding")
     results = evaluate_prompts(
         decoder, files, settings, dp_group=runtime.dp_group, show_progress=runtime.is_main
     )

@@ -11,20 +11,22 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
 
 from dspark_megatron.config import OptimizerConfig
 
 
 def wrap_data_parallel(model: MegatronModule, config: OptimizerConfig) -> Any:
     """fp32 gradient buckets, summed (not averaged) over data-parallel ranks: the loss is already
-    divided by the weight of the whole step."""
+    divided by the weight of the whole step. Megatron-Core's own search for NaN, which ends the run
+    and waits for the device once a bucket, is off; see `gradient_size`."""
     return DistributedDataParallel(
         config=model.config,
         ddp_config=DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=config.use_distributed_optimizer,
             overlap_grad_reduce=config.overlap_grad_reduce,
-            check_for_nan_in_grad=True,
+            check_for_nan_in_grad=False,
         ),
         module=model,
     )
@@ -46,6 +48,32 @@ def build_optimizer(config: OptimizerConfig, model: Any, dtype: torch.dtype) -> 
         use_distributed_optimizer=config.use_distributed_optimizer,
     )
     return get_megatron_optimizer(megatron_config, [model], use_gloo_process_groups=False)
+
+
+def gradient_size(model: Any) -> Tensor:
+    """[] norm of what the gradient buckets of this rank hold after the reduction, replicated
+    parameters included; finite unless a gradient is not, or is so large that its square is not.
+    `model` is the data-parallel wrapper. No collective, and the host does not wait."""
+    buffers = model.buffers + model.expert_parallel_buffers
+    norms = [torch.linalg.vector_norm(buffer.grad_data) for buffer in buffers]
+    return torch.stack(norms).sum()
+
+
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """The norm that `optimizer.step` clips by. Collective; the host waits for the device."""
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
+
+
+def make_state(optimizer: Any) -> None:
+    """Give an optimizer that has taken no step its state, all zeros: Megatron-Core cannot save it
+    without. One that has taken a step stays as it is."""
+    for one in optimizer.chained_optimizers:
+        if one.optimizer is None:  # this rank has no share of the parameters
+            continue
+        one.init_state_fn(one.optimizer, one.config)
+        for group in one.optimizer.param_groups:
+            group.setdefault("step", 0)
 
 
 def build_scheduler(

@@ -27,8 +27,10 @@ from dspark_megatron.run.ranks.agreement import agree
 from dspark_megatron.run.ranks.facts import draft_facts, launch_facts, target_facts
 from dspark_megatron.run.ranks.runtime import Runtime, from_main_rank, main_ranks_folder
 from dspark_megatron.run.states import states_source
+from dspark_megatron.storage.checkpoint_metadata import META
+from dspark_megatron.storage.checkpoints.meta import FORMAT
+from dspark_megatron.storage.checkpoints.tracker import TRACKER
 from dspark_megatron.storage.target_folder import load_target_config
-from dspark_megatron.storage.training_checkpoint import FORMAT, META, TRACKER
 from dspark_megatron.storage.writing import write_json
 from dspark_megatron.training.forward_step import ForwardStep
 from dspark_megatron.training.loop import build_run_draft

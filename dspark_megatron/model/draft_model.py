@@ -216,6 +216,7 @@ class DSparkDraftModel(MegatronModule):
             blocks.context_ranges,
             self.shape.block_size,
             len(context),
+            head_dim=self.shape.head_dim,
             group_size=self.attention_group_size,
         )
         anchors = blocks.prev_token_ids[:, 0]

@@ -17,9 +17,9 @@ from dspark_megatron.ops.flex_block_attention import FlexBlockAttention
 from dspark_megatron.ops.grouped_block_attention import GroupedBlockAttention
 from dspark_megatron.ops.transfer import ContextRanges
 
-FASTER_ON_CUDA = "sdpa"
-"""What `auto` takes on a GPU: the backend that runs everywhere, until `make gpu-check` has shown on
-a card that `flex` is faster."""
+FLEX_HEAD_DIMS = range(64, 129)
+"""Widths of a head for which FlexAttention was seen on a GPU to compile and to be the faster one.
+With 16 PyTorch 2.11 finds no kernel; wider ones were not tried."""
 
 
 class BlockAttention(Protocol):
@@ -32,10 +32,11 @@ class BlockAttention(Protocol):
         [n, k, g/tp, d]. Returns [n, k, a/tp, d]. No collective."""
 
 
-def chosen_backend(backend: str, device_type: str) -> str:
-    """`sdpa` or `flex`; `auto` is the faster one on a device of this type."""
+def chosen_backend(backend: str, device_type: str, head_dim: int) -> str:
+    """`sdpa` or `flex`; `auto` is the faster one of those that run on a device of this type, which
+    on a GPU is FlexAttention (`make gpu-check` compares them)."""
     if backend == "auto":
-        return FASTER_ON_CUDA if device_type == "cuda" else "sdpa"
+        return "flex" if device_type == "cuda" and head_dim in FLEX_HEAD_DIMS else "sdpa"
     return backend
 
 
@@ -45,11 +46,12 @@ def block_attention(
     slots: int,
     context_length: int,
     *,
+    head_dim: int,
     group_size: int,
 ) -> BlockAttention:
     """The backend `auto`, `sdpa` or `flex` for blocks that see these ranges of the context;
     `group_size` is for `sdpa`."""
     blocks = (context_ranges, slots, context_length)
-    if chosen_backend(backend, context_ranges.on_device.device.type) == "flex":
+    if chosen_backend(backend, context_ranges.on_device.device.type, head_dim) == "flex":
         return FlexBlockAttention(*blocks)
     return GroupedBlockAttention(*blocks, group_size=group_size)

@@ -35,7 +35,7 @@ def chunk_rows(loss: LossConfig, vocab_local: int, dtype: torch.dtype, *, with_t
 def tile_rows(columns: int, device: torch.device) -> int:
     """Rows that elementwise passes take at a time: on a CPU as many as stay in a core's cache, on
     a GPU, where each step is a kernel, as many as make it worth launching."""
-    tile_bytes = 2**21 if device.type == "cpu" else 2**24
+    tile_bytes = 2**21 if device.type == "cpu" else 2**27
     return max(1, tile_bytes // (4 * columns))
 
 

@@ -18,7 +18,7 @@ from dspark_megatron.planning.traffic import Traffic, step_traffic
 from dspark_megatron.run.check import RunPlan, check
 from dspark_megatron.run.initial.initial_weights import InitialWeights
 from dspark_megatron.run.initial.warm_start import check_warm_start
-from dspark_megatron.storage.training_checkpoint import latest_iteration
+from dspark_megatron.storage.checkpoints.tracker import latest_iteration
 
 GIB = 2**30
 

@@ -109,7 +109,9 @@ def draft_pass(plan: RunPlan) -> DraftPass:
         tp_size=tp,
         sequence_parallel=config.parallel.sequence_parallel and tp > 1,
         recompute=config.train.recompute_activations,
-        attention_backend=chosen_backend(config.model.attention_backend, "cuda"),
+        attention_backend=chosen_backend(
+            config.model.attention_backend, "cuda", plan.shape.head_dim
+        ),
         attention_group_size=config.model.attention_group_size,
     )
 

@@ -7,12 +7,15 @@ import transformers
 from torch import Tensor
 
 from dspark_megatron.conversion.draft_tensors import check_draft_tensors
+from dspark_megatron.conversion.layouts.names import raise_if_any
+from dspark_megatron.conversion.target_match import not_finite
 from dspark_megatron.errors import require
 from dspark_megatron.mcore import transformer_engine
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.model.layer_specs import chosen_layer_spec, user_code
 from dspark_megatron.ops.vocab_parallel import VocabShard
 from dspark_megatron.run.check import RunPlan
+from dspark_megatron.run.ranks.places import at
 from dspark_megatron.run.ranks.runtime import Runtime
 from dspark_megatron.shape.layout import padded_vocab_size
 from dspark_megatron.storage.target_weights import shared_matrices
@@ -87,6 +90,8 @@ def frozen_rows(plan: RunPlan, shard: VocabShard) -> list[Tensor]:
             "the draft reads it as it is; save the target with its embedding and LM head in "
             "bfloat16 or float32",
         )
+        problems = not_finite(matrix.name, rows)
+        raise_if_any(problems, str(target.checkpoint or target.path))
         found.append(rows)
     return found
 
@@ -100,6 +105,7 @@ def build_target(
         not plan.config.target.is_stored,
         "this needs the target itself, not states of some samples; set target.provider=huggingface",
     )
+    at("loading the target", longer=True)
     if plan.config.target.provider == "megatron":
         return _build_megatron_target(plan, runtime, with_last_hidden=with_last_hidden)
     if not runtime.is_main:

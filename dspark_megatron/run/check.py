@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from dspark_megatron.config import Config
 from dspark_megatron.errors import require
 from dspark_megatron.model.layer_specs import chosen_layer_spec
+from dspark_megatron.ops.block_attention import FLEX_HEAD_DIMS, chosen_backend
 from dspark_megatron.ops.chunk_budget import chunk_rows
 from dspark_megatron.shape import DraftShape, check_special_tokens, draft_shape
 from dspark_megatron.shape.layout import (
@@ -167,18 +168,32 @@ def _check_training_device(plan: RunPlan) -> None:
         f"extension {extension}; install both or set optimizer.gradient_accumulation_fusion=false",
     )
     chosen_layer_spec(config.model)
-    if has_gpu:
-        return
+    flex, head_dim = config.model.attention_backend == "flex", plan.shape.head_dim
     require(
-        config.model.attention_backend != "flex",
+        has_gpu or not flex,
         "model.attention_backend 'flex' needs CUDA to train, and torch sees no GPU here: "
         "FlexAttention has no backward pass on CPUs; set model.attention_backend=sdpa",
     )
-    compilers = [os.environ.get("CXX", "g++"), "clang++"]
     require(
-        not config.loss.compile or any(map(shutil.which, compilers)),
-        f"loss.compile needs a C++ compiler on a CPU ({' or '.join(compilers)}), and there is "
-        "none on the path; install one or set loss.compile=false",
+        not flex or head_dim >= FLEX_HEAD_DIMS.start,
+        f"model.attention_backend 'flex' needs a head width of {FLEX_HEAD_DIMS.start} or more, and "
+        f"the draft's is {head_dim}; set model.attention_backend=sdpa",
+    )
+    _check_compiler(config, "cuda" if has_gpu else "cpu", head_dim)
+
+
+def _check_compiler(config: Config, device_type: str, head_dim: int) -> None:
+    """What is compiled while a run trains needs a compiler of the machine."""
+    backend = chosen_backend(config.model.attention_backend, device_type, head_dim)
+    if backend != "flex" and not config.loss.is_compiled(device_type):
+        return
+    name, variable, default = ("C", "CC", "gcc") if device_type == "cuda" else ("C++", "CXX", "g++")
+    compilers = [os.environ.get(variable, default), "clang" if name == "C" else "clang++"]
+    require(
+        any(map(shutil.which, compilers)),
+        f"FlexAttention and loss.compile need a {name} compiler on this machine "
+        f"({' or '.join(compilers)}), and there is none on the path; install one, or set "
+        "model.attention_backend=sdpa and loss.compile=false",
     )
 
 

@@ -7,10 +7,12 @@ from dspark_megatron.data.chats.answers import AnswerRules
 from dspark_megatron.data.chats.reasoning import Tags
 from dspark_megatron.data.conversation import describe_sample
 from dspark_megatron.data.dataset import ConversationDataset, SampleRules, load_samples
+from dspark_megatron.errors import printable
 from dspark_megatron.run.check import RunPlan
 from dspark_megatron.run.indexed_dataset import read_indexed
 from dspark_megatron.run.ranks.agreement import agree
 from dspark_megatron.run.ranks.facts import data_facts
+from dspark_megatron.run.ranks.places import at
 from dspark_megatron.run.ranks.runtime import Runtime
 from dspark_megatron.storage.target_folder import stop_token_ids
 
@@ -58,12 +60,13 @@ def load_train_data(plan: RunPlan, runtime: Runtime) -> ConversationDataset:
     """The training samples, the same on all ranks; the main rank says what became of the files'
     lines."""
     data = plan.config.data
+    at("reading data.train_files", longer=True)
     dataset = load_run_data(
         plan, data.train_files, weights=data.weights, show_progress=runtime.is_main
     )
     agree(data_facts("data.train_files", data.train_files, dataset))
     if runtime.is_main:
-        print(dataset.report.describe(), flush=True)
+        print(printable(dataset.report.describe()), flush=True)
         if data.show_sample:
-            print(describe_sample(dataset[0], plan.tokenizer), flush=True)
+            print(printable(describe_sample(dataset[0], plan.tokenizer)), flush=True)
     return dataset

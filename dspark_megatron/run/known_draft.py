@@ -10,8 +10,9 @@ from dspark_megatron.conversion.layouts.foreign_configs import TargetFacts
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.shape import DraftShape
 from dspark_megatron.shape.rope import draft_rope
+from dspark_megatron.storage.checkpoints.tracker import BEST
 from dspark_megatron.storage.target_folder import load_target_config, load_tokenizer, stop_token_ids
-from dspark_megatron.storage.training_checkpoint import BEST, CheckpointReader, find_checkpoint
+from dspark_megatron.storage.training_checkpoint import CheckpointReader, find_checkpoint
 
 
 def evaluated_checkpoint(config: Config) -> Path | None:

@@ -15,12 +15,19 @@ from dspark_megatron.run.build import build_target, read_target_head
 from dspark_megatron.run.check import RunPlan
 from dspark_megatron.run.identity import clock_hint, template_day
 from dspark_megatron.run.ranks.runtime import Runtime
+from dspark_megatron.storage.checksums import CHECKSUMS
+from dspark_megatron.storage.notices import say_once
 from dspark_megatron.targets.base import Target
 from dspark_megatron.targets.huggingface.target import HuggingFaceTarget
 from dspark_megatron.targets.start_checks import check_packing, check_target_logits
 from dspark_megatron.targets.stored import deepspec_layout, safetensors_layout
 from dspark_megatron.targets.stored.layout import StatesReader, differences, read_manifest
 from dspark_megatron.targets.stored.target import StoredStates
+from dspark_megatron.targets.stored.verification import (
+    ShardChecks,
+    check_files,
+    known_checksums,
+)
 
 
 def states_source(
@@ -97,6 +104,7 @@ def open_stored_states(plan: RunPlan) -> StatesReader:
     """The finished folder `target.cache`. ConfigError when the run cannot use it, samples aside."""
     folder = Path(plan.config.target.cache)
     manifest = read_manifest(folder)
+    check_files(folder)
     if manifest.get("format") == safetensors_layout.FORMAT:
         reader: StatesReader = safetensors_layout.SafetensorsStates(folder, manifest)
     elif manifest.get("version") == deepspec_layout.VERSION:
@@ -121,11 +129,32 @@ def stored_states_of(plan: RunPlan, runtime: Runtime, data: ConversationDataset)
     reader = open_stored_states(plan)
     if runtime.is_main and "target_fingerprint" not in reader.facts:
         print(f"{reader.path} does not say of which weights it is: not checked", flush=True)
+    # With `full` they were made before.
+    later = plan.config.storage.verify == "size"
+    checks = _shard_checks(reader, runtime) if later else None
     there, here = reader.facts.get("data", {}), sample_facts(plan)
     hints = differences(there, here) if there else []
     if hint := clock_hint(there, here):
         hints = [*hints, hint.strip(" .")]
-    return StoredStates(reader, data, device=runtime.device, hints=hints)
+    return StoredStates(reader, data, device=runtime.device, hints=hints, checks=checks)
+
+
+def check_stored_states(plan: RunPlan, runtime: Runtime) -> None:
+    """Before the data are read: ConfigError where the run cannot use `target.cache`, and with
+    `storage.verify: full` for a shard that is damaged. Each rank reads its share."""
+    reader = open_stored_states(plan)
+    if plan.config.storage.verify == "full":
+        _shard_checks(reader, runtime).check()
+
+
+def _shard_checks(reader: StatesReader, runtime: Runtime) -> ShardChecks:
+    known = known_checksums(reader.path)
+    if not known:
+        say_once(
+            f"{reader.path} has no {CHECKSUMS} (an older version or another program wrote it): "
+            "what its files hold is checked for values that are not finite or all zero, no more"
+        )
+    return ShardChecks(reader, known, rank=runtime.rank, ranks=runtime.world_size)
 
 
 def _wrong(plan: RunPlan, there: dict[str, Any]) -> list[str]:

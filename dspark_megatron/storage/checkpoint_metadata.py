@@ -3,18 +3,27 @@ only the classes that belong in it are loaded. It says how large the other files
 checked before any of them is opened.
 """
 
+import io
+import os
 import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    TensorStorageMetadata,
+)
 
 from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.storage.checkpoints.damage import Damage
+from dspark_megatron.storage.checksums import NotAsWritten, compare_size
 
 META = "dspark.json"
 """Beside the tensors of our own checkpoints: what they are."""
+OPTIMIZER_PREFIX = "optimizer."
+"""Of the names of its tensors."""
 _DCP = "torch.distributed.checkpoint"
 _PLANS = ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
 _ENTRIES = (
@@ -34,78 +43,67 @@ _KNOWN = {
 
 
 def read_metadata(checkpoint: Path) -> Metadata:
-    """ConfigError when there is none, it is not whole, or it holds what does not belong there."""
+    """Damage when there is none or it is not whole, ConfigError for what does not belong there."""
     file = checkpoint / ".metadata"
-    require(
-        file.is_file(),
-        f"{checkpoint} has no .metadata: its save was not completed; use another iteration",
-    )
+    if not file.is_file():
+        raise Damage(f"{checkpoint} has no .metadata: its save was not completed")
     try:
         with file.open("rb") as opened:
             metadata = _Unpickler(opened).load()
+        _check_entries(metadata)
     except ConfigError:
         raise
     except Exception as error:  # bytes that are no pickle lead to any of them
-        raise damaged(file, error) from error
-    if not isinstance(metadata, Metadata):
-        raise damaged(file, TypeError(f"it holds {type(metadata).__name__}"))
+        raise Damage.of(file, error) from error
     return metadata
 
 
 def check_shards(checkpoint: Path, metadata: Metadata) -> None:
-    """ConfigError that names the first file that is missing or has another size than when it was
-    saved. Reads nothing."""
+    """Damage that names the first file that is missing, cannot be read or has another size than
+    when it was saved. Reads nothing."""
     sizes: dict[str, int] = {}
     for stored in metadata.storage_data.values():
         end = stored.offset + stored.length
         sizes[stored.relative_path] = max(end, sizes.get(stored.relative_path, 0))
     for name, size in sorted(sizes.items()):
-        file = checkpoint / name
-        found = file.stat().st_size if file.is_file() else None
-        if found is None:
-            raise damaged(file, FileNotFoundError(f"it had {size:,} bytes when it was saved"))
-        if found != size:
-            how = "cut short" if found < size else "of another save"
-            text = f"{how}: it has {found:,} bytes, and had {size:,} when it was saved"
-            raise damaged(file, EOFError(text))
+        try:
+            compare_size(checkpoint / name, size)
+        except NotAsWritten as error:
+            raise Damage.of(error.path, error.reason) from error
+        if not os.access(checkpoint / name, os.R_OK):
+            raise Damage.of(checkpoint / name, "it may not be read")
 
 
-def check_whole(checkpoint: Path) -> None:
-    """ConfigError unless all is there that Megatron-Core loads of a checkpoint."""
-    metadata = read_metadata(checkpoint)
-    check_shards(checkpoint, metadata)
-    others, common = [checkpoint / "metadata.json"], checkpoint / "common.pt"
-    if not any(name.startswith("common_state/") for name in metadata.state_dict_metadata):
-        others.append(common)  # where it is not among the tensors
-    for file in others:
-        if not file.is_file():
-            raise damaged(file, FileNotFoundError("it is not there"))
-    if common in others and not zipfile.is_zipfile(common):
-        raise damaged(common, EOFError("cut short, or no file of PyTorch's"))
+def unreadable_shard(checkpoint: Path) -> Path:
+    """The first file whose tensors cannot be read, to say which it is once a load has failed; the
+    folder if all can. Reads all of them."""
+    for index, stored in read_metadata(checkpoint).storage_data.items():
+        file = checkpoint / stored.relative_path
+        try:
+            with file.open("rb") as opened:
+                opened.seek(stored.offset)
+                content = io.BytesIO(opened.read(stored.length))
+            if not index.fqn.startswith("common_state/"):
+                torch.load(content, map_location="cpu", weights_only=True)
+        except Exception:
+            return file
+    return checkpoint
 
 
-def damaged(path: Path, error: BaseException) -> ConfigError:
-    """The error for a checkpoint's folder, or a file in it, that is not as it was saved; it says
-    which other checkpoints there are."""
-    reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    way_out = _way_out(path if path.is_dir() else path.parent)
-    return ConfigError(f"{path} is damaged or incomplete ({reason}); copy it again or {way_out}")
-
-
-def _way_out(checkpoint: Path) -> str:
-    others = sorted(
-        folder.name
-        for folder in checkpoint.parent.glob("iter_*")
-        if (folder / ".metadata").is_file() and folder != checkpoint
-    )
-    if not others or not (checkpoint / META).is_file():  # the latter: Megatron-LM's own
-        return "use another iteration"
-    newest = int(others[-1].removeprefix("iter_"))
-    return (
-        f"use another iteration of the run (there: {', '.join(others)}): "
-        f"train.resume_from={newest} continues from that one, evaluate.checkpoint or "
-        "--iteration names it to other commands"
-    )
+def _check_entries(metadata: Any) -> None:
+    """TypeError unless a file is named for every tensor and object."""
+    if not isinstance(metadata, Metadata):
+        raise TypeError(f"it holds {type(metadata).__name__}")
+    entries = TensorStorageMetadata | BytesStorageMetadata
+    for name, entry in metadata.state_dict_metadata.items():
+        if not isinstance(name, str) or not isinstance(entry, entries):
+            raise TypeError(f"{name!r:.80} is {type(entry).__name__}")
+    for stored in metadata.storage_data.values():
+        name, numbers = stored.relative_path, (stored.offset, stored.length)
+        if not isinstance(name, str) or Path(name).name != name:
+            raise TypeError(f"{name!r:.80} is the name of no file beside it")
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise TypeError(f"{numbers} is no place in {name}")
 
 
 class _Unpickler(pickle.Unpickler):

@@ -7,12 +7,7 @@ its fingerprint. `targets/megatron/` loads it into a model.
 
 import argparse
 import hashlib
-import io
-import pathlib
-import signal
-import types
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,31 +16,12 @@ import torch
 from torch import Tensor
 
 from dspark_megatron.errors import require
-from dspark_megatron.storage.checkpoint_metadata import damaged
+from dspark_megatron.storage.checkpoints.tracker import TRACKER
 from dspark_megatron.storage.torch_dist_folder import TorchDistFolder
-from dspark_megatron.storage.training_checkpoint import TRACKER
 
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 MODEL_PARTS = ("embedding.", "decoder.", "output_layer.", "mtp.", "rotary_pos_emb.")
 """What the names of a GPTModel's tensors begin with."""
-_PLAIN = [argparse.Namespace, types.SimpleNamespace, pathlib.PosixPath, signal.Signals, io.BytesIO]
-_INERT = (
-    "megatron.core.enums.ModelType",
-    "megatron.core.optimizer.optimizer_config.OptimizerConfig",
-    "megatron.core.rerun_state_machine.RerunDiagnostic",
-    "megatron.core.rerun_state_machine.RerunMode",
-    "megatron.core.rerun_state_machine.RerunState",
-    "megatron.core.transformer.enums.AttnBackend",
-    "megatron.core.transformer.enums.CudaGraphModule",
-    "megatron.core.transformer.enums.CudaGraphScope",
-    "megatron.core.transformer.enums.InferenceCudaGraphScope",
-    "numpy.core.multiarray._reconstruct",
-    "numpy._core.multiarray._reconstruct",
-    "numpy.dtype",
-    "numpy.dtypes.UInt32DType",
-    "numpy.ndarray",
-)
-"""What stands beside the arguments, and is not looked at."""
 
 
 class GPTCheckpoint:
@@ -69,7 +45,8 @@ class GPTCheckpoint:
     @cached_property
     def args(self) -> argparse.Namespace:
         """The command line that trained the model."""
-        args: Any = self._common().get("args")
+        common = self.folder.common()
+        args: Any = common.get("args") if isinstance(common, dict) else None
         require(
             isinstance(args, argparse.Namespace),
             f"{self.path} must hold Megatron-LM's arguments ('args'), which say what the model is; "
@@ -122,70 +99,12 @@ class GPTCheckpoint:
                 digest.update(found.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def _common(self) -> dict[str, Any]:
-        """What is no tensor. Newer versions keep it among the tensors."""
-        separate = self.path / "common.pt"
-        if separate.is_file():
-            return _load_data(separate, io.BytesIO(separate.read_bytes()))
-        stored = [name for name in self.folder.objects if name.startswith("common_state/")]
-        if not stored:
-            return {}
-        require(
-            len(stored) == 1,
-            f"{self.path} must hold its arguments once, and has them as {sorted(stored)}; save the "
-            "model again with Megatron-LM's save_checkpoint",
-        )
-        content = _load_data(self.path, self.folder.object(stored[0]))
-        return content[0] if isinstance(content, list) else content
-
-
-class _Inert:
-    """In place of a class that is not looked at: whatever is made of it does nothing."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> "_Inert":
-        return super().__new__(cls)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def __setstate__(self, state: Any) -> None: ...
-
-
-@contextmanager
-def known_classes() -> Iterator[None]:
-    """Lets PyTorch's `weights_only` unpickler take what stands among a checkpoint's arguments."""
-    known: list[Any] = [*_PLAIN, *((_Inert, name) for name in _INERT)]
-    # What is allowed already, such as by Megatron-Core, must stay so afterwards.
-    allowed = torch.serialization.get_safe_globals()
-    with torch.serialization.safe_globals([one for one in known if one not in allowed]):
-        yield
-
-
-def _load_data(path: Path, content: io.BytesIO) -> Any:
-    """Unpickle a file that names no class but the known ones: a pickle could otherwise run any
-    code, and Megatron-Core reads the same file again when it loads the tensors."""
-    with known_classes():
-        try:
-            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(content)
-        except Exception as error:  # bytes that are no pickle lead to any of them
-            raise damaged(path, error) from error
-        require(
-            not foreign,
-            f"{path} names {', '.join(sorted(foreign))}, which has no place among a checkpoint's "
-            "arguments and could run foreign code; nothing of it was run; get the checkpoint from "
-            "someone you trust",
-        )
-        content.seek(0)
-        try:
-            return torch.load(content, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise damaged(path, error) from error
-
 
 def _iteration_folder(path: Path) -> Path:
     require(path.is_dir(), f"target.checkpoint {path} is not a folder")
     tracker = path / TRACKER
     if tracker.is_file():
-        text = tracker.read_text(encoding="utf-8").strip()
+        text = tracker.read_text(encoding="utf-8", errors="replace").strip()[:80]
         name = f"iter_{int(text):07d}" if text.isdecimal() else text
         require(
             name.startswith("iter_") or name == "release",

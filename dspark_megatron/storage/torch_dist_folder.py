@@ -21,15 +21,25 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from dspark_megatron.storage.checkpoint_metadata import check_shards, damaged, read_metadata
+from dspark_megatron.errors import require
+from dspark_megatron.storage.checkpoint_metadata import (
+    check_shards,
+    read_metadata,
+    unreadable_shard,
+)
+from dspark_megatron.storage.checkpoints.damage import Damage
+from dspark_megatron.storage.checkpoints.data_only import load_data
+
+COMMON = "common.pt"
+"""What is no tensor, in checkpoints of Megatron-Core before 0.19."""
 
 
 class TorchDistFolder:
     """Reads the metadata once; files are opened when something is asked of them."""
 
     def __init__(self, path: str | Path) -> None:
-        """ConfigError when its metadata is not there, not whole, or holds foreign classes, and when
-        a file is missing or of another size."""
+        """Damage when its metadata is not there or not whole, and when a file is missing or of
+        another size; ConfigError when it holds foreign classes."""
         self.path = Path(path)
         self._storage = _Storage(self.path)
         metadata = self._storage.read_metadata()
@@ -74,6 +84,23 @@ class TorchDistFolder:
         state = self._load(name, io.BytesIO(), [item])
         return state[name]
 
+    def common(self) -> Any:
+        """What is neither a tensor nor a shard of anything, such as arguments and the settings of
+        an optimizer; {} where there is nothing. Newer Megatron-Core keeps it among the tensors."""
+        separate = self.path / COMMON
+        stored = [name for name in self.objects if name.startswith("common_state/")]
+        if separate.is_file():
+            return load_data(separate, io.BytesIO(separate.read_bytes()))
+        if not stored:
+            return {}
+        require(
+            len(stored) == 1,
+            f"{self.path} must hold its common state once, and has it as {sorted(stored)}; save "
+            "the model again with Megatron-LM's save_checkpoint",
+        )
+        content = load_data(self.path, self.object(stored[0]))
+        return content[0] if isinstance(content, list) and content else content
+
     def _load(self, name: str, into: Any, items: list[ReadItem]) -> dict[str, Any]:
         state = {name: into}
         with warnings.catch_warnings():
@@ -87,7 +114,7 @@ class TorchDistFolder:
                 cause = cause_of(error)
                 if isinstance(cause, KeyboardInterrupt):
                     raise cause from None
-                raise damaged(self.path, cause) from error
+                raise Damage.of(unreadable_shard(self.path), cause) from error
         return state
 
 

@@ -7,6 +7,7 @@ and renamed; whoever owns a folder removes what killed writers left there.
 import contextlib
 import glob
 import json
+import math
 import os
 import secrets
 import shutil
@@ -28,7 +29,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     partial = path.with_name(f"{PARTIAL}{secrets.token_hex(4)}_{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.touch()
+        partial.touch(exist_ok=False)  # follows no link that has the name
         mode = partial.stat().st_mode
         yield partial
         partial.chmod(mode)  # safetensors makes files for their owner alone
@@ -57,7 +58,41 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any, indent: int = 2) -> None:
-    write_text(path, json.dumps(content, indent=indent) + "\n")
+    write_text(path, json_text(content, indent) + "\n")
+
+
+def json_text(content: Any, indent: int | None = None) -> str:
+    """JSON that every reader takes: it has no NaN and no infinity. Where there was one stands null,
+    and the key `not_finite` of an object lists the places."""
+    places: list[str] = []
+    content = _finite(content, "", places)
+    if places and isinstance(content, dict):
+        content["not_finite"] = places
+    return json.dumps(content, indent=indent, allow_nan=False)
+
+
+def _finite(value: Any, place: str, places: list[str]) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        places.append(place)
+        return None
+    prefix = f"{place}." if place else ""
+    if isinstance(value, dict):
+        return {key: _finite(one, f"{prefix}{key}", places) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one, f"{prefix}{i}", places) for i, one in enumerate(value)]
+    return value
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a folder with all in it, or a link, which is not followed; nothing where there
+    is none. ConfigError where that is not possible."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot delete {path}: {error.strerror}; delete it by hand") from error
 
 
 def claim_file(path: Path, key: str) -> None:
@@ -79,8 +114,9 @@ def claim_folder(folder: Path, what: str, *leftovers: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
         for pattern in leftovers or (f"{PARTIAL}*", ".tmp??????"):  # the latter: of safetensors
-            for path in filter(Path.is_file, folder.glob(pattern)):
-                path.unlink(missing_ok=True)
+            for path in folder.glob(pattern):
+                if path.is_symlink() or not path.is_dir():
+                    path.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"{what} must be writable: {error.strerror}") from error
 

@@ -8,6 +8,7 @@ from dspark_megatron.run.check import check
 from dspark_megatron.run.identity import fix_template_day
 from dspark_megatron.run.ranks.agreement import agree_at_launch
 from dspark_megatron.run.ranks.facts import launch_facts
+from dspark_megatron.run.ranks.places import set_time_limit
 from dspark_megatron.run.ranks.runtime import Launch, start
 from dspark_megatron.training.loop import train
 from dspark_megatron.training.stop_requests import StopRequests
@@ -15,6 +16,7 @@ from dspark_megatron.training.stop_requests import StopRequests
 
 def run(job: Launch, arguments: Namespace, stop: StopRequests) -> None:
     config = load_config(arguments.config, arguments.overrides)
+    set_time_limit(config.train.timeout_minutes)
     facts = launch_facts(config, command="train", dry_run=arguments.dry_run)
     agree_at_launch(job, facts)
     if arguments.dry_run:

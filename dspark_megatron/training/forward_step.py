@@ -3,6 +3,7 @@
 Shapes: n blocks, k slots of a block, r supervised slots, h hidden.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,27 @@ from dspark_megatron.targets.base import StatesSource, TargetStates
 from dspark_megatron.training.metrics import MetricSums
 
 
+@dataclass(frozen=True)
+class SlotTerms:
+    """What each supervised slot of a micro-batch lost, on the device: looked at when a step goes
+    wrong."""
+
+    sample_indices: tuple[int, ...]
+    """Of the micro-batch, in the data."""
+    samples: Tensor
+    """[r] the slot's sample, by its number in the micro-batch."""
+    terms: dict[str, Tensor]
+    """[r] by name."""
+
+    def by_sample(self) -> list[dict[str, float]]:
+        """The mean of each term, for each sample of the micro-batch; none where it has no slot."""
+        own = [self.samples == i for i in range(len(self.sample_indices))]
+        return [
+            {name: term[mask].mean().item() for name, term in self.terms.items() if mask.any()}
+            for mask in own
+        ]
+
+
 class ForwardStep:
     """The weighted sum of the loss over supervised slots; the loop divides it."""
 
@@ -34,6 +56,8 @@ class ForwardStep:
         device: torch.device,
     ) -> None:
         self.target, self.device = target, device
+        self.last: SlotTerms | None = None
+        """Of the last micro-batch; None where nothing is learnt."""
         has_head = draft.confidence_head is not None
         self.confidence_alpha = loss.confidence_head_alpha if has_head else 0.0
         self.with_target = loss.needs_target_logits(with_confidence_head=has_head)
@@ -41,7 +65,8 @@ class ForwardStep:
         self.objective, head = Objective.of(loss), draft.head_weights()
         size = len(head.lm_head), head.lm_head.dtype
         rows = chunk_rows(loss, *size, with_target=self.with_target)
-        self.head_loss = HeadLoss(head, self.objective, rows, loss.compile, tp_group=tp_group)
+        compiled = loss.is_compiled(device.type)
+        self.head_loss = HeadLoss(head, self.objective, rows, compiled, tp_group=tp_group)
 
     @property
     def term_weights(self) -> dict[str, float]:
@@ -58,7 +83,7 @@ class ForwardStep:
     def __call__(self, batch: MicroBatch, model: Any, metrics: MetricSums) -> Tensor | None:
         """[] with gradients; None where nothing is learnt. Adds to `metrics`. model: the draft, or
         what a loop has wrapped it in."""
-        blocks, lengths = batch.blocks, batch.lengths
+        self.last, blocks, lengths = None, batch.blocks, batch.lengths
         metrics.add(samples=len(lengths), tokens=sum(lengths), candidates=blocks.candidates)
         if blocks.weight == 0:  # on every tensor-parallel rank alike
             if self.target.lockstep:
@@ -77,6 +102,9 @@ class ForwardStep:
             blocks.labels,
             blocks.weights,
         )
+        terms = {"ce": result.ce, "l1": result.l1, "kl": result.kl}
+        known = {name: term for name, term in terms.items() if term is not None}
+        self.last = SlotTerms(batch.sample_indices, blocks.target_samples, known)
         _add_terms(blocks, result, metrics)
         if self.confidence_alpha == 0:
             return result.loss

@@ -1,5 +1,6 @@
 """Estimates of tau on held-out answers while a run trains."""
 
+import math
 from dataclasses import replace
 
 import torch
@@ -76,10 +77,12 @@ class HeldOut:
             reporter.log_heldout({**row, **figures}, is_best=state.is_best)
         return state
 
-    def _is_best(self, tau: float, best: BestEstimate | None) -> bool:
-        """Whether a tau beats the best one, or there is none to compare with. The main rank decides
-        for all: one broadcast of one number."""
-        better = best is None or best.conditions != self.conditions or tau > best.tau
+    def _is_best(self, tau: float | None, best: BestEstimate | None) -> bool:
+        """Whether a tau beats the best one, or there is none to compare with; one that is no number
+        never does. The main rank decides for all: one broadcast of one number."""
+        compares = best is not None and best.conditions == self.conditions
+        known = best.tau if best is not None and compares and math.isfinite(best.tau) else -math.inf
+        better = tau is not None and math.isfinite(tau) and tau > known
         decision = torch.tensor(float(better), device=self.runtime.device)
         dist.broadcast(decision, 0)
         return bool(decision.item())

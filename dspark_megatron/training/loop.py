@@ -1,5 +1,6 @@
 """The training run: start, steps, checkpoints, end."""
 
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -7,9 +8,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from dspark_megatron.conversion.draft_tensors import check_finite
 from dspark_megatron.data.batch import MicroBatches
 from dspark_megatron.data.dataset import ConversationDataset
-from dspark_megatron.mcore.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
+from dspark_megatron.mcore.optimizer import (
+    build_optimizer,
+    build_scheduler,
+    make_state,
+    wrap_data_parallel,
+)
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.run.build import build_draft
 from dspark_megatron.run.check import RunPlan
@@ -20,14 +27,17 @@ from dspark_megatron.run.data import load_train_data
 from dspark_megatron.run.identity import export_settings, run_identity
 from dspark_megatron.run.initial.initial_weights import InitialWeights
 from dspark_megatron.run.initial.warm_start import WarmStart
-from dspark_megatron.run.output import claim_output, write_config, write_status
+from dspark_megatron.run.output import claimed_output, set_aside, write_config, write_status
 from dspark_megatron.run.ranks.agreement import agree
 from dspark_megatron.run.ranks.facts import draft_facts, start_facts, target_facts
-from dspark_megatron.run.ranks.runtime import Runtime
-from dspark_megatron.run.states import open_stored_states, states_source
-from dspark_megatron.storage.training_checkpoint import FORMAT, iteration_folder
+from dspark_megatron.run.ranks.runtime import Runtime, at_step
+from dspark_megatron.run.states import check_stored_states, states_source
+from dspark_megatron.storage.checkpoints.meta import FORMAT
+from dspark_megatron.storage.checkpoints.whole import iteration_folder
 from dspark_megatron.targets.huggingface.packing import SequencePacker
 from dspark_megatron.targets.stored.target import StoredStates
+from dspark_megatron.training.health.bad_steps import BadSteps
+from dspark_megatron.training.health.weights import check_weights
 from dspark_megatron.training.heldout import HeldOut
 from dspark_megatron.training.metrics import MetricSums
 from dspark_megatron.training.padding import describe_padding
@@ -45,16 +55,17 @@ from dspark_megatron.training.stop_requests import StopReason, StopRequests
 def train(plan: RunPlan, runtime: Runtime, stop: StopRequests) -> None:
     """Train until the run's end or until a rank is to stop; every rank calls it."""
     agree(target_facts(plan))
-    output_dir = Path(plan.config.train.output_dir)
-    if runtime.is_main:
-        claim_output(output_dir, plan.config)
-    dist.barrier()
+    with claimed_output(plan.config, runtime) as output_dir:
+        _train(plan, runtime, stop, output_dir)
+
+
+def _train(plan: RunPlan, runtime: Runtime, stop: StopRequests, output_dir: Path) -> None:
     resume_from = checkpoint_to_resume(plan, output_dir / "checkpoints", runtime)
     if finished := finished_state(plan, resume_from, output_dir, runtime):
         return finish_again(plan, runtime, output_dir, finished)
     agree(start_facts(plan, resume_from))
     if plan.config.target.is_stored:
-        open_stored_states(plan)  # refused before the data are read
+        check_stored_states(plan, runtime)  # refused before the data are read
     draft = build_run_draft(plan, runtime, is_new=resume_from is None)
     heldout = HeldOut.load(plan, runtime)
     dataset = load_train_data(plan, runtime)
@@ -90,6 +101,7 @@ class Trainer:
         self.settings = config.train
         self.checkpoints = output_dir / "checkpoints"
         self.output_dir = output_dir
+        self.reporter: Reporter | None = None
         identity = {**run_identity(plan), "data_fingerprint": dataset.fingerprint}
         self.state = RunState(0, 0) if resume_from is None else read_state(resume_from)
         self.end = RunEnd.of(config.train, len(dataset))
@@ -124,20 +136,27 @@ class Trainer:
             dp_group=runtime.dp_group,
             device=runtime.device,
         )
+        self.bad_steps = BadSteps(config.train, self.step, self.optimizer, dataset.origins, runtime)
 
     def run(self, stop: StopRequests) -> None:
         """Steps until the run's end, saving on the way, at the end and on a stop."""
-        reporter = self._reporter()
+        if self.runtime.is_main and not self.settings.resume:
+            self._say(set_aside(self.checkpoints))
+        reporter = self.reporter = self._reporter()
+        start = self.state.iteration
         metrics, clock = self._open_metrics(), time.perf_counter()
         limit = self.settings.exit_duration_minutes
         # Signals only: with a limit shorter than its start, a requeued run would never get on.
         reason = self._agreed(stop.reason(None))
         while not reason and not self.end.is_reached(self.state):
+            at_step(self.state.iteration + 1, done=self.state.iteration - start)
             grad_norm = self._train_step(metrics)
             iteration = self.state.iteration
             last = self.end.is_reached(self.state)
             if reporter is not None:
                 reporter.step()
+            if last and isinstance(self.target, StoredStates):
+                self.target.finish()
             if last or iteration % self.settings.log_every == 0:
                 seconds = time.perf_counter() - clock
                 self._log(reporter, metrics, grad_norm, seconds)
@@ -149,8 +168,9 @@ class Trainer:
                 clock += time.perf_counter() - started
             reason = self._agreed(stop.reason(limit))
             is_due = last or self.state.is_best or iteration % self.settings.save_every == 0
-            if reason or is_due:
+            if reason or is_due or self.bad_steps.are_too_many:
                 self._save(metrics)
+            self.bad_steps.check(iteration)
         if reporter is not None:
             reporter.close()
             self._report_end(reason)
@@ -170,19 +190,37 @@ class Trainer:
             "there"
         )
 
-    def _train_step(self, metrics: MetricSums) -> float:
-        """One optimizer step; returns the gradient norm before clipping."""
+    def _train_step(self, metrics: MetricSums) -> float | None:
+        """One step; returns the gradient norm before clipping, None where it was skipped. A
+        skipped one leaves weights, moments and metrics as they were; data and learning rate go on.
+        """
         micro_batches = self.batches.of_step(self.state.consumed_samples)
+        before = metrics.packed()
         self.optimizer.zero_grad()
         self.step.run(micro_batches, metrics)
         self.scheduler.step(self.end.progress_of_a_step)
-        _, grad_norm, _ = self.optimizer.step()
-        consumed = self.state.consumed_samples + self.settings.global_batch_size
-        self.state = RunState(self.state.iteration + 1, consumed, best=self.state.best)
-        return float(grad_norm)
+        reason = self.bad_steps.reason(metrics)
+        self.state = replace(
+            self.state,
+            iteration=self.state.iteration + 1,
+            consumed_samples=self.state.consumed_samples + self.settings.global_batch_size,
+            skipped_steps=self.state.skipped_steps + bool(reason),
+        )
+        if reason is None:
+            return float(self.optimizer.step()[1])
+        own = MetricSums.unpacked(metrics.packed() - before)
+        skipped = self.bad_steps.skip(self.state, reason, own)
+        metrics.restore(before)
+        if self.reporter is not None:
+            self.reporter.log_skipped(skipped)
+        return None
 
     def _log(
-        self, reporter: Reporter | None, metrics: MetricSums, grad_norm: float, seconds: float
+        self,
+        reporter: Reporter | None,
+        metrics: MetricSums,
+        grad_norm: float | None,
+        seconds: float,
     ) -> None:
         total = metrics.reduced(dp_group=self.runtime.dp_group)
         if reporter is None:
@@ -193,11 +231,14 @@ class Trainer:
             **total.means(self.step.forward_step.term_weights),
             "grad_norm": grad_norm,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "skipped_steps": self.state.skipped_steps,
             "tokens_per_second": total.scalars["tokens"].item() / seconds,
         }
         reporter.log(row)
 
     def _save(self, metrics: MetricSums) -> None:
+        check_weights(self.draft, self.state.iteration)
+        make_state(self.optimizer)
         open_metrics = metrics.reduced(dp_group=self.runtime.dp_group).packed().tolist()
         save_checkpoint(
             self.checkpoints,
@@ -230,7 +271,8 @@ class Trainer:
         of all ranks together, so one data-parallel rank takes it. Sums of another set of metrics,
         of an older version, are let go."""
         new, kept = self._new_metrics(), self.state.open_metrics
-        if len(kept) != new.packed().numel() or self.runtime.dp_group.rank():
+        finite = all(map(math.isfinite, kept))  # one of a version that did not skip may have others
+        if len(kept) != new.packed().numel() or not finite or self.runtime.dp_group.rank():
             return new
         packed = torch.tensor(kept, dtype=torch.float64, device=self.runtime.device)
         metrics = MetricSums.unpacked(packed)
@@ -251,7 +293,7 @@ class Trainer:
         )
 
     def _say(self, text: str) -> None:
-        if self.runtime.is_main:
+        if text and self.runtime.is_main:
             print(text, flush=True)
 
 
@@ -264,6 +306,7 @@ def build_run_draft(plan: RunPlan, runtime: Runtime, *, is_new: bool) -> DSparkD
     draft = build_draft(plan, runtime)
     if initial is not None:
         initial.load(draft, tp_group=runtime.tp_group)
+        check_finite(draft, "the draft as it starts")
         if runtime.is_main:
             print(initial.describe(), flush=True)
     return draft

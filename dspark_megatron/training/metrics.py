@@ -61,6 +61,15 @@ class MetricSums:
         scalars = torch.stack([self.scalars[name] for name in SCALARS])
         return torch.cat([scalars, self.accept_sum, self.accept_count])
 
+    def restore(self, packed: Tensor) -> None:
+        """Go back to what was packed before."""
+        old = MetricSums.unpacked(packed)
+        for total, kept in zip(self._totals(), old._totals(), strict=True):
+            total.copy_(kept)
+
+    def _totals(self) -> list[Tensor]:
+        return [*self.scalars.values(), self.accept_sum, self.accept_count]
+
     @classmethod
     def unpacked(cls, packed: Tensor) -> "MetricSums":
         k = (packed.numel() - len(SCALARS)) // 2
@@ -97,6 +106,6 @@ class MetricSums:
 
 
 def _mean(numerator: Tensor, denominator: Tensor) -> float | list[float] | None:
-    if denominator.dim():
+    if denominator.dim() and denominator.any():
         return (numerator / denominator.clamp(min=1)).tolist()
-    return (numerator / denominator).item() if denominator else None
+    return (numerator / denominator).item() if denominator.any() else None

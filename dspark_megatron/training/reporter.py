@@ -1,14 +1,16 @@
-"""What a run shows and keeps: metrics.jsonl, heldout.jsonl, TensorBoard, a progress bar. Main rank
-only."""
+"""What a run shows and keeps: metrics.jsonl, heldout.jsonl, skipped_samples.jsonl, TensorBoard, a
+progress bar. Main rank only."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from dspark_megatron.storage.writing import write_text
+from dspark_megatron.storage.writing import json_text, write_text
+from dspark_megatron.training.health.spikes import Spikes
 
 
 class Reporter:
@@ -20,9 +22,11 @@ class Reporter:
 
     def __init__(self, output_dir: Path, *, iterations: int, start: int, tensorboard: bool) -> None:
         self._heldout = output_dir / "heldout.jsonl"
+        self._skipped = output_dir / "skipped_samples.jsonl"
         metrics = output_dir / "metrics.jsonl"
-        for path in (metrics, self._heldout):
+        for path in (self._heldout, self._skipped):
             _forget_after(path, start)
+        self._spikes = Spikes(_forget_after(metrics, start))
         self._file = metrics.open("a", encoding="utf-8")
         self._board = None
         if tensorboard:
@@ -34,7 +38,9 @@ class Reporter:
 
     def log(self, row: dict[str, Any]) -> None:
         """One logged step: a line of metrics.jsonl and its TensorBoard scalars."""
-        self._file.write(json.dumps(row) + "\n")
+        if spikes := self._spikes.found(row):
+            row = {**row, "spike": spikes}
+        self._file.write(json_text(row) + "\n")
         self._file.flush()
         shown = {name: f"{row[name]:.4g}" for name in ("loss", "tau") if row.get(name) is not None}
         self._bar.set_postfix(shown)
@@ -42,12 +48,22 @@ class Reporter:
 
     def log_heldout(self, row: dict[str, Any], *, is_best: bool) -> None:
         """One estimate: a line of heldout.jsonl, its TensorBoard scalars, a line for the reader."""
-        with self._heldout.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        _append(self._heldout, row)
         self._to_board(row, prefix="heldout/")
+        tau = row["tau"]
+        shown = "no number" if tau is None or not math.isfinite(tau) else f"{tau:.4f}"
         tqdm.write(
-            f"held-out answers at iteration {row['iteration']}: tau {row['tau']:.4f}"
+            f"held-out answers at iteration {row['iteration']}: tau {shown}"
             + (", the best so far" if is_best else "")
+        )
+
+    def log_skipped(self, row: dict[str, Any]) -> None:
+        """One step that was not taken: a line of skipped_samples.jsonl, a line for the reader."""
+        _append(self._skipped, row)
+        named = [f"{s['file']}:{s['line']}" for s in row["samples"] if s["at_fault"]]
+        fault = f", and so is the loss of {', '.join(named[:3])}" if named else ""
+        tqdm.write(
+            f"step {row['iteration']} was skipped: {row['reason']}{fault}; see {self._skipped}"
         )
 
     def _to_board(self, row: dict[str, Any], prefix: str = "") -> None:
@@ -56,7 +72,7 @@ class Reporter:
         for name, value in row.items():
             values = enumerate(value) if isinstance(value, list) else [(None, value)]
             for slot, number in values:
-                if number is not None and name != "iteration":
+                if isinstance(number, int | float) and name != "iteration":
                     tag = prefix + (name if slot is None else f"{name}/{slot}")
                     self._board.add_scalar(tag, number, row["iteration"])
         self._board.flush()
@@ -68,11 +84,17 @@ class Reporter:
             self._board.close()
 
 
-def _forget_after(path: Path, iteration: int) -> None:
-    """A killed run may have logged steps after its last checkpoint; they run again."""
+def _append(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json_text(row) + "\n")
+
+
+def _forget_after(path: Path, iteration: int) -> list[dict[str, Any]]:
+    """The rows that are left. A killed run may have logged steps after its last checkpoint; they
+    run again."""
     if not path.exists():
-        return
-    kept = []
+        return []
+    kept, rows = [], []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
@@ -80,4 +102,6 @@ def _forget_after(path: Path, iteration: int) -> None:
             continue
         if row["iteration"] <= iteration:
             kept.append(line)
+            rows.append(row)
     write_text(path, "".join(f"{line}\n" for line in kept))
+    return rows

@@ -13,13 +13,9 @@ from dspark_megatron.run.check import RunPlan
 from dspark_megatron.run.checkpoints.state import RunState, check_same_run, read_state
 from dspark_megatron.run.identity import run_identity
 from dspark_megatron.run.ranks.runtime import Runtime, from_main_rank, main_ranks_folder
-from dspark_megatron.storage.checkpoint_metadata import check_whole
-from dspark_megatron.storage.training_checkpoint import (
-    find_checkpoint,
-    iteration_folder,
-    latest_iteration,
-    read_meta,
-)
+from dspark_megatron.storage.checkpoints.tracker import latest_iteration, mend_tracker
+from dspark_megatron.storage.checkpoints.whole import check_whole, iteration_folder
+from dspark_megatron.storage.training_checkpoint import find_checkpoint, read_meta
 
 
 @dataclass(frozen=True)
@@ -85,7 +81,9 @@ def checkpoint_to_resume(plan: RunPlan, checkpoints: Path, runtime: Runtime) -> 
             f"{chosen} holds imported weights without an optimizer: it cannot be continued; set "
             "train.initial_checkpoint to it and train.output_dir to a new folder",
         )
-        check_whole(chosen)
+        check_whole(chosen, plan.config.storage.verify)
+        if plan.config.train.resume_from is None:
+            mend_tracker(chosen)
     folder = main_ranks_folder(chosen, runtime)
     if folder is not None:
         check_same_run(folder, run_identity(plan))
@@ -99,7 +97,7 @@ def _chosen(config: Config, checkpoints: Path) -> Path | None:
     if not train.resume:
         return None
     if train.resume_from is None:
-        newest = latest_iteration(checkpoints)
+        newest = latest_iteration(checkpoints)  # found, where the tracker is lost
         return None if newest is None else iteration_folder(checkpoints, newest)
     named = find_checkpoint(checkpoints, train.resume_from)
     try:

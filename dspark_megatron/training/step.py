@@ -12,7 +12,7 @@ from dspark_megatron.config import LossConfig
 from dspark_megatron.data.batch import MicroBatch
 from dspark_megatron.ops.transfer import to_device
 from dspark_megatron.targets.base import StatesSource
-from dspark_megatron.training.forward_step import ForwardStep
+from dspark_megatron.training.forward_step import ForwardStep, SlotTerms
 from dspark_megatron.training.metrics import MetricSums
 
 
@@ -42,6 +42,8 @@ class GradientStep:
     ) -> None:
         """model: the data-parallel wrapper of a DSparkDraftModel."""
         self.loss, self.model = loss, model
+        self.slot_terms: list[SlotTerms] = []
+        """Of the last step, by micro-batch that learnt something."""
         self.dp_group, self.device = dp_group, device
         self.forward_step = ForwardStep(
             loss, model.module, target, tp_group=tp_group, device=device
@@ -50,6 +52,7 @@ class GradientStep:
     def run(self, batches: list[MicroBatch], metrics: MetricSums) -> None:
         """Leave the step's gradients in the model's buckets, reduced; add to `metrics`."""
         self.model.zero_grad_buffer()
+        self.slot_terms = []
         passes = list(zip(batches, self._divisors(batches), strict=True))
         overlap = self.model.ddp_config.overlap_grad_reduce
         if overlap:
@@ -97,5 +100,7 @@ class GradientStep:
 
     def _forward_backward(self, batch: MicroBatch, divisor: Tensor, metrics: MetricSums) -> None:
         loss = self.forward_step(batch, self.model, metrics)
+        if self.forward_step.last is not None:
+            self.slot_terms.append(self.forward_step.last)
         if loss is not None:
             (loss / divisor).backward()

@@ -13,9 +13,12 @@ from dspark_megatron.errors import require
 from dspark_megatron.run.check import RunPlan, check
 from dspark_megatron.run.data import load_train_data
 from dspark_megatron.run.identity import fix_template_day
+from dspark_megatron.run.output import own_folder
 from dspark_megatron.run.ranks.agreement import agree, agree_at_launch
 from dspark_megatron.run.ranks.facts import launch_facts, target_facts
+from dspark_megatron.run.ranks.places import at, set_time_limit
 from dspark_megatron.run.ranks.runtime import Launch, Runtime, from_main_rank, start
+from dspark_megatron.run.ranks.shared_folder import check_shared
 from dspark_megatron.run.states import checked_target, kept_facts, sample_facts, states_facts
 from dspark_megatron.targets.stored.deepspec_layout import DeepSpecLayout
 from dspark_megatron.targets.stored.safetensors_layout import SafetensorsLayout
@@ -24,13 +27,16 @@ from dspark_megatron.targets.stored.writer import StatesWriter
 
 def run(job: Launch, args: Namespace) -> None:
     config, output = _checked_config(args)
+    set_time_limit(config.train.timeout_minutes)
     own = {name: getattr(args, name) for name in ("output", "dtype", "format", "shard_mib")}
     agree_at_launch(job, launch_facts(config, command="prepare_target_cache", **own))
     plan = check(config, job.world_size, use="store_states")
     fix_template_day(plan, job.main_ranks, stored=output)
-    runtime = start(job, config.parallel.tensor_parallel, shards_target=plan.shards_target)
+    tp, shards = config.parallel.tensor_parallel, plan.shards_target
+    runtime = start(job, tp, shards_target=shards, uneven=True)
     agree(target_facts(plan))
-    store_states(plan, runtime, output, args)
+    with own_folder(output, "the folder of the states", runtime):
+        store_states(plan, runtime, output, args)
 
 
 def _checked_config(args: Namespace) -> tuple[Config, Path]:
@@ -74,8 +80,10 @@ def store_states(plan: RunPlan, runtime: Runtime, output: Path, args: Namespace)
         print(_size_line(plan, data, writer), flush=True)
         missing = writer.claim()
     if missing := from_main_rank(missing):
+        check_shared(f"the folder of the states {output}", output, runtime=runtime)
         target = checked_target(plan, runtime, data)
         size = plan.config.train.micro_batch_size
+        at("storing states")
         groups = dict(tp_group=runtime.tp_group, dp_group=runtime.dp_group)
         writer.write(missing, target, micro_batch_size=size, **groups)
     dist.barrier()

@@ -27,9 +27,7 @@ def test_find_checkpoint(tmp_path, run):
     with pytest.raises(ConfigError, match="is not a folder"):
         find_checkpoint(tmp_path / "nothing")
     (folder / "latest_checkpointed_iteration.txt").unlink()
-    with pytest.raises(ConfigError, match="iter_0000100, iter_0000200"):
-        find_checkpoint(run)
-    assert find_checkpoint(run, 100).name == "iter_0000100"
+    assert find_checkpoint(run) == newest
 
 
 def test_reader(run):
@@ -74,16 +72,14 @@ DAMAGED = {
     ).write_bytes(pickle.dumps({})),
     "has no .metadata": lambda f: (f / ".metadata").unlink(),
     "is damaged or incomplete (": lambda f: truncate(f / "__0_0.distcp"),
-    "is damaged or incomplete (FileNotFoundError": lambda f: (f / "__0_0.distcp").unlink(),
-    "dspark.json is damaged or incomplete (KeyError: 'shape')": lambda f: change_meta(
+    "is damaged or incomplete (it is not there": lambda f: (f / "__0_0.distcp").unlink(),
+    "dspark.json is damaged or incomplete (it lacks shape)": lambda f: change_meta(
         f, lambda m: m.pop("shape")
     ),
-    "(KeyError: 'num_anchors')": lambda f: change_meta(f, lambda m: m.pop("num_anchors")),
-    "missing 1 required keyword-only argument: 'head_dim'": lambda f: change_meta(
-        f, lambda m: m["shape"].pop("head_dim")
-    ),
+    "(it lacks num_anchors)": lambda f: change_meta(f, lambda m: m.pop("num_anchors")),
+    "(it lacks shape.head_dim)": lambda f: change_meta(f, lambda m: m["shape"].pop("head_dim")),
     "dspark.json is damaged or incomplete (JSONDecodeError": lambda f: truncate(f / "dspark.json"),
-    "(TypeError: it holds list)": lambda f: (f / "dspark.json").write_text("[]"),
+    "(it holds list": lambda f: (f / "dspark.json").write_text("[]"),
 }
 
 
@@ -93,7 +89,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path, target, run, message):
     with pytest.raises(ConfigError) as error:
         export(run, target, tmp_path / "out")
     assert message in str(error.value) and "iter_0000100" in str(error.value)
-    assert str(error.value).endswith("use another iteration")
+    assert str(error.value).endswith("copy it again: no other checkpoint there is whole")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "target"]
 
 

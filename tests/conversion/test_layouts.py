@@ -125,15 +125,16 @@ def test_a_layout_that_cannot_express_the_draft(tmp_path, target):
 def write_at(runtime, shape, folder, run):
     """A draft filled from a folder at this size, and saved as training saves it."""
     from dspark_megatron.conversion.draft_tensors import fill_draft
-    from dspark_megatron.run import checkpoints as c
+    from dspark_megatron.run.checkpoints.saving import save_checkpoint
+    from dspark_megatron.run.checkpoints.state import RunState
     from support.tiny_draft import build_tiny_draft
 
     draft = build_tiny_draft(runtime, shape)
     fill_draft(draft, DraftFolder(folder).tensor, tp_group=runtime.tp_group)
     meta = {"format": 1, "shape": shape.to_dict(), "target_fingerprint": FINGERPRINT}
     meta |= {"num_anchors": 16, "initializer_range": 0.02, "confidence_head_alpha": 1.0}
-    state = c.RunState(100, 800)
-    c.save_checkpoint(Path(run, "checkpoints"), state, meta, draft, None, keep_last=1)
+    state = RunState(100, 800)
+    save_checkpoint(Path(run, "checkpoints"), state, meta, draft, None, keep_last=1)
 
 
 def read_at(runtime, shape, checkpoint):

@@ -147,7 +147,8 @@ def test_attention_to_the_packed_context_is_that_to_all_of_it(group_size):
     def attend(ranges, index):
         kv = context[:, index]
         ranges = ContextRanges.of(ranges, query.device)
-        attention = block_attention("sdpa", ranges, 2, len(index), group_size=group_size)
+        sizes = dict(head_dim=4, group_size=group_size)
+        attention = block_attention("sdpa", ranges, 2, len(index), **sizes)
         return attention(query, (kv[0], kv[1]), (key, value))
 
     everything = [(0, 0), (0, 2), (0, 3), (10, 10), (20, 20), (20, 24)]

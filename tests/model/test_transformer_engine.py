@@ -112,7 +112,7 @@ def test_names_and_sharded_tensors_are_the_local_ones(pool, tp):
 def save_draft(runtime, folder, engine):
     from dspark_megatron.run.checkpoints.saving import save_checkpoint
     from dspark_megatron.run.checkpoints.state import RunState
-    from dspark_megatron.storage.training_checkpoint import FORMAT
+    from dspark_megatron.storage.checkpoints.meta import FORMAT
 
     draft = build_tiny_draft(runtime, SHAPE, spec=spec_on_stand_in() if engine else None)
     return save_checkpoint(folder, RunState(1, 8), {"format": FORMAT}, draft, None, keep_last=1)

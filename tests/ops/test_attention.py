@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import flex_attention
 
+from dspark_megatron.config import LossConfig
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.ops import flex_block_attention
-from dspark_megatron.ops.block_attention import block_attention
+from dspark_megatron.ops.block_attention import block_attention, chosen_backend
 from dspark_megatron.ops.flex_block_attention import TILE, FlexBlockAttention
 from dspark_megatron.ops.transfer import ContextRanges
 from support.shapes import SHAPE
@@ -91,6 +92,7 @@ def attention(case, backend, group_size=32):
         ContextRanges.of(case.ranges, torch.device("cpu")),
         case.slots,
         case.context_length,
+        head_dim=16,
         group_size=group_size,
     )
 
@@ -205,3 +207,25 @@ def test_flex_does_not_train_on_a_cpu(tiny_run):
     check(tiny_config(tiny_run), 1, use="train")
     with pytest.raises(ConfigError, match="needs CUDA.*attention_backend=sdpa"):
         check(tiny_config(tiny_run, model={"attention_backend": "flex"}), 1, use="train")
+
+
+def test_auto_takes_flex_on_a_gpu_for_widths_that_were_seen_to_work():
+    chosen = {width: chosen_backend("auto", "cuda", width) for width in (16, 64, 128, 256)}
+    assert chosen == {16: "sdpa", 64: "flex", 128: "flex", 256: "sdpa"}
+    assert chosen_backend("auto", "cpu", 128) == "sdpa"
+    assert chosen_backend("flex", "cpu", 16) == "flex", "what was asked for"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA the default is compiled")
+def test_what_is_compiled_needs_a_compiler(monkeypatch, tiny_run):
+    from dspark_megatron.run.check import check
+
+    assert [LossConfig().is_compiled(device) for device in ("cuda", "cpu")] == [True, False]
+    assert not LossConfig(compile=False).is_compiled("cuda")
+    config = tiny_config(tiny_run, loss={"compile": True})
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/c++")
+    check(config, 1, use="train")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(ConfigError, match="need a C\\+\\+ compiler .*loss.compile=false"):
+        check(config, 1, use="train")
+    check(tiny_config(tiny_run), 1, use="train")

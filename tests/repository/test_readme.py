@@ -102,7 +102,7 @@ def test_the_table_has_every_command_of_the_readme():
 @pytest.fixture
 def place(tiny_run, tmp_path, monkeypatch):
     """A folder with a target, data, a run's YAML and a server, in which commands are run."""
-    from dspark_megatron.run import runtime
+    from dspark_megatron.run.ranks import runtime
 
     quickstart = tmp_path / "examples" / "quickstart"
     for target in (tmp_path / "target", tmp_path / "runs" / "quickstart" / "target"):

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from dspark_megatron.data.prompts.chat_prompts import Prompt
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.run.ranks import facts as rank_facts
+from dspark_megatron.run.ranks import file_pieces
 from dspark_megatron.run.ranks.agreement import RankFacts, agree_at_launch, disagreement
 from dspark_megatron.run.ranks.runtime import Launch
 from support.tiny_target import make_chats, tiny_config
@@ -109,6 +110,23 @@ def test_every_setting_of_a_config_is_compared(tiny_run):
     assert rank_facts.config_facts(config).keys() == wanted
 
 
+def test_large_files_are_compared_by_pieces_from_their_first_byte_to_their_last(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(file_pieces, "_PIECE", 4)
+    for size, budget in ((10, 64), (1000, 64)):
+        monkeypatch.setattr(file_pieces, "_OF_A_FILE", budget)
+        file = tmp_path / f"{size}"
+        file.write_bytes(bytes(size))
+        before = file_pieces.pieces_text([file])
+        for place in (0, size // 2, size - 1):
+            content = bytearray(size)
+            # A change of less than the distance of two pieces may be missed, in a large file only.
+            content[place : place + (100 if size > budget else 1)] = b"x" * 100
+            file.write_bytes(content[:size])
+            assert file_pieces.pieces_text([file]) != before, (size, place)
+
+
 def train_in_own_folder(runtime, config, folders):
     """A rank whose relative paths lead to files of its own, as on a node without a shared disk."""
     before = os.getcwd()
@@ -154,12 +172,23 @@ def change_value(path):
     save_file(tensors, path, metadata={"format": "pt"})
 
 
+def change_last_value(path):
+    """Of the first tensor, far from its first row, which the fingerprint reads."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path)
+    name = next(n for n, t in sorted(tensors.items()) if t.ndim == 2)
+    tensors[name].view(-1)[-1] += 1
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
 COPIES = [
     ("chats.jsonl", change_words, "the samples of data.train_files is 24 with", 1),
     ("chats.jsonl", change_words, "the samples of data.train_files is 24 with", 2),
     ("heldout.jsonl", change_words, "the samples of evaluate.heldout_files is", 1),
     ("target/chat_template.jinja", change_template, "the target's chat template is", 2),
     ("target/model.safetensors", change_value, "the fingerprint of the target's weights is", 2),
+    ("target/model.safetensors", change_last_value, "the target's files is model.safetensors", 1),
 ]
 
 

@@ -14,18 +14,21 @@ from support.tiny_target import make_target, tiny_config
 def resave(runtime, config, checkpoints):
     """Load the newest checkpoint of the config's run at this layout and save it elsewhere."""
     from dspark_megatron.mcore.optimizer import build_optimizer, wrap_data_parallel
-    from dspark_megatron.run import checkpoints as c
     from dspark_megatron.run.build import build_draft
     from dspark_megatron.run.check import check
+    from dspark_megatron.run.checkpoints.loading import load_checkpoint
+    from dspark_megatron.run.checkpoints.saving import save_checkpoint
+    from dspark_megatron.storage.checkpoints.whole import iteration_folder
+    from dspark_megatron.storage.training_checkpoint import read_meta
 
     plan = check(config, runtime.world_size)
     draft = build_draft(plan, runtime)
     optimizer = build_optimizer(
         config.optimizer, wrap_data_parallel(draft, config.optimizer), plan.dtype
     )
-    folder = c.iteration_folder(Path(config.train.output_dir, "checkpoints"), 20)
-    state = c.load_checkpoint(folder, draft, optimizer)
-    c.save_checkpoint(checkpoints, state, c.read_meta(folder), draft, optimizer, keep_last=3)
+    folder = iteration_folder(Path(config.train.output_dir, "checkpoints"), 20)
+    state = load_checkpoint(folder, draft, optimizer)
+    save_checkpoint(checkpoints, state, read_meta(folder), draft, optimizer, keep_last=3)
 
 
 @pytest.mark.parametrize("world, tp", [(2, 2), (4, 4), (2, 1)])
@@ -57,16 +60,17 @@ def test_only_the_newest_checkpoints_are_kept(unbroken):
 
 
 def save_untrained(runtime, config):
-    from dspark_megatron.run import checkpoints as c
     from dspark_megatron.run.build import build_draft
     from dspark_megatron.run.check import check
+    from dspark_megatron.run.checkpoints.saving import save_checkpoint
+    from dspark_megatron.run.checkpoints.state import RunState
     from dspark_megatron.run.identity import export_settings, run_identity
 
     plan = check(config, runtime.world_size)
     draft = build_draft(plan, runtime)
     meta = {"format": 1, **run_identity(plan), **export_settings(plan)}
     checkpoints = Path(config.train.output_dir, "checkpoints")
-    c.save_checkpoint(checkpoints, c.RunState(0, 0), meta, draft, optimizer=None, keep_last=1)
+    save_checkpoint(checkpoints, RunState(0, 0), meta, draft, optimizer=None, keep_last=1)
 
 
 def test_tp_3_exports_the_bytes_of_tp_1(pool, tiny_run, tmp_path):

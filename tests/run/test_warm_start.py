@@ -30,8 +30,9 @@ def warm_config(tiny_run, path, ids=IDS, **sections):
 
 def untrained(runtime, config, checkpoints=None):
     """Trained parameters of a draft before its first step, how they are split, and the report."""
-    from dspark_megatron.run import checkpoints as c
     from dspark_megatron.run.build import build_draft
+    from dspark_megatron.run.checkpoints.saving import save_checkpoint
+    from dspark_megatron.run.checkpoints.state import RunState
     from dspark_megatron.run.identity import export_settings, run_identity
 
     plan = check(config, runtime.world_size)
@@ -40,7 +41,7 @@ def untrained(runtime, config, checkpoints=None):
         warm_start.load(draft, tp_group=runtime.tp_group)
     if checkpoints is not None:
         meta = {"format": 1, **run_identity(plan), **export_settings(plan)}
-        c.save_checkpoint(checkpoints, c.RunState(0, 0), meta, draft, optimizer=None, keep_last=1)
+        save_checkpoint(checkpoints, RunState(0, 0), meta, draft, optimizer=None, keep_last=1)
     trained = {n: p.detach() for n, p in draft.named_parameters() if p.requires_grad}
     return trained, layout_of(draft), warm_start and warm_start.describe()
 

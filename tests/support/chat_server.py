@@ -1,5 +1,6 @@
 """A chat endpoint of our own, with its failures."""
 
+import contextlib
 import json
 import threading
 import time
@@ -20,6 +21,9 @@ class Server(ThreadingHTTPServer):
         self.bodies, self.failed, self.lock = [], Counter(), threading.Lock()
         self.busy = self.most_busy = 0
         self.silence = threading.Event()
+        self.scripts = {}
+        """What to do instead with a prompt of this text, or with a GET of this path: a function of
+        the handler."""
 
     @property
     def url(self):
@@ -35,6 +39,22 @@ class Server(ThreadingHTTPServer):
         if "always" in tokens:
             return due[0]
         return due[place] if place < len(due) else None
+
+    def handle_error(self, request, client_address):
+        """A client that has hung up is no error of the server's."""
+
+
+@contextlib.contextmanager
+def running(server):
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.silence.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 FAILURES = ("drop", "hang", "text", "empty", "filter")
@@ -53,7 +73,9 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def do_GET(self):
-        if self.headers["Authorization"] != f"Bearer {KEY}":
+        if self.path in self.server.scripts:
+            self.server.scripts[self.path](self)
+        elif self.headers["Authorization"] != f"Bearer {KEY}":
             self.reply(401, {"error": "no such key"})
         else:
             self.reply(200, {"data": [{"id": "tiny"}]})
@@ -68,7 +90,10 @@ class Handler(BaseHTTPRequestHandler):
         with server.lock:
             server.busy -= 1
         text = body["messages"][-1]["content"]
-        self.answer(text, server.next_failure(text))
+        if text in server.scripts:
+            server.scripts[text](self)
+        else:
+            self.answer(text, server.next_failure(text))
 
     def answer(self, text, failure):
         message, reason = {"role": "assistant", "content": text.upper()}, "stop"

@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 
 from dspark_megatron.conversion.export import export_checkpoint
 from dspark_megatron.conversion.folder_writer import WriteOptions
-from dspark_megatron.conversion.import_draft import import_folder
+from dspark_megatron.conversion.import_draft import BACKEND, import_folder
 from dspark_megatron.conversion.layouts import names
 from dspark_megatron.shape import DraftShape
 from support.shapes import VANILLA
@@ -91,6 +91,8 @@ def write_checkpoint(
         "target_fingerprint": FINGERPRINT,
     }
     (folder / "dspark.json").write_text(json.dumps(meta))
+    (folder / "metadata.json").write_text(json.dumps(BACKEND))
+    torch.save({"optimizer": {"param_groups": [{}]}}, folder / "common.pt")
     (folder.parent / "latest_checkpointed_iteration.txt").write_text(f"{iteration}\n")
     return run
 

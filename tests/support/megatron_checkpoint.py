@@ -60,8 +60,8 @@ def write_checkpoint(
     object that runs code when it is unpickled. without: an argument to leave out."""
     from megatron.core import dist_checkpointing
 
+    from dspark_megatron.mcore.checkpoint_writer import write_in_this_process
     from dspark_megatron.run.check import check
-    from dspark_megatron.run.checkpoints.saving import collect_results_here
     from dspark_megatron.targets.megatron.groups import target_groups
     from dspark_megatron.targets.megatron.source import GPTSource
 
@@ -86,7 +86,7 @@ def write_checkpoint(
         content["args"].__dict__.pop(without, None)
     if foreign:
         content["rng"] = Foreign()
-    collect_results_here()
+    write_in_this_process()
     dist_checkpointing.save(content, str(folder))
     iteration = name.removeprefix("iter_").lstrip("0")
     (Path(output) / "latest_checkpointed_iteration.txt").write_text(iteration)

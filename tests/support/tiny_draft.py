@@ -54,7 +54,7 @@ class CachedStates(StatesSource):
 
     def states(self, batch):
         rows = []
-        for row in batch.input_ids:
+        for row in batch.input_ids.cpu():
             index = next(
                 i
                 for i, ids in enumerate(self.samples.input_ids)

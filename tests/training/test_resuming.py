@@ -120,7 +120,8 @@ def tp2(config):
 
 
 def test_a_run_of_an_older_version_past_its_end_is_completed_after_the_data(pool, tiny_run, run):
-    """Its checkpoint does not say how many samples it has."""
+    """Its checkpoint does not say how many samples it has, and has no checksums."""
+    (run / "checkpoints" / "iter_0000003" / "checksums.json").unlink()
     file = run / "checkpoints" / "iter_0000003" / "dspark.json"
     meta = json.loads(file.read_text())
     del meta["num_samples"], meta["resumed_from"]
@@ -147,8 +148,6 @@ def test_a_run_goes_on_from_a_named_iteration_and_then_from_the_newest(pool, tin
     """The same command, stopped twice."""
     shutil.rmtree(run / "checkpoints" / "iter_0000003")  # the tracker names it
     config = config_of(tiny_run, run, resume_from=1)
-    with pytest.raises(AssertionError, match="names iteration '3', but there is no such"):
-        train_on(pool, config_of(tiny_run, run))
     pool.run(run_until_stopped, world=1, tp=1, config=config, steps=1)
     assert latest(run) == 2 and [row["iteration"] for row in curve(run)] == [1, 2]
     assert resumed_from(run) == 1
@@ -157,6 +156,39 @@ def test_a_run_goes_on_from_a_named_iteration_and_then_from_the_newest(pool, tin
     train_on(pool, config)
     assert (latest(run), status(run)) == (6, "completed\n")
     assert [row["iteration"] for row in curve(run)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_whose_tracker_is_lost_goes_on_from_its_newest_checkpoint(pool, tiny_run, run):
+    tracker = run / "checkpoints" / "latest_checkpointed_iteration.txt"
+    tracker.write_bytes(b"\xff\0")
+    before = curve(run)
+    train_on(pool, config_of(tiny_run, run, epochs=0.5))  # over before it begins
+    assert (latest(run), status(run)) == (3, "completed\n")
+    tracker.unlink()
+    train_on(pool, config_of(tiny_run, run))
+    assert (latest(run), status(run)) == (6, "completed\n")
+    assert curve(run)[:3] == before and len(curve(run)) == 6
+
+
+def test_a_new_run_over_checkpoints_is_refused_or_sets_them_aside(pool, tiny_run, run):
+    checkpoints = run / "checkpoints"
+    (checkpoints / "latest_checkpointed_iteration.txt").unlink()
+    with pytest.raises(AssertionError, match="holds 3 checkpoints and train.resume is false; name"):
+        train_on(pool, config_of(tiny_run, run, resume=False))
+    config = config_of(tiny_run, run, resume=False, overwrite=True)
+    with pytest.raises(AssertionError, match="NoneType"):
+        train_on(pool, config, train_without_target)
+    assert len(list(checkpoints.glob("iter_*"))) == 3, "the new run had not started"
+    train_on(pool, config)
+    assert len(list(checkpoints.glob("replaced_1/iter_*"))) == 3
+    assert (latest(run), status(run)) == (6, "completed\n")
+    assert [row["iteration"] for row in curve(run)] == [1, 2, 3, 4, 5, 6]
+    assert find_checkpoint(checkpoints / "replaced_1").name == "iter_0000003"
+
+
+def test_overwriting_and_continuing_exclude_each_other():
+    with pytest.raises(ConfigError, match="train.overwrite=true starts anew .*resume=false to"):
+        train_config(iterations=1, overwrite=True)
 
 
 def test_an_iteration_that_is_not_there_cannot_be_continued(pool, tiny_run, run):
@@ -176,20 +208,20 @@ def lengthen(path):
 
 
 DAMAGE = [
-    ("__0_0.distcp", cut, "__0_0.distcp is damaged or incomplete (EOFError: cut short: it has "),
+    ("__0_0.distcp", cut, "__0_0.distcp is damaged or incomplete (cut short: it has "),
     (
         "__0_0.distcp",
         Path.unlink,
-        "__0_0.distcp is damaged or incomplete (FileNotFoundError: it had ",
+        "__0_0.distcp is damaged or incomplete (it is not there, and had ",
     ),
     (
         "__0_0.distcp",
         lengthen,
-        "__0_0.distcp is damaged or incomplete (EOFError: of another save: it has ",
+        "__0_0.distcp is damaged or incomplete (of another save: it has ",
     ),
-    ("common.pt", cut, "common.pt is damaged or incomplete (EOFError: cut short"),
-    ("common.pt", Path.unlink, "common.pt is damaged or incomplete (FileNotFoundError"),
-    ("metadata.json", Path.unlink, "metadata.json is damaged or incomplete (FileNotFoundError"),
+    ("common.pt", cut, "common.pt is damaged or incomplete (cut short"),
+    ("common.pt", Path.unlink, "common.pt is damaged or incomplete (it is not there"),
+    ("metadata.json", Path.unlink, "metadata.json is damaged or incomplete (it is not there"),
     (".metadata", cut, ".metadata is damaged or incomplete"),
     ("dspark.json", cut, "dspark.json is damaged or incomplete"),
 ]
@@ -206,7 +238,7 @@ def test_a_damaged_checkpoint_names_the_file_and_the_way_out(
     with pytest.raises(AssertionError) as error:
         train_on(pool, config_of(tiny_run, run), train_without_data)
     assert message in str(error.value)
-    assert "there: iter_0000001, iter_0000002): train.resume_from=2 continues" in str(error.value)
+    assert "whole is iter_0000002): train.resume_from=2 continues" in str(error.value)
 
 
 def test_the_way_out_of_a_damaged_checkpoint_works(pool, tiny_run, run):
@@ -243,4 +275,4 @@ def test_all_other_readers_of_a_checkpoint_name_the_file_too(pool, tiny_run, run
             train_on(pool, config, function)
     with pytest.raises(ConfigError, match="__0_0.distcp is damaged or incomplete") as error:
         CheckpointReader(find_checkpoint(run))  # export, verify
-    assert "evaluate.checkpoint or --iteration" in str(error.value)
+    assert "its folder or --iteration 2 names it to other commands" in str(error.value)

@@ -1,20 +1,17 @@
 """Answers of a model behind an OpenAI-compatible chat endpoint, such as vLLM's or SGLang's."""
 
-import contextlib
-import json
 import random
 import threading
-import urllib.error
-import urllib.request
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
-from http.client import HTTPException
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dspark_megatron.data.chats.messages import template_options
+from dspark_megatron.data.prompts.chat_answer import answer_of
+from dspark_megatron.data.prompts.json_server import LONGEST_DELAY, JsonServer, NoAnswer
 from dspark_megatron.data.prompts.response_file import Answer
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.ops.seeds import derived_seed
@@ -23,33 +20,16 @@ PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 SENT_IF_GIVEN = ("top_p", "top_k", "min_p", *PENALTIES)
 """Sampling parameters of a request, each under its own name."""
 
-WHOLE = ("stop", "length", "tool_calls")
-"""Finish reasons of answers that can be learnt from."""
-LONGEST_DELAY = 60.0
-"""The most seconds between two tries, whatever the server asks for."""
-HOPELESS = ("HTTP 401", "HTTP 403", "HTTP 404")
+HOPELESS = ("HTTP 401", "HTTP 403", "HTTP 404", "redirect")
 """Failures that every prompt will have: a wrong key, path or model."""
-
-
-class NoAnswer(Exception):
-    """A prompt got no answer. Failures are counted by `reason`; the text tells more."""
-
-    def __init__(self, reason: str, detail: str, *, passing: bool = False) -> None:
-        """passing: another try may succeed."""
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.passing = reason, passing
-        self.delay: float | None = None
-        """Seconds that the server asks to wait before the next try."""
+_SHOWN_NAMES = _SHOWN_REASONS = 10
 
 
 @dataclass(frozen=True)
 class ChatEndpoint:
-    url: str
-    """Where `/chat/completions` is, such as http://localhost:8000/v1."""
+    server: JsonServer
+    """Its address is where `/chat/completions` is, such as http://localhost:8000/v1."""
     model: str
-    api_key: str = field(default="", repr=False)
-    timeout: float = 600.0
-    """Seconds that the server may be silent."""
     retries: int = 5
     """Further tries after a 429, a 5xx, a timeout or a broken connection."""
     retry_delay: float = 1.0
@@ -59,17 +39,26 @@ class ChatEndpoint:
         """ConfigError unless the endpoint is there, takes the key and, if it lists its models, has
         this one."""
         try:
-            listed = self._request("/models").get("data", [])
+            names = self._models()
         except NoAnswer as error:
             if error.reason in ("HTTP 404", "HTTP 405", "HTTP 501"):
                 return  # it does not list them
-            raise ConfigError(f"the endpoint {self.url} cannot be used: {error}") from error
-        names = [model["id"] for model in listed]
+            raise ConfigError(f"the endpoint {self.server.url} cannot be used: {error}") from error
+        served = ", ".join(names[:_SHOWN_NAMES])
+        more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
         require(
             not names or self.model in names,
-            f"the endpoint {self.url} does not serve --model {self.model}; "
-            f"it serves {', '.join(names)}",
+            f"the endpoint {self.server.url} does not serve --model {self.model}; "
+            f"it serves {self.server.shown(served)}{more}",
         )
+
+    def _models(self) -> list[str]:
+        listed = self.server.request("/models").get("data") or []
+        if not isinstance(listed, list) or not all(
+            isinstance(model, dict) and isinstance(model.get("id"), str) for model in listed
+        ):
+            raise NoAnswer("malformed answer", "/models must list objects with an id each")
+        return [model["id"] for model in listed]
 
     def answer(self, body: dict[str, Any], stop: threading.Event) -> Answer:
         """The answer to a request of `messages` and sampling parameters. Raises NoAnswer after the
@@ -77,72 +66,15 @@ class ChatEndpoint:
         body = {"model": self.model, **body}
         for tries in range(self.retries + 1):
             try:
-                response = self._request("/chat/completions", body)
-                return _answer_of(response, wants_tokens="return_token_ids" in body)
+                response = self.server.request("/chat/completions", body)
+                return answer_of(response, self.server, wants_tokens="return_token_ids" in body)
             except NoAnswer as error:
                 if not error.passing or tries == self.retries:
                     raise
-                delay = self.retry_delay * 2**tries * random.uniform(0.5, 1)
+                delay = self.retry_delay * 2.0 ** min(tries, 99) * random.uniform(0.5, 1)
                 if stop.wait(min(error.delay or delay, LONGEST_DELAY)):
                     raise
         raise AssertionError("the last try returns or raises")
-
-    def _request(self, path: str, body: dict | None = None) -> dict[str, Any]:
-        request = urllib.request.Request(self.url.rstrip("/") + path)
-        request.add_header("Content-Type", "application/json")
-        if self.api_key:
-            request.add_header("Authorization", f"Bearer {self.api_key}")
-        if body is not None:
-            request.data = json.dumps(body).encode()
-        try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                content = response.read()
-        except urllib.error.HTTPError as error:
-            raise _refusal(error) from error
-        except (OSError, HTTPException) as error:  # URLError and TimeoutError are OSErrors
-            if isinstance(getattr(error, "reason", error), TimeoutError):
-                raise NoAnswer("timeout", f"none in {self.timeout:g} s", passing=True) from error
-            raise NoAnswer("no connection", str(error), passing=True) from error
-        try:
-            parsed = json.loads(content)
-        except ValueError as error:
-            raise NoAnswer("malformed answer", repr(content[:100]), passing=True) from error
-        if not isinstance(parsed, dict):
-            raise NoAnswer("malformed answer", repr(content[:100]))
-        return parsed
-
-
-def _refusal(error: urllib.error.HTTPError) -> NoAnswer:
-    text = " ".join(error.read(300).decode(errors="replace").split())
-    passing = error.code in (408, 429) or error.code >= 500
-    refusal = NoAnswer(f"HTTP {error.code}", text or error.reason, passing=passing)
-    with contextlib.suppress(ValueError, TypeError):  # it may be a date, or missing
-        refusal.delay = max(0.0, float(error.headers.get("Retry-After", "")))
-    return refusal
-
-
-def _answer_of(response: dict[str, Any], *, wants_tokens: bool) -> Answer:
-    try:
-        choice = response["choices"][0]
-        message, finish_reason = choice["message"], choice["finish_reason"]
-        tokens = (response.get("usage") or {}).get("completion_tokens") or 0
-        content = message.get("content")
-        # vLLM calls reasoning_content reasoning in newer versions; chat templates do not.
-        reasoning = message.get("reasoning_content") or message.get("reasoning")
-        calls = message.get("tool_calls")
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise NoAnswer("malformed answer", f"{type(error).__name__} {error}") from error
-    if finish_reason not in WHOLE:
-        raise NoAnswer(f"finish_reason {finish_reason}", "no whole answer")
-    if content is None and not reasoning and not calls:
-        raise NoAnswer("no content", f"finish_reason {finish_reason}")
-    parts = {"reasoning_content": reasoning, "tool_calls": calls}
-    parts = {name: value for name, value in parts.items() if value}
-    prompt_ids, token_ids = response.get("prompt_token_ids"), choice.get("token_ids")
-    answer = Answer(content or "", finish_reason, tokens, parts or None, prompt_ids, token_ids)
-    if wants_tokens and not answer.sample():
-        raise NoAnswer("no token ids", "the server does not tell those of prompt and answer")
-    return answer
 
 
 def ask_all(
@@ -203,7 +135,11 @@ def describe_failures(failures: list[NoAnswer | None], output: Path) -> str:
     reasons = Counter(failure.reason for failure in known)
     examples = {failure.reason: failure for failure in known}
     lines = [f"{len(failures)} prompts have no answer:"]
-    lines += [f"  {count} times {examples[reason]}" for reason, count in reasons.most_common()]
+    common = reasons.most_common(_SHOWN_REASONS)
+    lines += [f"  {count} times {examples[reason]}" for reason, count in common]
+    if len(reasons) > len(common):
+        rest = len(known) - sum(count for _, count in common)
+        lines.append(f"  {rest} times {len(reasons) - len(common)} other reasons")
     if len(known) < len(failures):
         lines.append(f"  {len(failures) - len(known)} were not asked, since all seemed to fail")
     if output.exists():

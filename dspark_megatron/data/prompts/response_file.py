@@ -10,7 +10,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from dspark_megatron.data.files.jsonl import read_jsonl
-from dspark_megatron.errors import require
+from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.storage.writing import whole_file
 
 SAMPLE_KEYS = ("input_ids", "loss_mask")
@@ -93,7 +93,12 @@ def open_partial(path: Path, settings: dict) -> dict[int, Answer]:
         f"{path} was begun with other settings ({', '.join(changes)}); repeat the command that "
         "began it, or delete it to start anew",
     )
-    return {int(index): Answer(**answer) for line in lines[1:] for index, answer in line.items()}
+    try:
+        return {int(i): Answer(**answer) for line in lines[1:] for i, answer in line.items()}
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{path} holds other things than answers ({error}); delete it to start anew"
+        ) from error
 
 
 def describe_answers(answers: list[Answer]) -> str:

@@ -12,7 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from dspark_megatron.errors import require
+from dspark_megatron.evaluation.confidence.calibration_gain import GainJudge
 from dspark_megatron.evaluation.confidence.calibration_records import split_by_prompt
+from dspark_megatron.evaluation.confidence.chosen_temperatures import choose_temperatures
 from dspark_megatron.evaluation.confidence.probability_metrics import (
     auc,
     binned,
@@ -22,7 +24,6 @@ from dspark_megatron.evaluation.confidence.probability_metrics import (
 from dspark_megatron.evaluation.confidence.temperature_scaling import (
     LABELS,
     confidence,
-    fit_temperatures,
     kept_labels,
     survival_labels,
     temperature_grid,
@@ -60,13 +61,17 @@ class CalibrationSettings:
 def calibrate(records: DraftRecords, settings: CalibrationSettings) -> dict[str, Any]:
     """All that `calibration.json` holds; a figure with nothing to count is null.
 
-    By slot: `temperatures`; `survival` and `confidence` before and after them, on the part held
+    By slot: `temperatures`, of which the part held out has shown that they are better than 1, and
+    `fitted_temperatures`; `survival` and `confidence` before and after them, on the part held
     out. `threshold_sweep`: of the part held out.
     """
     fit, held_out = split_by_prompt(records, settings.fit_share, settings.seed)
     fit_labels = survival_labels(fit, settings.labels)
     grid = temperature_grid(widest=settings.widest_temperature)
-    temperatures = fit_temperatures(fit.confidence_logits, fit_labels, grid, settings.bins)
+    labels = survival_labels(held_out, settings.labels)
+    judge = GainJudge(held_out.confidence_logits, labels, held_out.prompt, settings.bins)
+    chosen = choose_temperatures(fit.confidence_logits, fit_labels, grid, settings.bins, judge)
+    temperatures = chosen.temperatures
     ones = [1.0] * records.block_size
     result: dict[str, Any] = {
         **records.facts,
@@ -76,18 +81,20 @@ def calibrate(records: DraftRecords, settings: CalibrationSettings) -> dict[str,
         "fit": _size(fit),
         "held_out": _size(held_out),
         "temperatures": temperatures,
-        "notes": _notes(fit_labels, survival_labels(held_out, settings.labels), temperatures, grid),
+        "fitted_temperatures": chosen.fitted,
+        "verdict": chosen.verdict,
+        "notes": [*chosen.notes, *_notes(fit_labels, labels, temperatures, grid)],
         "survival": {},
         "confidence": {},
         "threshold_sweep": {},
     }
     for when, used in (("before", ones), ("after", temperatures)):
         per_slot = confidence(held_out.confidence_logits, used)
-        for name, predictions, labels in (
-            ("survival", per_slot.cumprod(dim=1), survival_labels(held_out, settings.labels)),
+        for name, predictions, known in (
+            ("survival", per_slot.cumprod(dim=1), labels),
             ("confidence", per_slot, kept_labels(held_out, settings.labels)),
         ):
-            result[name][when] = _figures(predictions, labels, settings)
+            result[name][when] = _figures(predictions, known, settings)
         result["threshold_sweep"][when] = threshold_sweep(held_out, used)
     return result
 

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from dspark_megatron.ops.seeds import derived_seed
 
+_SURE = 1e-6
+
 
 @dataclass(frozen=True)
 class Bins:
@@ -63,6 +65,13 @@ def auc(predictions: Tensor, labels: Tensor) -> float:
 def brier(predictions: Tensor, labels: Tensor) -> float:
     """Mean squared distance of the prediction from the outcome."""
     return float((labels * (1 - predictions) ** 2 + (1 - labels) * predictions**2).mean())
+
+
+def log_loss(predictions: Tensor, labels: Tensor) -> Tensor:
+    """Nats by which each outcome surprises, [n]; predictions are taken as at least a millionth
+    away from 0 and 1, so that one surprise does not outweigh all else."""
+    p = predictions.clamp(_SURE, 1 - _SURE)
+    return -(labels * p.log() + (1 - labels) * (1 - p).log())
 
 
 def _bin_index(predictions: Tensor, bins: int) -> Tensor:

@@ -7,7 +7,7 @@ Shapes: n rounds, k slots. NaN labels are unknown.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -62,16 +62,21 @@ def temperature_grid(steps: int = 20, widest: float = 10.0) -> list[float]:
 
 
 def fit_temperatures(
-    logits: Tensor, labels: Tensor, grid: Sequence[float], bins: int
+    logits: Tensor,
+    labels: Tensor,
+    grid: Sequence[float],
+    bins: int,
+    is_kept: Callable[[list[float]], bool] = lambda temperatures: True,
 ) -> list[float]:
     """Temperatures by slot. From left to right each takes the one of the grid with the smallest
     calibration error of the survival, those before it fixed; of several the nearest to 1. A slot
     whose labels are all unknown, all 0 or all 1 tells nothing and gets 1.
 
-    logits, labels [n, k]: of the confidence head; of the survival.
+    logits, labels [n, k]: of the confidence head; of the survival. is_kept: whether the last of
+    these temperatures of the first slots, which is not 1, is used; if not, the slot gets 1.
     """
     before = torch.ones(len(logits), dtype=torch.float64)
-    temperatures = []
+    temperatures: list[float] = []
     for slot_logits, slot_labels in zip(logits.double().T, labels.T, strict=True):
         known = ~slot_labels.isnan()
         best = 1.0
@@ -83,6 +88,8 @@ def fit_temperatures(
                 for t in grid
             ]
             best = _nearest_to_one(grid, errors)
+        if best != 1 and not is_kept([*temperatures, best]):
+            best = 1.0
         temperatures.append(best)
         before = before * (slot_logits / best).sigmoid()
     return temperatures

@@ -7,11 +7,15 @@ import torch
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
+from dspark_megatron.conversion.draft_tensors import check_finite
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.run.checkpoints.sharding import sharded_state
 from dspark_megatron.run.checkpoints.state import RunState, read_state
-from dspark_megatron.storage.checkpoint_metadata import check_whole, damaged
+from dspark_megatron.storage.checkpoint_metadata import unreadable_shard
+from dspark_megatron.storage.checkpoints.damage import Damage
+from dspark_megatron.storage.checkpoints.data_only import data_only
+from dspark_megatron.storage.checkpoints.whole import check_whole, way_out_named
 from dspark_megatron.storage.torch_dist_folder import cause_of
 
 _SETTINGS = ("max_lr", "min_lr", "betas", "eps")
@@ -21,23 +25,34 @@ _SETTINGS = ("max_lr", "min_lr", "betas", "eps")
 def load_checkpoint(folder: Path, model: DSparkDraftModel, optimizer: Any | None) -> RunState:
     """Fill the model, and the optimizer if given, from a checkpoint of any parallel layout.
     Collective over the world."""
-    check_whole(folder)  # Megatron-Core would unpickle its metadata unseen
-    try:
-        state = sharded_state(model, optimizer, is_loading=True)
-        loaded = dist_checkpointing.load(state, str(folder))
-    except CheckpointException as error:
-        raise damaged(folder, cause_of(error)) from error
+    check_whole(folder)
+    state = sharded_state(model, optimizer, is_loading=True)
+    with way_out_named(folder):
+        loaded = _loaded(folder, state)
     result = model.load_state_dict(loaded["model"], strict=False)
     if result.missing_keys or result.unexpected_keys:
         raise ConfigError(
             f"checkpoint {folder} lacks {result.missing_keys} and has unknown "
             f"{result.unexpected_keys}"
         )
+    check_finite(model, f"checkpoint {folder}")
     if optimizer is not None:
         _keep_settings(optimizer, loaded["optimizer"])
         with torch.no_grad():  # the fp32 optimizer copies into views of leaf parameters
             optimizer.load_state_dict(loaded["optimizer"])
     return read_state(folder)
+
+
+def _loaded(folder: Path, state: dict) -> dict:
+    """What Megatron-Core reads, as data alone. Damage where it cannot: bytes that are not what was
+    saved lead to any exception in there."""
+    try:
+        with data_only():
+            return dist_checkpointing.load(state, str(folder))
+    except (Exception, CheckpointException) as error:
+        if isinstance(cause := cause_of(error), KeyboardInterrupt):
+            raise cause from None
+        raise Damage.of(unreadable_shard(folder), cause) from error
 
 
 def _keep_settings(optimizer: Any, loaded: dict) -> None:

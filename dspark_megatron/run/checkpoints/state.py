@@ -33,6 +33,8 @@ class RunState:
     """Packed sums of the log interval that the checkpoint stands in, over all ranks."""
     best: BestEstimate | None = None
     """None until an estimate is made, or when its checkpoint is gone."""
+    skipped_steps: int = 0
+    """Steps of the run that were not taken because they would have harmed the draft."""
 
     @property
     def is_best(self) -> bool:
@@ -44,7 +46,13 @@ def read_state(folder: Path) -> RunState:
     """Where the run stood when it saved this checkpoint."""
     meta = read_meta(folder)
     best = BestEstimate(**meta["best"]) if meta.get("best") else None
-    return RunState(meta["iteration"], meta["consumed_samples"], tuple(meta["open_metrics"]), best)
+    return RunState(
+        meta["iteration"],
+        meta["consumed_samples"],
+        tuple(meta.get("open_metrics") or ()),
+        best,
+        meta.get("skipped_steps", 0),
+    )
 
 
 def check_same_run(folder: Path, meta: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.run.check import RunPlan
 from dspark_megatron.run.checkpoints.loading import load_checkpoint
 from dspark_megatron.shape import DraftShape
+from dspark_megatron.storage.checkpoints.whole import check_whole
 from dspark_megatron.storage.training_checkpoint import CheckpointReader, find_checkpoint
 
 _FREE = ("block_size", "max_position_embeddings")
@@ -55,6 +56,8 @@ class InitialWeights:
                 raise_if_any(problems + _bad_values(folder.names(), folder.tensor), str(path))
             return cls(path, folder)
         reader = CheckpointReader(find_checkpoint(path))
+        verify = plan.config.storage.verify if _reads_values() else "size"
+        check_whole(reader.path, verify)
         check_megatron_tensors(reader.shape, reader.names(), str(reader.path))
         _check_shape(reader.shape, plan.shape, reader.path)
         if _reads_values():

@@ -9,6 +9,7 @@ import datetime
 import json
 import os
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
@@ -16,11 +17,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dspark_megatron.errors import ConfigError
-from dspark_megatron.run.ranks.runtime import Launch
+from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.run.ranks.job import Launch
+from dspark_megatron.run.ranks.places import at, time_limit
 
 Facts = dict[str, str]
-_WAIT = datetime.timedelta(minutes=30)
+_GRACE_SECONDS = 30.0
 _SHOWN_FIELDS, _SHOWN_TEXT = 8, 80
 
 
@@ -32,25 +34,55 @@ class RankFacts:
 
 
 def agree_at_launch(job: Launch, facts: Facts) -> None:
-    """ConfigError on every rank where the facts differ. Through the job's store, since ranks whose
-    settings differ could not make the same process groups."""
+    """ConfigError on every rank where the facts differ, or a rank does not come. Through the job's
+    store, since ranks whose settings differ could not make the same process groups."""
     if job.world_size == 1:
         return
+    at("comparing settings")
     # Numbered: a process may compare twice, and the store keeps the first answer.
     name = f"agreement/{job.store.add(f'agreement/count/{job.rank}', 1)}"
     mine = json.dumps({"host": socket.gethostname(), "facts": facts})
     job.store.set(f"{name}/{job.rank}", mine)
     if job.rank == 0:
-        told = (json.loads(_told(job, f"{name}/{rank}")) for rank in range(job.world_size))
+        told = _told_by_all(job, name)
         found = disagreement([RankFacts(rank, **said) for rank, said in enumerate(told)])
         job.store.set(f"{name}/verdict", found)
-    if verdict := _told(job, f"{name}/verdict"):
+    # The main rank waits for the others first, and names those that do not come.
+    require(
+        _comes(job, f"{name}/verdict", time_limit() + _GRACE_SECONDS),
+        f"rank 0 did not compare the settings of all ranks within {time_limit() / 60:g} minutes "
+        f"(train.timeout_minutes), and rank {job.rank} on {socket.gethostname()} waits for it at "
+        f"{job.address}; start its node again",
+    )
+    if verdict := job.store.get(f"{name}/verdict").decode():
         raise ConfigError(verdict)
 
 
-def _told(job: Launch, key: str) -> str:
-    job.store.wait([key], _WAIT)
-    return job.store.get(key).decode()
+def _told_by_all(job: Launch, name: str) -> list[Any]:
+    """What each rank has said of itself; ConfigError that names those that do not come."""
+    keys = [f"{name}/{rank}" for rank in range(job.world_size)]
+    deadline = time.monotonic() + time_limit()
+    for key in keys:
+        if not _comes(job, key, deadline - time.monotonic()):
+            came = [rank for rank, key in enumerate(keys) if job.store.check([key])]
+            absent = [rank for rank in range(job.world_size) if rank not in came]
+            hosts = sorted({json.loads(job.store.get(keys[rank]))["host"] for rank in came})
+            raise ConfigError(
+                f"{ranks_text(absent)} of {job.world_size} did not come to {job.address} within "
+                f"{time_limit() / 60:g} minutes (train.timeout_minutes), to compare settings; "
+                f"those that came are on {', '.join(hosts)}. See what the others' nodes say, and "
+                "start all nodes with the same command"
+            )
+    return [json.loads(job.store.get(key)) for key in keys]
+
+
+def _comes(job: Launch, key: str, seconds: float) -> bool:
+    """Whether somebody sets it in time."""
+    try:
+        job.store.wait([key], datetime.timedelta(seconds=max(0.001, seconds)))
+    except dist.DistError:
+        return False
+    return True
 
 
 def agree(facts: Facts) -> None:
@@ -102,10 +134,12 @@ def _shortener(values: list[str]) -> Callable[[str], str]:
 def _places(owners: list[RankFacts]) -> str:
     """Ranks by host, neighbours as a range."""
     by_host = groupby(owners, key=lambda one: one.host)
-    return ", ".join(f"{_ranks([one.rank for one in group])} ({host})" for host, group in by_host)
+    return ", ".join(
+        f"{ranks_text([one.rank for one in group])} ({host})" for host, group in by_host
+    )
 
 
-def _ranks(ranks: list[int]) -> str:
+def ranks_text(ranks: list[int]) -> str:
     runs: list[list[int]] = []
     for rank in ranks:
         if runs and rank == runs[-1][-1] + 1:

@@ -22,7 +22,9 @@ from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.run.check import RunPlan
 from dspark_megatron.run.initial.initial_weights import initial_folder
 from dspark_megatron.run.ranks.agreement import Facts
+from dspark_megatron.run.ranks.file_pieces import pieces_text
 from dspark_megatron.run.states import tokenizer_text
+from dspark_megatron.storage.gpt_checkpoint import GPTCheckpoint
 
 _PACKAGES = (
     *("torch", "megatron-core", "transformers", "tokenizers", "safetensors", "jinja2", "numpy"),
@@ -128,8 +130,10 @@ def target_facts(plan: RunPlan) -> Facts:
         facts["the target's tokenizer"] = digest([tokenizer_text(tokenizer).encode()])
         facts["the target's chat template"] = digest([str(tokenizer.chat_template).encode()])
     facts["the fingerprint of the target's weights"] = plan.target_fingerprint[:16]
-    sizes = [f"{file.name} {file.stat().st_size}" for file in sorted(path.glob("*.safetensors"))]
-    facts["the sizes of the target's files"] = ", ".join(sizes)
+    facts["the target's files"] = pieces_text(sorted(path.glob("*.safetensors")))
+    if checkpoint := plan.config.target.checkpoint:
+        shards = sorted(GPTCheckpoint(checkpoint).path.glob("*.distcp"))
+        facts["the files of target.checkpoint"] = pieces_text(shards)
     return facts
 
 
@@ -151,7 +155,8 @@ def folder_facts(name: str, folder: Path | None) -> Facts:
         return {name: "none"}
     files = ("dspark.json", ".metadata", "config.json", "manifest.json")
     found = [f"{file} {file_digest(folder / file)}" for file in files if (folder / file).is_file()]
-    sizes = [str(file.stat().st_size) for file in sorted(folder.glob("*.safetensors"))]
+    shards = [*folder.glob("*.safetensors"), *folder.glob("*.distcp")]
+    sizes = [str(file.stat().st_size) for file in sorted(shards)]
     return {name: ", ".join([folder.name, *found, *sizes])}
 
 

@@ -1,15 +1,11 @@
-"""The place of a rank in its job: environment, device, process groups, and how all ranks end
-together. The environment that torchrun sets is read here and nowhere else.
-"""
+"""A job of ranks: how all of them end together, their device and process groups."""
 
 import contextlib
 import datetime
+import math
 import os
-import socket
-import sys
-import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +15,12 @@ import torch.distributed as dist
 
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.mcore.prepare import prepare_megatron
+from dspark_megatron.run.ranks.ending import end_process
+from dspark_megatron.run.ranks.job import Launch
+from dspark_megatron.run.ranks.places import at, time_limit
+from dspark_megatron.run.ranks.watching import Watch, fail, lost_ranks
 
-_FAILURE_KEY, _MAIN_RANKS_KEY = "dspark_failure", "dspark_main_ranks"
-_CHECK_SECONDS = 1.0
+_DAY = datetime.timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -52,46 +51,6 @@ class Runtime:
         return self.rank == 0
 
 
-@dataclass(frozen=True)
-class Launch:
-    """What torchrun tells a process; a plain `python` start is a job of one rank."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    store: dist.Store
-    watch_store: dist.Store
-    """A connection of its own for the watching thread: a blocked one is locked."""
-
-    @classmethod
-    def from_environment(cls) -> "Launch":
-        rank = int(os.environ.get("RANK", 0))
-        world_size = int(os.environ.get("WORLD_SIZE", 1))
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        host = os.environ.get("MASTER_ADDR", "localhost")
-        port = int(os.environ.get("MASTER_PORT", 0))
-        # torchrun's agent may already serve a store at that address.
-        serve = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and rank == 0
-        store = dist.TCPStore(host, port, world_size, serve, wait_for_workers=False)
-        watch = dist.TCPStore(host, store.port, world_size, False, wait_for_workers=False)
-        attempt = f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        stores = (dist.PrefixStore(attempt, s) for s in (store, watch))
-        return cls(rank, world_size, local_rank, *stores)
-
-    @classmethod
-    def alone(cls) -> "Launch":
-        """A job of this process only, whatever the environment says."""
-        store = dist.HashStore()
-        return cls(0, 1, 0, store, store)
-
-    def main_ranks(self, make: Callable[[], str]) -> str:
-        """What `make` returns on the main rank, on every rank; before there are process groups.
-        Every rank calls it, at most once in a job."""
-        if self.rank == 0:
-            self.store.set(_MAIN_RANKS_KEY, make())
-        return self.store.get(_MAIN_RANKS_KEY).decode()
-
-
 @contextlib.contextmanager
 def launch() -> Iterator[Launch]:
     """Run a job so that the first failure of any rank ends every rank with that one message.
@@ -100,56 +59,35 @@ def launch() -> Iterator[Launch]:
     so a thread on each rank looks for the message and ends the process.
     """
     prepare_megatron()
-    job = Launch.from_environment()
-    done = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(job, done), daemon=True)
-    watcher.start()
+    try:
+        job = Launch.from_environment()
+    except ConfigError as error:
+        end_process(f"error: {error}")
+        raise
+    watch = Watch(job)
+    watch.start()
     try:
         yield job
     except ConfigError as error:
-        _fail(job, f"error: {error}{_whose(job)}")
+        fail(job, f"error: {error}{job.whose()}", job.store)
     except BaseException as error:
         if isinstance(error, SystemExit) and not error.code:
             raise
-        _fail(job, f"rank {job.rank} failed:\n{''.join(traceback.format_exception(error))}")
+        fail(job, _described(job, error), job.store)
     finally:
-        done.set()
+        watch.done.set()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def _whose(job: Launch) -> str:
-    """Which node an error is of, where there are several and each has files of its own."""
-    if os.environ.get("LOCAL_WORLD_SIZE", str(job.world_size)) == str(job.world_size):
-        return ""
-    return f" (rank {job.rank} on {socket.gethostname()})"
-
-
-def _fail(job: Launch, message: str) -> None:
-    """Publish the message if no rank was faster, print it once, end this process with code 1."""
-    # A collective that broke because its peer failed must not hide the peer's own message.
-    with contextlib.suppress(Exception):
-        first = job.store.compare_set(_FAILURE_KEY, "", f"{job.rank}\n{message}").decode()
-        if int(first.partition("\n")[0]) != job.rank:
-            _exit()
-    print(message, file=sys.stderr, flush=True)
-    _exit()
-
-
-def _exit() -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)  # other threads may be inside a collective that never returns
-
-
-def _watch(job: Launch, done: threading.Event) -> None:
-    while not done.wait(_CHECK_SECONDS):
-        try:
-            failed = job.watch_store.check([_FAILURE_KEY])
-        except Exception:  # the store went away with the launcher
-            return
-        if failed and not done.is_set():
-            _exit()
+def _described(job: Launch, error: BaseException) -> str:
+    """What a rank says as it fails. A collective breaks when another rank is gone: it is named."""
+    of_collective = isinstance(error, dist.DistError) or "gloo" in str(error)
+    if job.world_size > 1 and isinstance(error, RuntimeError) and of_collective:
+        seen, _, _ = str(error).partition(". ")
+        if lost := lost_ranks(job):
+            return f"error: {lost}. Start the run again to continue it. Seen as: {seen}"
+    return f"rank {job.rank} failed:\n{''.join(traceback.format_exception(error))}"
 
 
 def main_ranks_folder(folder: Path | None, runtime: "Runtime") -> Path | None:
@@ -183,12 +121,33 @@ def order_kernels(tensor_parallel: int, *, shards_target: bool) -> None:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
-def start(job: Launch, tensor_parallel: int, *, shards_target: bool = False) -> Runtime:
+def at_step(iteration: int, *, done: int) -> None:
+    """This rank begins a step, after `done` others since its start. The first one compiles. From
+    then on collectives fail by themselves, where the watching threads do not end a run before. One
+    barrier in the second step."""
+    from megatron.core import parallel_state
+
+    at(f"step {iteration}", longer=done == 0)
+    if done == 1:
+        parallel_state.update_pg_timeout(datetime.timedelta(seconds=2 * time_limit()))
+
+
+def start(
+    job: Launch,
+    tensor_parallel: int,
+    *,
+    shards_target: bool = False,
+    uneven: bool = False,
+) -> Runtime:
     """Join all ranks and make Megatron-Core's tensor- and data-parallel groups.
 
     NCCL on the GPU of `local_rank` where CUDA is available, gloo on the CPU otherwise.
     shards_target: the frozen target's weights travel between data-parallel ranks.
+    uneven: data-parallel ranks have shares of work of their own, and may be done long before the
+    others.
     """
+    at("joining the ranks", longer=True)
+    limit = _DAY if uneven else datetime.timedelta(seconds=2 * time_limit(longer=True))
     order_kernels(tensor_parallel, shards_target=shards_target)
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -205,10 +164,12 @@ def start(job: Launch, tensor_parallel: int, *, shards_target: bool = False) -> 
             store=dist.PrefixStore("world", job.store),
             rank=job.rank,
             world_size=job.world_size,
-            timeout=datetime.timedelta(minutes=30),
+            timeout=limit,
         )
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor_parallel, create_gloo_process_groups=False
+        tensor_model_parallel_size=tensor_parallel,
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=math.ceil(limit.total_seconds() / 60),
     )
     # Megatron-Core's layers want its random states; no number of ours comes from them.
     model_parallel_cuda_manual_seed(1)

@@ -14,8 +14,9 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dspark_megatron.errors import require
-from dspark_megatron.storage.checkpoint_metadata import damaged
-from dspark_megatron.storage.gpt_checkpoint import GPTCheckpoint, known_classes
+from dspark_megatron.storage.checkpoints.damage import Damage
+from dspark_megatron.storage.checkpoints.data_only import known_classes
+from dspark_megatron.storage.gpt_checkpoint import GPTCheckpoint
 from dspark_megatron.storage.torch_dist_folder import cause_of
 from dspark_megatron.targets.megatron.gpt_shape import GPTShape
 
@@ -177,7 +178,7 @@ def load_checkpoint_weights(model: GPTModel, checkpoint: GPTCheckpoint) -> None:
         with known_classes():
             loaded = dist_checkpointing.load({"model": state}, str(checkpoint.path))["model"]
     except CheckpointException as error:
-        raise damaged(checkpoint.path, cause_of(error)) from error
+        raise Damage.of(checkpoint.path, cause_of(error)) from error
     cut = len(checkpoint.prefix)
     result = model.load_state_dict({n[cut:]: t for n, t in loaded.items()}, strict=False)
     missing = [name for name in result.missing_keys if not name.endswith(_DETAILS)]

@@ -11,11 +11,11 @@ Shapes: s tokens of a sample, m target layers, h hidden size.
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +47,7 @@ class DeepSpecLayout:
     hidden_size: int
     target_layer_ids: tuple[int, ...]
     target_path: str
+    index: ClassVar[str] = _INDEX
 
     def entry(self, sample: Sample) -> DeepSpecEntry:
         length = len(sample.input_ids)
@@ -146,6 +147,14 @@ class DeepSpecStates:
             torch.arange(length),
         )
 
+    def shards(self) -> dict[str, Sequence[int]]:
+        places: dict[str, list[int]] = {}
+        for place in range(len(self._index) // RECORD.size):
+            _, shard, *_ = self._record(place)
+            self._check_known(shard)
+            places.setdefault(self._files[shard].name, []).append(place)
+        return {name: found for name, found in places.items()}
+
     def _input_ids(self) -> Iterator[Tensor]:
         for place in range(len(self._index) // RECORD.size):
             _, shard, length, start, *_ = self._record(place)
@@ -161,15 +170,18 @@ class DeepSpecStates:
         return found.view(torch.bfloat16).view(length, width)
 
     def _bytes(self, shard: int, start: int, nbytes: int) -> Tensor:
-        require(
-            shard in self._files, f"{_INDEX} of {self.path} names a shard {shard}; copy it again"
-        )
+        self._check_known(shard)
         found = self._shard(shard)[start : start + nbytes]
         require(
             len(found) == nbytes,
             f"{self._files[shard]} ends before what {_INDEX} says of it; copy it again",
         )
         return found
+
+    def _check_known(self, shard: int) -> None:
+        require(
+            shard in self._files, f"{_INDEX} of {self.path} names a shard {shard}; copy it again"
+        )
 
     def _open(self, shard: int) -> Tensor:
         """The bytes of a shard, mapped."""
@@ -189,10 +201,16 @@ def _check(folder: Path, manifest: dict[str, Any]) -> None:
             f"{name} of DeepSpec's cache {folder} must be {value!r} and is {manifest[name]!r}; "
             "write one of version 2 in bf16",
         )
+    numbers = [manifest["hidden_size"], manifest["num_samples"], *_listed(manifest, folder)]
     require(
-        all({"shard_id", "file_name"} <= shard.keys() for shard in manifest["shards"]),
-        f"a shard in the manifest of DeepSpec's cache {folder} lacks its shard_id or file_name; "
-        "copy it again",
+        all(type(number) is int for number in numbers) and min(numbers[:2]) > 0,
+        f"hidden_size, num_samples and target_layer_ids in the manifest of DeepSpec's cache "
+        f"{folder} must be whole numbers; copy it again",
+    )
+    require(
+        isinstance(manifest["shards"], list) and all(map(_is_shard, manifest["shards"])),
+        f"a shard in the manifest of DeepSpec's cache {folder} lacks its shard_id or file_name, "
+        "the name of a file beside it; copy it again",
     )
     absent = [s["file_name"] for s in manifest["shards"] if not (folder / s["file_name"]).is_file()]
     require(not absent, f"the stored states {folder} lack the shards {absent[:5]}; copy them again")
@@ -203,3 +221,20 @@ def _check(folder: Path, manifest: dict[str, Any]) -> None:
         f"{folder / _INDEX} must have {wanted} bytes ({manifest['num_samples']} samples) and has "
         f"{size}; copy it again",
     )
+
+
+def _listed(manifest: dict[str, Any], folder: Path) -> list[Any]:
+    layers = manifest["target_layer_ids"]
+    require(
+        isinstance(layers, list) and bool(layers),
+        f"target_layer_ids in the manifest of DeepSpec's cache {folder} must be a list; copy it "
+        "again",
+    )
+    return layers
+
+
+def _is_shard(entry: Any) -> bool:
+    if not isinstance(entry, dict) or type(entry.get("shard_id")) is not int:
+        return False
+    name = entry.get("file_name")
+    return isinstance(name, str) and Path(name).name == name

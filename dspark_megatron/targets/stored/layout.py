@@ -6,8 +6,9 @@ m target layers, h hidden size.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -42,6 +43,9 @@ def sample_key(input_ids: Tensor, loss_mask: Tensor | None = None) -> bytes:
 
 class StatesLayout(Protocol):
     """How states are written: samples side by side in shards."""
+
+    index: ClassVar[str]
+    """The file that says where each sample is."""
 
     def entry(self, sample: Sample) -> Any:
         """What the index has to know of a sample; its bytes in a shard are `nbytes`."""
@@ -81,6 +85,9 @@ class StatesReader(Protocol):
     def states(self, place: int) -> KeptStates:
         """States of a sample; parts of mapped files."""
 
+    def shards(self) -> dict[str, Sequence[int]]:
+        """The places of the samples in each file."""
+
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a finished folder; ConfigError for anything else."""
@@ -94,7 +101,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"{path} must be the readable manifest of stored states ({error}); write them with "
             "tools/prepare_target_cache.py"

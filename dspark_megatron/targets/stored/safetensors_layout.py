@@ -8,10 +8,12 @@
 Shapes: n samples, k shards; s, c, u, m, h as in `layout`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,6 +89,7 @@ class SafetensorsLayout:
     block_size: int
     loss: LossConfig
     with_last_hidden: bool = True
+    index: ClassVar[str] = _INDEX
 
     def entry(self, sample: Sample) -> SampleEntry:
         context = context_size(sample.loss_mask, self.loss)
@@ -154,7 +157,7 @@ class SafetensorsStates:
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.path, self.facts = folder, manifest
-        index = _tensors(folder / _INDEX)
+        index = _checked_index(folder / _INDEX)
         self._keys, self._starts = index["keys"], index["shard_starts"]
         shards = range(len(self._starts) - 1)
         absent = [i for i in shards if not (folder / shard_name(i)).is_file()]
@@ -188,9 +191,14 @@ class SafetensorsStates:
         positions = tensors["positions"][targets].long()
         return KeptStates(taps, tensors["last_hidden"][targets], positions)
 
+    def shards(self) -> dict[str, Sequence[int]]:
+        bounds = enumerate(pairwise(self._starts.tolist()))
+        return {shard_name(shard): range(first, end) for shard, (first, end) in bounds}
+
     def _open(self, shard: int) -> dict[str, Tensor]:
         path = self.path / shard_name(shard)
         tensors = _tensors(path)
+        require("taps" in tensors, f"{path} has no taps: it is no shard of states; copy it again")
         first, end = self._starts[shard : shard + 2].tolist()
         for name, before in (("taps", self._context), ("last_hidden", self._targets)):
             wanted, found = int(before[end] - before[first]), len(tensors.get(name, ()))
@@ -200,6 +208,21 @@ class SafetensorsStates:
                 "folder: delete it and the manifest, and store the states again",
             )
         return tensors
+
+
+def _checked_index(path: Path) -> dict[str, Tensor]:
+    """Counts of every sample and the first one of each shard; ConfigError for anything else."""
+    index = _tensors(path)
+    lacking = {"keys", "context", "teachers", "shard_starts"} - index.keys()
+    require(not lacking, f"{path} lacks {sorted(lacking)}: it is no index; copy it again")
+    starts, sizes = index["shard_starts"].tolist(), {len(index[n]) for n in ("context", "teachers")}
+    rises = all(a < b for a, b in pairwise(starts)) and starts[:1] == [0]
+    require(
+        rises and sizes == {len(index["keys"])} == {starts[-1]},
+        f"{path} must count the same samples in keys, context, teachers and shard_starts; copy it "
+        "again",
+    )
+    return index
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

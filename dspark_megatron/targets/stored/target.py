@@ -14,6 +14,7 @@ from dspark_megatron.errors import ConfigError
 from dspark_megatron.ops.transfer import to_device
 from dspark_megatron.targets.base import StatesSource, TargetStates
 from dspark_megatron.targets.stored.layout import StatesReader
+from dspark_megatron.targets.stored.verification import ShardChecks
 
 _AHEAD = 2
 """Batches read before they are asked for, at most; they lie in memory."""
@@ -32,10 +33,12 @@ class StoredStates(StatesSource):
         *,
         device: torch.device,
         hints: Sequence[str] = (),
+        checks: ShardChecks | None = None,
     ) -> None:
         """data: the samples of a run; the folder must have them all and may have others. hints: how
-        the data differ from those whose states are stored."""
-        self._reader, self._device = reader, device
+        the data differ from those whose states are stored. checks: of shards, to be made while
+        training goes on; the first that is damaged ends it."""
+        self._reader, self._device, self._checks = reader, device, checks
         places = {key: place for place, key in enumerate(reader.keys())}
         wanted = [reader.key(*data[i]) for i in range(len(data))]
         missing = [i for i, key in enumerate(wanted) if key not in places]
@@ -50,6 +53,13 @@ class StoredStates(StatesSource):
         self._thread = ThreadPoolExecutor(1, "states-reader")
         self._expected: deque[Batch] = deque()
         self._ahead: deque[tuple[tuple[int, ...], Future[TargetStates]]] = deque()
+        if checks is not None:
+            checks.start()
+
+    def finish(self) -> None:
+        """Wait until all shards are checked; ConfigError for a damaged one."""
+        if self._checks is not None:
+            self._checks.finish()
 
     def expect(self, batches: Sequence[Batch]) -> None:
         self._ahead.clear()
@@ -57,7 +67,10 @@ class StoredStates(StatesSource):
         self._read_ahead()
 
     def states(self, batch: Batch) -> TargetStates:
-        """Taps are padded to the longest context only, c of them: [b, c, m*h]."""
+        """Taps are padded to the longest context only, c of them: [b, c, m*h]. ConfigError once a
+        shard of the folder was found to be damaged."""
+        if self._checks is not None:
+            self._checks.raise_if_damaged()
         while self._ahead and self._ahead[0][0] != batch.sample_indices:
             self._ahead.popleft()  # what teaches nothing is not asked for
         found = self._ahead.popleft()[1].result() if self._ahead else self._read(batch)

@@ -14,6 +14,8 @@ from tqdm import tqdm
 from dspark_megatron.data.batch import Batch, padded
 from dspark_megatron.data.dataset import ConversationDataset
 from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.storage.checksums import checksum_of, keep_checksums
+from dspark_megatron.storage.folder_lock import LOCK
 from dspark_megatron.storage.writing import PARTIAL, claim_folder, write_json
 from dspark_megatron.targets.base import Target
 from dspark_megatron.targets.stored.layout import (
@@ -22,6 +24,12 @@ from dspark_megatron.targets.stored.layout import (
     StatesLayout,
     differences,
     read_json,
+)
+from dspark_megatron.targets.stored.verification import (
+    check_finite,
+    checksum_file,
+    known_checksums,
+    read_checksum,
 )
 
 
@@ -73,6 +81,11 @@ class StatesWriter:
         if not missing and (self.output / MANIFEST).is_file():
             self.layout.write_index(self.output, self.entries, self.starts)
             return []
+        for shard in missing:  # what is known of a lost one is not of that which takes its place
+            checksum_file(self._shard_path(shard)).unlink(missing_ok=True)
+        names = {self.layout.shard_name(shard) for shard in missing}
+        if known := known_checksums(self.output):
+            keep_checksums(self.output, {n: c for n, c in known.items() if n not in names})
         write_json(self.output / UNFINISHED, self.manifest)
         (self.output / MANIFEST).unlink(missing_ok=True)  # of a folder that has lost a shard
         self.layout.write_index(self.output, self.entries, self.starts)
@@ -99,8 +112,7 @@ class StatesWriter:
                 tensors |= self._states(batch, target)
                 progress.update()
             if tp_group.rank() == 0:
-                in_order = [tensors[i] for i in sorted(tensors)]
-                self.layout.write_shard(self._shard_path(shard), in_order)
+                self._write_shard(shard, [tensors[i] for i in sorted(tensors)])
         if target.lockstep:  # others still need this rank's part of the weights
             for _ in range(max(passes) - passes[mine]):
                 target.states(Batch(self.data[0].input_ids[None, :1]))
@@ -117,7 +129,27 @@ class StatesWriter:
             "file system that all nodes share. Where it is and shows files late, run the command "
             "again",
         )
+        self._write_checksums()
         (self.output / UNFINISHED).replace(self.output / MANIFEST)
+
+    def _write_shard(self, shard: int, samples: list[dict[str, torch.Tensor]]) -> None:
+        """And its checksum beside it, until the folder has all of them in one file."""
+        path = self._shard_path(shard)
+        self.layout.write_shard(path, samples)
+        write_json(checksum_file(path), checksum_of(path)._asdict())
+
+    def _write_checksums(self) -> None:
+        """Those of the shards are read again only where a kill came before they were kept."""
+        known, found = known_checksums(self.output), {}
+        paths = [self._shard_path(shard) for shard in range(len(self.starts) - 1)]
+        for path in paths:
+            beside = read_checksum(checksum_file(path))
+            found[path.name] = beside or known.get(path.name) or checksum_of(path)
+        found[self.layout.index] = checksum_of(self.output / self.layout.index)
+        found[MANIFEST] = checksum_of(self.output / UNFINISHED)
+        keep_checksums(self.output, found)
+        for path in paths:
+            checksum_file(path).unlink(missing_ok=True)
 
     def _states(self, batch: Sequence[int], target: Target) -> dict[int, dict[str, torch.Tensor]]:
         """What is kept of some samples."""
@@ -127,6 +159,7 @@ class StatesWriter:
         for at, (i, sample) in enumerate(zip(batch, samples, strict=True)):
             own, last_hidden = slice(len(ids[at])), states.last_hidden
             last_hidden = None if last_hidden is None else last_hidden[at, own]
+            check_finite(states.taps[at, own], last_hidden, sample=i)
             kept[i] = self.layout.sample_tensors(sample, states.taps[at, own], last_hidden)
         return kept
 
@@ -146,11 +179,12 @@ class StatesWriter:
             self.output.is_dir() or not self.output.exists(),
             f"{self.output} must be a folder and is a file; name another one",
         )
-        names = [path.name for path in self.output.iterdir()] if self.output.exists() else []
+        found = self.output.iterdir() if self.output.exists() else []
+        names = [path.name for path in found if path.name != LOCK]
         if all(name.startswith(PARTIAL) for name in names):  # killed in its first moment
             return
-        found = [self.output / name for name in (MANIFEST, UNFINISHED)]
-        known = [path for path in found if path.is_file()]
+        manifests = [self.output / name for name in (MANIFEST, UNFINISHED)]
+        known = [path for path in manifests if path.is_file()]
         require(
             bool(known),
             f"{self.output} must be empty or hold stored states, and has files but no {MANIFEST}; "

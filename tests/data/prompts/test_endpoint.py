@@ -1,43 +1,12 @@
 """Answers through a real HTTP server on this machine, with failures of every kind."""
 
 import re
-import threading
 from collections import Counter
 
 import generate_responses as tool
 import pytest
 
-from support.chat_lines import prompt, read_rows, write_jsonl
-from support.chat_server import KEY, Server
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    yield server
-    server.silence.set()
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-@pytest.fixture
-def run(server, tmp_path, capsys):
-    """Asks for the texts; returns the exit code, the rows of the output, and what was said."""
-
-    def run(*texts, options=()):
-        rows = [text if isinstance(text, dict) else prompt(text) for text in texts]
-        source = write_jsonl(tmp_path / "prompts.jsonl", rows)
-        output = tmp_path / "out.jsonl"
-        arguments = ["--endpoint", server.url, "--model", "tiny", "--input", str(source)]
-        arguments += ["--output", str(output), "--retry-delay", "0.01", "--timeout", "0.5"]
-        code = tool.main([*arguments, *options])
-        return code, read_rows(output) if output.exists() else None, capsys.readouterr()
-
-    return run
+from support.chat_lines import prompt
 
 
 def test_answers_in_input_order_with_bounded_concurrency(server, run):

@@ -29,7 +29,8 @@ def test_everything_is_written(tmp_path, capsys):
     assert check_sidecar(folder, block_size=3, iteration=100)
     sidecar = json.loads((folder / "dspark_sts.json").read_text())
     result = json.loads((folder / "calibration.json").read_text())
-    assert sidecar["temperatures"] == result["temperatures"]
+    assert sidecar["temperatures"] == result["temperatures"] == result["fitted_temperatures"]
+    assert sidecar["note"] == "temperatures other than 1 are used in slots 0, 1, 2"
     assert sidecar["num_samples"] == 300 and sidecar["dataset"] == "prompts.jsonl"
     assert sidecar["ece_after"] == result["survival"]["after"]["ece"]
     assert all(b < a for a, b in zip(sidecar["ece_before"], sidecar["ece_after"], strict=True))
@@ -40,7 +41,8 @@ def test_everything_is_written(tmp_path, capsys):
         assert len(figures["bin_predicted"][0]) == 10
     for name in WRITTEN[2:]:
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
-    assert "300 rounds of 10 prompts" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "300 rounds of 10 prompts" in said and sidecar["note"] in said
     first = {name: (folder / name).read_bytes() for name in WRITTEN}
     run(tmp_path, "--labels", "expected", "--bins", "10")
     assert first == {name: (folder / name).read_bytes() for name in WRITTEN}

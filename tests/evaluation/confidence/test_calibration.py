@@ -7,6 +7,7 @@ import torch
 
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.evaluation.confidence.calibration import CalibrationSettings, calibrate
+from dspark_megatron.evaluation.confidence.calibration_gain import GainJudge
 from dspark_megatron.evaluation.confidence.calibration_records import load_records, split_by_prompt
 from dspark_megatron.evaluation.confidence.probability_metrics import (
     auc,
@@ -98,6 +99,53 @@ def test_calibrated_confidence_is_left_alone():
     for slot, temperature in enumerate(result["temperatures"]):
         assert 0.75 < temperature < 1.34
         assert after["ece"][slot] < before["ece"][slot] + before["noise_floor"][slot]
+
+
+def test_temperatures_that_fit_noise_are_turned_down():
+    """A calibrated head and few rounds: the fit finds other temperatures nearly every time."""
+    fitted = used = 0
+    for seed in range(20):
+        records = synthetic_records(prompts=16, rounds=15, temperatures=[1.0] * 3, seed=seed)
+        result = calibrate(records, CalibrationSettings())
+        fitted += any(t != 1 for t in result["fitted_temperatures"])
+        if result["temperatures"] == [1.0] * 3:
+            assert result["survival"]["before"] == result["survival"]["after"]
+            assert result["verdict"].startswith("T = 1 is kept in all slots")
+            continue
+        used += 1
+        before, after = (sum(result["survival"][when]["ece"]) for when in ("before", "after"))
+        assert after <= before
+        assert "are used in slots" in result["verdict"]
+    assert fitted >= 15 and used <= 2
+
+
+def test_few_prompts_cannot_speak_for_a_temperature():
+    records = synthetic_records(prompts=10, rounds=300, temperatures=[3.0])
+    result = calibrate(records, CalibrationSettings())
+    assert result["fitted_temperatures"] != [1.0] == result["temperatures"]
+    assert "at least 6 prompts held out" in result["notes"][0]
+    more = synthetic_records(prompts=12, rounds=300, temperatures=[3.0])
+    assert calibrate(more, CalibrationSettings())["temperatures"] != [1.0]
+
+
+def test_the_gain_of_temperatures_equals_a_count_by_hand():
+    logits, prompt = torch.tensor([[2.0], [2.0], [-1.0], [1.0]]), torch.tensor([7, 7, 9, 4])
+    labels = torch.tensor([[1.0], [0.0], [0.0], [math.nan]]).double()
+    logits, labels, prompt = (torch.cat([x] * 3) for x in (logits, labels, prompt))
+    prompt += torch.arange(3).repeat_interleave(4) * 10
+
+    def loss(t):
+        return sum(
+            -math.log(p if y else 1 - p)
+            for x, y in ((2, 1), (2, 0), (-1, 0))
+            for p in [1 / (1 + math.exp(-x / t))]
+        )
+
+    gain = GainJudge(logits, labels, prompt, bins=20).gain([1.0], [2.0])
+    assert gain.mean == pytest.approx((loss(1) - loss(2)) / 3, abs=1e-12)
+    assert gain.low < gain.mean < gain.high
+    again = GainJudge(logits, labels, prompt, bins=20).gain([2.0], [1.0])
+    assert again.mean == pytest.approx(-gain.mean) and again.lowers_error != gain.lowers_error
 
 
 def test_each_slot_is_fitted_on_top_of_those_before():
@@ -194,7 +242,10 @@ def test_temperatures_are_of_the_fit_part_and_figures_of_the_other():
     records.accepted[held_out] = 2
     after = calibrate(records, settings)
     assert after["fit"] == {"prompts": 5, "rounds": 150}
-    assert after["temperatures"] == before["temperatures"] != [1.0, 1.0]
+    assert after["fitted_temperatures"][0] == before["fitted_temperatures"][0] != 1.0
+    assert before["temperatures"][0] == before["fitted_temperatures"][0]
+    # What nothing but the part fitted on speaks for is not used.
+    assert after["temperatures"] == [1.0, 1.0] and "T = 1 is kept" in after["notes"][0]
     for name in ("survival", "confidence"):
         assert after[name]["after"]["observed"] == [1.0, 1.0] != before[name]["after"]["observed"]
     assert after["threshold_sweep"]["after"]["tau"][0] == 3.0

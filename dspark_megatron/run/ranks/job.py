@@ -1,0 +1,89 @@
+"""The place of a process in its job. The environment that torchrun sets is read here."""
+
+import datetime
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from dspark_megatron.errors import ConfigError
+
+_MAIN_RANKS_KEY = "dspark_main_ranks"
+_JOIN_MINUTES = 10.0
+"""For the first connection, before there is a config."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What torchrun tells a process; a plain `python` start is a job of one rank."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    store: dist.Store
+    watch_store: dist.Store
+    """A connection of its own for the watching thread: a blocked one is locked."""
+    address: str = ""
+    """host:port of the store."""
+    node: str = "0"
+    """The same for the ranks of one launcher."""
+
+    @classmethod
+    def from_environment(cls) -> "Launch":
+        """ConfigError where the store of the job is not found."""
+        rank = int(os.environ.get("RANK", 0))
+        world_size = int(os.environ.get("WORLD_SIZE", 1))
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        host = os.environ.get("MASTER_ADDR", "localhost")
+        port = int(os.environ.get("MASTER_PORT", 0))
+        # torchrun's agent may already serve a store at that address.
+        serve = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and rank == 0
+        store = _connected(host, port, rank, serve=serve)
+        watch = _connected(host, store.port, rank, serve=False)
+        attempt = f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        return cls(
+            *(rank, world_size, local_rank),
+            store=dist.PrefixStore(attempt, store),
+            watch_store=dist.PrefixStore(attempt, watch),
+            address=f"{host}:{store.port}",
+            node=os.environ.get("GROUP_RANK", "0"),
+        )
+
+    @classmethod
+    def alone(cls) -> "Launch":
+        """A job of this process only, whatever the environment says."""
+        store = dist.HashStore()
+        return cls(0, 1, 0, store, store)
+
+    def main_ranks(self, make: Callable[[], str]) -> str:
+        """What `make` returns on the main rank, on every rank; before there are process groups.
+        Every rank calls it, at most once in a job."""
+        if self.rank == 0:
+            self.store.set(_MAIN_RANKS_KEY, make())
+        return self.store.get(_MAIN_RANKS_KEY).decode()
+
+    def whose(self) -> str:
+        """Which node an error is of, where there are several and each has files of its own."""
+        if os.environ.get("LOCAL_WORLD_SIZE", str(self.world_size)) == str(self.world_size):
+            return ""
+        return f" (rank {self.rank} on {socket.gethostname()})"
+
+
+def _connected(host: str, port: int, rank: int, *, serve: bool) -> dist.TCPStore:
+    limit = datetime.timedelta(minutes=_JOIN_MINUTES)
+    try:
+        return dist.TCPStore(host, port, None, serve, limit, wait_for_workers=False)
+    except dist.DistError as error:
+        reason = str(error).splitlines()[0]
+        if serve:
+            raise ConfigError(
+                f"rank 0 on {socket.gethostname()} cannot serve the rendezvous of its job at port "
+                f"{port}: {reason}; set MASTER_PORT to one that is free, the same on all nodes"
+            ) from error
+        raise ConfigError(
+            f"rank {rank} on {socket.gethostname()} waited {_JOIN_MINUTES:g} minutes for its job "
+            f"at {host}:{port}, where rank 0 or its launcher answers, and it did not come: "
+            f"{reason}; start that node as well, or correct its address"
+        ) from error
