@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dspark_megatron.config.bounded_text import read_json
+from dspark_megatron.bounded_text import read_json
 from dspark_megatron.conversion.engines.table import AUX
 from dspark_megatron.conversion.layouts.foreign_configs import TargetFacts
 from dspark_megatron.conversion.layouts.hf_config import description_of_config

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dspark_megatron.config.bounded_text import read_json
+from dspark_megatron.bounded_text import read_json
 from dspark_megatron.conversion.draft_folder import DraftFolder
 from dspark_megatron.conversion.layouts.hf_config import DraftDescription
 from dspark_megatron.conversion.layouts.names import (

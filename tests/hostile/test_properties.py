@@ -7,7 +7,7 @@ import json
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dspark_megatron.config.bounded_text import parse_yaml
+from dspark_megatron.bounded_text import parse_yaml
 from dspark_megatron.config.loading import config_from_dict, load_config
 from dspark_megatron.conversion.model_card import check_name
 from dspark_megatron.data.chats.messages import chat_of

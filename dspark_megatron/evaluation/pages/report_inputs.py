@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from dspark_megatron.config.bounded_text import read_json
+from dspark_megatron.bounded_text import read_json
 from dspark_megatron.errors import require
 
 FIGURES = ("prompts", "tau", "accept_rate", "prefix_survival")

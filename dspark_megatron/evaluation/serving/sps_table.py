@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dspark_megatron.config.bounded_text import read_json
+from dspark_megatron.bounded_text import read_json
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.storage.writing import write_json
 
