@@ -23,7 +23,7 @@ from support.draft_folders import (
     trained_tensors,
     write_checkpoint,
 )
-from support.shapes import FOLDER_SHAPES, VANILLA
+from support.shapes import FOLDER_SHAPES, VANILLA, meta_of
 
 FP32 = torch.float32
 NOT_MODELOPT = ("no Markov head", "confidence without Markov")
@@ -131,8 +131,7 @@ def write_at(runtime, shape, folder, run):
 
     draft = build_tiny_draft(runtime, shape)
     fill_draft(draft, DraftFolder(folder).tensor, tp_group=runtime.tp_group)
-    meta = {"format": 1, "shape": shape.to_dict(), "target_fingerprint": FINGERPRINT}
-    meta |= {"num_anchors": 16, "initializer_range": 0.02, "confidence_head_alpha": 1.0}
+    meta = meta_of(shape) | {"target_fingerprint": FINGERPRINT}
     state = RunState(100, 800)
     save_checkpoint(Path(run, "checkpoints"), state, meta, draft, None, keep_last=1)
 

@@ -150,7 +150,7 @@ def test_a_run_of_another_day_is_refused_with_words_on_the_clock(tmp_path):
         check_same_run(run, here)
     with pytest.raises(ConfigError, match="reads the clock, .* the day on which that was begun"):
         check_same_run(saved(data_fingerprint="a"), here)  # of a version that kept no day
-    with pytest.raises(ConfigError, match="num_anchors: 1 there") as error:
+    with pytest.raises(ConfigError, match="num_anchors: 16 there") as error:
         check_same_run(saved(data_fingerprint="b"), {**here, "num_anchors": 2})
     assert "clock" not in str(error.value)
     check_same_run(saved(data_fingerprint="b"), here)
