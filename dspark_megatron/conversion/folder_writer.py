@@ -23,7 +23,7 @@ from dspark_megatron.conversion.layouts.names import (
     raise_if_any,
 )
 from dspark_megatron.conversion.layouts.table import LAYOUTS, detect_layout
-from dspark_megatron.conversion.model_card import is_unedited, model_card
+from dspark_megatron.conversion.model_card import check_name, is_unedited, model_card
 from dspark_megatron.conversion.sidecar import (
     SIDECAR,
     carry_sidecar,
@@ -34,6 +34,7 @@ from dspark_megatron.conversion.sources import DraftSource
 from dspark_megatron.conversion.target_match import not_finite, shape_problems, target_problems
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.shape import DraftShape
+from dspark_megatron.storage.new_folder import new_folder
 from dspark_megatron.storage.safetensors_folder import (
     INDEX,
     SafetensorsFolder,
@@ -42,7 +43,7 @@ from dspark_megatron.storage.safetensors_folder import (
 )
 from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.storage.target_weights import SharedMatrix, shared_matrices
-from dspark_megatron.storage.writing import new_folder, write_json, write_text
+from dspark_megatron.storage.writing import write_json, write_text
 
 WRITTEN = {"config.json", INDEX, "README.md", SIDECAR}
 """Files of an export, beside the safetensors."""
@@ -79,6 +80,7 @@ def write_draft_folder(
         shared = _shared_matrices(shape, target_dir, options.target_checkpoint)
     dtype = options.dtype or source.dtype()
     facts = TargetFacts.of(target_config, options.target_name or target_dir.resolve().name)
+    check_name("the target (--target-name)", facts.name)
     canonical = hugging_face_config(source.description, target_config=target_config, dtype=dtype)
     config = layout.to_config(canonical, facts)
     history = source.history()
