@@ -1,6 +1,5 @@
 """The training run: start, steps, checkpoints, end."""
 
-import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -268,16 +267,9 @@ class Trainer:
 
     def _open_metrics(self) -> MetricSums:
         """The sums of the log interval that the run stands in. What a checkpoint kept of them is
-        of all ranks together, so one data-parallel rank takes it. Sums of another set of metrics,
-        of an older version, are let go."""
-        new, kept = self._new_metrics(), self.state.open_metrics
-        finite = all(map(math.isfinite, kept))  # one of a version that did not skip may have others
-        if len(kept) != new.packed().numel() or not finite or self.runtime.dp_group.rank():
-            return new
-        packed = torch.tensor(kept, dtype=torch.float64, device=self.runtime.device)
-        metrics = MetricSums.unpacked(packed)
-        metrics.scalars["tokens"].zero_()  # the clock starts anew, too
-        return metrics
+        of all ranks together, so one data-parallel rank takes it."""
+        is_first = self.runtime.dp_group.rank() == 0
+        return self._new_metrics().continued(self.state.open_metrics if is_first else ())
 
     def _new_metrics(self) -> MetricSums:
         return MetricSums.zeros(self.plan.shape.block_size, self.runtime.device)

@@ -1,5 +1,7 @@
 """Sums and weights of a run's metrics: added over data-parallel ranks and divided once, here."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +62,16 @@ class MetricSums:
         """All sums as one vector of 15 + 2k doubles, to travel or to be kept."""
         scalars = torch.stack([self.scalars[name] for name in SCALARS])
         return torch.cat([scalars, self.accept_sum, self.accept_count])
+
+    def continued(self, kept: Sequence[float]) -> "MetricSums":
+        """New sums that go on from what was packed; from nothing where that is of another set of
+        metrics, of an older version, or has values that are not finite."""
+        if len(kept) != self.packed().numel() or not all(map(math.isfinite, kept)):
+            return self
+        packed = torch.tensor(kept, dtype=torch.float64, device=self.accept_sum.device)
+        metrics = MetricSums.unpacked(packed)
+        metrics.scalars["tokens"].zero_()  # the clock starts anew, too
+        return metrics
 
     def restore(self, packed: Tensor) -> None:
         """Go back to what was packed before."""
