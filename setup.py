@@ -34,6 +34,6 @@ setup(
         "transformer-engine": ["transformer-engine[pytorch]"],
         "modelopt": ["nvidia-modelopt>=0.47", "requests"],  # weights of more GPTModels
         "quickstart": ["gguf", "accelerate"],  # reading the GGUF target
-        "dev": ["pytest", "ruff", "mypy", "types-PyYAML"],
+        "dev": ["pytest", "hypothesis", "markdown-it-py", "ruff", "mypy", "types-PyYAML"],
     },
 )

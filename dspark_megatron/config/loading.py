@@ -9,8 +9,8 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
+from dspark_megatron.bounded_text import MOST_YAML_BYTES, parse_yaml, read_text
 from dspark_megatron.config import Config
-from dspark_megatron.config.bounded_text import MOST_YAML_BYTES, parse_yaml, read_text
 from dspark_megatron.config.presets import check_new_preset, with_preset
 from dspark_megatron.config.rules import SHOWN, one_of, shown
 from dspark_megatron.errors import ConfigError, require
@@ -78,9 +78,9 @@ def nested_overrides(overrides: typing.Iterable[str]) -> dict[str, dict[str, Any
         section, dot, key = name.partition(".")
         require(
             bool(separator and dot and key),
-            f"override {override!r} must look like section.key=value",
+            f"override {shown(override)} must look like section.key=value",
         )
-        sections.setdefault(section, {})[key] = parse_yaml(text, f"override {override!r}")
+        sections.setdefault(section, {})[key] = parse_yaml(text, f"override {shown(override)}")
     return sections
 
 

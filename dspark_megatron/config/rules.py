@@ -26,9 +26,10 @@ MOST_INTEGER = 10**9
 
 def shown(value: object) -> str:
     """A value for a message, cut where it is long."""
-    if isinstance(value, int) and abs(value) >= 10**SHOWN:
-        return f"an integer of {value.bit_length():,} bits"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of too many digits, or too deep
+        return f"a value of type {type(value).__name__} that is too long to be shown"
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 

@@ -5,13 +5,13 @@ kind is listed at once, before any tensor is read; so is every setting that this
 does not have, because taking such a draft for ours would change what it computes.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dspark_megatron.bounded_text import read_json
 from dspark_megatron.conversion.engines.table import AUX
 from dspark_megatron.conversion.layouts.foreign_configs import TargetFacts
 from dspark_megatron.conversion.layouts.hf_config import description_of_config
@@ -26,6 +26,7 @@ from dspark_megatron.conversion.layouts.table import LAYOUTS, check_dspark, dete
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.shape import DraftShape
 from dspark_megatron.storage.safetensors_folder import SafetensorsFolder
+from dspark_megatron.storage.target_schema import check_schema
 
 PRECISIONS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -40,6 +41,7 @@ class DraftFolder:
         ConfigError that lists every problem."""
         self.path = Path(path)
         self.config = read_config(self.path)
+        check_schema(self.config, self.path / "config.json")
         self.files = SafetensorsFolder(self.path)
         raw = self.files.shapes
         try:
@@ -116,12 +118,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """`config.json` of a folder."""
     file = path / "config.json"
     require(file.is_file(), f"{path} has no config.json: it is no folder of a draft")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} is not valid JSON ({error}); copy it again") from error
-    require(isinstance(config, dict), f"{file} must hold an object, has {type(config).__name__}")
-    return config
+    return read_json(file)
 
 
 def _unsupported(config: dict[str, Any], names: Any) -> list[str]:

@@ -23,7 +23,7 @@ from dspark_megatron.conversion.layouts.names import (
     raise_if_any,
 )
 from dspark_megatron.conversion.layouts.table import LAYOUTS, detect_layout
-from dspark_megatron.conversion.model_card import is_unedited, model_card
+from dspark_megatron.conversion.model_card import check_name, is_unedited, model_card
 from dspark_megatron.conversion.sidecar import (
     SIDECAR,
     carry_sidecar,
@@ -80,6 +80,7 @@ def write_draft_folder(
         shared = _shared_matrices(shape, target_dir, options.target_checkpoint)
     dtype = options.dtype or source.dtype()
     facts = TargetFacts.of(target_config, options.target_name or target_dir.resolve().name)
+    check_name("the target (--target-name)", facts.name)
     canonical = hugging_face_config(source.description, target_config=target_config, dtype=dtype)
     config = layout.to_config(canonical, facts)
     history = source.history()

@@ -3,12 +3,16 @@
 
 import hashlib
 import json
+import re
+from shlex import quote
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from dspark_megatron.conversion.engines.table import SGLANG, VLLM
 from dspark_megatron.conversion.layouts.hf_config import DraftDescription
+from dspark_megatron.errors import require
 from dspark_megatron.shape import DraftShape
 
 WHOSE = {
@@ -32,6 +36,8 @@ def model_card(
 ) -> str:
     """folder: the export's name; engines: those that load it; history: iterations, samples and
     evaluation, as far as they are known; with_temperatures: a `dspark_sts.json` lies in it."""
+    check_name("the target", target)
+    check_name("the export's folder", folder)
     shape = description.shape
     confidence, markov = "no confidence head", "no Markov head"
     if shape.enable_confidence_head:
@@ -46,6 +52,7 @@ def model_card(
     templates = Environment(  # of Markdown, where HTML's escapes would be text
         loader=PackageLoader("dspark_megatron.conversion", ""),
         autoescape=False,
+        finalize=_as_text,
         trim_blocks=True,
         undefined=StrictUndefined,
     )
@@ -57,9 +64,24 @@ def model_card(
         history=history,
         layout=layout,
         whose=WHOSE[layout],
-        commands=[command for engine, command in commands.items() if engine in engines],
+        commands=[Markup(text) for engine, text in commands.items() if engine in engines],
     )
     return f"{text}\n\n{_mark(text)}\n"
+
+
+def check_name(what: str, name: str) -> None:
+    """ConfigError for a name that could write lines of its own."""
+    require(
+        name.isprintable() and bool(name.strip()),
+        f"the name of {what} ({name!r}) must be one line of printable text; give another one",
+    )
+
+
+def _as_text(value: Any) -> Any:
+    """A value of the template, a text so that Markdown and HTML show it as it is."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return re.sub(r"([\\`*_\[\]<>|~&$#!])", r"\\\1", " ".join(value.split()))
 
 
 def is_unedited(card: str) -> bool:
@@ -84,15 +106,15 @@ def _vllm_command(shape: DraftShape, target: str, folder: str) -> str:
     }
     if shape.enable_confidence_head:
         options["enable_adaptive_verification"] = True
-    return f"vllm serve {target} --speculative-config '{json.dumps(options)}'"
+    return f"vllm serve {quote(target)} --speculative-config {quote(json.dumps(options))}"
 
 
 def _sglang_command(target: str, folder: str, with_temperatures: bool) -> str:
     command = (
-        f"python -m sglang.launch_server --model-path {target} "
-        f"--speculative-algorithm DSPARK --speculative-draft-model-path {folder}"
+        f"python -m sglang.launch_server --model-path {quote(target)} "
+        f"--speculative-algorithm DSPARK --speculative-draft-model-path {quote(folder)}"
     )
     if not with_temperatures:
         return command
-    sidecar = f"--speculative-dspark-confidence-sts-path {folder}/dspark_sts.json"
+    sidecar = f"--speculative-dspark-confidence-sts-path {quote(f'{folder}/dspark_sts.json')}"
     return f"SGLANG_RAGGED_VERIFY_MODE=compact {command} {sidecar}"

@@ -4,12 +4,12 @@ Calibration writes it beside a draft; conversion carries it along. The keys `ite
 `checkpoint` say which draft it is of.
 """
 
-import json
 import math
 import shutil
 from pathlib import Path
 from typing import Any
 
+from dspark_megatron.bounded_text import read_json
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.storage.writing import json_text
 
@@ -29,7 +29,7 @@ def check_sidecar(
     if not file.is_file():
         return False
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found: Any = read_json(file)
         temperatures, own = found["temperatures"], found.get("iteration")
         calibrated = found.get("checkpoint")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -67,7 +67,7 @@ def is_of_same_draft(own: Path, other: Path) -> bool:
     if own.read_bytes() == other.read_bytes():
         return True
     try:
-        one, two = (json.loads(file.read_text(encoding="utf-8")) for file in (own, other))
+        one, two = map(read_json, (own, other))
         return one["iteration"] == two["iteration"] and same_checkpoint(
             one["checkpoint"], two["checkpoint"]
         )
@@ -84,7 +84,7 @@ def read_temperatures(
     """Temperature of each slot; ConfigError as in `check_sidecar`, and when there are none."""
     found = check_sidecar(folder, block_size, iteration, checkpoint)
     require(found, f"{folder} must hold a {SIDECAR}; tools/calibrate_confidence.py makes one")
-    return json.loads((folder / SIDECAR).read_text(encoding="utf-8"))["temperatures"]
+    return read_json(folder / SIDECAR)["temperatures"]
 
 
 def carry_sidecar(source: Path, folder: Path) -> None:
@@ -124,7 +124,7 @@ def check_place(folder: Path, block_size: int, facts: dict[str, Any], force: boo
     if force or not file.exists():
         return
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json(file)
         there = (found["iteration"], found["checkpoint"])
     except (OSError, ValueError, KeyError, TypeError):
         there = None
@@ -144,7 +144,7 @@ def check_place(folder: Path, block_size: int, facts: dict[str, Any], force: boo
 def _own_block_size(config_file: Path) -> int | None:
     """Of the draft whose config this is; None when there is none or it does not say."""
     try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
+        config = read_json(config_file)
         nested = config.get("dflash_config") or {}
         return config.get("block_size", nested.get("block_size"))
     except (OSError, ValueError, AttributeError):

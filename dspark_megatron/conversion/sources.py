@@ -1,7 +1,6 @@
 """Where a draft to be written comes from: a training checkpoint or a folder of any layout."""
 
 import functools
-import json
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dspark_megatron.bounded_text import read_json
 from dspark_megatron.conversion.draft_folder import DraftFolder
 from dspark_megatron.conversion.layouts.hf_config import DraftDescription
 from dspark_megatron.conversion.layouts.names import (
@@ -77,7 +77,7 @@ class CheckpointSource:
         if not file.is_file():
             return None
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
+            found: Any = read_json(file)
             evaluated = same_checkpoint(found["checkpoint"] or "", self.path)
             figures = {
                 name: {"prompts": int(x["prompts"]), "tau": x["tau"] and float(x["tau"])}

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
+from dspark_megatron.bounded_text import parse_yaml
 from dspark_megatron.config import Config
-from dspark_megatron.config.bounded_text import parse_yaml
 from dspark_megatron.config.loading import config_from_dict
 from dspark_megatron.errors import require
 from dspark_megatron.megatron_lm.names import ARGUMENTS, settings

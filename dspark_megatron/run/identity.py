@@ -9,7 +9,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from dspark_megatron.config.bounded_text import parse_yaml
+from dspark_megatron.bounded_text import parse_yaml
 from dspark_megatron.data.chats.template import reads_clock
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.run.check import RunPlan

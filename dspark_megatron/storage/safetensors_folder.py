@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dspark_megatron.config.bounded_text import read_json
+from dspark_megatron.bounded_text import read_json
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.storage.writing import whole_file, write_json
 

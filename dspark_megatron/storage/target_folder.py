@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from dspark_megatron.config.bounded_text import read_json
+from dspark_megatron.bounded_text import read_json
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.storage.safetensors_folder import SafetensorsFolder, open_safetensors
 from dspark_megatron.storage.target_schema import check_schema

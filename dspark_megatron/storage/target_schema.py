@@ -1,4 +1,4 @@
-"""The rules that a target's `config.json` must keep before Transformers reads it.
+"""The rules that a `config.json`, of a target or a draft, must keep before anything is made of it.
 
 Transformers' classes check some types and no sizes, and a key that is missing or absurd would show
 only in the middle of a load. A key that is absent or null is left to the family's class.
@@ -44,7 +44,8 @@ def _is_number(value: Any) -> bool:
 
 def _is_rope(value: Any, *, by_layer: bool = False) -> bool:
     """Numbers and texts by name, or such mappings by kind of layer. Lists are factors."""
-    return isinstance(value, dict) and all(
+    good = isinstance(value, dict) and _is_theta(value.get("rope_theta", 1.0))
+    return good and all(
         inner is None
         or isinstance(inner, str | bool)
         or _is_number(inner)
@@ -72,7 +73,7 @@ _BOOL = Rule("true or false", lambda value: isinstance(value, bool))
 _NORM = Rule("a number in [0, 1)", lambda value: _is_number(value) and 0 <= value < 1)
 _SHARE = Rule("a number in [0, 1]", lambda value: _is_number(value) and 0 <= value <= 1)
 _THETA = Rule("a finite number > 0", _is_theta)
-_ROPE = Rule("an object of finite numbers and texts", _is_rope)
+_ROPE = Rule("an object of finite numbers and texts, its rope_theta > 0", _is_rope)
 _MAPPING = Rule("an object", lambda value: isinstance(value, dict))
 _DTYPE = Rule("the name of a floating-point type of PyTorch", _is_dtype)
 _ACTIVATION = Rule("an activation of Transformers", lambda value: value in list(ACT2FN))
@@ -126,8 +127,11 @@ RULES: dict[str, Rule] = {
     "quantization_config": _MAPPING,
 }
 """By key of `config.json`. Keys that are not here are the family's own."""
-PARTS = ("text_config", "language_config", "llm_config", "thinker_config")
-"""Keys that hold the config of the language model in one of several parts."""
+PARTS = {
+    *("text_config", "language_config", "llm_config", "thinker_config"),
+    *("transformer_layer_config", "dflash_config"),
+}
+"""Keys that hold the config of the language model in one of several parts, or part of a draft's."""
 
 
 def check_schema(config: dict[str, Any], file: Path) -> None:
@@ -148,7 +152,7 @@ def _problems(config: dict[str, Any], place: str) -> Iterator[str]:
             f"{place}num_attention_heads ({heads}) must be divisible by num_key_value_heads "
             f"({kv_heads})"
         )
-    for key in PARTS:
+    for key in sorted(PARTS.intersection(config)):
         part = config.get(key)
         if isinstance(part, dict):
             yield from _problems(part, f"{place}{key}.")

@@ -94,18 +94,18 @@ BAD_ROPE = {
     "rope_type ('dynamic')": {
         "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     },
-    "rope_theta must be a number > 0, is 'abc'": {
+    "rope_theta ('abc') must be a finite number > 0": {
         "rope_parameters": {"rope_type": "default", "rope_theta": "abc"},
         "rope_theta": "abc",
     },
-    "rope_theta must be a number > 0, is -1.0": {"rope_parameters": None, "rope_theta": -1.0},
+    "rope_theta (-1.0) must be a finite number > 0": {"rope_parameters": None, "rope_theta": -1.0},
     "rope_theta must be a number > 0, is None": {"rope_parameters": None, "rope_theta": None},
     "cannot be computed: {'rope_type': 'yarn'": {
         "rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0}
     },
     "'factor': 'x'": {"rope_parameters": {"rope_type": "linear", "factor": "x"}},
-    "rope_parameters must be an object, is 'x'": {"rope_parameters": "x"},
-    "rms_norm_eps (-1e-06) must be in (0, 1)": {"rms_norm_eps": -1e-6},
+    "rope_parameters ('x') must be an object": {"rope_parameters": "x"},
+    "rms_norm_eps (-1e-06) must be a number in [0, 1)": {"rms_norm_eps": -1e-6},
 }
 
 

@@ -9,16 +9,17 @@ from support.paths import ROOT
 PACKAGE = ROOT / "dspark_megatron"
 BELOW = {
     "errors": set(),
-    "config": {"errors"},
+    "bounded_text": {"errors"},
+    "config": {"errors", "bounded_text"},
     "shape": {"errors", "config"},
     "ops": {"errors", "config"},
     "mcore": {"errors", "config"},
     "data": {"errors", "config", "ops", "storage"},
-    "storage": {"errors", "config", "shape"},
+    "storage": {"errors", "bounded_text", "config", "shape"},
     # The draft reads the blocks of a batch by their names.
     "model": {"errors", "config", "shape", "ops", "mcore", "data"},
     "targets": {"errors", "config", "shape", "ops", "mcore", "data", "storage"},
-    "conversion": {"errors", "config", "shape", "ops", "data", "storage", "model"},
+    "conversion": {"errors", "bounded_text", "config", "shape", "ops", "data", "storage", "model"},
 }
 """What a room may import. Those that follow may import all of these, and what is named for each."""
 ABOVE = {

@@ -10,12 +10,14 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 
 from jinja2 import Environment, TemplateSyntaxError
 
 from dspark_megatron.data.files.bad_lines import NoFurther
+from dspark_megatron.errors import require
 
 MOST_SECONDS = 20.0
 """Of processor time for one rendering."""
@@ -27,19 +29,22 @@ MOST_TEMPLATE_LETTERS = 2**20
 
 
 def check_template(template: str) -> None:
-    """NoFurther for a template that could not be stopped: it is too long to be compiled, or raises
-    to powers, which texts do not need and no limit of time interrupts."""
-    if len(template) > MOST_TEMPLATE_LETTERS:
-        raise NoFurther(
-            f"the chat template has {len(template):,} letters, and at most "
-            f"{MOST_TEMPLATE_LETTERS:,} are read; give the target another one"
-        )
+    """ConfigError for a template that could not be stopped: it is too long to be compiled, or
+    raises to powers, which texts do not need and no limit of time interrupts."""
+    require(
+        len(template) <= MOST_TEMPLATE_LETTERS,
+        f"the chat template has {len(template):,} letters, and at most {MOST_TEMPLATE_LETTERS:,} "
+        "are read; give the target another one",
+    )
     try:
-        operators = {text for _, kind, text in Environment().lex(template) if kind == "operator"}
+        tokens = [text for _, kind, text in Environment().lex(template) if kind != "whitespace"]
     except TemplateSyntaxError:  # which rendering says better
         return
-    if "**" in operators:
-        raise NoFurther("the chat template raises to powers (**), which is not allowed; change it")
+    powers = [before for before, text in pairwise(tokens) if text == "**" and before not in "(,"]
+    require(
+        not powers,  # behind a bracket or a comma it stands for arguments by name
+        "the chat template raises to powers (**), which is not allowed; change the template",
+    )
 
 
 @contextlib.contextmanager

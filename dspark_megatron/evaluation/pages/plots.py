@@ -129,7 +129,7 @@ def _slot_line(
         [slot + offset for slot in range(len(values))],
         values,
         yerr=_errors(values, (figures.get("confidence_intervals") or {}).get(name)),
-        label=label.replace("$", r"\$"),  # a file's name is no formula
+        label=_plain(label),
         color=COLORS[order % len(COLORS)],
         linestyle="-" if order < len(COLORS) else "--",
         marker="o",
@@ -137,6 +137,13 @@ def _slot_line(
         linewidth=1.2,
         elinewidth=0.8,
         capsize=2,
+    )
+
+
+def _plain(label: str) -> str:
+    """A file's name, which is no formula, and which Matplotlib would leave out behind a "_"."""
+    return (
+        f"\u200b{label}".replace("$", r"\$") if label.startswith("_") else label.replace("$", r"\$")
     )
 
 

@@ -1,10 +1,10 @@
 """The JSON files that a report is made from, read strictly."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.bounded_text import read_json
+from dspark_megatron.errors import require
 
 FIGURES = ("prompts", "tau", "accept_rate", "prefix_survival")
 """Without these a file of `evaluation.json` cannot be shown."""
@@ -124,9 +124,4 @@ def _are_numbers(values: Any, count: int) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} must be a readable JSON file: {error}") from error
-    require(isinstance(found, dict), f"{path} must hold an object, has {type(found).__name__}")
-    return found
+    return read_json(path)

@@ -4,7 +4,6 @@ Files are SGLang's (`--speculative-dspark-sps-table-path`), in both of its forms
 machine, target, layout and context length, and never part of a checkpoint.
 """
 
-import json
 import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dspark_megatron.bounded_text import read_json
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.storage.writing import write_json
 
@@ -155,17 +155,14 @@ def measured_table(token_seconds: dict[int, float], request_seconds: dict[int, f
 
 def read_sps_table(path: str | Path) -> SpsTable:
     """ConfigError when the file is not one of SGLang's two forms."""
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} must be a JSON table of steps per second: {error}") from error
+    found = read_json(path)
     keys = {form: [field.name for field in fields(form)] for form in (SampledSps, AdditiveSps)}
     for form, names in keys.items():
-        if isinstance(found, dict) and found.keys() == set(names):
+        if found.keys() == set(names):
             return _built(form, found, path)
     raise ConfigError(
         f"{path} must have exactly the keys {keys[SampledSps]} or {keys[AdditiveSps]}, has "
-        f"{list(found) if isinstance(found, dict) else type(found).__name__}; "
+        f"{list(found)}; "
         "tools/measure_sps.py writes such a table"
     )
 

@@ -138,7 +138,7 @@ def test_an_evaluation_alone_without_intervals_or_plain_decoding(tmp_path):
             {"simulation": {"figures": [{**SIMULATION["figures"][0], "tau": "2"}]}},
             "must be numbers",
         ),
-        ({"simulation": [1]}, "must hold an object"),
+        ({"simulation": [1]}, "must hold a JSON object"),
     ],
 )
 def test_other_files_are_refused(tmp_path, files, message):

@@ -102,7 +102,7 @@ ADDITIVE_FILE = {
         ({**ADDITIVE_FILE, "theta_seconds": [0, -0.5]}, "theta_seconds must hold 2"),
         ({**ADDITIVE_FILE, "m_probes": [1]}, "m_probes must be a list of at least 2"),
         ({**ADDITIVE_FILE, "bs_probes": []}, "bs_probes must be a list of at least 1"),
-        ([], "has list"),
+        ([], "has a list"),
     ],
 )
 def test_other_tables_are_refused(tmp_path, content, message):
