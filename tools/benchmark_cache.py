@@ -4,9 +4,9 @@
 
 Stores random states (h = 1,024, five taps, 1,024 tokens a sample, half of them
 supervised) with the writer's own code, then reads it in turns: the files from start to end in
-blocks of 8 MiB, and each sample's states once, in random order, as training does. Before each turn
-the system is told to forget the files (posix_fadvise), so that they come from the disk. One reading
-thread each.
+blocks of 8 MiB, each sample's states once, in random order, as training does, and the check of
+checksums and values that a run makes in the background. Before each turn the system is told to
+forget the files (posix_fadvise), so that they come from the disk. One reading thread each.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from dspark_megatron.targets.base import TargetStates
 from dspark_megatron.targets.stored.layout import read_manifest
 from dspark_megatron.targets.stored.safetensors_layout import SafetensorsLayout, SafetensorsStates
 from dspark_megatron.targets.stored.target import StoredStates
+from dspark_megatron.targets.stored.verification import ShardChecks, known_checksums
 
 HIDDEN, TAPS, TOKENS = 1024, 5, 1024
 BLOCK = 8 * 2**20
@@ -91,6 +92,11 @@ def read_states(folder: Path, samples: list[Sample]) -> None:
         target.states(Batch(samples[i].input_ids[None], sample_indices=(i,)))
 
 
+def check_states(folder: Path) -> None:
+    reader = SafetensorsStates(folder, read_manifest(folder))
+    ShardChecks(reader, known_checksums(folder), rank=0, ranks=1).check()
+
+
 def measure(
     folder: Path, files: list[Path], samples: list[Sample], rounds: int
 ) -> dict[str, list[float]]:
@@ -98,6 +104,7 @@ def measure(
     turns = {
         "plain reads": lambda: read_plainly(files),
         "states": lambda: read_states(folder, samples),
+        "checks": lambda: check_states(folder),
     }
     seconds: dict[str, list[float]] = {name: [] for name in turns}
     for _ in range(rounds):

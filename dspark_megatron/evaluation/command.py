@@ -70,7 +70,7 @@ def evaluate(job: Launch, config: Config) -> None:
         path: load_prompts(path, plan.tokenizer, *limits, rules) for path in settings.prompt_files
     }
     if checkpoint is not None:
-        check_checkpoint(plan, checkpoint)
+        check_checkpoint(plan, checkpoint, rank=job.rank)
     cut = _scheduled_cut(settings, plan.shape.block_size, checkpoint)
     output = _claim_outputs(config)
     runtime = start(job, config.parallel.tensor_parallel, uneven=True)
@@ -124,9 +124,10 @@ def with_checkpoint(config: Config) -> tuple[Config, Path | None]:
     return config, checkpoint
 
 
-def check_checkpoint(plan: RunPlan, checkpoint: Path) -> None:
-    """ConfigError for a damaged checkpoint, or one of another target or draft."""
-    check_whole(checkpoint)
+def check_checkpoint(plan: RunPlan, checkpoint: Path, *, rank: int = 0) -> None:
+    """ConfigError for a damaged checkpoint, or one of another target or draft. The main rank alone
+    reads all of it, where that is asked for."""
+    check_whole(checkpoint, plan.config.storage.verify if rank == 0 else "size")
     check_same_run(checkpoint, draft_identity(plan))
 
 
