@@ -17,9 +17,8 @@ from dspark_megatron.config.model import ModelConfig
 from dspark_megatron.config.optimizer import OptimizerConfig
 from dspark_megatron.config.parallel import ParallelConfig
 from dspark_megatron.config.rules import check_bounds, check_choices
-from dspark_megatron.config.storage import StorageConfig
 from dspark_megatron.config.target import TargetConfig
-from dspark_megatron.config.train import TrainConfig
+from dspark_megatron.config.train import StorageConfig, TrainConfig
 from dspark_megatron.errors import require
 
 

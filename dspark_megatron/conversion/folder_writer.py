@@ -34,6 +34,7 @@ from dspark_megatron.conversion.sources import DraftSource
 from dspark_megatron.conversion.target_match import not_finite, shape_problems, target_problems
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.shape import DraftShape
+from dspark_megatron.storage.new_folder import new_folder
 from dspark_megatron.storage.safetensors_folder import (
     INDEX,
     SafetensorsFolder,
@@ -42,7 +43,7 @@ from dspark_megatron.storage.safetensors_folder import (
 )
 from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.storage.target_weights import SharedMatrix, shared_matrices
-from dspark_megatron.storage.writing import new_folder, write_json, write_text
+from dspark_megatron.storage.writing import write_json, write_text
 
 WRITTEN = {"config.json", INDEX, "README.md", SIDECAR}
 """Files of an export, beside the safetensors."""

@@ -28,14 +28,15 @@ from dspark_megatron.conversion.target_match import not_finite, open_draft_folde
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.shape import DraftShape
 from dspark_megatron.shape.layout import check_draft_split, padded_vocab_size
-from dspark_megatron.storage.checkpoint_metadata import META
 from dspark_megatron.storage.checkpoints.meta import FORMAT
+from dspark_megatron.storage.checkpoints.metadata import META
 from dspark_megatron.storage.checkpoints.tracker import TRACKER
 from dspark_megatron.storage.checkpoints.whole import iteration_folder
 from dspark_megatron.storage.checksums import write_checksums
+from dspark_megatron.storage.new_folder import new_folder
 from dspark_megatron.storage.torch_dist_folder import cause_of
 from dspark_megatron.storage.training_checkpoint import CheckpointReader, find_checkpoint
-from dspark_megatron.storage.writing import new_folder, write_json, write_text
+from dspark_megatron.storage.writing import write_json, write_text
 
 BACKEND = {
     "sharded_backend": "torch_dist",

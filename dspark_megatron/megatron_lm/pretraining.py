@@ -27,9 +27,10 @@ from dspark_megatron.run.ranks.agreement import agree
 from dspark_megatron.run.ranks.facts import draft_facts, launch_facts, target_facts
 from dspark_megatron.run.ranks.runtime import Runtime, from_main_rank, main_ranks_folder
 from dspark_megatron.run.states import states_source
-from dspark_megatron.storage.checkpoint_metadata import META
 from dspark_megatron.storage.checkpoints.meta import FORMAT
-from dspark_megatron.storage.checkpoints.tracker import TRACKER
+from dspark_megatron.storage.checkpoints.metadata import META
+from dspark_megatron.storage.checkpoints.tracker import latest_iteration, mend_tracker
+from dspark_megatron.storage.checkpoints.whole import iteration_folder
 from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.storage.writing import write_json
 from dspark_megatron.training.forward_step import ForwardStep
@@ -161,10 +162,20 @@ def _this_run() -> tuple[DraftPretraining, Namespace]:
     has_gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
     runtime, found = Runtime.joined(device), None
-    if args.load and not args.finetune and (Path(args.load) / TRACKER).is_file():
-        found = Path(args.load)
+    if runtime.is_main and args.load and not args.finetune:
+        found = _continued(Path(args.load))
     continues = main_ranks_folder(found, runtime) is not None
     return DraftPretraining(config, runtime, is_new=not continues), args
+
+
+def _continued(load: Path) -> Path | None:
+    """The folder, if it has a checkpoint to continue from; None where it has none. Megatron goes by
+    the tracker alone and would start anew without it."""
+    newest = latest_iteration(load)
+    if newest is None:
+        return None
+    mend_tracker(iteration_folder(load, newest))
+    return load
 
 
 def _check_architecture(args: Namespace, config: Config) -> None:

@@ -13,7 +13,7 @@ from dspark_megatron.bounded_text import parse_yaml
 from dspark_megatron.data.chats.template import reads_clock
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.run.check import RunPlan
-from dspark_megatron.storage.checkpoint_metadata import META
+from dspark_megatron.storage.checkpoints.metadata import META
 from dspark_megatron.storage.checkpoints.tracker import latest_iteration
 from dspark_megatron.storage.checkpoints.whole import iteration_folder
 from dspark_megatron.targets.stored.layout import MANIFEST, UNFINISHED

@@ -105,16 +105,7 @@ def open_stored_states(plan: RunPlan) -> StatesReader:
     folder = Path(plan.config.target.cache)
     manifest = read_manifest(folder)
     check_files(folder)
-    if manifest.get("format") == safetensors_layout.FORMAT:
-        reader: StatesReader = safetensors_layout.SafetensorsStates(folder, manifest)
-    elif manifest.get("version") == deepspec_layout.VERSION:
-        reader = deepspec_layout.DeepSpecStates(folder, manifest)
-    else:
-        raise ConfigError(
-            f"{folder} must hold stored states in the form {safetensors_layout.FORMAT!r} or "
-            f"DeepSpec's version {deepspec_layout.VERSION}; write them with "
-            "tools/prepare_target_cache.py"
-        )
+    reader = reader_of_states(folder, manifest)
     wrong = _wrong(plan, reader.facts)
     if wrong:
         raise ConfigError(
@@ -137,6 +128,19 @@ def stored_states_of(plan: RunPlan, runtime: Runtime, data: ConversationDataset)
     if hint := clock_hint(there, here):
         hints = [*hints, hint.strip(" .")]
     return StoredStates(reader, data, device=runtime.device, hints=hints, checks=checks)
+
+
+def reader_of_states(folder: Path, manifest: dict[str, Any]) -> StatesReader:
+    """Of either layout; ConfigError for another."""
+    if manifest.get("format") == safetensors_layout.FORMAT:
+        return safetensors_layout.SafetensorsStates(folder, manifest)
+    if manifest.get("version") == deepspec_layout.VERSION:
+        return deepspec_layout.DeepSpecStates(folder, manifest)
+    raise ConfigError(
+        f"{folder} must hold stored states in the form {safetensors_layout.FORMAT!r} or "
+        f"DeepSpec's version {deepspec_layout.VERSION}; write them with "
+        "tools/prepare_target_cache.py"
+    )
 
 
 def check_stored_states(plan: RunPlan, runtime: Runtime) -> None:

@@ -61,11 +61,13 @@ def ranks_checksums(folder: Path) -> Checksums:
 
 
 def write_checksums(folder: Path, known: Mapping[str, Checksum] | None = None) -> None:
-    """Of all files that are in the folder; what is `known` is not read again."""
-    found, known = {}, known or {}
+    """Of all files that are in the folder, and of those that are `known`: they are not read again,
+    and a network file system may show them late."""
+    found = dict(known or {})
     for path in folder.iterdir():
-        if path.name != CHECKSUMS and not path.name.startswith(PARTIAL) and path.is_file():
-            found[path.name] = known.get(path.name) or checksum_of(path)
+        passed_over = path.name == CHECKSUMS or path.name.startswith(PARTIAL)
+        if path.name not in found and path.is_file() and not passed_over:
+            found[path.name] = checksum_of(path)
     keep_checksums(folder, found)
 
 

@@ -22,13 +22,13 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from dspark_megatron.errors import require
-from dspark_megatron.storage.checkpoint_metadata import (
+from dspark_megatron.storage.checkpoints.damage import Damage
+from dspark_megatron.storage.checkpoints.data_only import load_data
+from dspark_megatron.storage.checkpoints.metadata import (
     check_shards,
     read_metadata,
     unreadable_shard,
 )
-from dspark_megatron.storage.checkpoints.damage import Damage
-from dspark_megatron.storage.checkpoints.data_only import load_data
 
 COMMON = "common.pt"
 """What is no tensor, in checkpoints of Megatron-Core before 0.19."""

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from dspark_megatron.errors import require
 from dspark_megatron.shape import DraftShape
-from dspark_megatron.storage.checkpoint_metadata import OPTIMIZER_PREFIX
 from dspark_megatron.storage.checkpoints.meta import iteration_of, parse_meta
+from dspark_megatron.storage.checkpoints.metadata import OPTIMIZER_PREFIX
 from dspark_megatron.storage.checkpoints.tracker import (
     BEST,
     best_iteration,

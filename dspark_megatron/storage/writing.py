@@ -22,25 +22,33 @@ PARTIAL = ".partial_"
 
 
 @contextlib.contextmanager
+def disk_named(path: Path) -> Iterator[None]:
+    """What the disk refuses inside, such as room, is a ConfigError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write {path}: {error.strerror or error}; make room there or choose another "
+            "folder"
+        ) from error
+
+
+@contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A name to write a file under, which then takes its place, on the disk in full. ConfigError
     when the disk refuses; what was there is then as it was."""
     # A random name, since a command may run twice by mistake.
     partial = path.with_name(f"{PARTIAL}{secrets.token_hex(4)}_{path.name}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.touch(exist_ok=False)  # follows no link that has the name
-        mode = partial.stat().st_mode
-        yield partial
-        partial.chmod(mode)  # safetensors makes files for their owner alone
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write {path}: {error.strerror or error}; make room there or choose another "
-            "folder"
-        ) from error
+        with disk_named(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.touch(exist_ok=False)  # follows no link that has the name
+            mode = partial.stat().st_mode
+            yield partial
+            partial.chmod(mode)  # safetensors makes files for their owner alone
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, path)
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -119,45 +127,3 @@ def claim_folder(folder: Path, what: str, *leftovers: str) -> None:
                     path.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"{what} must be writable: {error.strerror}") from error
-
-
-@contextlib.contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """An empty folder to fill, which then takes the place of `output`, an absolute path. If filling
-    it fails, nothing of it is left and `output` is as it was. ConfigError, before there is anything
-    to fill, when `output` could not be written."""
-    require(
-        not os.path.ismount(output),
-        f"{output} is a mount point, which a folder cannot take the place of; choose one in it",
-    )
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    except OSError as error:
-        raise ConfigError(f"cannot write {output}: {error.strerror}") from error
-    new, old = scratch / "new", scratch / "old"
-    try:
-        new.mkdir()
-        yield new
-        try:
-            _replace(output, new, old)
-        except OSError as error:
-            raise ConfigError(
-                f"cannot put {output} in place: {error.strerror}; choose another folder"
-            ) from error
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-        with contextlib.suppress(OSError):  # it stays only if it holds what could not be put back
-            scratch.rmdir()
-
-
-def _replace(output: Path, new: Path, old: Path) -> None:
-    if output.exists():
-        output.rename(old)
-    try:
-        new.rename(output)
-    except OSError:
-        if old.exists():
-            old.rename(output)
-        raise

@@ -9,7 +9,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from dspark_megatron.storage.writing import json_text, write_text
+from dspark_megatron.storage.writing import disk_named, json_text, write_text
 from dspark_megatron.training.health.spikes import Spikes
 
 
@@ -23,11 +23,12 @@ class Reporter:
     def __init__(self, output_dir: Path, *, iterations: int, start: int, tensorboard: bool) -> None:
         self._heldout = output_dir / "heldout.jsonl"
         self._skipped = output_dir / "skipped_samples.jsonl"
-        metrics = output_dir / "metrics.jsonl"
+        self._metrics = output_dir / "metrics.jsonl"
         for path in (self._heldout, self._skipped):
             _forget_after(path, start)
-        self._spikes = Spikes(_forget_after(metrics, start))
-        self._file = metrics.open("a", encoding="utf-8")
+        self._spikes = Spikes(_forget_after(self._metrics, start))
+        with disk_named(self._metrics):
+            self._file = self._metrics.open("a", encoding="utf-8")
         self._board = None
         if tensorboard:
             self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=start + 1)
@@ -40,8 +41,9 @@ class Reporter:
         """One logged step: a line of metrics.jsonl and its TensorBoard scalars."""
         if spikes := self._spikes.found(row):
             row = {**row, "spike": spikes}
-        self._file.write(json_text(row) + "\n")
-        self._file.flush()
+        with disk_named(self._metrics):
+            self._file.write(json_text(row) + "\n")
+            self._file.flush()
         shown = {name: f"{row[name]:.4g}" for name in ("loss", "tau") if row.get(name) is not None}
         self._bar.set_postfix(shown)
         self._to_board(row)
@@ -69,13 +71,14 @@ class Reporter:
     def _to_board(self, row: dict[str, Any], prefix: str = "") -> None:
         if self._board is None:
             return
-        for name, value in row.items():
-            values = enumerate(value) if isinstance(value, list) else [(None, value)]
-            for slot, number in values:
-                if isinstance(number, int | float) and name != "iteration":
-                    tag = prefix + (name if slot is None else f"{name}/{slot}")
-                    self._board.add_scalar(tag, number, row["iteration"])
-        self._board.flush()
+        with disk_named(Path(self._board.log_dir)):
+            for name, value in row.items():
+                values = enumerate(value) if isinstance(value, list) else [(None, value)]
+                for slot, number in values:
+                    if isinstance(number, int | float) and name != "iteration":
+                        tag = prefix + (name if slot is None else f"{name}/{slot}")
+                        self._board.add_scalar(tag, number, row["iteration"])
+            self._board.flush()
 
     def close(self) -> None:
         self._bar.close()
@@ -85,7 +88,7 @@ class Reporter:
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
+    with disk_named(path), path.open("a", encoding="utf-8") as file:
         file.write(json_text(row) + "\n")
 
 

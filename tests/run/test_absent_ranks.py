@@ -35,7 +35,7 @@ def test_a_rank_without_a_sign_of_life_is_named_with_host_step_and_place():
     assert (
         "ranks waited 10 minutes for each other (train.timeout_minutes): rank 1 (b) gives" in said
     )
-    assert "it was last at step 11 (all_reduce, training/loop.py:1 in run)" in said
+    assert "it was last heard of at step 11 (all_reduce, training/loop.py:1 in run)" in said
     assert "Waiting: ranks 0, 2 at step 12 (all_reduce" in said
     assert not goes_on(before, after)
 

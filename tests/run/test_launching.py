@@ -1,8 +1,14 @@
 """Under torchrun one message of one rank ends all."""
 
+import os
+import socket
+import subprocess
+import sys
+
 import pytest
 import yaml
 
+from support.paths import ROOT
 from support.tool_runs import run_python
 from support.training_runs import finish, launch, torchrun
 
@@ -43,3 +49,64 @@ def test_a_failure_on_one_rank_ends_all_with_its_message(tmp_path):
     assert code != 0
     assert "rank 1 failed" in text and "disk on fire" in text
     assert "rank 0 failed" not in text, "only the first failure is shown"
+    assert "\nrank 1 failed" in text, "on a line of its own"
+    assert "rank      : 1" in text.partition("Root Cause")[2], "torchrun names the same rank"
+
+
+WAITING_JOB = """
+import os, signal, sys, time, torch
+from dspark_megatron.run.ranks.places import set_time_limit
+from dspark_megatron.run.ranks.runtime import at_step, launch, start
+def main():
+    with launch() as job:
+        set_time_limit(0.05)
+        start(job, 1)
+        at_step(3, done=2)
+        torch.distributed.barrier()
+        while job.rank == 1 and b"step 3" not in job.store.get("dspark_sign/1"):
+            time.sleep(0.1)
+        if job.rank == 1 and sys.argv[1] == "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif job.rank == 1:
+            time.sleep(600)
+        at_step(4, done=3)
+        torch.distributed.barrier()
+if __name__ == "__main__":
+    main()
+"""
+
+
+def started_alone(script, how, rank, port):
+    """A rank without torchrun, as other launchers start it."""
+    job = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2}
+    job |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+    return subprocess.Popen(
+        [sys.executable, str(script), how],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **{k: str(v) for k, v in job.items()}},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+@pytest.mark.commands
+@pytest.mark.parametrize("how", ["stopped", "asleep"])
+def test_a_rank_that_does_not_come_is_named_by_those_that_wait(tmp_path, how):
+    script = tmp_path / "job.py"
+    script.write_text(WAITING_JOB)
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    ranks = [started_alone(script, how, rank, port) for rank in range(2)]
+    try:
+        text, _ = ranks[0].communicate(timeout=240)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert ranks[0].returncode == 1, text
+    (line,) = (line for line in text.splitlines() if line.startswith("error: "))
+    assert "ranks waited" in line and "for each other (train.timeout_minutes): rank 1 (" in line
+    silent = "gives no sign of life; it was last heard of at step 3"
+    assert (silent if how == "stopped" else "is still at step 3") in line
+    assert "Waiting: rank 0 at step 4 (barrier" in line

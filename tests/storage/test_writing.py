@@ -13,7 +13,7 @@ from dspark_megatron.storage.safetensors_folder import write_tensors
 from dspark_megatron.storage.writing import (
     claim_file,
     claim_folder,
-    new_folder,
+    remove,
     whole_file,
     write_files,
     write_json,
@@ -112,15 +112,45 @@ def test_a_place_that_cannot_be_written_is_refused_when_it_is_claimed(tmp_path):
     assert names(tmp_path / "made") == []
 
 
-def test_a_folder_takes_its_place_once_it_is_filled(tmp_path):
-    output = tmp_path / "out"
-    with new_folder(output) as folder:
-        (folder / "file").touch()
-        assert not output.exists()
-    with pytest.raises(RuntimeError), new_folder(output) as folder:
-        (folder / "other").touch()
-        raise RuntimeError
-    assert names(tmp_path) == ["out"] and names(output) == ["file"]
-    with new_folder(output):
-        pass
-    assert names(tmp_path) == ["out"] and names(output) == []
+def test_links_with_the_names_of_leftovers_are_not_followed(tmp_path):
+    precious = tmp_path / "precious"
+    (precious / "folder").mkdir(parents=True)
+    (precious / "file").write_text("keep me")
+    run = tmp_path / "run"
+    run.mkdir()
+    for name, to in (("a", "file"), ("b", "folder"), ("c", "nothing")):
+        (run / f".partial_{name}").symlink_to(precious / to)
+    claim_folder(run, "the folder")
+    assert names(run) == []
+    for to in ("file", "folder", "nothing"):
+        (run / "link").symlink_to(precious / to)
+        remove(run / "link")
+    assert names(run) == [] and names(precious) == ["file", "folder"]
+    assert (precious / "file").read_text() == "keep me"
+
+
+def test_nothing_is_written_through_a_link_that_has_the_name_of_a_partial_file(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("secrets.token_hex", lambda size: "0" * 8)
+    (tmp_path / "precious").write_text("keep me")
+    (tmp_path / ".partial_00000000_file").symlink_to(tmp_path / "precious")
+    with pytest.raises(ConfigError, match="cannot write .*/file: File exists"):
+        write_text(tmp_path / "file", "new")
+    assert (tmp_path / "precious").read_text() == "keep me"
+
+
+def test_a_file_takes_the_place_of_a_link_and_not_of_what_it_leads_to(tmp_path):
+    (tmp_path / "precious").write_text("keep me")
+    (tmp_path / "file").symlink_to("precious")
+    write_text(tmp_path / "file", "new")
+    assert (tmp_path / "precious").read_text() == "keep me"
+    assert not (tmp_path / "file").is_symlink()
+
+
+def test_anything_can_be_removed(tmp_path):
+    (tmp_path / "folder" / "in").mkdir(parents=True)
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("folder", "pipe", "nothing"):
+        remove(tmp_path / name)
+    assert names(tmp_path) == []

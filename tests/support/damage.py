@@ -124,6 +124,10 @@ CONTENTS: dict[str, Callable[[Path], object]] = {
     "dspark.json: open_metrics is a number": meta(open_metrics=3),
     "dspark.json: best is a number": meta(best=3),
     "dspark.json: best lacks tau": meta(best={"iteration": 3, "conditions": {}}),
+    "dspark.json: best has an unknown key": meta(
+        best={"iteration": 3, "tau": 1.5, "conditions": {}, "colour": 3}
+    ),
+    "dspark.json: skipped_steps is a text": meta(skipped_steps="3"),
     "dspark.json: loss is a list": meta(loss=[1]),
     "dspark.json: num_samples is a text": meta(num_samples="24"),
     "checksums.json: a list": written("checksums.json", "[]"),

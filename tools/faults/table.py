@@ -221,10 +221,26 @@ FOLDERS = (
         goes_on=True,
         says=r"(?i)(pid|process) \d+",
     ),
-    Fault("the tracker is lost", begins="half", damage="no tracker", says="iter_0000004"),
-    Fault("the tracker is no number", begins="half", damage="odd tracker", says="iter_0000004"),
     Fault(
-        "the tracker names what is gone", begins="half", damage="old tracker", says="iter_0000004"
+        "the tracker is lost",
+        begins="half",
+        damage="no tracker",
+        says="whole.*iter_0000004",
+        goes_on=True,
+    ),
+    Fault(
+        "the tracker is no number",
+        begins="half",
+        damage="odd tracker",
+        says="whole.*iter_0000004",
+        goes_on=True,
+    ),
+    Fault(
+        "the tracker names what is gone",
+        begins="half",
+        damage="old tracker",
+        says="whole.*iter_0000004",
+        goes_on=True,
     ),
     Fault(
         "the newest checkpoint is cut short",

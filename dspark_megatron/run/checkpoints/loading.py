@@ -12,9 +12,9 @@ from dspark_megatron.errors import ConfigError
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.run.checkpoints.sharding import sharded_state
 from dspark_megatron.run.checkpoints.state import RunState, read_state
-from dspark_megatron.storage.checkpoint_metadata import unreadable_shard
 from dspark_megatron.storage.checkpoints.damage import Damage
 from dspark_megatron.storage.checkpoints.data_only import data_only
+from dspark_megatron.storage.checkpoints.metadata import unreadable_shard
 from dspark_megatron.storage.checkpoints.whole import check_whole, way_out_named
 from dspark_megatron.storage.torch_dist_folder import cause_of
 

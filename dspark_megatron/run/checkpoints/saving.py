@@ -28,7 +28,7 @@ from dspark_megatron.run.checkpoints.sharding import SHARDING, sharded_state
 from dspark_megatron.run.checkpoints.state import BestEstimate, RunState
 from dspark_megatron.run.ranks.places import at
 from dspark_megatron.run.ranks.runtime import from_main_rank
-from dspark_megatron.storage.checkpoint_metadata import META
+from dspark_megatron.storage.checkpoints.metadata import META
 from dspark_megatron.storage.checkpoints.tracker import BEST_TRACKER, TRACKER
 from dspark_megatron.storage.checkpoints.whole import check_whole, iteration_folder
 from dspark_megatron.storage.checksums import Checksums, ranks_checksums, write_checksums

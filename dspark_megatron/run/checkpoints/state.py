@@ -46,10 +46,12 @@ def read_state(folder: Path) -> RunState:
     """Where the run stood when it saved this checkpoint."""
     meta = read_meta(folder)
     best = BestEstimate(**meta["best"]) if meta.get("best") else None
+    metrics = meta.get("open_metrics") or ()
+    is_known = all(isinstance(number, int | float) for number in metrics)
     return RunState(
         meta["iteration"],
         meta["consumed_samples"],
-        tuple(meta.get("open_metrics") or ()),
+        tuple(metrics) if is_known else (),  # JSON has null for what was not finite
         best,
         meta.get("skipped_steps", 0),
     )

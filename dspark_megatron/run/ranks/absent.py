@@ -67,7 +67,7 @@ def absence(before: dict[int, Sign], after: dict[int, Sign], world_size: int, wa
     alive = [sign for rank, sign in sorted(after.items()) if rank not in quiet]
     told = [f"{ranks_text(never)} never gave a sign of life"] if never else []
     told += [
-        f"{after[rank].who} gives no sign of life; it was last at {after[rank].where}"
+        f"{after[rank].who} gives no sign of life; it was last heard of at {after[rank].where}"
         for rank in sorted(quiet)
     ]
     if not told:

@@ -36,12 +36,14 @@ class Watch:
         threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self) -> None:
-        while not self.done.wait(_CHECK_SECONDS):
+        while True:
             try:
                 self._tick()
                 self._last_answer = time.monotonic()
             except dist.DistError as error:
                 self._store_is_silent(error)
+            if self.done.wait(_CHECK_SECONDS):
+                return
 
     def _tick(self) -> None:
         self._look()
@@ -116,7 +118,9 @@ def lost_ranks(job: Launch) -> str:
     except dist.DistError:
         return f"the job's store at {job.address} is gone, which the first node's launcher serves"
     gone = sorted(silent(before, after))
-    return "; ".join(f"{after[r].who} is gone; it was last at {after[r].where}" for r in gone)
+    return "; ".join(
+        f"{after[r].who} is gone; it was last heard of at {after[r].where}" for r in gone
+    )
 
 
 def fail(job: Launch, message: str, store: dist.Store) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 
 from dspark_megatron.errors import require
 from dspark_megatron.shape import DraftShape
-from dspark_megatron.storage.checkpoint_metadata import META
 from dspark_megatron.storage.checkpoints.damage import Damage
+from dspark_megatron.storage.checkpoints.metadata import META
 
 FORMAT = 1
 _LARGEST = 2**53
@@ -31,6 +31,7 @@ _OPTIONAL: dict[str, type] = {
     "best": dict,
     "weights_only": bool,
     "num_samples": int,
+    "skipped_steps": int,
     "resumed_from": int,
     "seed": int,
     "loss": dict,
@@ -132,4 +133,8 @@ def _plain(hint: Any) -> type:
 
 
 def _best_problem(best: dict[str, Any] | None) -> str:
-    return _problem(best, _BEST, {}, "best.") if best else ""
+    if not best:
+        return ""
+    if unknown := sorted(best.keys() - _BEST.keys()):
+        return f"it has an unknown best.{unknown[0]:.80}"
+    return _problem(best, _BEST, {}, "best.")

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dspark_megatron.errors import ConfigError
-from dspark_megatron.storage.checkpoint_metadata import META, OPTIMIZER_PREFIX
 from dspark_megatron.storage.checkpoints.damage import Damage, reason_of
 from dspark_megatron.storage.checkpoints.meta import iteration_of, parse_meta
+from dspark_megatron.storage.checkpoints.metadata import META, OPTIMIZER_PREFIX
 from dspark_megatron.storage.checksums import CHECKSUMS, NotAsWritten, compare, read_checksums
 from dspark_megatron.storage.notices import say_once
 from dspark_megatron.storage.torch_dist_folder import COMMON, TorchDistFolder

@@ -19,8 +19,8 @@ from dspark_megatron.run.checkpoints.state import check_same_run
 from dspark_megatron.run.data import load_run_data, sample_rules
 from dspark_megatron.run.identity import fix_template_day, run_identity, template_day
 from dspark_megatron.run.states import sample_facts
-from dspark_megatron.storage.checkpoint_metadata import META
 from dspark_megatron.storage.checkpoints.meta import FORMAT
+from dspark_megatron.storage.checkpoints.metadata import META
 from support.chat_lines import chat, write_jsonl
 from support.samples import VOCAB_SIZE
 from support.tiny_target import tiny_config

@@ -149,7 +149,9 @@ def test_a_norm_above_the_bound_is_skipped(pool, tiny_run, poisoned, tmp_path):
     assert lines[0]["loss"] > 0 and lines[0]["largest_gradients"][0]["largest"] > 0
 
 
-def test_gradients_too_large_for_their_norm_are_skipped(pool, tiny_run, tmp_path):
-    config = config_of(tiny_run, tmp_path, iterations=6)
+def test_infinite_states_are_skipped_like_those_that_are_no_numbers(pool, tiny_run, tmp_path):
+    config = config_of(tiny_run, tmp_path, iterations=6, log_every=6)
     pool.run(run_poisoned, world=1, tp=1, config=config, samples=(3,), value=float("inf"))
     assert len(skipped(tmp_path)) == 1 and skipped(tmp_path)[0]["at_fault"] == [3]
+    (row,) = curve(tmp_path)
+    assert row["loss"] > 0 and row["tau"] > 1 and "not_finite" not in row

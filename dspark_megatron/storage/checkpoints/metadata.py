@@ -13,6 +13,7 @@ import torch
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     Metadata,
+    MetadataIndex,
     TensorStorageMetadata,
 )
 
@@ -91,13 +92,17 @@ def unreadable_shard(checkpoint: Path) -> Path:
 
 
 def _check_entries(metadata: Any) -> None:
-    """TypeError unless a file is named for every tensor and object."""
+    """TypeError unless a file is named for every chunk of a tensor, and every object."""
     if not isinstance(metadata, Metadata):
         raise TypeError(f"it holds {type(metadata).__name__}")
     entries = TensorStorageMetadata | BytesStorageMetadata
     for name, entry in metadata.state_dict_metadata.items():
         if not isinstance(name, str) or not isinstance(entry, entries):
             raise TypeError(f"{name!r:.80} is {type(entry).__name__}")
+        chunks = entry.chunks if isinstance(entry, TensorStorageMetadata) else []
+        wanted = [MetadataIndex(name, chunk.offsets) for chunk in chunks] or [MetadataIndex(name)]
+        if any(place not in metadata.storage_data for place in wanted):
+            raise TypeError(f"it does not say where {name:.80} is")
     for stored in metadata.storage_data.values():
         name, numbers = stored.relative_path, (stored.offset, stored.length)
         if not isinstance(name, str) or Path(name).name != name:
