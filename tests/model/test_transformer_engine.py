@@ -14,7 +14,7 @@ import torch
 from dspark_megatron.errors import ConfigError
 from support import transformer_engine_stand_in as stand_in
 from support.draft_steps import assert_plain_step, step_gradients
-from support.shapes import SHAPE, SHAPES
+from support.shapes import SHAPE, SHAPES, meta_of
 from support.tiny_draft import build_tiny_draft, layout_of, make_samples, sample_logits
 from support.tiny_target import tiny_config
 
@@ -112,10 +112,9 @@ def test_names_and_sharded_tensors_are_the_local_ones(pool, tp):
 def save_draft(runtime, folder, engine):
     from dspark_megatron.run.checkpoints.saving import save_checkpoint
     from dspark_megatron.run.checkpoints.state import RunState
-    from dspark_megatron.storage.checkpoints.meta import FORMAT
 
     draft = build_tiny_draft(runtime, SHAPE, spec=spec_on_stand_in() if engine else None)
-    return save_checkpoint(folder, RunState(1, 8), {"format": FORMAT}, draft, None, keep_last=1)
+    return save_checkpoint(folder, RunState(1, 8), meta_of(SHAPE), draft, None, keep_last=1)
 
 
 def load_draft(runtime, folder, engine):

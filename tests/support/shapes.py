@@ -58,3 +58,9 @@ def with_every_head(shape: DraftShape) -> dict[str, DraftShape]:
 
 SHAPES = with_every_head(SHAPE)
 FOLDER_SHAPES = with_every_head(VANILLA) | {"mha": replace(VANILLA, num_key_value_heads=4)}
+
+
+def meta_of(shape):
+    """What the `dspark.json` of a checkpoint says of such a draft, beside where the run stands."""
+    known = {"format": 1, "shape": shape.to_dict(), "target_fingerprint": "", "num_anchors": 16}
+    return known | {"initializer_range": 0.02, "confidence_head_alpha": 1.0}
