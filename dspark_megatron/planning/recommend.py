@@ -74,7 +74,8 @@ def recommend(wish: Wish, machine: Machine) -> str:
     ]
     for candidate in found:
         candidate.plan.config.model.mask_token_id = asked
-    return "".join(f"# {line}".rstrip() + "\n" for line in lines) + _yaml(best.plan.config)
+    comment = "\n".join(lines).splitlines()  # a folder's name may have several
+    return "".join(f"# {line}".rstrip() + "\n" for line in comment) + _yaml(best.plan.config)
 
 
 def evenly_spread_layers(num_layers: int, taps: int = TAPS) -> list[int]:

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from dspark_megatron.config import Config, TargetConfig, TrainConfig
+from dspark_megatron.config.rules import MOST
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.shape import DraftShape, has_latent_attention, layer_values
 
@@ -74,7 +75,8 @@ def target_shards(target: TargetConfig, dp_size: int) -> int:
 
 def check_draft_split(shape: DraftShape, tp: int) -> None:
     """Check that a draft alone can be split over tp ranks."""
-    require(tp >= 1, f"the tensor-parallel size ({tp}) must be >= 1")
+    most = MOST["parallel.tensor_parallel"]
+    require(1 <= tp <= most, f"the tensor-parallel size ({tp}) must be from 1 to {most:,}")
     _check_splits(_draft_splits(shape), tp, max(tp, 64))
     _check_vocabulary(shape, tp)
 

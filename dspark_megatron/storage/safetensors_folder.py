@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dspark_megatron.bounded_text import read_json
+from dspark_megatron.config.rules import shown
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.storage.writing import whole_file, write_json
 
@@ -69,8 +70,10 @@ def write_tensors(
 def parse_size(size: int | str) -> int:
     """Bytes of `5GB` (decimal), `5GiB` (binary) or a plain number."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", str(size).strip().upper())
-    if match is None or float(match[1]) <= 0:
-        raise ConfigError(f"max_shard_size ({size!r}) must be a positive size such as 5GB or 500MB")
+    if match is None or not 0 < float(match[1]) < 1e15:
+        raise ConfigError(
+            f"max_shard_size ({shown(size)}) must be a positive size such as 5GB or 500MB"
+        )
     base = 1024 if match[3] else 1000
     return int(float(match[1]) * base ** " KMGT".index(match[2] or " "))
 

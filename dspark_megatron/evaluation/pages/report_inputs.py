@@ -11,6 +11,8 @@ FIGURES = ("prompts", "tau", "accept_rate", "prefix_survival")
 BY_SLOT = ("accept_rate", "prefix_survival")
 CALIBRATION = ("labels", "fit", "held_out", "temperatures", "survival", "threshold_sweep", "notes")
 SURVIVAL = ("ece", "noise_floor", "auc", "brier", "bin_count", "bin_predicted", "bin_observed")
+BINNED = ("bin_count", "bin_predicted", "bin_observed")
+WHEN, COUNTED = ("before", "after"), ("rounds", "prompts")
 SWEPT = ("threshold", "verified_tokens", "accepted_tokens", "rejected_tokens", "acceptance", "tau")
 SIMULATED = {"policy", "requests", "tokens_per_second", "per_request", "tau", "verified", "speedup"}
 SAME = ("target", "checkpoint", "iteration", "block_size")
@@ -53,17 +55,50 @@ def read_calibration(path: Path, evaluation: dict[str, Any]) -> dict[str, Any]:
     )
     _check_same_draft(path, found, evaluation)
     slots = evaluation["block_size"]
-    by_slot = [found["temperatures"]]
-    for when in ("before", "after"):
-        by_slot += [found["survival"].get(when, {}).get(key, []) for key in SURVIVAL]
-    swept = [found["threshold_sweep"].get(when, {}) for when in ("before", "after")]
+    times = [(found[key], when) for key in ("survival", "threshold_sweep") for when in WHEN]
+    before, after, *swept = [_part(whole, when) for whole, when in times]
     require(
-        all(len(figures) == slots for figures in by_slot)
-        and all(sweep.keys() == set(SWEPT) for sweep in swept),
+        _are_numbers(found["temperatures"], slots)
+        and all(_is_survival(figures, slots) for figures in (before, after))
+        and all(_is_sweep(sweep) for sweep in swept),
         f"{path} must have figures before and after calibration for each of the {slots} slots and "
         "each threshold; calibrate again",
     )
+    counts = [_part(found, key).get(what) for key in ("fit", "held_out") for what in COUNTED]
+    require(
+        all(type(count) is int for count in counts) and isinstance(found["notes"], list),
+        f"{path} must have numbers of {' and '.join(COUNTED)} in `fit` and `held_out`, and a list "
+        "of notes; calibrate again",
+    )
     return found
+
+
+def _part(whole: Any, key: str) -> dict[str, Any]:
+    part = whole.get(key) if isinstance(whole, dict) else None
+    return part if isinstance(part, dict) else {}
+
+
+def _is_survival(figures: dict[str, Any], slots: int) -> bool:
+    bins: list[Any] = [figures.get(key) for key in BINNED]
+    if not all(isinstance(rows, list) and len(rows) == slots for rows in bins):
+        return False
+    rows = [row for rows in bins for row in rows]
+    count = len(rows[0]) if isinstance(rows[0], list) else 0
+    return (
+        all(_are_numbers(figures.get(key), slots) for key in SURVIVAL if key not in BINNED)
+        and count > 0
+        and all(_are_numbers(row, count) for row in rows)
+        and all(type(number) is int for row in figures["bin_count"] for number in row)
+    )
+
+
+def _is_sweep(figures: dict[str, Any]) -> bool:
+    first = figures.get(SWEPT[0])
+    count = len(first) if isinstance(first, list) else 0
+    return figures.keys() == set(SWEPT) and all(
+        _are_numbers(values, count) and (key == "acceptance" or None not in values)
+        for key, values in figures.items()
+    )
 
 
 def _check_same_draft(path: Path, found: dict[str, Any], evaluation: dict[str, Any]) -> None:
@@ -104,7 +139,12 @@ def _check_figures(figures: dict[str, Any], slots: int, where: str) -> None:
             f"{key} {where} must have a number or null for each of the {slots} slots, is "
             f"{figures[key]}",
         )
-    for key, ends in (figures.get("confidence_intervals") or {}).items():
+    intervals: Any = figures.get("confidence_intervals") or {}
+    require(
+        isinstance(intervals, dict),
+        f"the confidence intervals {where} must be an object, are {intervals}",
+    )
+    for key, ends in intervals.items():
         pairs = ends if key in BY_SLOT else [ends]
         count = slots if key in BY_SLOT else 1
         require(

@@ -145,3 +145,23 @@ def test_other_files_are_refused(tmp_path, files, message):
     with pytest.raises(SystemExit, match=message):
         report(tmp_path, **files)
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        *("survival", "survival.before", "survival.after.ece", "survival.before.bin_count"),
+        *("threshold_sweep", "threshold_sweep.after.tau", "temperatures", "fit", "held_out.rounds"),
+        "notes",
+    ],
+)
+@pytest.mark.parametrize("junk", ["x", None, {"a": [1]}])
+def test_a_calibration_of_anything_else_is_refused(tmp_path, place, junk):
+    content = json.loads(json.dumps(calibration()))
+    *parents, last = place.split(".")
+    part = content
+    for parent in parents:
+        part = part[parent]
+    part[last] = junk
+    with pytest.raises(SystemExit, match="calibrate again"):
+        report(tmp_path, calibration=content)
