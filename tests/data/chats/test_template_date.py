@@ -23,6 +23,7 @@ from dspark_megatron.storage.checkpoints.meta import FORMAT
 from dspark_megatron.storage.checkpoints.metadata import META
 from support.chat_lines import chat, write_jsonl
 from support.samples import VOCAB_SIZE
+from support.shapes import SHAPE
 from support.tiny_target import tiny_config
 from support.tiny_tokenizer import CHATML_TEMPLATE, tiny_tokenizer
 
@@ -139,6 +140,7 @@ def test_a_day_of_yaml_is_a_day(tiny_run):
 def test_a_run_of_another_day_is_refused_with_words_on_the_clock(tmp_path):
     def saved(**facts):
         known = {"iteration": 1, "consumed_samples": 1, "target_fingerprint": "", "num_anchors": 1}
+        known |= {"shape": SHAPE.to_dict(), "initializer_range": 0.02, "confidence_head_alpha": 1.0}
         (tmp_path / META).write_text(json.dumps({"format": FORMAT, **known, **facts}))
         return tmp_path
 
@@ -174,13 +176,16 @@ def test_stored_states_of_another_day_are_refused_with_words_on_the_clock(tiny_r
         def keys(self):
             return []
 
+        def shards(self):
+            return {}
+
         def key(self, input_ids, loss_mask):
             return b"other"
 
     plan = check(tiny_config(tiny_run, data={**DAY, "template_date": "2026-03-06"}), 1)
     plan.tokenizer.chat_template = CLOCK
     data = load_run_data(plan, plan.config.data.train_files)
-    runtime = SimpleNamespace(is_main=False, device=None)
+    runtime = SimpleNamespace(is_main=False, device=None, rank=0, world_size=1)
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(target_cache, "open_stored_states", lambda plan: Cache())
         with pytest.raises(ConfigError, match="reads the clock, .*template_date to 2026-03-05"):
