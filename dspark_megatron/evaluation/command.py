@@ -12,7 +12,7 @@ from dspark_megatron.config.loading import load_config
 from dspark_megatron.conversion.sidecar import SIDECAR, read_temperatures
 from dspark_megatron.data.chats.answers import AnswerRules
 from dspark_megatron.data.prompts.chat_prompts import Prompt, load_prompts
-from dspark_megatron.errors import require
+from dspark_megatron.errors import printable, require
 from dspark_megatron.evaluation.decoding import Decoder, Sampling
 from dspark_megatron.evaluation.estimate import EstimateSettings
 from dspark_megatron.evaluation.lossless import check_lossless
@@ -97,8 +97,8 @@ def evaluate(job: Launch, config: Config) -> None:
             figures[name]["estimate"] = estimate
     if runtime.is_main:
         write_json(output, {**facts, "files": figures})
-        print(table(figures, greedy=settings.temperature == 0), flush=True)
-        print(f"wrote {output}", flush=True)
+        print(printable(table(figures, greedy=settings.temperature == 0)), flush=True)
+        print(printable(f"wrote {output}"), flush=True)
 
 
 def with_checkpoint(config: Config) -> tuple[Config, Path | None]:
@@ -230,4 +230,4 @@ def _write_records(
     counts = {"prompt_files": list(files), "prompts": [len(found) for found in files.values()]}
     records = draft_records(results, facts["block_size"], facts | counts)
     records.save(Path(settings.records))
-    print(f"wrote {settings.records}", flush=True)
+    print(printable(f"wrote {settings.records}"), flush=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dspark_megatron.config import Config
-from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.errors import ConfigError, printable, require
 from dspark_megatron.run.ranks.ending import at_end
 from dspark_megatron.run.ranks.runtime import Runtime
 from dspark_megatron.run.ranks.shared_folder import check_shared
@@ -27,7 +27,7 @@ def own_folder(folder: Path, what: str, runtime: Runtime) -> Iterator[None]:
     lock = FolderLock(folder, what)
     with at_end(lock.release):
         if said := lock.take():
-            print(said, flush=True)
+            print(printable(said), flush=True)
         yield
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from dspark_megatron.data.dataset import ConversationDataset
-from dspark_megatron.errors import ConfigError
+from dspark_megatron.errors import ConfigError, printable
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.run.build import build_target, read_target_head
 from dspark_megatron.run.check import RunPlan
@@ -119,7 +119,9 @@ def stored_states_of(plan: RunPlan, runtime: Runtime, data: ConversationDataset)
     """The stored states of a run's data."""
     reader = open_stored_states(plan)
     if runtime.is_main and "target_fingerprint" not in reader.facts:
-        print(f"{reader.path} does not say of which weights it is: not checked", flush=True)
+        print(
+            printable(f"{reader.path} does not say of which weights it is: not checked"), flush=True
+        )
     # With `full` they were made before.
     later = plan.config.storage.verify == "size"
     checks = _shard_checks(reader, runtime) if later else None

@@ -5,6 +5,8 @@ import sys
 
 import torch.distributed as dist
 
+from dspark_megatron.errors import printable
+
 _said: set[str] = set()
 
 
@@ -13,7 +15,7 @@ def say_once(text: str) -> None:
     if text in _said or _rank() != 0:
         return
     _said.add(text)
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def _rank() -> int:

@@ -3,6 +3,7 @@
 from argparse import Namespace
 
 from dspark_megatron.config.loading import load_config
+from dspark_megatron.errors import printable
 from dspark_megatron.planning.dry_run import describe_run
 from dspark_megatron.run.check import check
 from dspark_megatron.run.identity import fix_template_day
@@ -21,7 +22,7 @@ def run(job: Launch, arguments: Namespace, stop: StopRequests) -> None:
     agree_at_launch(job, facts)
     if arguments.dry_run:
         if job.rank == 0:
-            print(describe_run(config, job.world_size), flush=True)
+            print(printable(describe_run(config, job.world_size)), flush=True)
         return
     plan = check(config, job.world_size, use="train")
     runtime = start(job, config.parallel.tensor_parallel, shards_target=plan.shards_target)

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from dspark_megatron.data.dataset import ConversationDataset
 from dspark_megatron.data.files.sources import check_apart
+from dspark_megatron.errors import printable
 from dspark_megatron.evaluation.estimate import EstimateSettings, estimate_acceptance
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.run.check import RunPlan
@@ -47,7 +48,7 @@ class HeldOut:
         dataset = load_run_data(plan, files, show_progress=runtime.is_main)
         agree(data_facts("evaluate.heldout_files", files, dataset))
         if runtime.is_main:
-            print(f"held-out {dataset.report.describe()}", flush=True)
+            print(printable(f"held-out {dataset.report.describe()}"), flush=True)
         return cls(plan, runtime, dataset)
 
     def is_due(self, iteration: int) -> bool:

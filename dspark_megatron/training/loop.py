@@ -10,6 +10,7 @@ import torch.distributed as dist
 from dspark_megatron.conversion.draft_tensors import check_finite
 from dspark_megatron.data.batch import MicroBatches
 from dspark_megatron.data.dataset import ConversationDataset
+from dspark_megatron.errors import printable
 from dspark_megatron.mcore.optimizer import (
     build_optimizer,
     build_scheduler,
@@ -80,7 +81,7 @@ def finish_again(plan: RunPlan, runtime: Runtime, output_dir: Path, state: str) 
     """Say that the run had reached its end before this start."""
     if runtime.is_main:
         write_status(output_dir, "completed")
-        print(finished_text(state, plan.config.train), flush=True)
+        print(printable(finished_text(state, plan.config.train)), flush=True)
 
 
 class Trainer:
@@ -286,7 +287,7 @@ class Trainer:
 
     def _say(self, text: str) -> None:
         if text and self.runtime.is_main:
-            print(text, flush=True)
+            print(printable(text), flush=True)
 
 
 def build_run_draft(plan: RunPlan, runtime: Runtime, *, is_new: bool) -> DSparkDraftModel:
@@ -300,5 +301,5 @@ def build_run_draft(plan: RunPlan, runtime: Runtime, *, is_new: bool) -> DSparkD
         initial.load(draft, tp_group=runtime.tp_group)
         check_finite(draft, "the draft as it starts")
         if runtime.is_main:
-            print(initial.describe(), flush=True)
+            print(printable(initial.describe()), flush=True)
     return draft

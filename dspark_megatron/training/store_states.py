@@ -9,7 +9,7 @@ import torch.distributed as dist
 from dspark_megatron.config import Config
 from dspark_megatron.config.loading import load_config
 from dspark_megatron.data.dataset import ConversationDataset
-from dspark_megatron.errors import require
+from dspark_megatron.errors import printable, require
 from dspark_megatron.run.check import RunPlan, check
 from dspark_megatron.run.data import load_train_data
 from dspark_megatron.run.identity import fix_template_day
@@ -77,7 +77,7 @@ def store_states(plan: RunPlan, runtime: Runtime, output: Path, args: Namespace)
     writer = StatesWriter(layout, data, output, facts, shard_bytes=int(args.shard_mib * 2**20))
     missing = None
     if runtime.is_main:
-        print(_size_line(plan, data, writer), flush=True)
+        print(printable(_size_line(plan, data, writer)), flush=True)
         missing = writer.claim()
     if missing := from_main_rank(missing):
         check_shared(f"the folder of the states {output}", output, runtime=runtime)
@@ -89,7 +89,8 @@ def store_states(plan: RunPlan, runtime: Runtime, output: Path, args: Namespace)
     dist.barrier()
     if runtime.is_main:
         writer.finish()
-        print(f"{output} is complete; train with target.provider=cache target.cache={output}")
+        text = f"{output} is complete; train with target.provider=cache target.cache={output}"
+        print(printable(text))
 
 
 def _layout(plan: RunPlan, args: Namespace) -> DeepSpecLayout | SafetensorsLayout:

@@ -7,6 +7,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+from dspark_megatron.errors import printable
+
 _last_calls: list[Callable[[], None]] = []
 
 
@@ -40,7 +42,7 @@ def say(message: str) -> None:
     tqdm = sys.modules.get("tqdm")
     has_bar = os.environ.get("WORLD_SIZE", "1") != "1" or (tqdm and tqdm.tqdm._instances)
     with contextlib.suppress(OSError):  # who read it may be gone
-        print(f"{chr(10) * bool(has_bar)}{message}", file=sys.stderr, flush=True)
+        print(f"{chr(10) * bool(has_bar)}{printable(message)}", file=sys.stderr, flush=True)
 
 
 def tell_torchrun(rank: int) -> None:

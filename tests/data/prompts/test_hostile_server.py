@@ -7,7 +7,6 @@ import generate_responses as tool
 import pytest
 
 from dspark_megatron.data.prompts import json_server
-from dspark_megatron.errors import ConfigError
 from support.chat_server import KEY, Server, running
 
 KEY_OF_A_SERVICE = "sk-0123456789/abc+def"
@@ -260,16 +259,3 @@ def test_a_partial_file_that_holds_something_else_is_refused(run, tmp_path):
         partial.write_text(f"{settings}{json.dumps(line)}\n")
         code, _, said = run("400 one")
         assert code == 2 and "holds other things than answers" in said.err
-
-
-def test_text_from_outside_is_spelled_out_for_a_terminal(capsys):
-    from dspark_megatron.errors import print_error, printable
-
-    assert printable("good \u4e2d\u6587\u3000text\n\twith \u00e9") == (
-        "good \u4e2d\u6587\u3000text\n\twith \u00e9"
-    )
-    assert printable("a\x1b[2J\r\x07\x9b\u202e\u2028\ud800") == (
-        r"a\x1b[2J\r\x07\x9b\u202e\u2028\ud800"
-    )
-    assert print_error(ConfigError("no \x1b[2J\x00")) == 2
-    assert capsys.readouterr().err == "error: no \\x1b[2J\\x00\n"
