@@ -7,6 +7,7 @@ FAULT is JSON: at the `call`-th call of a `place`, a rank of `ranks` does a `dee
 nothing of this: functions are replaced from outside, and only in the ranks that are to fail.
 """
 
+import argparse
 import importlib
 import json
 import os
@@ -141,7 +142,12 @@ def install(place: str, call: int, deed: Callable[..., Any]) -> None:
 
 
 def main() -> None:
-    fault, command, arguments = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3:]
+    parser = argparse.ArgumentParser(description="Run one rank of a command with a fault in it.")
+    parser.add_argument("fault", type=json.loads, help="JSON, as tools/faults/table.py makes it")
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+    asked = parser.parse_args()
+    fault, command, arguments = asked.fault, asked.command, asked.arguments
     sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
     if int(os.environ.get("RANK", 0)) in fault["ranks"]:
         if folder := fault.get("cwd"):
