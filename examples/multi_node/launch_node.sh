@@ -38,6 +38,9 @@ if [ -n "${NODE_ADDRESS:-}" ]; then
   options+=(--local-addr "$NODE_ADDRESS")
 fi
 
+# Until all nodes are there torchrun says nothing.
+echo "node $NODE_RANK of $NODES waits at $RENDEZVOUS for the others, for at most 10 minutes" >&2
+
 # A signal goes to the ranks, not to torchrun, which would kill them after 30 seconds, leave the
 # other nodes' torchrun waiting for 5 minutes and exit with 1. In a session of its own it gets none
 # that is meant for a whole process group. Without ranks yet there is nothing to save.
