@@ -4,9 +4,11 @@ import json
 from unittest import mock
 
 import pytest
+import torch
 
 from dspark_megatron.training.health.spikes import Spikes
 from dspark_megatron.training.heldout import HeldOut
+from dspark_megatron.training.metrics import MetricSums
 from dspark_megatron.training.reporter import Reporter
 
 NAN = float("nan")
@@ -79,3 +81,17 @@ def is_best(runtime, tau):
     heldout = mock.Mock(runtime=runtime, conditions={"samples": 1})
     others = (None, BestEstimate(1, NAN, {"samples": 1}), BestEstimate(1, 9.0, {"samples": 2}))
     return [HeldOut._is_best(heldout, tau, best) for best in others]
+
+
+def test_sums_go_on_from_what_a_checkpoint_kept_and_never_from_nonsense():
+    metrics = MetricSums.zeros(3, torch.device("cpu"))
+    metrics.add(weight=2.0, ce_sum=4.0, tokens=7.0)
+    kept = metrics.packed().tolist()
+
+    def loss(sums):
+        found = MetricSums.zeros(3, torch.device("cpu")).continued(sums)
+        assert found.scalars["tokens"] == 0
+        return found.means({"ce": 1.0})["loss"]
+
+    assert loss(kept) == 2
+    assert [loss(wrong) for wrong in ((), kept[1:], [NAN, *kept[1:]])] == [None] * 3
