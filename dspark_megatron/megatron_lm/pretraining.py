@@ -171,6 +171,8 @@ def _this_run() -> tuple[DraftPretraining, Namespace]:
 def _continued(load: Path) -> Path | None:
     """The folder, if it has a checkpoint to continue from; None where it has none. Megatron goes by
     the tracker alone and would start anew without it."""
+    if (load / "release").is_dir():  # a checkpoint without an iteration, which Megatron loads
+        return load
     newest = latest_iteration(load)
     if newest is None:
         return None

@@ -64,8 +64,13 @@ class FolderLock:
             self._made_folder = not self.path.parent.exists()
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._open()
+            return self._taken_over()
         except OSError as error:
             raise ConfigError(f"{self.what} must be writable: {error.strerror}") from error
+
+    def _taken_over(self) -> str:
+        """Write this process into the file, if its owner is gone; what is to be said of that."""
+        assert self._file is not None
         try:
             said = self._check_owner()
             os.truncate(self._file, 0)
@@ -92,8 +97,14 @@ class FolderLock:
     def _open(self) -> int:
         """The lock's file, which this process alone has locked."""
         while True:
-            self._is_new = not self.path.exists()
-            file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:  # one of two starts at the same moment makes it
+                file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+                self._is_new = True
+            except FileExistsError:
+                try:
+                    file, self._is_new = os.open(self.path, os.O_RDWR), False
+                except FileNotFoundError:  # its owner has just released it
+                    continue
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

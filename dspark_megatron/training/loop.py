@@ -30,6 +30,7 @@ from dspark_megatron.run.initial.warm_start import WarmStart
 from dspark_megatron.run.output import claimed_output, set_aside, write_config, write_status
 from dspark_megatron.run.ranks.agreement import agree
 from dspark_megatron.run.ranks.facts import draft_facts, start_facts, target_facts
+from dspark_megatron.run.ranks.places import at
 from dspark_megatron.run.ranks.runtime import Runtime, at_step
 from dspark_megatron.run.states import check_stored_states, states_source
 from dspark_megatron.storage.checkpoints.meta import FORMAT
@@ -60,13 +61,17 @@ def train(plan: RunPlan, runtime: Runtime, stop: StopRequests) -> None:
 
 
 def _train(plan: RunPlan, runtime: Runtime, stop: StopRequests, output_dir: Path) -> None:
+    at("looking for a checkpoint", longer=True)
     resume_from = checkpoint_to_resume(plan, output_dir / "checkpoints", runtime)
     if finished := finished_state(plan, resume_from, output_dir, runtime):
         return finish_again(plan, runtime, output_dir, finished)
     agree(start_facts(plan, resume_from))
     if plan.config.target.is_stored:
+        at("checking target.cache", longer=True)
         check_stored_states(plan, runtime)  # refused before the data are read
+    at("building the draft", longer=True)
     draft = build_run_draft(plan, runtime, is_new=resume_from is None)
+    at("reading the held-out answers", longer=True)
     heldout = HeldOut.load(plan, runtime)
     dataset = load_train_data(plan, runtime)
     if resume_from is not None:
@@ -156,7 +161,7 @@ class Trainer:
             if reporter is not None:
                 reporter.step()
             if last and isinstance(self.target, StoredStates):
-                self.target.finish()
+                self._wait_for_checks(self.target)
             if last or iteration % self.settings.log_every == 0:
                 seconds = time.perf_counter() - clock
                 self._log(reporter, metrics, grad_norm, seconds)
@@ -174,6 +179,12 @@ class Trainer:
         if reporter is not None:
             reporter.close()
             self._report_end(reason)
+
+    def _wait_for_checks(self, states: StoredStates) -> None:
+        """Until every rank has compared its shards: no run completes on states unchecked. Every ten
+        seconds an all-reduce of one number over the world, so that ranks are seen to get on."""
+        while self._agreed(StopReason(not states.is_checked(10.0))):
+            at("comparing the stored states with their checksums", longer=True)
 
     def _report_end(self, reason: StopReason) -> None:
         """On the main rank, after the last save."""

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -50,7 +51,9 @@ def _loaded(folder: Path, state: dict) -> dict:
         with data_only():
             return dist_checkpointing.load(state, str(folder))
     except (Exception, CheckpointException) as error:
-        if isinstance(cause := cause_of(error), KeyboardInterrupt):
+        cause = cause_of(error)
+        no_damage = KeyboardInterrupt, dist.DistError, torch.OutOfMemoryError
+        if isinstance(cause, no_damage) or "gloo" in str(cause):
             raise cause from None
         raise Damage.of(unreadable_shard(folder), cause) from error
 

@@ -10,6 +10,7 @@ has seen all of it, so a folder with an `iter_` name is always whole. It loads a
 data-parallel size.
 """
 
+import contextlib
 import os
 import secrets
 import time
@@ -57,7 +58,7 @@ def save_checkpoint(
     written in full.
     """
     final, is_main = iteration_folder(checkpoints, state.iteration), dist.get_rank() == 0
-    at(f"saving iteration {state.iteration}")
+    at(f"saving iteration {state.iteration}", longer=True)
     partial = from_main_rank(_new_folder(final) if is_main else None)
     write_in_this_process()
     tensors = sharded_state(model, optimizer, is_loading=False)
@@ -66,7 +67,10 @@ def save_checkpoint(
         dist_checkpointing.save(tensors, str(partial), content_metadata=SHARDING)
     except CheckpointException as error:  # on every rank; the main one knows why
         problem = error
-    except OSError as error:  # of one rank, while the others wait for it: its word ends them
+    except (OSError, RuntimeError) as error:
+        # Of one rank, while the others wait for it: its word ends them. A full disk is any of both.
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise
         raise _unsaved(final, error) from error
     checksums = ranks_checksums(partial)
     if is_main and problem is None:
@@ -85,8 +89,7 @@ def save_checkpoint(
 def _new_folder(final: Path) -> Path:
     """An empty folder to write into, on the main rank, after what killed saves have left is gone.
     Its name is new, so that a rank of a killed run that still writes does not write into it."""
-    for leftover in final.parent.glob(_UNFINISHED):
-        remove(leftover)
+    _clear(final.parent)
     partial = final.with_name(f".partial_{final.name}_{secrets.token_hex(4)}")
     partial.mkdir(parents=True)
     return partial
@@ -107,8 +110,7 @@ def _completed(
 
 
 def _unsaved(final: Path, error: BaseException) -> ConfigError:
-    for leftover in final.parent.glob(_UNFINISHED):  # it may fill the disk
-        remove(leftover)
+    _clear(final.parent)  # it may fill the disk
     return ConfigError(
         f"checkpoint {final.name} could not be saved: {cause_of(error)}. Older ones in "
         f"{final.parent} are as they were; make room there if the disk is full, and start the run "
@@ -135,7 +137,8 @@ def _check_written(folder: Path) -> None:
 def _put_in_place(partial: Path, final: Path) -> None:
     """Give a checkpoint its name once all of it is on the disk, not in memory only."""
     for file in partial.iterdir():
-        _to_disk(file)
+        if file.suffix != ".distcp":  # whose writers have done so
+            _to_disk(file)
     _to_disk(partial)
     if final.exists():  # it loses its name whole; pruning deletes it
         final.rename(partial.with_name(f"{partial.name}_replaced"))
@@ -168,6 +171,12 @@ def _prune(checkpoints: Path, newest: Path, keep_last: int, best: BestEstimate |
     older = [f for f in sorted(checkpoints.glob("iter_*")) if f.name <= newest.name]
     for folder in older[:-keep_last]:
         if folder != kept:
-            folder.rename(checkpoints / f".partial_{folder.name}")
+            folder.rename(checkpoints / f".partial_{folder.name}_{secrets.token_hex(4)}")
+    _clear(checkpoints)
+
+
+def _clear(checkpoints: Path) -> None:
+    """Delete what lost its name or never had one. What is in use is left to the next save."""
     for leftover in checkpoints.glob(_UNFINISHED):
-        remove(leftover)
+        with contextlib.suppress(ConfigError):
+            remove(leftover)

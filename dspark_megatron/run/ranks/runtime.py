@@ -122,14 +122,8 @@ def order_kernels(tensor_parallel: int, *, shards_target: bool) -> None:
 
 
 def at_step(iteration: int, *, done: int) -> None:
-    """This rank begins a step, after `done` others since its start. The first one compiles. From
-    then on collectives fail by themselves, where the watching threads do not end a run before. One
-    barrier in the second step."""
-    from megatron.core import parallel_state
-
+    """This rank begins a step, after `done` others since its start. The first one compiles."""
     at(f"step {iteration}", longer=done == 0)
-    if done == 1:
-        parallel_state.update_pg_timeout(datetime.timedelta(seconds=2 * time_limit()))
 
 
 def start(
@@ -159,9 +153,11 @@ def start(
     else:
         device, backend = torch.device("cpu"), "gloo"
     if not dist.is_initialized():
+        store = dist.PrefixStore("world", job.store)
+        store.set_timeout(limit)  # NCCL makes its connections through it, when they are used
         dist.init_process_group(
             backend,
-            store=dist.PrefixStore("world", job.store),
+            store=store,
             rank=job.rank,
             world_size=job.world_size,
             timeout=limit,

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from dspark_megatron.errors import require
 from dspark_megatron.run.ranks.places import at
 from dspark_megatron.run.ranks.runtime import Runtime, from_main_rank
-from dspark_megatron.storage.writing import PARTIAL
+from dspark_megatron.storage.writing import PARTIAL, disk_named
 
 _LATE_SECONDS = 30.0
 """How long a network file system may take to show a new file."""
@@ -32,7 +32,8 @@ def check_shared(what: str, *folders: Path, runtime: Runtime) -> None:
     try:
         if runtime.is_main:
             for file in files:
-                file.write_text(token, encoding="utf-8")
+                with disk_named(file):
+                    file.write_text(token, encoding="utf-8")
         dist.barrier()
         problem = next(filter(None, (_problem(file, token) for file in files)), "")
         problems: list[Any] = [None] * runtime.world_size

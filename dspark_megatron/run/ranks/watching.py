@@ -31,6 +31,8 @@ class Watch:
         self._host = socket.gethostname()
         self._seen, self._beat, self._seconds = look(self._thread), 0, 0.0
         self._last_tick = self._last_answer = time.monotonic()
+        self._next = 0.0
+        """Not before that it judges: the store of a large job has enough to do."""
 
     def start(self) -> None:
         threading.Thread(target=self._run, daemon=True).start()
@@ -49,7 +51,7 @@ class Watch:
         self._look()
         # Not all at once: the first rank that is sure ends the others.
         patience = time_limit() + min(self.job.rank, 30)
-        if self._seconds > patience and not self.done.is_set():
+        if self._seconds > patience and time.monotonic() > self._next and not self.done.is_set():
             self._judge()
 
     def _look(self) -> None:
@@ -82,7 +84,7 @@ class Watch:
             self._look()
         after = signs(self.job, self.job.watch_store)
         if goes_on(before, after):
-            self._seconds = max(0.0, self._seconds - 10)
+            self._next = time.monotonic() + max(30.0, self.job.world_size / 2)
             return
         text = absence(before, after, self.job.world_size, self._seconds)
         fail(self.job, f"error: {text}", self.job.watch_store)

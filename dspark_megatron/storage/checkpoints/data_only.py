@@ -17,6 +17,7 @@ from dspark_megatron.errors import require
 from dspark_megatron.storage.checkpoints.damage import Damage
 
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+_FORCE_NOT = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 _PLAIN = [argparse.Namespace, types.SimpleNamespace, pathlib.PosixPath, signal.Signals, io.BytesIO]
 _INERT = (
     "megatron.core.enums.ModelType",
@@ -52,15 +53,14 @@ class _Inert:
 def data_only() -> Iterator[None]:
     """Whatever is loaded inside, by Megatron-Core and by PyTorch's distributed checkpoints too, is
     read by PyTorch's `weights_only` unpickler, which takes data and classes that are allowed."""
-    before = os.environ.get(_FORCE)
+    # PyTorch refuses to load where both are set.
+    before = {name: os.environ.pop(name, None) for name in (_FORCE, _FORCE_NOT)}
     os.environ[_FORCE] = "1"
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[_FORCE]
-        else:
-            os.environ[_FORCE] = before
+        del os.environ[_FORCE]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 @contextmanager

@@ -77,11 +77,6 @@ def way_out_named(checkpoint: Path) -> Iterator[None]:
         raise _with_way_out(checkpoint, damage) from error
 
 
-def damaged(checkpoint: Path, cause: BaseException) -> ConfigError:
-    """The error for a checkpoint that could not be loaded."""
-    return _with_way_out(checkpoint, Damage.of(checkpoint, cause))
-
-
 def _with_way_out(checkpoint: Path, damage: Damage) -> ConfigError:
     folder, number = checkpoint.parent, iteration_of(checkpoint)
     other = newest_whole(folder, before=number)

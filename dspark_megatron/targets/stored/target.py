@@ -56,10 +56,10 @@ class StoredStates(StatesSource):
         if checks is not None:
             checks.start()
 
-    def finish(self) -> None:
-        """Wait until all shards are checked; ConfigError for a damaged one."""
-        if self._checks is not None:
-            self._checks.finish()
+    def is_checked(self, seconds: float) -> bool:
+        """Whether all of this rank's shards are checked, within so long; ConfigError for a damaged
+        one."""
+        return self._checks is None or self._checks.is_done(seconds)
 
     def expect(self, batches: Sequence[Batch]) -> None:
         self._ahead.clear()

@@ -76,10 +76,11 @@ class ShardChecks:
         if self._error is not None:
             raise self._error
 
-    def finish(self) -> None:
-        """Wait until all are read; ConfigError as above."""
-        self._thread.join()
+    def is_done(self, seconds: float) -> bool:
+        """Whether all are read, within so long; ConfigError as above."""
+        self._thread.join(seconds)
         self.raise_if_damaged()
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         try:

@@ -228,7 +228,7 @@ def states_read_ahead(runtime, config):
     plan = check(config, runtime.world_size)
     data = load_run_data(plan, config.data.train_files)
     target, read = stored_states_of(plan, runtime, data), []
-    target.finish()  # its shards are read in the background
+    assert target.is_checked(60)  # its shards are read in the background
     states = target._reader.states
     target._reader.states = lambda place: read.append(place) or states(place)
     samples = [(0, 1), (2, 3), (0, 1), (4, 5), (6, 7)]
