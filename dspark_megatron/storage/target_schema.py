@@ -90,7 +90,10 @@ RULES: dict[str, Rule] = {
     ),
     "auto_map": _MAPPING,
     "hidden_size": _WIDTH,
-    "num_hidden_layers": _integers(1, 1000),
+    **dict.fromkeys(
+        ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth"), _integers(1, 1000)
+    ),
+    "num_labels": _integers(0, 10**5),
     "num_attention_heads": _COUNTS,
     "num_key_value_heads": _COUNTS,
     "head_dim": Rule(
@@ -152,9 +155,12 @@ def _problems(config: dict[str, Any], place: str) -> Iterator[str]:
             f"{place}num_attention_heads ({heads}) must be divisible by num_key_value_heads "
             f"({kv_heads})"
         )
-    for key in sorted(PARTS.intersection(config)):
-        part = config.get(key)
-        if isinstance(part, dict):
+    for key, part in sorted(config.items()):
+        if isinstance(part, dict) and (key in PARTS or _names_part(key)):
             yield from _problems(part, f"{place}{key}.")
-        elif part is not None:
+        elif key in PARTS and part is not None:
             yield f"{place}{key} ({shown(part)}) must be an object"
+
+
+def _names_part(key: str) -> bool:
+    return key.endswith("_config") and key != "quantization_config"
