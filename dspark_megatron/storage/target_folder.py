@@ -40,6 +40,8 @@ def load_target_config(target_dir: str | Path) -> PretrainedConfig:
     own = read_json(file)
     check_schema(own, file)
     _check_class(file, own)
+    names: dict[str, str] = CONFIG_MAPPING[own["model_type"]].attribute_map
+    check_schema({usual: own[name] for usual, name in names.items() if name in own}, file)
     try:
         return AutoConfig.from_pretrained(
             target_dir, local_files_only=True, trust_remote_code=False

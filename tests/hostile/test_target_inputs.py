@@ -5,6 +5,7 @@ import json
 import pytest
 
 from dspark_megatron.run.check import check
+from dspark_megatron.storage.target_folder import load_target_config
 from support.hostile import DEEP, INF, MISSING, NAN, make_strange, refused, with_key
 from support.tiny_target import tiny_config
 
@@ -68,6 +69,20 @@ FIELDS = [
     ("text_config.hidden_size", -4, "text_config.hidden_size (-4) must be"),
     ("thinker_config.text_config.hidden_size", 0, "thinker_config.text_config.hidden_size (0)"),
 ]
+
+
+GPT2_FIELDS = [
+    ("n_head", 0, "num_attention_heads (0) must be an integer from 1"),
+    ("n_embd", -1, "hidden_size (-1) must be"),
+    ("n_layer", 0, "n_layer (0) must be"),
+    ("n_positions", "x", "max_position_embeddings ('x') must be"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "fragment"), GPT2_FIELDS)
+def test_a_field_under_a_familys_own_name(tmp_path, key, value, fragment):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", key: value}))
+    refused(lambda: load_target_config(tmp_path), fragment)
 
 
 def plan(tiny_run, target, **model):
