@@ -43,11 +43,13 @@ def load_target_config(target_dir: str | Path) -> PretrainedConfig:
     names: dict[str, str] = CONFIG_MAPPING[own["model_type"]].attribute_map
     check_schema({usual: own[name] for usual, name in names.items() if name in own}, file)
     try:
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             target_dir, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # each family's class checks its keys in its own way
         raise ConfigError(f"Transformers cannot read {file}: {_one_line(error)}") from error
+    config._attn_implementation = None  # it may name code of the hub
+    return config
 
 
 def load_tokenizer(target_dir: str | Path) -> PreTrainedTokenizerBase:

@@ -4,8 +4,12 @@ import json
 
 import pytest
 
+from dspark_megatron.config.target import TargetConfig
+from dspark_megatron.data.prompts.local_target import LocalTarget
 from dspark_megatron.run.check import check
-from dspark_megatron.storage.target_folder import load_target_config
+from dspark_megatron.storage.target_folder import load_target_config, load_tokenizer
+from dspark_megatron.targets.huggingface.split import TargetSplit
+from dspark_megatron.targets.huggingface.target import load_base_model
 from support.hostile import DEEP, INF, MISSING, NAN, make_strange, refused, with_key
 from support.tiny_target import tiny_config
 
@@ -83,6 +87,18 @@ GPT2_FIELDS = [
 def test_a_field_under_a_familys_own_name(tmp_path, key, value, fragment):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", key: value}))
     refused(lambda: load_target_config(tmp_path), fragment)
+
+
+@pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation"])
+@pytest.mark.parametrize("name", ["flash_attention_2", "evil/kernel"])
+def test_a_target_does_not_choose_the_code_of_attention(target, key, name):
+    with_key(target / "config.json", key, name)
+    assert load_target_config(target)._attn_implementation is None
+    tokenizer = load_tokenizer(target)
+    answering = LocalTarget(target, tokenizer, temperature=0, max_new_tokens=1)
+    assert answering._model.config._attn_implementation == "sdpa"
+    loaded = load_base_model(TargetConfig(path=str(target), attention="eager"), TargetSplit())
+    assert loaded.config._attn_implementation == "eager"
 
 
 def plan(tiny_run, target, **model):

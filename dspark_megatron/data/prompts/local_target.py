@@ -24,7 +24,7 @@ from dspark_megatron.data.chats.template import reads_clock
 from dspark_megatron.data.prompts.chat_prompts import Prompt
 from dspark_megatron.data.prompts.response_file import Answer, first_settings
 from dspark_megatron.errors import ConfigError, require
-from dspark_megatron.storage.target_folder import stop_token_ids
+from dspark_megatron.storage.target_folder import load_target_config, stop_token_ids
 
 
 def template_day(
@@ -74,6 +74,7 @@ class LocalTarget:
         try:
             model, found = AutoModelForCausalLM.from_pretrained(
                 self.folder,
+                config=load_target_config(self.folder),
                 dtype=self.dtype,
                 local_files_only=True,
                 trust_remote_code=False,
