@@ -142,7 +142,7 @@ def test_a_link_to_a_folder_above_gives_no_file_twice(tmp_path):
     assert len(load(tmp_path / "**" / "*.jsonl")) == 1
 
 
-@pytest.mark.parametrize("entry", ["", "/dev/zero", "/dev/null", "/nowhere/at/all"])
+@pytest.mark.parametrize("entry", ["", "/dev/zero", "/dev/null", "/nowhere/at/all", "x" * 256])
 def test_entries_that_are_no_data(entry):
     refused(lambda: load(entry), "data file")
 
