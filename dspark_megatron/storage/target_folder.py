@@ -76,11 +76,14 @@ def load_tokenizer(target_dir: str | Path) -> PreTrainedTokenizerBase:
 def _check_plain(folder: Path) -> None:
     """ConfigError for a folder with a pipe or device in it, whose reader would wait for ever, and
     for what has the name of a file that is read and is none: Transformers would pass it over."""
-    strange = [
-        file.name
-        for file in folder.iterdir()
-        if not file.is_file() and (file.suffix in READ or (file.exists() and not file.is_dir()))
-    ]
+    try:
+        strange = [
+            file.name
+            for file in folder.iterdir()
+            if not file.is_file() and (file.suffix in READ or (file.exists() and not file.is_dir()))
+        ]
+    except OSError as error:
+        raise ConfigError(f"cannot read the target's folder {folder}: {error.strerror}") from error
     require(
         not strange,
         f"{', '.join(map(repr, sorted(strange)))} in the target's folder {folder} must be a file, "

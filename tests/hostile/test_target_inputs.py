@@ -216,6 +216,15 @@ def test_what_is_no_file_is_not_waited_for(tiny_run, target, name, kind):
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("absent", "No such file"), ("config.json", "Not a directory"), ("x" * 256, "too long")],
+)
+def test_a_folder_that_cannot_be_listed(target, name, said):
+    refused(lambda: load_tokenizer(target / name), f"cannot read the target's folder {target}")
+    refused(lambda: load_tokenizer(target / name), said)
+
+
 def test_the_good_target_passes(tiny_run, target):
     """Else the table would prove nothing."""
     assert plan(tiny_run, target).shape.hidden_size == 32
