@@ -16,7 +16,7 @@ from support.tiny_target import tiny_config
 WIDTH = "must be an integer from 1 to 1,000,000"
 HEADS = "must be an integer from 1 to 100,000, or a list of them"
 BOOL = "must be true or false"
-ROPE = "must be an object of finite numbers and texts, its rope_theta > 0"
+ROPE = "must be an object of finite numbers and texts, its rope_theta and factor > 0"
 DESCRIBED = "are not those that its config.json describes"
 FIELDS = [
     *(("hidden_size", value, WIDTH) for value in (-1, 0, "text", "7", 1.5, 10**30, [1], {}, True)),
@@ -51,6 +51,12 @@ FIELDS = [
     *(("rope_parameters", value, ROPE) for value in ("x", 7, [], {"rope_theta": INF})),
     *(("rope_parameters", value, ROPE) for value in ({"a": {"b": {"c": 1}}}, {"a": 10**400})),
     *(("rope_parameters.rope_theta", value, ROPE) for value in ("1e4", None, True, [], 0, -1)),
+    *(("rope_parameters.factor", value, ROPE) for value in ("2", 0, -1, True, [2], INF)),
+    *(
+        ("rope_parameters.partial_rotary_factor", value, ROPE)
+        for value in ("1", 0, -0.5, 1.5, None, True)
+    ),
+    ("rope_scaling", {"full_attention": {"factor": 0}}, ROPE),
     ("rope_parameters.rope_theta", 10**30, "a RoPE that cannot be computed"),
     ("rope_parameters.rope_type", "spiral", "is none of those that a draft can have"),
     ("rope_parameters.rope_type", "yarn", "Missing required keys"),
