@@ -37,6 +37,7 @@ from dspark_megatron.data.prompts.json_server import JsonServer
 from dspark_megatron.data.prompts.local_target import LocalTarget, template_day
 from dspark_megatron.errors import ConfigError, print_error, require
 from dspark_megatron.storage.target_folder import load_target_config, load_tokenizer
+from dspark_megatron.targets.folder_check import check_weights_described
 
 BOUNDS = {
     "temperature": (0, 10**6),
@@ -51,7 +52,7 @@ BOUNDS = {
 
 
 def ask_target(args: argparse.Namespace, partial: Path) -> response_file.Outcome:
-    load_target_config(args.target)  # refuses what is no target, or needs code of its own
+    check_weights_described(args.target, load_target_config(args.target))
     tokenizer = load_tokenizer(args.target)
     args.template_date = template_day(tokenizer, args.template_date, partial)
     rules = AnswerRules(template_date=args.template_date)

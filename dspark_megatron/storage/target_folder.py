@@ -40,12 +40,16 @@ def load_target_config(target_dir: str | Path) -> PretrainedConfig:
     own = read_json(file)
     check_schema(own, file)
     _check_class(file, own)
+    names: dict[str, str] = CONFIG_MAPPING[own["model_type"]].attribute_map
+    check_schema({usual: own[name] for usual, name in names.items() if name in own}, file)
     try:
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             target_dir, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # each family's class checks its keys in its own way
         raise ConfigError(f"Transformers cannot read {file}: {_one_line(error)}") from error
+    config._attn_implementation = None  # it may name code of the hub
+    return config
 
 
 def load_tokenizer(target_dir: str | Path) -> PreTrainedTokenizerBase:
@@ -72,11 +76,14 @@ def load_tokenizer(target_dir: str | Path) -> PreTrainedTokenizerBase:
 def _check_plain(folder: Path) -> None:
     """ConfigError for a folder with a pipe or device in it, whose reader would wait for ever, and
     for what has the name of a file that is read and is none: Transformers would pass it over."""
-    strange = [
-        file.name
-        for file in folder.iterdir()
-        if not file.is_file() and (file.suffix in READ or (file.exists() and not file.is_dir()))
-    ]
+    try:
+        strange = [
+            file.name
+            for file in folder.iterdir()
+            if not file.is_file() and (file.suffix in READ or (file.exists() and not file.is_dir()))
+        ]
+    except OSError as error:
+        raise ConfigError(f"cannot read the target's folder {folder}: {error.strerror}") from error
     require(
         not strange,
         f"{', '.join(map(repr, sorted(strange)))} in the target's folder {folder} must be a file, "

@@ -44,8 +44,11 @@ def _is_number(value: Any) -> bool:
 
 def _is_rope(value: Any, *, by_layer: bool = False) -> bool:
     """Numbers and texts by name, or such mappings by kind of layer. Lists are factors."""
-    good = isinstance(value, dict) and _is_theta(value.get("rope_theta", 1.0))
-    return good and all(
+    if not isinstance(value, dict):
+        return False
+    factor, part = value.get("factor"), value.get("partial_rotary_factor", 1.0)
+    good = _is_positive(value.get("rope_theta", 1.0)) and (factor is None or _is_positive(factor))
+    return (good and _is_positive(part) and part <= 1) and all(
         inner is None
         or isinstance(inner, str | bool)
         or _is_number(inner)
@@ -55,7 +58,7 @@ def _is_rope(value: Any, *, by_layer: bool = False) -> bool:
     )
 
 
-def _is_theta(value: Any) -> bool:
+def _is_positive(value: Any) -> bool:
     return _is_number(value) and value > 0
 
 
@@ -72,8 +75,12 @@ def _is_text(value: Any) -> bool:
 _BOOL = Rule("true or false", lambda value: isinstance(value, bool))
 _NORM = Rule("a number in [0, 1)", lambda value: _is_number(value) and 0 <= value < 1)
 _SHARE = Rule("a number in [0, 1]", lambda value: _is_number(value) and 0 <= value <= 1)
-_THETA = Rule("a finite number > 0", _is_theta)
-_ROPE = Rule("an object of finite numbers and texts, its rope_theta > 0", _is_rope)
+_THETA = Rule("a finite number > 0", _is_positive)
+_ROPE = Rule(
+    "an object of finite numbers and texts, its rope_theta and factor > 0 and its "
+    "partial_rotary_factor in (0, 1]",
+    _is_rope,
+)
 _MAPPING = Rule("an object", lambda value: isinstance(value, dict))
 _DTYPE = Rule("the name of a floating-point type of PyTorch", _is_dtype)
 _ACTIVATION = Rule("an activation of Transformers", lambda value: value in list(ACT2FN))
@@ -90,7 +97,10 @@ RULES: dict[str, Rule] = {
     ),
     "auto_map": _MAPPING,
     "hidden_size": _WIDTH,
-    "num_hidden_layers": _integers(1, 1000),
+    **dict.fromkeys(
+        ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth"), _integers(1, 1000)
+    ),
+    "num_labels": _integers(0, 10**5),
     "num_attention_heads": _COUNTS,
     "num_key_value_heads": _COUNTS,
     "head_dim": Rule(
@@ -152,9 +162,12 @@ def _problems(config: dict[str, Any], place: str) -> Iterator[str]:
             f"{place}num_attention_heads ({heads}) must be divisible by num_key_value_heads "
             f"({kv_heads})"
         )
-    for key in sorted(PARTS.intersection(config)):
-        part = config.get(key)
-        if isinstance(part, dict):
+    for key, part in sorted(config.items()):
+        if isinstance(part, dict) and (key in PARTS or _names_part(key)):
             yield from _problems(part, f"{place}{key}.")
-        elif part is not None:
+        elif key in PARTS and part is not None:
             yield f"{place}{key} ({shown(part)}) must be an object"
+
+
+def _names_part(key: str) -> bool:
+    return key.endswith("_config") and key != "quantization_config"

@@ -142,7 +142,7 @@ def test_a_link_to_a_folder_above_gives_no_file_twice(tmp_path):
     assert len(load(tmp_path / "**" / "*.jsonl")) == 1
 
 
-@pytest.mark.parametrize("entry", ["", "/dev/zero", "/dev/null", "/nowhere/at/all"])
+@pytest.mark.parametrize("entry", ["", "/dev/zero", "/dev/null", "/nowhere/at/all", "x" * 256])
 def test_entries_that_are_no_data(entry):
     refused(lambda: load(entry), "data file")
 
@@ -219,6 +219,7 @@ TEMPLATES = {
     "a long list": ("{{ [1] * 100000000000 }}", "bytes of memory"),
     "a long text": ("{{ 'a' * 100001 }}", "letters of this chat, and at most 100,000 are used"),
     "powers": ("{{ 10 ** 10 ** 10 }}", "raises to powers"),
+    "powers of an empty text": ("{{ ''.format()**9 }}", "raises to powers"),
     "a long template": ("a" * 2**20, "letters, and at most 1,048,576 are read"),
     "a large range": ("{{ range(10000000) }}", "Range too big"),
     "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
@@ -240,11 +241,19 @@ def test_a_template_that_takes_too_much(tmp_path, monkeypatch, name):
     refused(lambda: load(path, start + CHATML_TEMPLATE), fragment)
 
 
-def test_two_stars_before_arguments_are_no_power(tmp_path):
+@pytest.mark.parametrize(
+    "start",
+    [
+        "{% set n = namespace(**{'x': '**'}) %}{{ dict( **{'y': n.x}).y }}",
+        "{{ dict(a=1, **{'y': 2}).y }}",
+        "**{{ 'bold' }}**",
+        "{{ '(' }}**{% if true %}**{% endif %}",
+    ],
+)
+def test_two_stars_that_are_no_power(tmp_path, start):
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps(GOOD))
-    template = "{% set n = namespace(**{'x': '**'}) %}{{ dict( **{'y': n.x}).y }}" + CHATML_TEMPLATE
-    assert len(load(path, template)) == 1
+    assert len(load(path, start + CHATML_TEMPLATE)) == 1
 
 
 def test_a_template_without_end_ends_the_reading_at_its_first_chat(tmp_path, monkeypatch):

@@ -4,14 +4,19 @@ import json
 
 import pytest
 
+from dspark_megatron.config.target import TargetConfig
+from dspark_megatron.data.prompts.local_target import LocalTarget
 from dspark_megatron.run.check import check
+from dspark_megatron.storage.target_folder import load_target_config, load_tokenizer
+from dspark_megatron.targets.huggingface.split import TargetSplit
+from dspark_megatron.targets.huggingface.target import load_base_model
 from support.hostile import DEEP, INF, MISSING, NAN, make_strange, refused, with_key
 from support.tiny_target import tiny_config
 
 WIDTH = "must be an integer from 1 to 1,000,000"
 HEADS = "must be an integer from 1 to 100,000, or a list of them"
 BOOL = "must be true or false"
-ROPE = "must be an object of finite numbers and texts, its rope_theta > 0"
+ROPE = "must be an object of finite numbers and texts, its rope_theta and factor > 0"
 DESCRIBED = "are not those that its config.json describes"
 FIELDS = [
     *(("hidden_size", value, WIDTH) for value in (-1, 0, "text", "7", 1.5, 10**30, [1], {}, True)),
@@ -46,6 +51,12 @@ FIELDS = [
     *(("rope_parameters", value, ROPE) for value in ("x", 7, [], {"rope_theta": INF})),
     *(("rope_parameters", value, ROPE) for value in ({"a": {"b": {"c": 1}}}, {"a": 10**400})),
     *(("rope_parameters.rope_theta", value, ROPE) for value in ("1e4", None, True, [], 0, -1)),
+    *(("rope_parameters.factor", value, ROPE) for value in ("2", 0, -1, True, [2], INF)),
+    *(
+        ("rope_parameters.partial_rotary_factor", value, ROPE)
+        for value in ("1", 0, -0.5, 1.5, None, True)
+    ),
+    ("rope_scaling", {"full_attention": {"factor": 0}}, ROPE),
     ("rope_parameters.rope_theta", 10**30, "a RoPE that cannot be computed"),
     ("rope_parameters.rope_type", "spiral", "is none of those that a draft can have"),
     ("rope_parameters.rope_type", "yarn", "Missing required keys"),
@@ -60,10 +71,40 @@ FIELDS = [
     ("sliding_window", "x", "must be an integer from -1 to"),
     ("attention_dropout", 7.5, "must be a number in [0, 1]"),
     ("initializer_range", INF, "must be a finite number >= 0"),
+    ("num_labels", 10**9, "must be an integer from 0 to 100,000"),
+    *((key, 10**6, "from 1 to 1,000") for key in ("n_layer", "n_layers", "num_layers", "depth")),
+    ("vision_config.depth", 0, "vision_config.depth (0) must be an integer from 1"),
+    ("audio_config.encoder_config.hidden_size", -1, "audio_config.encoder_config.hidden_size"),
     ("text_config", 7, "must be an object"),
     ("text_config.hidden_size", -4, "text_config.hidden_size (-4) must be"),
     ("thinker_config.text_config.hidden_size", 0, "thinker_config.text_config.hidden_size (0)"),
 ]
+
+
+GPT2_FIELDS = [
+    ("n_head", 0, "num_attention_heads (0) must be an integer from 1"),
+    ("n_embd", -1, "hidden_size (-1) must be"),
+    ("n_layer", 0, "n_layer (0) must be"),
+    ("n_positions", "x", "max_position_embeddings ('x') must be"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "fragment"), GPT2_FIELDS)
+def test_a_field_under_a_familys_own_name(tmp_path, key, value, fragment):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", key: value}))
+    refused(lambda: load_target_config(tmp_path), fragment)
+
+
+@pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation"])
+@pytest.mark.parametrize("name", ["flash_attention_2", "evil/kernel"])
+def test_a_target_does_not_choose_the_code_of_attention(target, key, name):
+    with_key(target / "config.json", key, name)
+    assert load_target_config(target)._attn_implementation is None
+    tokenizer = load_tokenizer(target)
+    answering = LocalTarget(target, tokenizer, temperature=0, max_new_tokens=1)
+    assert answering._model.config._attn_implementation == "sdpa"
+    loaded = load_base_model(TargetConfig(path=str(target), attention="eager"), TargetSplit())
+    assert loaded.config._attn_implementation == "eager"
 
 
 def plan(tiny_run, target, **model):
@@ -179,6 +220,15 @@ def test_what_is_no_file_is_not_waited_for(tiny_run, target, name, kind):
     refused(
         lambda: plan(tiny_run, target), f"'{name}' in the target's folder {target} must be a file"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("absent", "No such file"), ("config.json", "Not a directory"), ("x" * 256, "too long")],
+)
+def test_a_folder_that_cannot_be_listed(target, name, said):
+    refused(lambda: load_tokenizer(target / name), f"cannot read the target's folder {target}")
+    refused(lambda: load_tokenizer(target / name), said)
 
 
 def test_the_good_target_passes(tiny_run, target):

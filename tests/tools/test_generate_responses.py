@@ -10,6 +10,7 @@ from pathlib import Path
 import generate_responses as tool
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -19,6 +20,7 @@ from dspark_megatron.data.prompts import local_target
 from dspark_megatron.data.prompts.chat_prompts import Prompt, make_prompt, read_prompts
 from dspark_megatron.data.prompts.local_target import LocalTarget
 from support.chat_lines import prompt, read_rows, write_jsonl, write_lines
+from support.hostile import with_key
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "sun", "moon", "sea"]
 SPECIAL = ["<|start|>", "<|end|>", "<unk>"]
@@ -338,6 +340,34 @@ def test_a_folder_that_is_no_target_is_refused(
     (tmp_path / "bare" / "config.json").write_text('{"model_type": "llama"}')
     tokenizer = "must hold the target's tokenizer"
     assert tokenizer in refusal(tmp_path / "bare", prompts, tmp_path / "out.jsonl")
+
+
+def test_weights_of_another_model_are_refused(
+    target: Path, prompts: Path, tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    other = Path(shutil.copytree(target, tmp_path / "other"))
+    layers = json.loads((other / "config.json").read_text())["num_hidden_layers"]
+    with_key(other / "config.json", "num_hidden_layers", layers + 1)
+    error = refusal(other, prompts, tmp_path / "out.jsonl")
+    assert f"num_hidden_layers is {layers + 1}" in error
+
+
+def test_a_weight_that_is_missing_or_misshapen_is_refused(
+    target: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    for change, said in (
+        (lambda weights: weights.pop(name), f"lacks 1 of the weights .*{name}"),
+        (lambda weights: weights.update({name: weights[name].T.contiguous()}), "cannot load"),
+    ):
+        other = Path(shutil.copytree(target, tmp_path / "other", dirs_exist_ok=True))
+        weights = load_file(other / "model.safetensors")
+        change(weights)
+        save_file(weights, other / "model.safetensors", {"format": "pt"})
+        capsys.readouterr()
+        assert tool.main(arguments(other, prompts, tmp_path / "out.jsonl")) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert re.search(said, error), error
 
 
 @pytest.mark.parametrize(

@@ -37,10 +37,15 @@ def check_template(template: str) -> None:
         "are read; give the target another one",
     )
     try:
-        tokens = [text for _, kind, text in Environment().lex(template) if kind != "whitespace"]
+        lexed = Environment().lex(template)
+        tokens = [(kind, text) for _, kind, text in lexed if kind != "whitespace"]
     except TemplateSyntaxError:  # which rendering says better
         return
-    powers = [before for before, text in pairwise(tokens) if text == "**" and before not in "(,"]
+    powers = [
+        before
+        for (_, before), token in pairwise(tokens)
+        if token == ("operator", "**") and before not in ("(", ",")
+    ]
     require(
         not powers,  # behind a bracket or a comma it stands for arguments by name
         "the chat template raises to powers (**), which is not allowed; change the template",

@@ -27,9 +27,9 @@ def find_files(entry: str | Path) -> list[DataFile]:
     dataset, a folder (its files of NAMES) or a glob of these. ConfigError if there is none."""
     require(bool(str(entry).strip()), "an entry of data files is empty; name a file")
     path = Path(entry)
-    if path.is_dir():
+    if os.path.isdir(path):  # false, where Path.is_dir raises for a name that is too long
         return _files_of_folder(path)
-    if path.is_file() or Path(f"{path}.idx").is_file():
+    if os.path.isfile(path) or os.path.isfile(f"{path}.idx"):
         return [_data_file(path)]
     matches = sorted(glob.glob(str(entry), recursive=True))
     require(

@@ -23,8 +23,8 @@ from transformers import (
 from dspark_megatron.data.chats.template import reads_clock
 from dspark_megatron.data.prompts.chat_prompts import Prompt
 from dspark_megatron.data.prompts.response_file import Answer, first_settings
-from dspark_megatron.errors import ConfigError
-from dspark_megatron.storage.target_folder import stop_token_ids
+from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.storage.target_folder import load_target_config, stop_token_ids
 
 
 def template_day(
@@ -72,12 +72,23 @@ class LocalTarget:
     def _model(self) -> PreTrainedModel:
         """Loaded when the first answer is wanted. Code of the target's folder is never run."""
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                self.folder, dtype=self.dtype, local_files_only=True, trust_remote_code=False
+            model, found = AutoModelForCausalLM.from_pretrained(
+                self.folder,
+                config=load_target_config(self.folder),
+                dtype=self.dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
             )
-        except (OSError, ValueError) as error:
+        except Exception as error:  # a damaged folder raises whatever its reader does
             reason = " ".join(str(error).split())  # Transformers writes several lines
             raise ConfigError(f"Transformers cannot load {self.folder}: {reason}") from error
+        missing = sorted(found["missing_keys"])  # which Transformers leaves random
+        require(
+            not missing,
+            f"the target's folder {self.folder} lacks {len(missing)} of the weights that "
+            f"Transformers expects ({', '.join(missing[:3])}{', ...' * (len(missing) > 3)})",
+        )
         choice: dict[str, Any] = {"do_sample": False}
         if self.temperature > 0:
             choice = {"do_sample": True, "temperature": self.temperature, "top_p": 1.0, "top_k": 0}

@@ -13,6 +13,7 @@ from dspark_megatron.config import TargetConfig
 from dspark_megatron.data.batch import Batch
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.ops.transfer import to_device
+from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.targets.base import Target, TargetStates
 from dspark_megatron.targets.huggingface.kv_cache import SequenceCache
 from dspark_megatron.targets.huggingface.packing import PackedSequences, SequencePacker, unpacked
@@ -134,6 +135,7 @@ def load_base_model(config: TargetConfig, split: TargetSplit) -> PreTrainedModel
     so: Transformers only warns of them, and leaves them random."""
     model, found = AutoModel.from_pretrained(
         config.path,
+        config=load_target_config(config.path),  # else config.json may choose the attention
         dtype="auto" if config.dtype == "auto" else getattr(torch, config.dtype),
         attn_implementation=config.attention,
         local_files_only=True,
