@@ -64,7 +64,7 @@ def model_card(
         history=history,
         layout=layout,
         whose=WHOSE[layout],
-        commands=[Markup(text) for engine, text in commands.items() if engine in engines],
+        commands=[text for engine, text in commands.items() if engine in engines],
     )
     return f"{text}\n\n{_mark(text)}\n"
 

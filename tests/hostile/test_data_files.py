@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from dspark_megatron.data.chats import bounded_rendering
+from dspark_megatron.data.chats.messages import Chat
+from dspark_megatron.data.chats.template import ChatTemplate
 from dspark_megatron.data.dataset import load_samples
 from dspark_megatron.data.files import jsonl
+from dspark_megatron.data.files.bad_lines import NoFurther
 from dspark_megatron.run.indexed_dataset import read_indexed
 from support.hostile import DEEP, make_strange, refused
 from support.samples import VOCAB_SIZE, sample_rules
@@ -203,6 +206,11 @@ def test_the_good_index_passes(indexed):
     assert len(load(indexed)) == 6
 
 
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
+    "<|im_end|>\n{% endfor %}"
+)
 TEMPLATES = {
     "nested loops": (
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
@@ -239,6 +247,24 @@ def test_a_template_that_takes_too_much(tmp_path, monkeypatch, name):
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps(GOOD))
     refused(lambda: load(path, start + CHATML_TEMPLATE), fragment)
+
+
+def test_the_rendering_that_marks_answers_is_bounded_too(monkeypatch):
+    monkeypatch.setattr(bounded_rendering, "MOST_SECONDS", 0.2)
+    tokenizer = tiny_tokenizer(VOCAB_SIZE)
+    tokenizer.chat_template = MARKED
+    template, apply = ChatTemplate(tokenizer), tokenizer.apply_chat_template
+    chat = Chat([QUESTION, ANSWER], {})
+    assert any(template.encode(chat)[0][1])
+
+    def endless(messages, *, tokenize, **options):
+        while tokenize:
+            pass
+        return apply(messages, tokenize=tokenize, **options)
+
+    monkeypatch.setattr(tokenizer, "apply_chat_template", endless)
+    with pytest.raises(NoFurther, match="takes more than 0.2 seconds of processor time"):
+        template.encode(chat)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from transformers import CONFIG_MAPPING
 
 from dspark_megatron.config.target import TargetConfig
 from dspark_megatron.data.prompts.local_target import LocalTarget
@@ -93,6 +94,12 @@ GPT2_FIELDS = [
 def test_a_field_under_a_familys_own_name(tmp_path, key, value, fragment):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", key: value}))
     refused(lambda: load_target_config(tmp_path), fragment)
+
+
+@pytest.mark.parametrize("family", ["mpt", "dbrx", "gpt2", "qwen3_omni_moe", "gemma3"])
+def test_what_a_family_writes_itself_passes(tmp_path, family):
+    CONFIG_MAPPING[family]().save_pretrained(tmp_path)
+    assert load_target_config(tmp_path).model_type == family
 
 
 @pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation"])

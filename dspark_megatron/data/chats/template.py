@@ -155,9 +155,8 @@ class ChatTemplate:
 
     def _text(self, chat: Chat, *, add_generation_prompt: bool = False) -> str:
         """What the template makes of a chat, complete or not."""
-        with bounded():
-            how = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
-            return checked_text(self._apply(chat, **how))
+        how = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+        return checked_text(self._apply(chat, **how))
 
     def _apply(self, chat: Chat, **how: Any) -> Any:
         """What `apply_chat_template` makes of a chat. ConfigError when the template refuses it."""
@@ -170,8 +169,9 @@ class ChatTemplate:
             roles = ("system" if m["role"] == "developer" else m["role"] for m in messages)
             messages = [{**m, "role": role} for m, role in zip(messages, roles, strict=True)]
         try:
-            return self._tokenizer.apply_chat_template(messages, **options)
-        except (NoFurther, MemoryError):
+            with bounded():
+                return self._tokenizer.apply_chat_template(messages, **options)
+        except NoFurther:
             raise
         except Exception as error:  # a template is foreign code and may raise anything
             raise NotRendered(

@@ -44,7 +44,8 @@ def is_this_host(parts: SplitResult) -> bool:
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
-        return host == "localhost"
+        return host.rstrip(".") == "localhost"
+    address = getattr(address, "ipv4_mapped", None) or address  # such as ::ffff:127.0.0.1
     return address.is_loopback or address.is_unspecified
 
 

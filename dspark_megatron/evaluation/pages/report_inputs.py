@@ -21,7 +21,7 @@ SAME = ("target", "checkpoint", "iteration", "block_size")
 
 def read_evaluation(path: Path) -> dict[str, Any]:
     """One `evaluation.json`. ConfigError when it is none."""
-    found = _read(path)
+    found = read_json(path)
     values = list(found.values())
     together = bool(values) and all(isinstance(value, dict) for value in values)
     require(
@@ -46,7 +46,7 @@ def read_evaluation(path: Path) -> dict[str, Any]:
 
 def read_calibration(path: Path, evaluation: dict[str, Any]) -> dict[str, Any]:
     """A `calibration.json` of the draft that was evaluated; ConfigError when it is none."""
-    found = _read(path)
+    found = read_json(path)
     lacking = [key for key in CALIBRATION if key not in found]
     require(
         not lacking,
@@ -114,7 +114,7 @@ def _check_same_draft(path: Path, found: dict[str, Any], evaluation: dict[str, A
 def read_simulation(path: Path, evaluation: dict[str, Any]) -> list[dict[str, Any]]:
     """Figures of a serving simulation by requests and policy; ConfigError when it is none, or of
     another draft than the one that was evaluated."""
-    found = _read(path)
+    found = read_json(path)
     figures: Any = found.get("figures")
     good = isinstance(figures, list) and bool(figures)
     require(
@@ -161,7 +161,3 @@ def _are_numbers(values: Any, count: int) -> bool:
     kinds = (int, float, type(None))
     right = isinstance(values, list) and len(values) == count
     return right and all(type(value) in kinds for value in values)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return read_json(path)

@@ -7,6 +7,7 @@ import generate_responses as tool
 import pytest
 
 from dspark_megatron.data.prompts import json_server
+from dspark_megatron.data.prompts.address import checked_address
 from support.chat_server import KEY, Server, running
 
 KEY_OF_A_SERVICE = "sk-0123456789/abc+def"
@@ -207,6 +208,8 @@ def test_the_key_is_stripped_and_a_broken_one_refused_untold(run, monkeypatch):
         ("user:pass@host", "must not hold a name or password"),
         ("http://host:1/v1", "would send prompts and key in clear to another host"),
         ("http://127.0.0.1.evil.com/v1", "would send prompts and key in clear"),
+        ("http://localhost.evil.com/v1", "would send prompts and key in clear"),
+        ("http://[::ffff:10.0.0.1]/v1", "would send prompts and key in clear"),
         ("http://10.0.0.1:8000/v1", "--insecure in a network that you trust"),
         ("https://host/v1?key=pass", "must end with its path"),
         ("https://host/v1#pass", "must end with its path"),
@@ -222,6 +225,11 @@ def test_an_address_that_leaks_or_is_none_is_refused(run, url, message):
     code, _, said = run("one", options=["--endpoint", url])
     assert code == 2 and message in said.err
     assert "pass" not in said.err.replace("password", "") and "\x1b" not in said.err
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST.", "127.0.0.1", "[::ffff:127.0.0.1]"])
+def test_this_host_may_be_asked_in_clear(host):
+    assert checked_address(f"http://{host}:8000/v1", insecure=False)
 
 
 def test_a_proxy_is_not_asked_for_this_host(server, run, monkeypatch):
