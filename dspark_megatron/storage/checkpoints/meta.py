@@ -58,7 +58,7 @@ def iteration_of(path: Path) -> int | None:
 def parse_meta(path: Path) -> dict[str, Any]:
     """What `dspark.json` says of a checkpoint folder. Damage where it is not there or lacks a key;
     ConfigError for another format. Megatron's `pretrain()` has one for all of its checkpoints,
-    beside them."""
+    beside them, which says no iteration where the folder of all is asked for."""
     file, iteration = path / META, iteration_of(path)
     of_all = iteration is not None and not file.is_file() and (path.parent / META).is_file()
     if of_all:
@@ -76,7 +76,8 @@ def parse_meta(path: Path) -> dict[str, Any]:
         f"{file} has format {meta.get('format')!r:.80}, this version reads format {FORMAT}; "
         "use the version that wrote it",
     )
-    own = {"global_batch_size": int} if of_all else _OF_ONE
+    of_folder = iteration is None and "iteration" not in meta and "global_batch_size" in meta
+    own = {"global_batch_size": int} if of_all or of_folder else _OF_ONE
     problem = _problem(meta, _REQUIRED | own, _OPTIONAL)
     problem = problem or _shape_problem(meta["shape"]) or _best_problem(meta.get("best"))
     if problem:
@@ -85,7 +86,7 @@ def parse_meta(path: Path) -> dict[str, Any]:
         assert iteration is not None
         consumed = iteration * meta["global_batch_size"]
         return meta | {"iteration": iteration, "consumed_samples": consumed}
-    if iteration not in (None, meta["iteration"]):
+    if not of_folder and iteration not in (None, meta["iteration"]):
         raise Damage.of(file, f"it is of iteration {meta['iteration']}")
     return meta
 
