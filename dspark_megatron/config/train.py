@@ -38,8 +38,8 @@ class TrainConfig:
     SIGTERM. Null means no limit."""
     timeout_minutes: float = 10.0
     """Minutes that ranks wait for one that does not come: at the rendezvous, when they compare
-    settings, and in a step or a save. Six times as long while data and target are loaded. Then the
-    run ends and names the rank, its host and where it was."""
+    settings, and in a step. Six times as long while data and target are loaded, and in a save. Then
+    the run ends and names the rank, its host and where it was."""
     keep_last: int = 3
     """Checkpoints that are kept besides the best one. Older ones are deleted once a newer one is
     complete."""

@@ -31,7 +31,7 @@ from dspark_megatron.run.output import claimed_output, set_aside, write_config, 
 from dspark_megatron.run.ranks.agreement import agree
 from dspark_megatron.run.ranks.facts import draft_facts, start_facts, target_facts
 from dspark_megatron.run.ranks.places import at
-from dspark_megatron.run.ranks.runtime import Runtime, at_step
+from dspark_megatron.run.ranks.runtime import Runtime
 from dspark_megatron.run.states import check_stored_states, states_source
 from dspark_megatron.storage.checkpoints.meta import FORMAT
 from dspark_megatron.storage.checkpoints.whole import iteration_folder
@@ -154,7 +154,8 @@ class Trainer:
         # Signals only: with a limit shorter than its start, a requeued run would never get on.
         reason = self._agreed(stop.reason(None))
         while not reason and not self.end.is_reached(self.state):
-            at_step(self.state.iteration + 1, done=self.state.iteration - start)
+            is_first = self.state.iteration == start  # which compiles
+            at(f"step {self.state.iteration + 1}", longer=is_first)
             grad_norm = self._train_step(metrics)
             iteration = self.state.iteration
             last = self.end.is_reached(self.state)
@@ -183,7 +184,7 @@ class Trainer:
     def _wait_for_checks(self, states: StoredStates) -> None:
         """Until every rank has compared its shards: no run completes on states unchecked. Every ten
         seconds an all-reduce of one number over the world, so that ranks are seen to get on."""
-        while self._agreed(StopReason(not states.is_checked(10.0))):
+        while self._largest(float(not states.is_checked(10.0))):
             at("comparing the stored states with their checksums", longer=True)
 
     def _report_end(self, reason: StopReason) -> None:
@@ -271,11 +272,14 @@ class Trainer:
         return state
 
     def _agreed(self, reason: StopReason) -> StopReason:
-        """The largest of all ranks' reasons: a signal may reach one node only, and clocks differ.
-        One all-reduce of one number over the world."""
-        tensor = torch.tensor(float(reason), device=self.runtime.device)
+        """The largest of all ranks' reasons: a signal may reach one node only; clocks differ."""
+        return StopReason(int(self._largest(float(reason))))
+
+    def _largest(self, value: float) -> float:
+        """Of all ranks' values. One all-reduce of one number over the world."""
+        tensor = torch.tensor(value, device=self.runtime.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return StopReason(int(tensor.item()))
+        return tensor.item()
 
     def _open_metrics(self) -> MetricSums:
         """The sums of the log interval that the run stands in. What a checkpoint kept of them is

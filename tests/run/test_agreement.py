@@ -1,7 +1,6 @@
 """Ranks that differ are named, with what differs, before they would wait for each other."""
 
 import json
-import os
 import shutil
 import threading
 from pathlib import Path
@@ -17,7 +16,7 @@ from dspark_megatron.run.ranks import file_pieces
 from dspark_megatron.run.ranks.agreement import RankFacts, agree_at_launch, disagreement
 from dspark_megatron.run.ranks.runtime import Launch
 from support.tiny_target import make_chats, tiny_config
-from support.training_runs import run_training
+from support.training_runs import train_in_own_folder
 
 
 def ranks(*values, hosts=None, field="train.seed"):
@@ -125,16 +124,6 @@ def test_large_files_are_compared_by_pieces_from_their_first_byte_to_their_last(
             content[place : place + (100 if size > budget else 1)] = b"x" * 100
             file.write_bytes(content[:size])
             assert file_pieces.pieces_text([file]) != before, (size, place)
-
-
-def train_in_own_folder(runtime, config, folders):
-    """A rank whose relative paths lead to files of its own, as on a node without a shared disk."""
-    before = os.getcwd()
-    os.chdir(folders[runtime.rank])
-    try:
-        run_training(runtime, config)
-    finally:
-        os.chdir(before)
 
 
 @pytest.fixture

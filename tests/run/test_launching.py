@@ -56,12 +56,13 @@ def test_a_failure_on_one_rank_ends_all_with_its_message(tmp_path):
 WAITING_JOB = """
 import os, signal, sys, time, torch
 from dspark_megatron.run.ranks.places import set_time_limit
-from dspark_megatron.run.ranks.runtime import at_step, launch, start
+from dspark_megatron.run.ranks.places import at
+from dspark_megatron.run.ranks.runtime import launch, start
 def main():
     with launch() as job:
         set_time_limit(0.05)
         start(job, 1)
-        at_step(3, done=2)
+        at("step 3")
         torch.distributed.barrier()
         while job.rank == 1 and b"step 3" not in job.store.get("dspark_sign/1"):
             time.sleep(0.1)
@@ -69,7 +70,7 @@ def main():
             os.kill(os.getpid(), signal.SIGSTOP)
         elif job.rank == 1:
             time.sleep(600)
-        at_step(4, done=3)
+        at("step 4")
         torch.distributed.barrier()
 if __name__ == "__main__":
     main()

@@ -1,23 +1,17 @@
 """A folder that ranks write into is one folder for all of them, or the run does not begin."""
 
-import os
-
 import pytest
 
 from support.tiny_target import tiny_config
-from support.training_runs import run_training
+from support.training_runs import train_in_own_folder
 
 
 def train_at_home(runtime, config, folders):
     """A rank whose relative paths lead to a disk of its own."""
     from dspark_megatron.run.ranks import shared_folder
 
-    before, shared_folder._LATE_SECONDS = os.getcwd(), 0.2
-    os.chdir(folders[runtime.rank])
-    try:
-        run_training(runtime, config)
-    finally:
-        os.chdir(before)
+    shared_folder._LATE_SECONDS = 0.2
+    train_in_own_folder(runtime, config, folders)
 
 
 @pytest.fixture

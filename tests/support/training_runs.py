@@ -32,6 +32,16 @@ def run_training(runtime, config, minutes_ago=(), stopped=()):
         train(plan, runtime, stop)
 
 
+def train_in_own_folder(runtime, config, folders):
+    """A rank whose relative paths lead to files of its own, as on a node without a shared disk."""
+    before = os.getcwd()
+    os.chdir(folders[runtime.rank])
+    try:
+        run_training(runtime, config)
+    finally:
+        os.chdir(before)
+
+
 def curve(output):
     lines = Path(output, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]

@@ -121,11 +121,6 @@ def order_kernels(tensor_parallel: int, *, shards_target: bool) -> None:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
-def at_step(iteration: int, *, done: int) -> None:
-    """This rank begins a step, after `done` others since its start. The first one compiles."""
-    at(f"step {iteration}", longer=done == 0)
-
-
 def start(
     job: Launch,
     tensor_parallel: int,
