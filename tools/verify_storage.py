@@ -3,8 +3,8 @@
     python tools/verify_storage.py CHECKPOINT_OR_STORE [...]
 
 Takes runs and `checkpoints` folders (all of their checkpoints), single `iter_*` folders, and
-folders of stored states in either layout. Says one line a file, and what is wrong with a folder as
-a whole. Folders of older versions have no checksums: sizes and values are checked, and that is
+folders of stored states in either layout. Says one line a file and, where all files are sound, one
+a folder. Folders of older versions have no checksums: sizes and values are checked, and that is
 said. The exit code is 1 if anything is damaged, 2 for a path that holds neither.
 """
 
@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from dspark_megatron.errors import ConfigError
+from dspark_megatron.errors import ConfigError, print_error, printable
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -34,10 +34,9 @@ def main(argv: list[str] | None = None) -> int:
         for path in args.paths:
             for verdict in verify(path):
                 damaged += bool(verdict.damage)
-                print(verdict, flush=True)
+                print(printable(str(verdict)), flush=True)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return print_error(error)
     print(f"{damaged} damaged" if damaged else "all is as it was written")
     return 1 if damaged else 0
 

@@ -37,7 +37,7 @@ class Verdict:
 
 
 def verify(path: Path) -> Iterator[Verdict]:
-    """One for each file, and one for each folder as a whole. ConfigError for a path that is neither
+    """One for each file, and one for each whole checkpoint of sound files. ConfigError for a path that is neither
     a checkpoint, a run with some, nor stored states."""
     if any((path / name).is_file() for name in (MANIFEST, UNFINISHED)):
         yield from _of_files(path)
@@ -52,8 +52,10 @@ def verify(path: Path) -> Iterator[Verdict]:
         "tools/prepare_target_cache.py wrote",
     )
     for checkpoint in checkpoints:
-        yield from _of_files(checkpoint)
-        yield _of_checkpoint(checkpoint)
+        of_files = list(_of_files(checkpoint))
+        yield from of_files
+        if not any(one.damage for one in of_files):  # which the whole would only repeat
+            yield _of_checkpoint(checkpoint)
 
 
 def _of_files(folder: Path) -> Iterator[Verdict]:
