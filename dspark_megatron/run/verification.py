@@ -37,8 +37,8 @@ class Verdict:
 
 
 def verify(path: Path) -> Iterator[Verdict]:
-    """One for each file, and one for each whole checkpoint of sound files. ConfigError for a path that is neither
-    a checkpoint, a run with some, nor stored states."""
+    """One for each file, and one for each checkpoint whose files are all sound. ConfigError for a
+    path that is neither a checkpoint, a run with some, nor stored states."""
     if any((path / name).is_file() for name in (MANIFEST, UNFINISHED)):
         yield from _of_files(path)
         yield from _of_states(path)
