@@ -4,8 +4,8 @@
 
 Takes runs and `checkpoints` folders (all of their checkpoints), single `iter_*` folders, and
 folders of stored states in either layout. Prints a line for each file and, where all are sound,
-one for the folder. Folders of older versions have no checksums: sizes and values are checked, and that is
-said. The exit code is 1 if anything is damaged, 2 for a path that holds neither.
+one for the folder. Folders of older versions have no checksums: sizes and values are checked, and
+that is said. The exit code is 1 if anything is damaged, 2 for a path that holds neither.
 """
 
 import argparse
