@@ -30,6 +30,18 @@ class Answer(NamedTuple):
     token_ids: list[int] | None = None
     """Those that it wrote, with the one that ended its turn. None: not known."""
 
+    def checked(self) -> "Answer":
+        """This one. TypeError where a part is not of its type, as in a file that was changed."""
+        for name, kind in (("content", str), ("finish_reason", str), ("tokens", int)):
+            if type(getattr(self, name)) is not kind:
+                raise TypeError(f"{name} is {getattr(self, name)!r:.80}")
+        if self.parts is not None and type(self.parts) is not dict:
+            raise TypeError(f"parts is {self.parts!r:.80}")
+        for ids in (self.prompt_ids, self.token_ids):
+            if ids is not None and (type(ids) is not list or any(type(i) is not int for i in ids)):
+                raise TypeError(f"token ids are {ids!r:.80}")
+        return self
+
     def turn(self) -> dict:
         """The answer as a message of the chat."""
         return {"role": "assistant", "content": self.content, **(self.parts or {})}
@@ -64,7 +76,13 @@ def partial_file(output: Path) -> Path:
     """The file for the answers of an unfinished run. ConfigError if `output` is finished."""
     require(not output.exists(), f"{output} exists already; delete it or choose another --output")
     output.parent.mkdir(parents=True, exist_ok=True)
-    return output.with_name(f"{output.name}.partial")
+    partial = output.with_name(f"{output.name}.partial")
+    require(
+        not partial.is_symlink(),
+        f"{partial} is a link, which would be written through; delete it or choose another "
+        "--output",
+    )
+    return partial
 
 
 def first_settings(path: Path) -> dict:
@@ -86,15 +104,16 @@ def open_partial(path: Path, settings: dict) -> dict[int, Answer]:
     if not lines:
         append_line(path, settings)
         return {}
-    found = {name: lines[0].get(name) for name in settings}
-    changes = [f"{n} {found[n]!r} -> {settings[n]!r}" for n in settings if found[n] != settings[n]]
+    began = {name: lines[0].get(name) for name in settings}
+    changes = [f"{n} {began[n]!r} -> {settings[n]!r}" for n in settings if began[n] != settings[n]]
     require(
         not changes,
         f"{path} was begun with other settings ({', '.join(changes)}); repeat the command that "
         "began it, or delete it to start anew",
     )
     try:
-        return {int(i): Answer(**answer) for line in lines[1:] for i, answer in line.items()}
+        found = {int(i): Answer(**answer) for line in lines[1:] for i, answer in line.items()}
+        return {i: answer.checked() for i, answer in found.items()}
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"{path} holds other things than answers ({error}); delete it to start anew"

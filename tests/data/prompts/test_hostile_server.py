@@ -263,7 +263,17 @@ def test_a_partial_file_that_holds_something_else_is_refused(run, tmp_path):
     run("400 one")
     partial = tmp_path / "out.jsonl.partial"
     settings = partial.read_text()
-    for line in ({"x": {}}, {"0": {"words": 1}}, {"0": 7}):
+    good = {"content": "x", "finish_reason": "stop", "tokens": 1}
+    wrong = {"content": 5}, {"finish_reason": None}, {"tokens": "x"}, {"parts": 1}
+    wrong += {"token_ids": "abc"}, {"prompt_ids": [0.5]}
+    answers = [{"0": good | part} for part in wrong]
+    for line in ({"x": {}}, {"0": {"words": 1}}, {"0": 7}, *answers):
         partial.write_text(f"{settings}{json.dumps(line)}\n")
         code, _, said = run("400 one")
         assert code == 2 and "holds other things than answers" in said.err
+    other = tmp_path / "other"
+    other.write_text(settings)
+    partial.unlink()
+    partial.symlink_to(other)
+    code, _, said = run("400 one")
+    assert code == 2 and "is a link" in said.err and other.read_text() == settings
