@@ -3,8 +3,8 @@
     python tools/benchmark_save.py [--layers 2 --hidden 1024 --rounds 5 --folder DIR]
     torchrun --nproc-per-node 2 tools/benchmark_save.py --tp 1 2
 
-A synthetic draft with AdamW takes real steps over samples of random states; at TP 1 two ranks are
-data-parallel, with the distributed optimizer. Both kinds of save take turns in every round, through
+A synthetic draft with AdamW takes real steps over samples of random states, with the distributed
+optimizer and without; at TP 1 two ranks are data-parallel. Both kinds of save take turns in every round, through
 the code of the training loop, each followed by steps until it is finished, and by as many steps
 that nothing is written beside.
 
@@ -13,7 +13,8 @@ in the background   true
 
 `start s` is the time of the call that saves (checks, planning, host copies; with all of the writing
 where it waits), `finish s` that of what follows at a step boundary, once all ranks have written,
-and `pause s` their sum. `written s` is from the start to the end. `host MiB` is what copies add to
+and `pause s` their sum. Of it, `state s` is what Megatron-Core takes to name what is to be saved:
+it gathers the state of the distributed optimizer. `written s` is from the start to the end. `host MiB` is what copies add to
 the memory of the main rank, by the kernel's count. Medians over the rounds, after one that is not
 counted.
 """
@@ -24,6 +25,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import benchmarking
 import psutil
@@ -32,6 +34,7 @@ import torch.distributed as dist
 
 from dspark_megatron.config import LossConfig, OptimizerConfig, TrainConfig
 from dspark_megatron.mcore.optimizer import build_optimizer, wrap_data_parallel
+from dspark_megatron.run.checkpoints import saving, sharding
 from dspark_megatron.run.checkpoints.state import RunState
 from dspark_megatron.run.ranks.runtime import Runtime, from_main_rank, launch
 from dspark_megatron.shape import DraftShape
@@ -42,8 +45,8 @@ from support.tiny_draft import CachedStates as RandomStates
 from support.tiny_draft import build_tiny_draft, make_samples, rank_micro_batches
 
 VARIANTS = {"waits": False, "in the background": True}
-SECONDS = ("start s", "finish s", "pause s", "written s")
-FORMATS = {"tp": "d", "dp": "d", "save": "", **dict.fromkeys(SECONDS, ".3f")}
+SECONDS = ("state s", "start s", "finish s", "pause s", "written s")
+FORMATS = {"tp": "d", "dp": "d", "optimizer": "", "save": "", **dict.fromkeys(SECONDS, ".3f")}
 FORMATS |= {"pause / waiting": ".3f", "step ms": ".0f", "step ms meanwhile": ".0f"}
 FORMATS |= {"host MiB": ",.0f", "checkpoint MiB": ",.0f"}
 
@@ -74,10 +77,12 @@ def draft_shape(args: argparse.Namespace) -> DraftShape:
 class Run:
     """A draft that is trained on the same samples again and again, and saved."""
 
-    def __init__(self, args: argparse.Namespace, runtime: Runtime, folder: Path) -> None:
+    def __init__(
+        self, args: argparse.Namespace, runtime: Runtime, folder: Path, *, distributed: bool
+    ) -> None:
         shape, loss, self.runtime = draft_shape(args), LossConfig(), runtime
         self.draft = build_tiny_draft(runtime, shape, torch.bfloat16)
-        settings = OptimizerConfig()
+        settings = OptimizerConfig(use_distributed_optimizer=distributed)
         model = wrap_data_parallel(self.draft, settings)
         self.optimizer = build_optimizer(settings, model, torch.bfloat16)
         samples = make_samples(shape, lengths=(args.seq_length,) * 2 * runtime.dp_group.size())
@@ -102,7 +107,13 @@ class Run:
         }
         for name in VARIANTS:
             (folder / name).mkdir(exist_ok=True)
-        self.iteration = 0
+        self.iteration, self.state_seconds = 0, 0.0
+
+    def sharded_state(self, *args: Any, **kwargs: Any) -> dict:
+        started = time.perf_counter()
+        state = sharding.sharded_state(*args, **kwargs)
+        self.state_seconds = time.perf_counter() - started
+        return state
 
     def timed_step(self) -> float:
         started = time.perf_counter()
@@ -118,8 +129,9 @@ class Run:
         saves, process = self.saves[name], psutil.Process()
         dist.barrier()
         before, started = process.memory_info().rss, time.perf_counter()
-        saves.save(RunState(self.iteration, self.iteration), waits=False)
-        found = {"start s": saves.seconds(), "host MiB": 0.0}
+        with mock.patch.object(saving, "sharded_state", self.sharded_state):
+            saves.save(RunState(self.iteration, self.iteration), waits=False)
+        found = {"start s": saves.seconds(), "state s": self.state_seconds, "host MiB": 0.0}
         if saves.is_writing:
             found["host MiB"] = (process.memory_info().rss - before) / benchmarking.MIB
         meanwhile = []
@@ -140,8 +152,10 @@ class Run:
         return bool(flag)
 
 
-def measure(args: argparse.Namespace, runtime: Runtime, folder: Path) -> list[dict[str, Any]]:
-    run = Run(args, runtime, folder)
+def measure(
+    args: argparse.Namespace, runtime: Runtime, folder: Path, *, distributed: bool
+) -> list[dict[str, Any]]:
+    run = Run(args, runtime, folder, distributed=distributed)
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
     for _ in range(1 + args.rounds):
         for name, found in rounds.items():
@@ -152,6 +166,7 @@ def measure(args: argparse.Namespace, runtime: Runtime, folder: Path) -> list[di
         medians = {k: statistics.median(one[k] for one in found[1:] if k in one) for k in keys}
         size = sum(file.stat().st_size for file in (folder / name).rglob("*.distcp"))
         place = {"tp": runtime.tp_group.size(), "dp": runtime.dp_group.size(), "save": name}
+        place["optimizer"] = "distributed" if distributed else "plain"
         rows.append({**place, **medians, "checkpoint MiB": size / benchmarking.MIB})
     for row in rows:
         row["pause / waiting"] = row["pause s"] / rows[0]["pause s"]
@@ -174,10 +189,13 @@ def main(argv: list[str] | None = None) -> None:
     with launch() as job:
         rows: list[dict[str, Any]] = []
         for runtime in benchmarking.runtime_of_each_size(job, args.tp):
-            # Every rank makes a folder; all write into the main rank's.
-            with tempfile.TemporaryDirectory(prefix="benchmark-save-", dir=args.folder) as folder:
-                rows += measure(args, runtime, Path(from_main_rank(folder)))
-                dist.barrier()
+            for distributed in (True, False):
+                # Every rank makes a folder; all write into the main rank's.
+                temporary = tempfile.TemporaryDirectory(prefix="benchmark-save-", dir=args.folder)
+                with temporary as folder:
+                    place = Path(from_main_rank(folder))
+                    rows += measure(args, runtime, place, distributed=distributed)
+                    dist.barrier()
         if runtime.is_main:
             title = f"a draft of {args.layers} layers, hidden {args.hidden}, bf16 with AdamW"
             print(benchmarking.report({title: (rows, FORMATS)}, runtime.device, args.json))
