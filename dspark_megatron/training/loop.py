@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from dspark_megatron.conversion.draft_tensors import check_finite
+from dspark_megatron.data.ahead import StepsAhead
 from dspark_megatron.data.batch import MicroBatches
 from dspark_megatron.data.dataset import ConversationDataset
 from dspark_megatron.errors import printable
@@ -78,7 +79,9 @@ def _train(plan: RunPlan, runtime: Runtime, stop: StopRequests, output_dir: Path
         end, state = RunEnd.of(plan.config.train, len(dataset)), read_state(resume_from)
         if end.is_reached(state):
             return finish_again(plan, runtime, output_dir, end.describe(state))
-    Trainer(plan, runtime, dataset, output_dir, resume_from, draft, heldout).run(stop)
+    trainer = Trainer(plan, runtime, dataset, output_dir, resume_from, draft, heldout)
+    with trainer.steps:
+        trainer.run(stop)
 
 
 def finish_again(plan: RunPlan, runtime: Runtime, output_dir: Path, state: str) -> None:
@@ -115,8 +118,11 @@ class Trainer:
         if runtime.is_main:
             write_config(output_dir, config)
             write_status(output_dir, "running")
-        self.batches = MicroBatches(config, dataset, dp_group=runtime.dp_group)
-        samples = dataset.lengths, self.batches.blend
+        batches = MicroBatches(config, dataset, dp_group=runtime.dp_group)
+        self.steps = StepsAhead(
+            batches, step_samples=config.train.global_batch_size, device=runtime.device
+        )
+        samples = dataset.lengths, batches.blend
         self._say(describe_padding(plan, *samples, self.iterations) or "")
         self.target = states_source(plan, runtime, dataset, self.draft)
         self.model = wrap_data_parallel(self.draft, config.optimizer)
@@ -203,7 +209,7 @@ class Trainer:
         """One step; returns the gradient norm before clipping, None where it was skipped. A
         skipped one leaves weights, moments and metrics as they were; data and learning rate go on.
         """
-        micro_batches = self.batches.of_step(self.state.consumed_samples)
+        micro_batches = self.steps.of_step(self.state.consumed_samples)
         before = metrics.packed()
         self.optimizer.zero_grad()
         self.step.run(micro_batches, metrics)
@@ -242,6 +248,7 @@ class Trainer:
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "skipped_steps": self.state.skipped_steps,
             "tokens_per_second": total.scalars["tokens"].item() / seconds,
+            "data_wait_share": self.steps.seconds_waited() / seconds,
         }
         reporter.log(row)
 

@@ -260,7 +260,10 @@ def test_states_are_read_ahead(pool, run, caches):
 
 
 def test_a_smaller_block_is_served(pool, run, caches):
-    for name, target in (("a", {}), ("b", {"provider": "cache", "cache": str(caches["float32"])})):
+    for name, target in (
+        ("a", ALONE),
+        ("b", {"provider": "cache", "cache": str(caches["float32"])}),
+    ):
         config = run(f"small_{name}", model={"block_size": 2}, target=target)
         pool.run(run_training, world=1, tp=1, config=config)
     assert_same_curve(*(curve(run.folder / f"small_{name}") for name in "ab"), rel=0)
