@@ -3,7 +3,7 @@
 import glob
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dspark_megatron.errors import ConfigError, require
 
@@ -20,6 +20,18 @@ class DataFile(NamedTuple):
     """A JSONL file, or the prefix of a Megatron indexed dataset: the names of its two files without
     `.bin` and `.idx`."""
     indexed: bool
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this file from another, or from what it was before somebody wrote to it: JSON
+        of texts and whole numbers. OSError if it is gone."""
+        parts = [f"{self.path}.idx", f"{self.path}.bin"] if self.indexed else [self.path]
+        found = [os.stat(part) for part in parts]
+        return {
+            "path": os.path.realpath(self.path),
+            "indexed": self.indexed,
+            "bytes": [part.st_size for part in found],
+            "modified_ns": [part.st_mtime_ns for part in found],
+        }
 
 
 def find_files(entry: str | Path) -> list[DataFile]:
