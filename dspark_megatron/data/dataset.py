@@ -21,7 +21,8 @@ from dspark_megatron.data.blocks import has_block
 from dspark_megatron.data.chats.answers import AnswerRules
 from dspark_megatron.data.conversation import ConversationEncoder, Sample
 from dspark_megatron.data.files.bad_lines import BadLines
-from dspark_megatron.data.files.jsonl import check_readable, lines_of, parse_line
+from dspark_megatron.data.files.jsonl import parse_line
+from dspark_megatron.data.files.reading import check_readable, read_lines
 from dspark_megatron.data.files.sources import DataFile, find_files
 from dspark_megatron.data.origins import Origins
 from dspark_megatron.data.sampler import Shares, share_out
@@ -190,7 +191,7 @@ def load_samples(
 
 def _check_readable(file: DataFile, read_indexed: ReadIndexed | None) -> None:
     if not file.indexed:
-        check_readable(file.path)
+        check_readable(file)
     elif read_indexed is not None:
         read_indexed(file.path)
 
@@ -203,7 +204,7 @@ def _read(
         assert read_indexed is not None, f"no reader for the indexed dataset {file.path}"
         lines: Iterable[tuple[int, object]] = enumerate(read_indexed(file.path))
     else:
-        lines = lines_of(file.path)
+        lines = read_lines(file)
     yield from tqdm(
         lines, desc=printable(file.path.name), unit=" samples", disable=not show_progress
     )

@@ -16,7 +16,7 @@ import torch
 import dspark_megatron
 from dspark_megatron.config import Config
 from dspark_megatron.data.dataset import ConversationDataset
-from dspark_megatron.data.files.sources import find_files
+from dspark_megatron.data.files.sources import DataFile, find_files
 from dspark_megatron.data.prompts.chat_prompts import Prompt
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.run.check import RunPlan
@@ -163,7 +163,7 @@ def folder_facts(name: str, folder: Path | None) -> Facts:
 def data_facts(name: str, entries: list[str], dataset: ConversationDataset) -> Facts:
     """Samples as they are trained on, and the files that they are of."""
     files = [file for entry in entries for file in find_files(entry)]
-    sizes = (f"{file.path} {_size(file.path, file.indexed):,} bytes" for file in files)
+    sizes = (f"{file.path} {_size(file)}" for file in files)
     tokens, samples = dataset.report.total_tokens, len(dataset)
     return {
         f"the files of {name}": ", ".join(sizes),
@@ -172,8 +172,11 @@ def data_facts(name: str, entries: list[str], dataset: ConversationDataset) -> F
     }
 
 
-def _size(path: Path, indexed: bool) -> int:
-    return (Path(f"{path}.bin") if indexed else path).stat().st_size
+def _size(file: DataFile) -> str:
+    if file.dataset is not None:
+        return f"{len(file.dataset.rows):,} rows"
+    path = Path(f"{file.path}.bin") if file.indexed else file.path
+    return f"{path.stat().st_size:,} bytes"
 
 
 def prompt_facts(files: dict[str, list[Prompt]]) -> Facts:
