@@ -80,9 +80,10 @@ class Tokenizing:
                 self._take(batch, encoded, streams)
                 progress.add(batch, self.report)
                 yield
+        by = f" by {self._workers} processes" if self._workers > 1 else ""
         self.speed = (
-            f"tokenized {self.report.lines:,} lines in {progress.seconds:,.1f} s with "
-            f"{max(1, self._workers)} processes ({progress.rate(self.report)})"
+            f"tokenized {self.report.lines:,} lines in {progress.seconds:,.1f} s{by} "
+            f"({progress.rate(self.report)})"
         )
 
     def _take(self, batch: LineBatch, encoded: Encoded, streams: Streams) -> None:
