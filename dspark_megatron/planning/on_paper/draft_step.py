@@ -48,7 +48,8 @@ class DraftStep:
             **groups,
             device=runtime.device,
         )
-        self.judge = BadSteps(plan.config.train, self.step, self.optimizer, Origins(), runtime)
+        nowhere = Origins([], [], numpy.empty(0, dtype=numpy.int64))
+        self.judge = BadSteps(plan.config.train, self.step, self.optimizer, nowhere, runtime)
         self._observe(observer)
 
     def _observe(self, observer: Observer) -> None:

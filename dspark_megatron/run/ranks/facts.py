@@ -16,7 +16,7 @@ import torch
 import dspark_megatron
 from dspark_megatron.config import Config
 from dspark_megatron.data.dataset import ConversationDataset
-from dspark_megatron.data.files.sources import DataFile, find_files
+from dspark_megatron.data.files.sources import find_files
 from dspark_megatron.data.prompts.chat_prompts import Prompt
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.run.check import RunPlan
@@ -160,23 +160,24 @@ def folder_facts(name: str, folder: Path | None) -> Facts:
     return {name: ", ".join([folder.name, *found, *sizes])}
 
 
-def data_facts(name: str, entries: list[str], dataset: ConversationDataset) -> Facts:
-    """Samples as they are trained on, and the files that they are of."""
+def file_facts(name: str, entries: list[str]) -> Facts:
+    """The files of data, as each rank sees them; `pieces_text` says how closely it looks."""
     files = [file for entry in entries for file in find_files(entry)]
-    sizes = (f"{file.path} {_size(file)}" for file in files)
+    parts = [f"{file.path}{end}" for file in files for end in (".bin", ".idx") if file.indexed]
+    parts += [str(file.path) for file in files if not file.indexed]
+    paths = [path for path in map(Path, parts) if path.is_file()]
+    rows = [f"{f.path} {len(f.dataset.rows):,} rows" for f in files if f.dataset is not None]
+    seen = [f"{', '.join(map(str, paths))}: {pieces_text(paths)}"] if paths else []
+    return {f"the files of {name}": ", ".join([*seen, *rows])}
+
+
+def sample_facts(name: str, dataset: ConversationDataset) -> Facts:
+    """Samples as they are trained on."""
     tokens, samples = dataset.report.total_tokens, len(dataset)
     return {
-        f"the files of {name}": ", ".join(sizes),
         f"the samples of {name}": f"{samples:,} with {tokens:,} tokens "
         f"(fingerprint {dataset.fingerprint[:12]})",
     }
-
-
-def _size(file: DataFile) -> str:
-    if file.dataset is not None:
-        return f"{len(file.dataset.rows):,} rows"
-    path = Path(f"{file.path}.bin") if file.indexed else file.path
-    return f"{path.stat().st_size:,} bytes"
 
 
 def prompt_facts(files: dict[str, list[Prompt]]) -> Facts:
