@@ -4,6 +4,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy
+
 from dspark_megatron.data.origins import Origins
 from dspark_megatron.mcore.optimizer import build_optimizer, make_state, wrap_data_parallel
 from dspark_megatron.model.draft_model import DSparkDraftModel
