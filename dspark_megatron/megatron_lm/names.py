@@ -205,6 +205,12 @@ ARGUMENTS = (
         lambda arguments: arguments.load if arguments.finetune else None,
     ),
     Argument("--save-interval", "train.save_every", difference="the last step is saved anyway"),
+    Argument(
+        "--async-save",
+        "train.async_save",
+        False,
+        "by a thread of the rank; no worker processes, so no `--use-persistent-ckpt-worker`",
+    ),
     Argument("--log-interval", "train.log_every", 100),
     Argument("--exit-duration-in-mins", "train.exit_duration_minutes"),
     Argument(
