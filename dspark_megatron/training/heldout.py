@@ -14,8 +14,6 @@ from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.run.check import RunPlan
 from dspark_megatron.run.checkpoints.state import BestEstimate, RunState
 from dspark_megatron.run.data import load_run_data
-from dspark_megatron.run.ranks.agreement import agree
-from dspark_megatron.run.ranks.facts import data_facts
 from dspark_megatron.run.ranks.runtime import Runtime
 from dspark_megatron.targets.base import Target
 from dspark_megatron.training.reporter import Reporter
@@ -47,8 +45,10 @@ class HeldOut:
             return None
         files = config.evaluate.heldout_files
         check_apart(config.data.train_files, files)
-        dataset = load_run_data(plan, files, show_progress=runtime.is_main)
-        agree(data_facts("evaluate.heldout_files", files, dataset))
+        name, show_progress = "evaluate.heldout_files", runtime.is_main
+        dataset = load_run_data(
+            plan, files, name=name, runtime=runtime, show_progress=show_progress
+        )
         if runtime.is_main:
             print(printable(f"held-out {dataset.report.describe()}"), flush=True)
         return cls(plan, runtime, dataset)

@@ -15,14 +15,13 @@ from dspark_megatron.errors import printable
 from dspark_megatron.mcore.optimizer import (
     build_optimizer,
     build_scheduler,
-    make_state,
     wrap_data_parallel,
 )
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.run.build import build_draft
 from dspark_megatron.run.check import RunPlan
+from dspark_megatron.run.checkpoints.commit import track_best
 from dspark_megatron.run.checkpoints.loading import load_checkpoint
-from dspark_megatron.run.checkpoints.saving import save_checkpoint, track_best
 from dspark_megatron.run.checkpoints.state import RunState, check_same_run, read_state
 from dspark_megatron.run.data import load_train_data
 from dspark_megatron.run.identity import export_settings, run_identity
@@ -38,7 +37,6 @@ from dspark_megatron.storage.checkpoints.meta import FORMAT
 from dspark_megatron.storage.checkpoints.whole import iteration_folder
 from dspark_megatron.targets.stored.target import StoredStates
 from dspark_megatron.training.health.bad_steps import BadSteps
-from dspark_megatron.training.health.weights import check_weights
 from dspark_megatron.training.heldout import HeldOut
 from dspark_megatron.training.metrics import MetricSums
 from dspark_megatron.training.padding import describe_padding
@@ -49,6 +47,7 @@ from dspark_megatron.training.resuming import (
     finished_state,
     finished_text,
 )
+from dspark_megatron.training.saves import Saves
 from dspark_megatron.training.step import GradientStep
 from dspark_megatron.training.stop_requests import StopReason, StopRequests
 
@@ -136,6 +135,7 @@ class Trainer:
             self.scheduler.step(self.end.progress(self.state))
             self._say(f"continuing from {resume_from}: {self.end.describe(self.state)}")
         agree(draft_facts(self.draft, runtime.tp_group.rank()))
+        self.saves = Saves(self.settings, self.checkpoints, self.meta, self.draft, self.optimizer)
         self.step = GradientStep(
             config.loss,
             self.model,
@@ -176,9 +176,10 @@ class Trainer:
                 self.state = self.heldout.estimate(self.state, self.draft, self.target, reporter)
                 clock += time.perf_counter() - started
             reason = self._agreed(stop.reason(limit))
-            is_due = last or self.state.is_best or iteration % self.settings.save_every == 0
-            if reason or is_due or self.bad_steps.are_too_many:
-                self._save(metrics)
+            is_over = bool(reason) or last or self.bad_steps.are_too_many
+            is_due = self.state.is_best or iteration % self.settings.save_every == 0
+            if is_over or is_due:
+                self._save(metrics, waits=is_over)
             self.bad_steps.check(iteration)
         if reporter is not None:
             reporter.close()
@@ -187,7 +188,7 @@ class Trainer:
     def _wait_for_checks(self, states: StoredStates) -> None:
         """Until every rank has compared its shards: no run completes on states unchecked. Every ten
         seconds an all-reduce of one number over the world, so that ranks are seen to get on."""
-        while self._largest(float(not states.is_checked(10.0))):
+        while any(self._largest(float(not states.is_checked(10.0)))):
             at("comparing the stored states with their checksums", longer=True)
 
     def _report_end(self, reason: StopReason) -> None:
@@ -248,22 +249,14 @@ class Trainer:
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "skipped_steps": self.state.skipped_steps,
             "tokens_per_second": total.scalars["tokens"].item() / seconds,
+            "save_seconds": self.saves.seconds(),
             "data_wait_share": self.steps.seconds_waited() / seconds,
         }
         reporter.log(row)
 
-    def _save(self, metrics: MetricSums) -> None:
-        check_weights(self.draft, self.state.iteration)
-        make_state(self.optimizer)
+    def _save(self, metrics: MetricSums, *, waits: bool) -> None:
         open_metrics = metrics.reduced(dp_group=self.runtime.dp_group).packed().tolist()
-        save_checkpoint(
-            self.checkpoints,
-            replace(self.state, open_metrics=tuple(open_metrics)),
-            self.meta,
-            self.draft,
-            self.optimizer,
-            keep_last=self.settings.keep_last,
-        )
+        self.saves.save(replace(self.state, open_metrics=tuple(open_metrics)), waits=waits)
 
     def _resumed(self, folder: Path) -> RunState:
         """The state of a checkpoint, once draft and optimizer are filled from it. A best checkpoint
@@ -276,14 +269,19 @@ class Trainer:
         return state
 
     def _agreed(self, reason: StopReason) -> StopReason:
-        """The largest of all ranks' reasons: a signal may reach one node only; clocks differ."""
-        return StopReason(int(self._largest(float(reason))))
+        """The largest of all ranks' reasons: a signal may reach one node only; clocks differ. The
+        same all-reduce, of two numbers over the world, tells whether a rank still writes a
+        checkpoint; one that all have written is finished."""
+        reason_of_all, is_writing = self._largest(float(reason), float(self.saves.is_writing))
+        if not is_writing:
+            self.saves.finish()
+        return StopReason(int(reason_of_all))
 
-    def _largest(self, value: float) -> float:
-        """Of all ranks' values. One all-reduce of one number over the world."""
-        tensor = torch.tensor(value, device=self.runtime.device)
+    def _largest(self, *values: float) -> list[float]:
+        """Of all ranks' values, one by one. One all-reduce of them over the world."""
+        tensor = torch.tensor(values, device=self.runtime.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return tensor.item()
+        return tensor.tolist()
 
     def _open_metrics(self) -> MetricSums:
         """The sums of the log interval that the run stands in. What a checkpoint kept of them is
