@@ -28,6 +28,8 @@ class HeldOut:
         self.config, self.runtime, self.every = plan.config, runtime, settings.every
         count = min(len(dataset), settings.heldout_samples or len(dataset))
         self.samples = [dataset[i] for i in range(count)]
+        share = max(plan.config.train.micro_batch_size, math.ceil(count / plan.dp_size))
+        self.samples_per_pass = min(plan.samples_outside_training, share)
         self.conditions = {
             "data_fingerprint": dataset.fingerprint,
             "samples": count,
@@ -65,7 +67,7 @@ class HeldOut:
             target,
             draft.lm_head,
             self.samples,
-            EstimateSettings.of(self.config, draft),
+            EstimateSettings.of(self.config, draft, samples_per_pass=self.samples_per_pass),
             dp_group=self.runtime.dp_group,
         )
         draft.train()

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from dspark_megatron.data.files.jsonl import check_readable, lines_of
+from dspark_megatron.data.files.reading import check_readable, read_lines
 from dspark_megatron.data.files.sources import DataFile
 from dspark_megatron.data.tokenizing.encoding import Line
 from dspark_megatron.errors import ConfigError
@@ -29,7 +29,7 @@ class LineBatch(NamedTuple):
 def check_file(file: DataFile, read_indexed: ReadIndexed | None) -> None:
     """ConfigError for a file that cannot be read."""
     if not file.indexed:
-        check_readable(file.path)
+        check_readable(file)
     elif read_indexed is not None:
         read_indexed(file.path)
 
@@ -68,6 +68,6 @@ def _next(lines: Iterator[Line]) -> tuple[list[Line], ConfigError | None]:
 def _lines(file: DataFile, read_indexed: ReadIndexed | None) -> Iterator[Line]:
     """The lines of a file by number, or the documents of an indexed dataset, from 0."""
     if not file.indexed:
-        return iter(lines_of(file.path))
+        return iter(read_lines(file))
     assert read_indexed is not None, f"no reader for the indexed dataset {file.path}"
     return enumerate(read_indexed(file.path))

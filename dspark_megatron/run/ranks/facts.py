@@ -166,7 +166,9 @@ def file_facts(name: str, entries: list[str]) -> Facts:
     parts = [f"{file.path}{end}" for file in files for end in (".bin", ".idx") if file.indexed]
     parts += [str(file.path) for file in files if not file.indexed]
     paths = [path for path in map(Path, parts) if path.is_file()]
-    return {f"the files of {name}": f"{', '.join(map(str, paths))}: {pieces_text(paths)}"}
+    rows = [f"{f.path} {len(f.dataset.rows):,} rows" for f in files if f.dataset is not None]
+    seen = [f"{', '.join(map(str, paths))}: {pieces_text(paths)}"] if paths else []
+    return {f"the files of {name}": ", ".join([*seen, *rows])}
 
 
 def sample_facts(name: str, dataset: ConversationDataset) -> Facts:
