@@ -1,5 +1,6 @@
 """Rows of tables (Parquet, Arrow, `datasets`), a few at a time. They are numbered from 1."""
 
+import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,9 +9,10 @@ from dspark_megatron.data.files import jsonl
 from dspark_megatron.data.files.columns import Make, made, makers
 from dspark_megatron.data.files.jsonl import TOO_DEEP, Row, Unusable
 from dspark_megatron.data.files.opening import damaged, first_bytes, needed
-from dspark_megatron.errors import ConfigError
+from dspark_megatron.errors import ConfigError, require
 
 PARQUET, ARROW_FILE, ARROW_STREAM = b"PAR", b"ARROW1", b"\xff\xff\xff\xff"
+_STREAM_END = ARROW_STREAM + bytes(4)
 BATCH_ROWS = 16
 """Rows that are unpacked at once. More are not read faster."""
 _UNREADABLE = (ValueError, TypeError, LookupError, NotImplementedError, MemoryError, OSError)
@@ -53,11 +55,23 @@ def _open_arrow(path: Path) -> Table:
     ipc = needed("pyarrow.ipc", f"{path} is an Arrow file, which")
     source = needed("pyarrow", "it").memory_map(str(path))
     if first_bytes(path).startswith(ARROW_STREAM):
+        check_stream_end(path)
         batches = reader = ipc.open_stream(source)
     else:
         reader = ipc.open_file(source)
         batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
     return Table(path, makers(path, reader.schema), _in_pieces(batches))
+
+
+def check_stream_end(path: str | Path) -> None:
+    """A stream that was cut behind some rows would pass for a shorter one. ConfigError, or OSError
+    for a file that has not even these bytes."""
+    with open(path, "rb") as file:
+        file.seek(-len(_STREAM_END), io.SEEK_END)
+        require(
+            file.read() == _STREAM_END,
+            f"{path} is damaged or cut short: it lacks the end of an Arrow stream; copy it again",
+        )
 
 
 def _in_pieces(batches: Iterable[Any]) -> Iterator[Any]:
