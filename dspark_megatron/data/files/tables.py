@@ -15,8 +15,6 @@ PARQUET, ARROW_FILE, ARROW_STREAM = b"PAR", b"ARROW1", b"\xff\xff\xff\xff"
 _STREAM_END = ARROW_STREAM + bytes(4)
 BATCH_ROWS = 16
 """Rows that are unpacked at once. More are not read faster."""
-_UNREADABLE = (ValueError, TypeError, LookupError, NotImplementedError, MemoryError, OSError)
-"""What pyarrow raises for files that are none, or that end early."""
 
 
 class Table(NamedTuple):
@@ -26,6 +24,8 @@ class Table(NamedTuple):
     """How to make JSON of each column that is read."""
     batches: Iterable[Any]
     """Of type pyarrow.RecordBatch. They have these columns, and maybe more."""
+    num_rows: int | None = None
+    """What the file says of itself. None: it does not."""
 
 
 def is_table(path: str | Path) -> bool:
@@ -39,7 +39,7 @@ def open_table(path: Path) -> Table:
         return _open_parquet(path) if is_parquet else _open_arrow(path)
     except ConfigError:
         raise
-    except _UNREADABLE as error:
+    except Exception as error:  # whatever a damaged file makes pyarrow raise
         raise damaged(path, error) from error
 
 
@@ -48,7 +48,8 @@ def _open_parquet(path: Path) -> Table:
     parquet = needed("pyarrow.parquet", f"{path} is a Parquet file, which")
     file = parquet.ParquetFile(path, buffer_size=2**20)
     found = makers(path, file.schema_arrow)
-    return Table(path, found, file.iter_batches(BATCH_ROWS, columns=list(found)))
+    batches = file.iter_batches(BATCH_ROWS, columns=list(found))
+    return Table(path, found, batches, file.metadata.num_rows)
 
 
 def _open_arrow(path: Path) -> Table:
@@ -87,13 +88,15 @@ def rows_of(table: Table) -> Iterator[tuple[int, Row | Unusable]]:
     while True:
         try:
             batch = next(batches, None)
-        except _UNREADABLE as error:
+        except Exception as error:  # as above
             raise damaged(table.path, error, f"row {number:,}") from error
         if batch is None:
-            return
+            break
         for row in _rows(batch.select(list(table.makers)), table.makers):
             number += 1
             yield number, row
+    if table.num_rows not in (None, number):
+        raise damaged(table.path, f"it speaks of {table.num_rows:,} rows", f"row {number:,}")
 
 
 def _rows(batch: Any, make: dict[str, Make]) -> Iterator[Row | Unusable]:
