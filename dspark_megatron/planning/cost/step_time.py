@@ -1,7 +1,7 @@
 """Seconds of a step at given rates: arithmetic, no forecast. What kernels and links really reach,
 what a host costs and how ranks wait for each other is in no figure but the rates."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dspark_megatron.planning.cost.machine import Machine
 from dspark_megatron.planning.pipeline import PipelineStates
@@ -26,8 +26,13 @@ class PartTime:
     """Waiting for other pipeline stages."""
 
     @property
+    def waited(self) -> float:
+        """For what is sent."""
+        return sum(self.sent.values()) - self.hidden
+
+    @property
     def total(self) -> float:
-        return self.compute + sum(self.sent.values()) - self.hidden + self.idle
+        return self.compute + self.waited + self.idle
 
 
 @dataclass(frozen=True)
@@ -83,8 +88,8 @@ def _part_time(work: Work, machine: Machine, idle: float) -> PartTime:
         sent[words] = sent.get(words, 0.0) + sent_seconds(one, machine)
     ahead = sum(sent_seconds(one, machine) for one in work.sent if one.group == WEIGHTS)
     hidden = min(ahead, compute) if rates.overlap else 0.0
-    busy = compute + sum(sent.values()) - hidden
-    return PartTime(compute, sent, hidden, busy * idle / (1 - idle))
+    busy = PartTime(compute, sent, hidden)
+    return replace(busy, idle=busy.total * idle / (1 - idle))
 
 
 def sent_seconds(one: Sent, machine: Machine) -> float:

@@ -57,7 +57,7 @@ def store_lines(cost: StoreCost, samples: int, layout: str, rates: Rates) -> lis
     verdict = (
         "a store never pays: an epoch on it takes no less"
         if even is None
-        else f"from {even:,} epochs on a store costs less GPU time"
+        else f"from {even:,} epoch{'s' * (even > 1)} on a store costs less GPU time"
     )
     return [
         f"a store of the states instead, {samples:,} samples of full length, bf16, disk "
