@@ -12,7 +12,8 @@ from dspark_megatron.planning.cost.rates import GPUS, Rates, rates_of
 from dspark_megatron.planning.cost.run_cost import Bill, cost_lines, run_steps
 from dspark_megatron.planning.cost.step_time import WEIGHTS, PartTime, StepTime, step_time
 from dspark_megatron.planning.cost.store import StoreCost, store_lines
-from dspark_megatron.planning.work import Sent, StepWork, Work
+from dspark_megatron.planning.observing.work import Sent, Work
+from dspark_megatron.planning.work import StepWork
 from dspark_megatron.run.check import RunPlan
 
 RATES = Rates(

@@ -17,9 +17,10 @@ from dspark_megatron.planning.cost.rates import Rates
 from dspark_megatron.planning.cost.run_cost import Bill
 from dspark_megatron.planning.dry_run import describe_run
 from dspark_megatron.planning.memory import plan_target_work, target_passes
+from dspark_megatron.planning.observing.work import Sent, Work
 from dspark_megatron.planning.recommend import Wish, evenly_spread_layers, recommend
 from dspark_megatron.planning.target_work import target_work
-from dspark_megatron.planning.work import Sent, StepWork, Work
+from dspark_megatron.planning.work import StepWork
 from dspark_megatron.run.check import check
 from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.targets.footprint import target_bytes

@@ -4,8 +4,9 @@ what a host costs and how ranks wait for each other is in no figure but the rate
 from dataclasses import dataclass, replace
 
 from dspark_megatron.planning.cost.machine import Machine
+from dspark_megatron.planning.observing.work import Sent, Work
 from dspark_megatron.planning.pipeline import PipelineStates
-from dspark_megatron.planning.work import Sent, StepWork, Work
+from dspark_megatron.planning.work import StepWork
 from dspark_megatron.run.check import RunPlan
 from dspark_megatron.targets.stored.deepspec_layout import RECORD, DeepSpecLayout
 

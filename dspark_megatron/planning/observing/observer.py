@@ -21,14 +21,18 @@ from torch.utils._pytree import tree_leaves
 from dspark_megatron.planning.observing.collectives import collective, span
 from dspark_megatron.planning.observing.operators import flops, moved
 from dspark_megatron.planning.observing.storages import Peak, Storages
-from dspark_megatron.planning.work import Sent, Work, summed
+from dspark_megatron.planning.observing.work import Sent, Work, summed
 
-WORKSPACE, KEPT = "workspace", "activations kept for the backward pass"
+KEPT = "activations kept for the backward pass"
 OTHER = "other"
 
 
+def made_in(phase: str) -> str:
+    return f"made in {phase}"
+
+
 class Observer(TorchDispatchMode):
-    """Of one device. What a phase makes is workspace until it is named or saved by autograd."""
+    """Of one device. What a phase makes goes by it until it is named or saved by autograd."""
 
     def __init__(self, device: torch.device, groups: dict[str, str] | None = None) -> None:
         """groups: what a process group is for, in words, by its `group_name`."""
@@ -38,8 +42,14 @@ class Observer(TorchDispatchMode):
         self.peaks: dict[str, Peak] = {}
         """The highest moment of each phase."""
         self._work: dict[str, list[Work]] = defaultdict(list)
-        self._phase, self._part, self._kind = OTHER, OTHER, WORKSPACE
+        self._phase, self._part, self._kind = OTHER, OTHER, made_in(OTHER)
+        self._nameless = {self._kind}
         self._open: list[contextlib.ExitStack] = []
+
+    @property
+    def alive(self) -> dict[str, int]:
+        """Bytes by kind, now."""
+        return {kind: size for kind, size in self.storages.alive.items() if size}
 
     @property
     def work(self) -> dict[str, Work]:
@@ -52,11 +62,14 @@ class Observer(TorchDispatchMode):
         return found
 
     @contextlib.contextmanager
-    def phase(self, name: str, part: str | None = None, kind: str = WORKSPACE) -> Iterator[None]:
+    def phase(self, name: str, part: str | None = None, kind: str | None = None) -> Iterator[None]:
         """name: of a moment whose highest memory is wanted; part: of the step that its work belongs
-        to, the name up to its comma by default; kind: of what is made in it."""
+        to, the name up to its comma by default; kind: of what is made in it, if it has a name."""
         before = self._phase, self._part, self._kind
-        self._phase, self._part, self._kind = name, part or name.partition(",")[0], kind
+        self._phase, self._part = name, part or name.partition(",")[0]
+        self._kind = kind or made_in(name)
+        if kind is None:
+            self._nameless.add(self._kind)
         self._look()
         try:
             yield
@@ -99,15 +112,20 @@ class Observer(TorchDispatchMode):
         elif _is_made_of_others(function):
             with self:
                 return function.decompose(*args, **kwargs)
-        out = function(*args, **kwargs)
+        with torch._C.DisableTorchFunction():  # its modes have seen the call that led here
+            out = function(*args, **kwargs)
         results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        self.storages.follow(results, self._kind)
-        self._look()
+        self.follow(results)
         if sent is None:
             given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
             if any(x.device.type == self.storages.device.type for x in (*given, *results)):
                 self.add(flops(function, args, kwargs, out), moved(function, given, results))
         return out
+
+    def follow(self, tensors: Iterable[Tensor]) -> None:
+        """Tensors that were made out of sight."""
+        self.storages.follow(tensors, self._kind)
+        self._look()
 
     def add(self, flops: int, moved: int = 0) -> None:
         """Work that no operator shows, to the part of the phase."""
@@ -121,13 +139,12 @@ class Observer(TorchDispatchMode):
             self._work[self._part].append(Work(0, 0, (sent,)))
 
     def _save(self, tensor: Tensor) -> Tensor:
-        self.storages.rename([tensor], KEPT, of=(WORKSPACE,))
+        self.storages.rename([tensor], KEPT, of=self._nameless)
         return tensor
 
     def _look(self) -> None:
         if self.storages.total > self.peaks.get(self._phase, Peak()).total:
-            alive = {kind: size for kind, size in self.storages.alive.items() if size}
-            self.peaks[self._phase] = Peak(self.storages.total, alive)
+            self.peaks[self._phase] = Peak(self.storages.total, self.alive)
 
 
 @functools.cache
