@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,7 +12,7 @@ from dspark_megatron.planning.cost.machine import Machine
 from dspark_megatron.planning.cost.rates import GPUS, Rates, rates_of
 from dspark_megatron.planning.cost.run_cost import Bill, cost_lines, run_steps
 from dspark_megatron.planning.cost.step_time import WEIGHTS, PartTime, StepTime, step_time
-from dspark_megatron.planning.cost.store import StoreCost, store_lines
+from dspark_megatron.planning.cost.store import StoreCost, store_cost, store_lines
 from dspark_megatron.planning.observing.work import Sent, Work
 from dspark_megatron.planning.work import StepWork
 from dspark_megatron.run.check import RunPlan
@@ -102,7 +103,7 @@ def plan_of(**train):
     return RunPlan(config, None, None, 2)  # no size of a model is asked for
 
 
-TIME = StepTime({"draft": PartTime(1.5, {"a group": 0.5})})
+TIME = StepTime({"draft": PartTime(1.5, sent={"a group": 0.5})})
 
 
 def test_hours_and_price_of_a_run():
@@ -138,6 +139,18 @@ def test_a_store_pays_from_the_epoch_on_that_makes_up_for_writing_it(passes, dis
     text = "\n".join(store_lines(cost, 1000, "TP 1 x DP 16", RATES))
     assert f"1.000 GiB in {passes + disk}.00 hours" in text
     assert ("never pays" in text) == (epochs is None)
+
+
+def test_writing_and_reading_a_store_cost_what_their_steps_take():
+    """Steps of 4 samples; a sample's 10 tokens have 3 states of 8 bf16 numbers, 6 bytes of ids and
+    masks, and an entry of 56 bytes."""
+    plan = plan_of(iterations=1)
+    plan.config.data.max_length = 10
+    plan = replace(plan, shape=SimpleNamespace(hidden_size=8, target_layer_ids=(0, 1)))
+    online = StepTime({"target": PartTime(3, sent={"a group": 1}), "draft": PartTime(2)})
+    cost = store_cost(plan, online, StepTime({"draft": PartTime(1.5)}), 1000, RATES)
+    nbytes = 1000 * (10 * (3 * 8 * 2 + 6) + 56)
+    assert cost == StoreCost(nbytes, 250 * 4, nbytes / 8e9, 250 * 6, 250 * 1.5)
 
 
 def test_presets_are_the_data_sheets_and_give_way_to_what_is_given():

@@ -2,12 +2,14 @@
 
 from dspark_megatron.planning.cost.machine import Machine
 from dspark_megatron.planning.cost.run_cost import Bill, cost_lines
-from dspark_megatron.planning.cost.step_time import StepTime, plan_step_time
+from dspark_megatron.planning.cost.step_time import PartTime, StepTime, plan_step_time
 from dspark_megatron.planning.work import step_work
 from dspark_megatron.run.check import RunPlan
 
 NODE = 8
 """GPUs of a node, where nothing is said of them."""
+SHOWN = 0.0005
+"""Seconds that the last digit shows."""
 
 
 def describe_time(plan: RunPlan) -> list[str]:
@@ -26,16 +28,25 @@ def time_lines(time: StepTime, machine: Machine, plan: RunPlan) -> list[str]:
     ]
     for name, part in time.parts.items():
         if part.total:
-            lines.append(_line(f"{name}, computing", part.compute))
-            lines += [_line(group, seconds, 4) for group, seconds in part.sent.items()]
-        if part.hidden:
-            lines.append(_line("of that beside the computation", -part.hidden, 4))
-        if part.idle:
-            lines.append(_line("waiting for other pipeline stages", part.idle, 4))
+            lines += _part_lines(name, part)
     if time.reading:
         what = f"reading stored states ({machine.rates.disk:g} GB/s), beside all of it"
         lines += [_line(what, time.reading)]
     return [*lines, _line("sum" if time.total == time.working else "the reading", time.total)]
+
+
+def _part_lines(name: str, part: PartTime) -> list[str]:
+    bound = "matrix products" if part.products > part.moving else "memory"
+    shown = {group: seconds for group, seconds in part.sent.items() if seconds >= SHOWN}
+    if (rest := sum(part.sent.values()) - sum(shown.values())) >= SHOWN:
+        shown["other groups"] = rest
+    lines = [_line(f"{name}, computing ({bound})", part.compute)]
+    lines += [_line(f"sent: {group}", seconds, 4) for group, seconds in shown.items()]
+    if part.hidden:
+        lines.append(_line("of that beside the computation", -part.hidden, 4))
+    if part.idle:
+        lines.append(_line("waiting for other pipeline stages", part.idle, 4))
+    return lines
 
 
 def dtype_note(plan: RunPlan) -> list[str]:

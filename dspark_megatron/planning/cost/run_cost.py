@@ -44,7 +44,7 @@ def run_steps(train: TrainConfig, samples: int | None) -> int | None:
         return train.iterations
     if samples is None or train.epochs is None:
         return None
-    return math.ceil(math.ceil(train.epochs * samples) / train.global_batch_size)
+    return math.ceil(train.epochs * samples / train.global_batch_size)
 
 
 def cost_lines(plan: RunPlan, time: StepTime, bill: Bill, gpus: int) -> list[str]:

@@ -1,7 +1,7 @@
 """Seconds of a step at given rates: arithmetic, no forecast. What kernels and links really reach,
 what a host costs and how ranks wait for each other is in no figure but the rates."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from dspark_megatron.planning.cost.machine import Machine
 from dspark_megatron.planning.observing.work import Sent, Work
@@ -17,14 +17,20 @@ computes."""
 
 @dataclass(frozen=True)
 class PartTime:
-    compute: float
-    """The larger of what its FLOPs and the bytes of its operators take."""
-    sent: dict[str, float]
+    products: float = 0.0
+    """What its FLOPs take."""
+    moving: float = 0.0
+    """What the bytes take that its operators read and write, beside that."""
+    sent: dict[str, float] = field(default_factory=dict)
     """By group, in words."""
     hidden: float = 0.0
     """Of what is sent, beside the computation."""
     idle: float = 0.0
     """Waiting for other pipeline stages."""
+
+    @property
+    def compute(self) -> float:
+        return max(self.products, self.moving)
 
     @property
     def waited(self) -> float:
@@ -82,14 +88,14 @@ def stored_sample_bytes(plan: RunPlan) -> int:
 
 def _part_time(work: Work, machine: Machine, idle: float) -> PartTime:
     rates = machine.rates
-    compute = max(work.flops / rates.flops, work.moved / rates.moved)
+    part = PartTime(work.flops / rates.flops, work.moved / rates.moved)
     sent: dict[str, float] = {}
     for one in work.sent:
         words = f"{one.group}, {one.size} ranks"
         sent[words] = sent.get(words, 0.0) + sent_seconds(one, machine)
     ahead = sum(sent_seconds(one, machine) for one in work.sent if one.group == WEIGHTS)
-    hidden = min(ahead, compute) if rates.overlap else 0.0
-    busy = PartTime(compute, sent, hidden)
+    hidden = min(ahead, part.compute) if rates.overlap else 0.0
+    busy = replace(part, sent=sent, hidden=hidden)
     return replace(busy, idle=busy.total * idle / (1 - idle))
 
 
