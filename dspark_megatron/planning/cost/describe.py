@@ -29,6 +29,9 @@ def time_lines(time: StepTime, machine: Machine, plan: RunPlan) -> list[str]:
     for name, part in time.parts.items():
         if part.total:
             lines += _part_lines(name, part)
+    target = time.parts.get("target", PartTime())
+    if not target.products and not plan.config.target.is_stored:
+        lines.append("  too short: what the target computes is not known, and not in it")
     if time.reading:
         what = f"reading stored states ({machine.rates.disk:g} GB/s), beside all of it"
         lines += [_line(what, time.reading)]
