@@ -69,7 +69,7 @@ class DraftPretraining:
         first."""
         while True:
             step = self._batches.of_step(consumed_samples)
-            self._step.target.expect(step)
+            self._step.expect(step)
             yield from step
             consumed_samples += self.plan.config.train.global_batch_size
 

@@ -71,10 +71,12 @@ def rank_memory(plan: RunPlan) -> RankMemory:
 
 def _forward_parts(plan: RunPlan, work: TargetWork) -> Parts:
     """A layer at work, when the last states of its pass are still to come, or states being put
-    together: each tap by itself and beside the others, or those of several passes and all of them.
+    together: each tap by itself and beside the others, or those of several passes and all of them,
+    or those of a pass and of each of its micro-batches.
     """
     with_hidden = plan.config.needs_target_logits
-    joined = _taps(plan) + (target_passes(plan) > 1) * with_hidden * state_bytes(plan)
+    again = max(target_passes(plan), plan.pass_size.micro_batches) > 1
+    joined = _taps(plan) + again * with_hidden * state_bytes(plan)
     for_others = PipelineStates.of(plan).kept_for_others
     parts = {
         "states kept for other pipeline ranks": for_others * pipeline_state_bytes(plan),
@@ -121,12 +123,12 @@ def plan_target_work(plan: RunPlan) -> TargetWork:
 
 
 def _batch(plan: RunPlan) -> tuple[int, int]:
-    """Samples of a micro-batch and their length."""
-    return plan.config.train.micro_batch_size, plan.config.data.max_length
+    """Samples that go through the target together, and their length."""
+    return plan.pass_size.samples, plan.config.data.max_length
 
 
 def target_passes(plan: RunPlan) -> int:
-    """Forward passes of the target for a micro-batch."""
+    """Forward passes of the target for them."""
     return Passes.of(*_batch(plan), plan.config.target.max_tokens_per_forward).count
 
 
@@ -206,7 +208,7 @@ def _last_layer(plan: RunPlan) -> int | None:
 def _target_states(plan: RunPlan) -> Parts:
     """Taps and, where the loss compares with the target, the last hidden states."""
     states = PipelineStates.of(plan)
-    parts = {"target states of a micro-batch": states.states * state_bytes(plan)}
+    parts = {"target states of a pass": states.states * state_bytes(plan)}
     if states.received:
         parts["target states of a pipeline run"] = states.received * pipeline_state_bytes(plan)
     return parts

@@ -1,5 +1,6 @@
 """What a rank sends in one optimizer step, by purpose and group."""
 
+import math
 from dataclasses import dataclass
 
 from dspark_megatron.planning.communication import StepSize, draft_collectives, ring_bytes
@@ -28,6 +29,7 @@ def step_traffic(plan: RunPlan) -> list[Traffic]:
     """Only what is sent at all. Sizes of samples as in `rank_memory`."""
     config, split, tp = plan.config, plan.target_split, plan.config.parallel.tensor_parallel
     passes = config.train.global_batch_size // (config.train.micro_batch_size * plan.dp_size)
+    shared_passes = math.ceil(passes / plan.pass_size.micro_batches)
     work, shared = plan_target_work(plan), tp * split.shards
     states, size, world = PipelineStates.of(plan), pipeline_state_bytes(plan), tp * plan.dp_size
     found = [
@@ -35,15 +37,15 @@ def step_traffic(plan: RunPlan) -> list[Traffic]:
         Traffic("draft's gradients and weights, data-parallel", _data_parallel(plan), world),
         Traffic(
             "target's outputs, tensor-parallel",
-            passes * ring_bytes("all-reduce", work.all_reduced, tp),
+            shared_passes * ring_bytes("all-reduce", work.all_reduced, tp),
             tp,
         ),
         Traffic(
             "target's weights, between their shards",
-            passes * target_passes(plan) * work.received_weights,
+            shared_passes * target_passes(plan) * work.received_weights,
             shared,
         ),
-        Traffic("target's tokens, to their experts", passes * work.exchanged, split.ep_size),
+        Traffic("target's tokens, to their experts", shared_passes * work.exchanged, split.ep_size),
         Traffic("target's outputs, to the next stage", states.sent_to_next_stage * size, world),
         Traffic("target's states, to their pipeline ranks", states.sent_to_owners * size, world),
     ]

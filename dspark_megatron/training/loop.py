@@ -35,7 +35,6 @@ from dspark_megatron.run.ranks.runtime import Runtime
 from dspark_megatron.run.states import check_stored_states, states_source
 from dspark_megatron.storage.checkpoints.meta import FORMAT
 from dspark_megatron.storage.checkpoints.whole import iteration_folder
-from dspark_megatron.targets.huggingface.packing import SequencePacker
 from dspark_megatron.targets.stored.target import StoredStates
 from dspark_megatron.training.health.bad_steps import BadSteps
 from dspark_megatron.training.health.weights import check_weights
@@ -117,10 +116,8 @@ class Trainer:
             write_config(output_dir, config)
             write_status(output_dir, "running")
         self.batches = MicroBatches(config, dataset, dp_group=runtime.dp_group)
-        planner = SequencePacker.of(config.target, plan.shape.hidden_size)
         samples = dataset.lengths, self.batches.blend
-        if padding := describe_padding(config, *samples, self.iterations, planner):
-            self._say(padding)
+        self._say(describe_padding(plan, *samples, self.iterations) or "")
         self.target = states_source(plan, runtime, dataset, self.draft)
         self.model = wrap_data_parallel(self.draft, config.optimizer)
         self.optimizer = build_optimizer(config.optimizer, self.model, plan.dtype)

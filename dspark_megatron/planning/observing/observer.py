@@ -42,6 +42,11 @@ class Observer(TorchDispatchMode):
         self._open: list[contextlib.ExitStack] = []
 
     @property
+    def alive(self) -> dict[str, int]:
+        """Bytes by kind, now."""
+        return {kind: size for kind, size in self.storages.alive.items() if size}
+
+    @property
     def work(self) -> dict[str, Work]:
         """By part of a step."""
         found = {}
@@ -99,15 +104,20 @@ class Observer(TorchDispatchMode):
         elif _is_made_of_others(function):
             with self:
                 return function.decompose(*args, **kwargs)
-        out = function(*args, **kwargs)
+        with torch._C.DisableTorchFunction():  # its modes have seen the call that led here
+            out = function(*args, **kwargs)
         results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        self.storages.follow(results, self._kind)
-        self._look()
+        self.follow(results)
         if sent is None:
             given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
             if any(x.device.type == self.storages.device.type for x in (*given, *results)):
                 self.add(flops(function, args, kwargs, out), moved(function, given, results))
         return out
+
+    def follow(self, tensors: Iterable[Tensor]) -> None:
+        """Tensors that were made out of sight."""
+        self.storages.follow(tensors, self._kind)
+        self._look()
 
     def add(self, flops: int, moved: int = 0) -> None:
         """Work that no operator shows, to the part of the phase."""
@@ -126,8 +136,7 @@ class Observer(TorchDispatchMode):
 
     def _look(self) -> None:
         if self.storages.total > self.peaks.get(self._phase, Peak()).total:
-            alive = {kind: size for kind, size in self.storages.alive.items() if size}
-            self.peaks[self._phase] = Peak(self.storages.total, alive)
+            self.peaks[self._phase] = Peak(self.storages.total, self.alive)
 
 
 @functools.cache
