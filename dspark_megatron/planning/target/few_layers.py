@@ -102,13 +102,10 @@ def _plus(total: TargetPass, count: int, more: TargetPass, base: TargetPass) -> 
 
     groups = [[(one.kind, one.group) for one in a.work.sent] for a in (total, more, base)]
     assert groups[0] == groups[1] == groups[2], "one more layer sends to the same groups"
-    return replace(
-        total,
-        weights=grown(lambda a: a.weights or 0),
-        highest={k: grown(lambda a, k=k: a.highest.get(k, 0)) for k in total.highest},
-        work=Work(
-            grown(lambda a: a.work.flops),
-            grown(lambda a: a.work.moved),
-            tuple(grown_sent(i, one) for i, one in enumerate(total.work.sent)),
-        ),
-    )
+    moments = {
+        name: {k: grown(lambda a, n=name, k=k: a.moments[n].get(k, 0)) for k in parts}
+        for name, parts in total.moments.items()
+    }
+    sent = tuple(grown_sent(i, one) for i, one in enumerate(total.work.sent))
+    flops, moved = grown(lambda a: a.work.flops), grown(lambda a: a.work.moved)
+    return replace(total, moments=moments, work=Work(flops, moved, sent))

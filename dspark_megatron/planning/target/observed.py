@@ -1,28 +1,43 @@
 """A target's forward pass as Transformers runs it, observed on the meta device."""
 
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.distributed.fsdp._fully_shard._fsdp_param_group as param_group
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from dspark_megatron.config import TargetConfig
 from dspark_megatron.data.batch import Batch
+from dspark_megatron.planning.observing.gpu_kernels import gpu_kernels
 from dspark_megatron.planning.observing.observer import Observer
+from dspark_megatron.planning.on_paper.ranks import META
 from dspark_megatron.planning.target.few_layers import from_few_layers, layer_kinds
-from dspark_megatron.planning.target.on_meta import META, TargetOnMeta, gathers_named
-from dspark_megatron.planning.target.rank_model import local_tensors, rank_model
-from dspark_megatron.planning.target.target_pass import CACHE, GATHERED, LAYER, TargetPass
+from dspark_megatron.planning.target.on_meta import EvenRouting, one_sequence_in_each_row
+from dspark_megatron.planning.target.rank_model import local, rank_model
+from dspark_megatron.planning.target.target_pass import (
+    CACHE,
+    GATHERED,
+    LAYER,
+    OUTPUTS,
+    SHARDS,
+    TOKENS,
+    TargetPass,
+)
+from dspark_megatron.planning.work import Sent, Work, summed
 from dspark_megatron.targets.huggingface.split import TargetSplit, meta_target
 from dspark_megatron.targets.huggingface.target import HuggingFaceTarget
 
-WEIGHTS, PASS = "frozen target", "target"
+WEIGHTS, GATHERS, COMPUTES = "frozen target", "gathers", "computes"
 
 
 @dataclass(frozen=True)
-class PassWish:
-    """Of which target what is to be observed."""
+class ObservedTarget:
+    """A target that Transformers runs, and what is wanted of it."""
 
     config: TargetConfig
     target_config: PretrainedConfig
@@ -30,60 +45,122 @@ class PassWish:
     split: TargetSplit
     layer_ids: tuple[int, ...]
     with_last_hidden: bool
+    kernels: Callable[[Observer], contextlib.AbstractContextManager] = gpu_kernels
 
+    def forward_pass(self, batch: tuple[int, int]) -> TargetPass:
+        """batch: samples and their length. Raises whatever the family's classes raise where they do
+        not run on the meta device."""
+        kinds = layer_kinds(meta_target(self.target_config, self.dtype))
+        if not self.with_last_hidden:
+            kinds = kinds[: max(self.layer_ids) + 1]
+        return from_few_layers(lambda few: self.observe(batch, few), kinds, self.layer_ids)
 
-def observed_pass(wish: PassWish, batch: tuple[int, int]) -> TargetPass:
-    """batch: samples and their length. Raises whatever the family's classes raise where they do
-    not run on the meta device."""
-    kinds = layer_kinds(meta_target(wish.target_config, wish.dtype))
-    if not wish.with_last_hidden:
-        kinds = kinds[: max(wish.layer_ids) + 1]
-    return from_few_layers(lambda few: _observed(wish, batch, few), kinds, wish.layer_ids)
-
-
-def _observed(wish: PassWish, batch: tuple[int, int], layers: tuple[int, ...]) -> TargetPass:
-    split, attention = wish.split, wish.config.attention
-    rank = rank_model(wish.target_config, wish.dtype, split, layers=layers, attention=attention)
-    routed_here = 1 / split.ep_size if split.ep_size == split.tp_size else 1.0
-    observer = Observer(META)
-    with rank as model:
-        target = HuggingFaceTarget(
-            wish.config,
-            tuple(layers.index(layer_id) for layer_id in wish.layer_ids),
-            split=split,
-            dp_group=None,
-            device=META,
-            with_last_hidden=wish.with_last_hidden,
-            model=model,
+    def observe(self, batch: tuple[int, int], layers: tuple[int, ...]) -> TargetPass:
+        """With these layers, among them those that are tapped."""
+        rank = rank_model(
+            self.target_config,
+            self.dtype,
+            self.split,
+            layers=layers,
+            attention=self.config.attention,
         )
-        observer.name(WEIGHTS, local_tensors(model))
-        _name_caches(observer, target)
-        with (
-            observer,
-            gathers_named(observer, PASS, GATHERED),
-            TargetOnMeta(observer, routed_here),
-            observer.phase(PASS, kind=LAYER),
-            META,
-        ):
-            states = target.states(Batch(torch.zeros(batch, dtype=torch.long, device=META)))
-        del states
-        kept, peak = observer.storages.alive[GATHERED], dict(observer.peaks[PASS].alive)
-        weights = sum(x.nbytes for x in local_tensors(model)) + kept
-    del peak[WEIGHTS]
-    if GATHERED in peak:
-        peak[GATHERED] -= kept
-    return TargetPass(weights, peak, observer.work[PASS])
+        with rank as model:
+            target = HuggingFaceTarget(
+                self.config,
+                tuple(layers.index(layer_id) for layer_id in self.layer_ids),
+                split=self.split,
+                dp_group=None,
+                device=META,
+                with_last_hidden=self.with_last_hidden,
+                model=model,
+            )
+            return _observed(target, batch, self.split, self.kernels)
 
 
-def _name_caches(observer: Observer, target: HuggingFaceTarget) -> None:
-    """What a layer adds to the cache is part of it when the layer is through."""
-    for number, layer in enumerate(target.layers):
+def _observed(
+    target: HuggingFaceTarget, batch: tuple[int, int], split: TargetSplit, kernels: Callable
+) -> TargetPass:
+    observer, moments = Observer(META), _Moments()
+    observer.name(WEIGHTS, map(local, (*target.model.parameters(), *target.model.buffers())))
+    moments.watch(target, observer)
+    shared_batch = split.ep_size == split.tp_size
+    with (
+        observer,
+        kernels(observer),
+        moments.gathers(observer),
+        one_sequence_in_each_row(),
+        EvenRouting(observer, 1 / split.ep_size if shared_batch else 1.0),
+        observer.phase(moments.current, part=COMPUTES, kind=LAYER),
+        META,
+    ):
+        target.states(Batch(torch.zeros(batch, dtype=torch.long, device=META)))
+    kept = observer.alive.get(GATHERED, 0)
+    return TargetPass(
+        {name: _beside_weights(peak.alive, kept) for name, peak in observer.peaks.items()},
+        _with_purposes(observer.work),
+    )
 
-        def name(
-            _module: Any, _args: Any, kwargs: dict[str, Any], _output: Any, number: int = number
-        ) -> None:
-            if (cache := kwargs.get("past_key_values")) is not None:
-                own = vars(cache.layers[number]).values()
-                observer.name(CACHE, [x for x in own if isinstance(x, Tensor)])
 
-        layer.register_forward_hook(name, with_kwargs=True)
+def _beside_weights(alive: dict[str, int], kept: int) -> dict[str, int]:
+    parts = {kind: size for kind, size in alive.items() if kind != WEIGHTS}
+    return parts | {GATHERED: parts[GATHERED] - kept} if GATHERED in parts else parts
+
+
+def _with_purposes(work: dict[str, Work]) -> Work:
+    def named(one: Sent, part: str) -> Sent:
+        purpose = TOKENS if one.kind == "all-to-all" else SHARDS if part == GATHERS else OUTPUTS
+        return replace(one, group=purpose)
+
+    sent = [named(one, part) for part in work for one in work[part].sent]
+    total = sum(work.values(), Work())
+    return Work(total.flops, total.moved, summed(tuple(sent)))
+
+
+class _Moments:
+    """Each forward pass is one, and what is between them another."""
+
+    def __init__(self) -> None:
+        self.current, self._passes = "states put together", 0
+
+    def watch(self, target: HuggingFaceTarget, observer: Observer) -> None:
+        plain = target.model.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            between, self._passes = self.current, self._passes + 1
+            self.current = f"pass {self._passes}"
+            with observer.phase(self.current, part=COMPUTES, kind=LAYER):
+                output = plain(*args, **kwargs)
+            self.current = between
+            return output
+
+        target.model.forward = forward
+        for number, layer in enumerate(target.layers):
+            layer.register_forward_hook(_cache_namer(number, observer), with_kwargs=True)
+
+    @contextlib.contextmanager
+    def gathers(self, observer: Observer) -> Iterator[None]:
+        """FSDP2's buffers and collectives are told from the layer's."""
+        group = param_group.FSDPParamGroup
+        with contextlib.ExitStack() as stack:
+            for name in ("unshard", "wait_for_unshard"):
+                ours = self._gathering(getattr(group, name), observer)
+                stack.enter_context(mock.patch.object(group, name, ours))
+            yield
+
+    def _gathering(self, plain: Callable, observer: Observer) -> Callable:
+        def gather(*args: Any, **kwargs: Any) -> Any:
+            with observer.phase(self.current, part=GATHERS, kind=GATHERED):
+                return plain(*args, **kwargs)
+
+        return gather
+
+
+def _cache_namer(number: int, observer: Observer) -> Callable:
+    """A hook of a layer: what it has added to the cache is part of that."""
+
+    def name(_module: Any, _args: Any, kwargs: dict[str, Any], _output: Any) -> None:
+        if (cache := kwargs.get("past_key_values")) is not None:
+            own = vars(cache.layers[number]).values()
+            observer.name(CACHE, [x for x in own if isinstance(x, Tensor)])
+
+    return name
