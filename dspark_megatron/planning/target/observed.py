@@ -29,6 +29,7 @@ from dspark_megatron.planning.target.target_pass import (
     TargetPass,
 )
 from dspark_megatron.planning.work import Sent, Work, summed
+from dspark_megatron.targets.base import TargetStates
 from dspark_megatron.targets.huggingface.split import TargetSplit, meta_target
 from dspark_megatron.targets.huggingface.target import HuggingFaceTarget
 
@@ -80,30 +81,32 @@ class ObservedTarget:
 def _observed(
     target: HuggingFaceTarget, batch: tuple[int, int], split: TargetSplit, kernels: Callable
 ) -> TargetPass:
+    shared_batch = split.ep_size == split.tp_size
+    routed_here = 1 / split.ep_size if shared_batch else 1.0
+
+    def run(observer: Observer, moments: _Moments, batch: tuple[int, int]) -> None:
+        with (
+            observer,
+            kernels(observer),
+            moments.gathers(observer),
+            one_sequence_in_each_row(),
+            EvenRouting(observer, routed_here),
+            observer.phase(moments.current, part=COMPUTES, kind=LAYER),
+            META,
+        ):
+            target.states(Batch(torch.zeros(batch, dtype=torch.long, device=META)))
+
+    if split.shards > 1:  # the first pass gathers what then stays
+        run(Observer(META), _Moments(), (1, 1))
     observer, moments = Observer(META), _Moments()
     observer.name(WEIGHTS, map(local, (*target.model.parameters(), *target.model.buffers())))
     moments.watch(target, observer)
-    shared_batch = split.ep_size == split.tp_size
-    with (
-        observer,
-        kernels(observer),
-        moments.gathers(observer),
-        one_sequence_in_each_row(),
-        EvenRouting(observer, 1 / split.ep_size if shared_batch else 1.0),
-        observer.phase(moments.current, part=COMPUTES, kind=LAYER),
-        META,
-    ):
-        target.states(Batch(torch.zeros(batch, dtype=torch.long, device=META)))
-    kept = observer.alive.get(GATHERED, 0)
-    return TargetPass(
-        {name: _beside_weights(peak.alive, kept) for name, peak in observer.peaks.items()},
-        _with_purposes(observer.work),
-    )
-
-
-def _beside_weights(alive: dict[str, int], kept: int) -> dict[str, int]:
-    parts = {kind: size for kind, size in alive.items() if kind != WEIGHTS}
-    return parts | {GATHERED: parts[GATHERED] - kept} if GATHERED in parts else parts
+    run(observer, moments, batch)
+    peaks = {
+        name: {kind: size for kind, size in peak.alive.items() if kind != WEIGHTS}
+        for name, peak in observer.peaks.items()
+    }
+    return TargetPass(peaks, _with_purposes(observer.work))
 
 
 def _with_purposes(work: dict[str, Work]) -> Work:
@@ -123,17 +126,17 @@ class _Moments:
         self.current, self._passes = "states put together", 0
 
     def watch(self, target: HuggingFaceTarget, observer: Observer) -> None:
-        plain = target.model.forward
+        plain = target._run
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> TargetStates:
             between, self._passes = self.current, self._passes + 1
             self.current = f"pass {self._passes}"
             with observer.phase(self.current, part=COMPUTES, kind=LAYER):
-                output = plain(*args, **kwargs)
+                states = plain(*args, **kwargs)
             self.current = between
-            return output
+            return states
 
-        target.model.forward = forward
+        target._run = run  # type: ignore[method-assign]
         for number, layer in enumerate(target.layers):
             layer.register_forward_hook(_cache_namer(number, observer), with_kwargs=True)
 
