@@ -8,7 +8,7 @@ from typing import Any
 from dspark_megatron.config import Config
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.planning.memory import RankMemory, rank_memory
-from dspark_megatron.planning.traffic import step_traffic
+from dspark_megatron.planning.work import step_work
 from dspark_megatron.run.check import RunPlan, check_family, planned_layout
 from dspark_megatron.shape import draft_shape
 from dspark_megatron.shape.layout import check_batch_size
@@ -163,8 +163,8 @@ def _configs(base: Config, machine: Machine, fixed: set[str]) -> Iterator[Config
 
 def _candidate(plan: RunPlan, machine: Machine) -> Candidate:
     memory, sent = rank_memory(plan), {True: 0, False: 0}
-    for traffic in step_traffic(plan):
-        sent[traffic.span <= machine.gpus_per_node] += traffic.sent
+    for one in step_work(plan).sent:
+        sent[one.span <= machine.gpus_per_node] += one.sent
     seconds = sent[True] / machine.node_gb_per_s + sent[False] / machine.network_gb_per_s
     seconds /= 1e9
     split = plan.config.parallel

@@ -1,4 +1,5 @@
-"""Memory of one rank by part: what is held all the time, and what comes on top, by moment."""
+"""Memory of one rank by part: what is held all the time, and what comes on top, by moment. The
+draft's is observed in its step on paper."""
 
 import functools
 import math
@@ -6,14 +7,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dspark_megatron.ops.block_attention import chosen_backend
-from dspark_megatron.planning.activations import DraftPass, gradient_bytes, kept_bytes, layer_bytes
-from dspark_megatron.planning.loss_memory import HeadLossSize, head_loss_parts
-from dspark_megatron.planning.meta_draft import draft_elements
+from dspark_megatron.planning.on_paper.draft_step import STATES
+from dspark_megatron.planning.on_paper.observation import DraftObservation, Parts, observed_draft
 from dspark_megatron.planning.pipeline import PipelineStates
 from dspark_megatron.planning.target_work import NO_WORK, TargetWork, target_work
 from dspark_megatron.run.check import RunPlan
-from dspark_megatron.shape.layout import padded_vocab_size
 from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.targets.footprint import target_bytes
 from dspark_megatron.targets.huggingface.quantization import quantization_method
@@ -21,9 +19,6 @@ from dspark_megatron.targets.huggingface.split import TargetSplit
 from dspark_megatron.targets.megatron.footprint import gpt_bytes
 from dspark_megatron.targets.megatron.gpt_shape import gpt_shape_of
 from dspark_megatron.targets.passes import Passes
-
-Parts = dict[str, int]
-"""Bytes by what takes them."""
 
 
 @dataclass(frozen=True)
@@ -48,25 +43,25 @@ def rank_memory(plan: RunPlan) -> RankMemory:
     """Of the rank that holds most. Sizes are upper bounds where data decides: samples of
     `data.max_length` tokens, `model.num_anchors` anchors in each and every slot supervised. Without
     the target where its quantized size is not known, or its states are stored."""
-    states = _target_states(plan)
     weights, work = _target_figures(plan)
+    draft = observed_draft(plan)
     held = {} if weights is None else {"frozen target": weights}
-    held |= {**draft_parts(plan), **states}
-    one = draft_pass(plan)
-    kept = {"activations kept for the backward pass": kept_bytes(plan.shape, one)}
-    loss = _loss_parts(plan, one)
+    held |= {**draft.held, **_target_states(plan)}
     forward = {} if plan.config.target.is_stored else _forward_parts(plan, work)
     target = {"the target's forward pass": forward} if forward else {}
-    again = {"layer computed again": layer_bytes(plan.shape, one)} if one.recompute else {}
-    backward = {"gradients in a layer": gradient_bytes(plan.shape, one)}
-    return RankMemory(
-        held,
-        {
-            **target,
-            "the draft's loss": {**kept, **loss},
-            "the draft's backward pass": {**kept, **again, **backward},
-        },
-    )
+    return RankMemory(held, target | _draft_moments(draft))
+
+
+def _draft_moments(draft: DraftObservation) -> dict[str, Parts]:
+    """What comes on top of what is held. States of the target are: all of a pass."""
+    return {
+        moment: {
+            kind: size - draft.held.get(kind, 0)
+            for kind, size in alive.items()
+            if kind != STATES and size > draft.held.get(kind, 0)
+        }
+        for moment, alive in draft.moments.items()
+    }
 
 
 def _forward_parts(plan: RunPlan, work: TargetWork) -> Parts:
@@ -85,37 +80,6 @@ def _forward_parts(plan: RunPlan, work: TargetWork) -> Parts:
         "gathered target layer": work.gathered_layers,
     }
     return {name: size for name, size in parts.items() if size}
-
-
-def draft_parts(plan: RunPlan) -> Parts:
-    """Weights, gradients and optimizer state, counted on the draft on the meta device."""
-    config, itemsize = plan.config, plan.dtype.itemsize
-    trained, frozen = draft_elements(plan.shape, config.parallel.tensor_parallel)
-    shards = plan.dp_size if config.optimizer.use_distributed_optimizer else 1
-    states = 3 if itemsize == 2 else 2  # fp32 main weights, where the weights are not fp32
-    return {
-        "frozen embedding and head": frozen * itemsize,
-        "draft weights": trained * itemsize,
-        "draft gradients (fp32)": trained * 4,
-        "optimizer state (fp32)": states * trained * 4 // shards,
-    }
-
-
-def draft_pass(plan: RunPlan) -> DraftPass:
-    config, tp = plan.config, plan.config.parallel.tensor_parallel
-    return DraftPass(
-        samples=config.train.micro_batch_size,
-        seq_length=config.data.max_length,
-        num_anchors=config.model.num_anchors,
-        itemsize=plan.dtype.itemsize,
-        tp_size=tp,
-        sequence_parallel=config.parallel.sequence_parallel and tp > 1,
-        recompute=config.train.recompute_activations,
-        attention_backend=chosen_backend(
-            config.model.attention_backend, "cuda", plan.shape.head_dim
-        ),
-        attention_group_size=config.model.attention_group_size,
-    )
 
 
 def plan_target_work(plan: RunPlan) -> TargetWork:
@@ -206,9 +170,10 @@ def _last_layer(plan: RunPlan) -> int | None:
 
 
 def _target_states(plan: RunPlan) -> Parts:
-    """Taps and, where the loss compares with the target, the last hidden states."""
+    """Taps and, where the loss compares with the target, the last hidden states: of a micro-batch
+    and of those that wait for their turn."""
     states = PipelineStates.of(plan)
-    parts = {"target states of a pass": states.states * state_bytes(plan)}
+    parts = {"target states of a pass": plan.pass_size.waiting_bytes()}
     if states.received:
         parts["target states of a pipeline run"] = states.received * pipeline_state_bytes(plan)
     return parts
@@ -230,21 +195,3 @@ def pipeline_state_bytes(plan: RunPlan) -> int:
     parallel = plan.config.parallel
     parts = parallel.tensor_parallel if parallel.sequence_parallel else 1
     return state_bytes(plan) // parts
-
-
-def _loss_parts(plan: RunPlan, one: DraftPass) -> Parts:
-    """The head loss on all slots, its inputs and the draft's output, from which they are picked."""
-    shape, tp, config = plan.shape, plan.config.parallel.tensor_parallel, plan.config
-    rows, e = one.blocks * shape.block_size, one.itemsize
-    size = HeadLossSize(
-        rows=rows,
-        hidden_size=shape.hidden_size,
-        markov_rank=shape.markov_rank,
-        vocab_local=padded_vocab_size(shape.vocab_size, tp) // tp,
-        dtype=plan.dtype,
-        device=torch.device("cuda"),  # its larger tiles: a plan is made for GPUs
-    )
-    output = 2 * e * rows * (shape.hidden_size + shape.markov_rank)
-    target_hidden = config.needs_target_logits * e * rows * shape.hidden_size
-    parts = head_loss_parts(config.loss, size, with_target=config.needs_target_logits)
-    return {"the draft's output and the target's hidden states": output + target_hidden, **parts}

@@ -1,78 +1,13 @@
-"""What a rank computes, moves and sends in a step: the measure that time is made of."""
+"""What a rank computes, moves and sends in a step, by part: the measure that time is made of."""
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 
-
-@dataclass(frozen=True)
-class Sent:
-    """Equal collectives of one group, summed."""
-
-    kind: str
-    """`all-reduce`, `all-gather`, `reduce-scatter`, `all-to-all`, `broadcast`, `send`."""
-    group: str
-    """Its purpose in words: "draft, tensor-parallel"."""
-    size: int
-    """Ranks of the group."""
-    span: int
-    """Neighbouring ranks from its first to its last: what must fit into a node for the bytes to
-    stay in it."""
-    handed: int
-    """Bytes that this rank hands over."""
-    calls: int
-
-    @property
-    def sent(self) -> int:
-        return ring_bytes(self.kind, self.handed, self.size)
-
-    def times(self, count: int) -> "Sent":
-        return replace(self, handed=count * self.handed, calls=count * self.calls)
-
-
-def ring_bytes(kind: str, handed: int, group_size: int) -> int:
-    """Bytes that a rank sends when the collective runs on a ring, from what it hands over: the
-    measure in which an all-reduce is a reduce-scatter and an all-gather."""
-    others = group_size - 1
-    shares = {
-        "all-reduce": 2 * others / group_size,
-        "all-gather": others,
-        "reduce-scatter": others / group_size,
-        "all-to-all": others / group_size,
-        "broadcast": min(others, 1),  # each passes it on
-        "send": min(others, 1),
-    }
-    return round(handed * shares[kind])
-
-
-@dataclass(frozen=True)
-class Work:
-    """Of one rank in one part of a step."""
-
-    flops: int = 0
-    """By the formulas of PyTorch's flop counter: matrix products and attention."""
-    moved: int = 0
-    """Bytes that operators read and write: a kernel that keeps a tensor in its cache moves less."""
-    sent: tuple[Sent, ...] = ()
-
-    def times(self, count: int) -> "Work":
-        """Of as many equal micro-batches."""
-        sent = tuple(one.times(count) for one in self.sent)
-        return Work(count * self.flops, count * self.moved, sent)
-
-    def __add__(self, other: "Work") -> "Work":
-        return Work(
-            self.flops + other.flops, self.moved + other.moved, summed((*self.sent, *other.sent))
-        )
-
-
-def summed(sent: tuple[Sent, ...]) -> tuple[Sent, ...]:
-    """One for each kind and group."""
-    found: dict[tuple, Sent] = {}
-    for one in sent:
-        key = one.kind, one.group, one.size, one.span
-        other = found.get(key, replace(one, handed=0, calls=0))
-        handed, calls = other.handed + one.handed, other.calls + one.calls
-        found[key] = replace(one, handed=handed, calls=calls)
-    return tuple(found.values())
+from dspark_megatron.planning.memory import pipeline_state_bytes, plan_target_work, target_passes
+from dspark_megatron.planning.observing.work import Sent, Work, summed
+from dspark_megatron.planning.on_paper.observation import observed_draft
+from dspark_megatron.planning.pipeline import PipelineStates
+from dspark_megatron.run.check import RunPlan
 
 
 @dataclass(frozen=True)
@@ -83,3 +18,57 @@ class StepWork:
     @property
     def sent(self) -> tuple[Sent, ...]:
         return summed(tuple(one for work in self.parts.values() for one in work.sent))
+
+
+def step_work(plan: RunPlan) -> StepWork:
+    """Of a rank, for samples of full length. The draft's is observed on paper."""
+    config, draft = plan.config, observed_draft(plan)
+    count = config.train.global_batch_size // (config.train.micro_batch_size * plan.dp_size)
+    parts = {name: work.times(count) for name, work in draft.micro_batch.items()}
+    passes = math.ceil(count / plan.pass_size.micro_batches)
+    target = _target_work(plan).times(passes) + Work(sent=_pipeline(plan))
+    return StepWork({"target": target, **parts, "optimizer": draft.once})
+
+
+def _target_work(plan: RunPlan) -> Work:
+    """Of one pass, by formula."""
+    tp, split, work = (
+        plan.config.parallel.tensor_parallel,
+        plan.target_split,
+        plan_target_work(plan),
+    )
+    shared, weights = tp * split.shards, target_passes(plan) * work.received_weights
+    sent = (
+        Sent("all-reduce", "target's outputs, tensor-parallel", tp, tp, work.all_reduced, 1),
+        Sent("send", "target's weights, between their shards", shared, shared, weights, 1),
+        Sent(
+            "send",
+            "target's tokens, to their experts",
+            split.ep_size,
+            split.ep_size,
+            work.exchanged,
+            1,
+        ),
+    )
+    return Work(sent=tuple(one for one in sent if one.handed))
+
+
+def _pipeline(plan: RunPlan) -> tuple[Sent, ...]:
+    """Of a step, by formula."""
+    states, size = PipelineStates.of(plan), pipeline_state_bytes(plan)
+    ranks, world = states.stages, plan.config.parallel.tensor_parallel * plan.dp_size
+    next_stage, owners = states.sent_to_next_stage, states.sent_to_owners
+    sent = (
+        Sent(
+            "send",
+            "target's outputs, to the next stage",
+            ranks,
+            world,
+            next_stage * size,
+            next_stage,
+        ),
+        Sent(
+            "send", "target's states, to their pipeline ranks", ranks, world, owners * size, owners
+        ),
+    )
+    return tuple(one for one in sent if one.handed)

@@ -76,7 +76,9 @@ def _visible_share(ranges: list[tuple[int, int]], slots: int, context_length: in
 
 class _FlexKernel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, share: float, watched: Any):
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, share: float, watched: Observer
+    ) -> Tensor:
         out = torch.empty_like(query)
         log_sum_exp = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, log_sum_exp)

@@ -21,14 +21,18 @@ from torch.utils._pytree import tree_leaves
 from dspark_megatron.planning.observing.collectives import collective, span
 from dspark_megatron.planning.observing.operators import flops, moved
 from dspark_megatron.planning.observing.storages import Peak, Storages
-from dspark_megatron.planning.work import Sent, Work, summed
+from dspark_megatron.planning.observing.work import Sent, Work, summed
 
-WORKSPACE, KEPT = "workspace", "activations kept for the backward pass"
+KEPT = "activations kept for the backward pass"
 OTHER = "other"
 
 
+def made_in(phase: str) -> str:
+    return f"made in {phase}"
+
+
 class Observer(TorchDispatchMode):
-    """Of one device. What a phase makes is workspace until it is named or saved by autograd."""
+    """Of one device. What a phase makes goes by it until it is named or saved by autograd."""
 
     def __init__(self, device: torch.device, groups: dict[str, str] | None = None) -> None:
         """groups: what a process group is for, in words, by its `group_name`."""
@@ -38,7 +42,8 @@ class Observer(TorchDispatchMode):
         self.peaks: dict[str, Peak] = {}
         """The highest moment of each phase."""
         self._work: dict[str, list[Work]] = defaultdict(list)
-        self._phase, self._part, self._kind = OTHER, OTHER, WORKSPACE
+        self._phase, self._part, self._kind = OTHER, OTHER, made_in(OTHER)
+        self._nameless = {self._kind}
         self._open: list[contextlib.ExitStack] = []
 
     @property
@@ -57,11 +62,14 @@ class Observer(TorchDispatchMode):
         return found
 
     @contextlib.contextmanager
-    def phase(self, name: str, part: str | None = None, kind: str = WORKSPACE) -> Iterator[None]:
+    def phase(self, name: str, part: str | None = None, kind: str | None = None) -> Iterator[None]:
         """name: of a moment whose highest memory is wanted; part: of the step that its work belongs
-        to, the name up to its comma by default; kind: of what is made in it."""
+        to, the name up to its comma by default; kind: of what is made in it, if it has a name."""
         before = self._phase, self._part, self._kind
-        self._phase, self._part, self._kind = name, part or name.partition(",")[0], kind
+        self._phase, self._part = name, part or name.partition(",")[0]
+        self._kind = kind or made_in(name)
+        if kind is None:
+            self._nameless.add(self._kind)
         self._look()
         try:
             yield
@@ -131,7 +139,7 @@ class Observer(TorchDispatchMode):
             self._work[self._part].append(Work(0, 0, (sent,)))
 
     def _save(self, tensor: Tensor) -> Tensor:
-        self.storages.rename([tensor], KEPT, of=(WORKSPACE,))
+        self.storages.rename([tensor], KEPT, of=self._nameless)
         return tensor
 
     def _look(self) -> None:

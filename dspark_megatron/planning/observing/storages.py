@@ -2,7 +2,7 @@
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -38,7 +38,7 @@ class Storages:
             if storage._cdata not in self._known:
                 self._add(storage, kind)
 
-    def rename(self, tensors: Iterable[Tensor], kind: str, of: tuple[str, ...] = ()) -> None:
+    def rename(self, tensors: Iterable[Tensor], kind: str, of: Collection[str] = ()) -> None:
         """Say what holds these storages, known or not; `of`: only if it is one of these kinds."""
         for tensor in tensors:
             if tensor.device.type != self.device.type:

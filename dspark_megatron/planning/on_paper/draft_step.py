@@ -1,10 +1,8 @@
 """The draft's part of a step as training runs it, with each of its phases observed."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
-
-import torch
 
 from dspark_megatron.data.origins import Origins
 from dspark_megatron.mcore.optimizer import build_optimizer, make_state, wrap_data_parallel
@@ -34,16 +32,16 @@ class DraftStep:
         self, plan: RunPlan, runtime: Runtime, draft: DSparkDraftModel, observer: Observer
     ) -> None:
         self.plan, self.device = plan, runtime.device
-        with observer.phase("being built", part="build", kind=GRADIENTS):
+        with observer.phase("being built", kind=GRADIENTS):
             self.model = wrap_data_parallel(draft, plan.config.optimizer)
         trained = [p for p in draft.parameters() if p.requires_grad]
         observer.name(WEIGHTS, trained)
         observer.name(FROZEN, [p for p in draft.parameters() if not p.requires_grad])
-        with observer.phase("being built", part="build", kind=OPTIMIZER):
+        with observer.phase("being built", kind=OPTIMIZER):
             self.optimizer = build_optimizer(plan.config.optimizer, self.model, plan.dtype)
             make_state(self.optimizer)
         groups = dict(tp_group=runtime.tp_group, dp_group=runtime.dp_group)
-        self.step = GradientStep(
+        self.step: Any = GradientStep(
             plan.config.loss,
             self.model,
             _ObservedStates(FullStates(plan, runtime.device), observer),
@@ -63,6 +61,7 @@ class DraftStep:
         phased(self.step, "_forward_backward", BACKWARD, "draft")
         phased(self.model.module, "forward", FORWARD, "draft")
         phased(self.step.forward_step, "head_loss", LOSS, "loss")
+        self.step.forward_step = _ObservedForward(self.step.forward_step, observer)
         for group in self.model.bucket_groups:
             phased(group, "start_grad_sync", UPDATE, ONCE)
         self.run = _in_phase(observer, self._run, UPDATE, ONCE)
@@ -75,6 +74,20 @@ class DraftStep:
         self.optimizer.step()
 
 
+class _ObservedForward:
+    """Around the forward step, which `_forward_backward` calls."""
+
+    def __init__(self, forward_step: Any, observer: Observer) -> None:
+        self._forward_step, self._observer = forward_step, observer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._forward_step, name)
+
+    def __call__(self, *args: Any) -> Any:
+        with self._observer.phase(FORWARD, "draft"):
+            return self._forward_step(*args)
+
+
 class _ObservedStates(StatesSource):
     lockstep = False
 
@@ -82,7 +95,7 @@ class _ObservedStates(StatesSource):
         self.source, self.observer = source, observer
 
     def states(self, batch: Any) -> Any:
-        with self.observer.phase("states arrive", part="target", kind=STATES):
+        with self.observer.phase(FORWARD, "target", kind=STATES):
             return self.source.states(batch)
 
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -13,7 +14,19 @@ from dspark_megatron.model.layer_specs import local_layer_spec, user_layer_spec
 from dspark_megatron.ops.block_attention import chosen_backend
 from dspark_megatron.planning.observing.gpu_kernels import gpu_kernels
 from dspark_megatron.planning.observing.observer import Observer
-from dspark_megatron.planning.on_paper.draft_step import ONCE, DraftStep
+from dspark_megatron.planning.observing.work import Work
+from dspark_megatron.planning.on_paper.draft_step import (
+    BACKWARD,
+    FORWARD,
+    FROZEN,
+    GRADIENTS,
+    LOSS,
+    ONCE,
+    OPTIMIZER,
+    UPDATE,
+    WEIGHTS,
+    DraftStep,
+)
 from dspark_megatron.planning.on_paper.micro_batch import full_micro_batch
 from dspark_megatron.planning.on_paper.plain_optimizer import plain_optimizer
 from dspark_megatron.planning.on_paper.ranks import (
@@ -22,7 +35,6 @@ from dspark_megatron.planning.on_paper.ranks import (
     HostAnswers,
     runtime_on_paper,
 )
-from dspark_megatron.planning.work import Work
 from dspark_megatron.run.build import empty_draft
 from dspark_megatron.run.check import RunPlan
 from dspark_megatron.run.ranks.runtime import Runtime
@@ -33,6 +45,8 @@ Parts = dict[str, int]
 
 @dataclass(frozen=True)
 class DraftObservation:
+    trained: int
+    """Parameters on a rank, without padding of their buffers."""
     held: Parts
     """From the start of a run to its end."""
     moments: dict[str, Parts]
@@ -90,7 +104,7 @@ def _for_a_gpu(plan: RunPlan) -> RunPlan:
     config = plan.config
     loss = replace(config.loss, compile=config.loss.is_compiled("cuda"))
     optimizer = replace(config.optimizer, gradient_accumulation_fusion=False)
-    backend = chosen_backend(config.model.attention_backend, "cuda", plan.shape.head_dim)
+    backend: Any = chosen_backend(config.model.attention_backend, "cuda", plan.shape.head_dim)
     model = replace(config.model, attention_backend=backend)
     return replace(plan, config=replace(config, loss=loss, optimizer=optimizer, model=model))
 
@@ -103,21 +117,22 @@ def observe_on_paper(
     with runtime_on_paper(tp, tp * world) as runtime, plain_optimizer():
         observer = Observer(META, group_words(runtime))
         with EverythingOnMeta(), HostAnswers(), kernels(observer), observer:
-            with META, observer.phase("being built", part="build"):
+            with META, observer.phase("being built", kind=WEIGHTS):
                 draft = empty_draft(plan, runtime, spec)
                 step = DraftStep(plan, runtime, draft, observer)
-            return observe(step, observer, plan)
+            return _observe(step, observer, plan)
 
 
-def observe(step: DraftStep, observer: Observer, plan: RunPlan) -> DraftObservation:
-    """A step of one micro-batch, on whatever device it was built."""
-    held = observer.alive
+def _observe(step: DraftStep, observer: Observer, plan: RunPlan) -> DraftObservation:
+    held = {kind: observer.alive[kind] for kind in (FROZEN, WEIGHTS, GRADIENTS, OPTIMIZER)}
     observer.peaks.clear()
     step.run([full_micro_batch(plan)])
     work = observer.work
+    trained = sum(p.numel() for p in step.model.parameters() if p.requires_grad)
     return DraftObservation(
+        trained,
         held,
-        {name: peak.alive for name, peak in observer.peaks.items()},
+        {name: observer.peaks[name].alive for name in (FORWARD, LOSS, BACKWARD, UPDATE)},
         {part: work[part] for part in ("draft", "loss")},
         work[ONCE],
     )
@@ -126,11 +141,12 @@ def observe(step: DraftStep, observer: Observer, plan: RunPlan) -> DraftObservat
 def group_words(runtime: Runtime) -> dict[str, str]:
     """What the draft's groups are for."""
     dp = "draft's gradients and weights, data-parallel"
-    words = {"all ranks": torch.distributed.group.WORLD, "draft, tensor-parallel": runtime.tp_group}
-    named = {group.group_name: name for name, group in words.items() if group is not None}
-    data_parallel = (
-        parallel_state.get_data_parallel_group(),
-        parallel_state.get_data_parallel_group(with_context_parallel=True),
-    )
-    return named | {group.group_name: dp for group in data_parallel}
-
+    found = [
+        (parallel_state.get_intra_distributed_optimizer_instance_group(), "gradients' norm"),
+        (parallel_state.get_model_parallel_group(), "gradients' norm"),
+        (torch.distributed.group.WORLD, "all ranks"),
+        (parallel_state.get_data_parallel_group(), dp),
+        (runtime.dp_group, dp),
+        (runtime.tp_group, "draft, tensor-parallel"),
+    ]
+    return {group.group_name: words for group, words in found if group is not None}
