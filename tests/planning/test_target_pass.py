@@ -62,6 +62,13 @@ def peak_bytes(call):
     return peak
 
 
+def evenly(experts, args):
+    """Tokens go to all experts in turn, as the plan has it."""
+    hidden, chosen, *rest = args
+    numbers = torch.arange(chosen.numel()) % experts.config.num_experts
+    return hidden, numbers.view_as(chosen), *rest
+
+
 def target_config(path, max_tokens):
     attention = "eager" if load_target_config(path).model_type == "gpt_oss" else "sdpa"
     return TargetConfig(path=str(path), max_tokens_per_forward=max_tokens, attention=attention)
@@ -75,6 +82,10 @@ def run_really(runtime, path, split, max_tokens):
         dp_group=None,  # else 8 bytes more, to agree on the number of passes
         device=runtime.device,
     )
+    if split.ep_size > split.tp_size:
+        for module in target.model.modules():
+            if type(module).__name__.endswith("Experts"):
+                module.register_forward_pre_hook(evenly)
     batch = Batch(torch.arange(BATCH[0] * BATCH[1]).view(BATCH) % 300)
     target.states(batch)  # what the first pass gathers and keeps
     with Handed() as handed:
@@ -104,7 +115,9 @@ def planned(path, split, max_tokens):
     ],
 )
 def test_a_planned_pass_is_that_of_a_real_target(pool, tmp_path, family, split, max_tokens):
-    path = make_family(tmp_path / "target", family, **SIZES)
+    # A CPU has no fused attention for values of another width than keys.
+    own = {"v_head_dim": 12} if family == "deepseek_v3" else {}
+    path = make_family(tmp_path / "target", family, **SIZES, **own)
     split = TargetSplit(*split)
     world = split.tp_size * split.dp_size
     plan = planned(path, split, max_tokens)
@@ -115,9 +128,7 @@ def test_a_planned_pass_is_that_of_a_real_target(pool, tmp_path, family, split, 
     real = pool.run(
         run_really, world=world, tp=split.tp_size, path=path, split=split, max_tokens=max_tokens
     )
-    print(family, split, max_tokens, peak, [r[1] for r in real], plan.highest, real[0][0], sent)
-    for kind in sent:  # tokens are routed evenly in the plan, and over all ranks
-        assert sum(handed[kind] for handed, _ in real) == world * sent[kind]
-    assert all(handed.keys() == sent.keys() for handed, _ in real)
-    taken = sum(taken for _, taken in real) / world
-    assert taken == pytest.approx(peak, rel=0.05)
+    assert real[0][0] == sent  # other ranks hold less where a dimension is uneven
+    for handed, taken in real:
+        assert {kind: pytest.approx(size, rel=0.01) for kind, size in handed.items()} == sent
+        assert taken == pytest.approx(peak, rel=0.05)
