@@ -1,7 +1,5 @@
 """A target's pass as planned: compared with what real targets send and allocate on the CPU."""
 
-from functools import partial
-
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile

@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from dspark_megatron.planning.observing.work import Sent, Work
 from dspark_megatron.planning.target.target_pass import TargetPass
-from dspark_megatron.planning.work import Sent, Work
 from dspark_megatron.targets.huggingface.target import decoder_layers
 
 NUMBERS = ("layer_idx", "layer_id", "layer_number", "training")
@@ -56,7 +56,7 @@ def keep_layers(model: PreTrainedModel, kept: tuple[int, ...]) -> None:
     for number, layer in enumerate(layers):
         for module in layer.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx = number  # its place in a cache
+                setattr(module, "layer_idx", number)  # its place in a cache
     for name, values in settings.items():
         setattr(text, name, [values[i] for i in kept])
     text.num_hidden_layers = len(kept)
@@ -103,9 +103,13 @@ def _plus(total: TargetPass, count: int, more: TargetPass, base: TargetPass) -> 
     groups = [[(one.kind, one.group) for one in a.work.sent] for a in (total, more, base)]
     assert groups[0] == groups[1] == groups[2], "one more layer sends to the same groups"
     moments = {
-        name: {k: grown(lambda a, n=name, k=k: a.moments[n].get(k, 0)) for k in parts}
+        name: {kind: grown(_size_of(name, kind)) for kind in parts}
         for name, parts in total.moments.items()
     }
     sent = tuple(grown_sent(i, one) for i, one in enumerate(total.work.sent))
     flops, moved = grown(lambda a: a.work.flops), grown(lambda a: a.work.moved)
     return replace(total, moments=moments, work=Work(flops, moved, sent))
+
+
+def _size_of(moment: str, kind: str) -> Callable[[TargetPass], int]:
+    return lambda target_pass: target_pass.moments[moment].get(kind, 0)

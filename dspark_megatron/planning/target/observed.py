@@ -15,6 +15,7 @@ from dspark_megatron.config import TargetConfig
 from dspark_megatron.data.batch import Batch
 from dspark_megatron.planning.observing.gpu_kernels import gpu_kernels
 from dspark_megatron.planning.observing.observer import Observer
+from dspark_megatron.planning.observing.work import Sent, Work, summed
 from dspark_megatron.planning.on_paper.ranks import META
 from dspark_megatron.planning.target.few_layers import from_few_layers, layer_kinds
 from dspark_megatron.planning.target.on_meta import EvenRouting, one_sequence_in_each_row
@@ -28,10 +29,10 @@ from dspark_megatron.planning.target.target_pass import (
     TOKENS,
     TargetPass,
 )
-from dspark_megatron.planning.work import Sent, Work, summed
 from dspark_megatron.targets.base import TargetStates
 from dspark_megatron.targets.huggingface.split import TargetSplit, meta_target
 from dspark_megatron.targets.huggingface.target import HuggingFaceTarget
+from dspark_megatron.targets.shared_pass import SharedPasses
 
 WEIGHTS, GATHERS, COMPUTES = "frozen target", "gathers", "computes"
 
@@ -48,15 +49,19 @@ class ObservedTarget:
     with_last_hidden: bool
     kernels: Callable[[Observer], contextlib.AbstractContextManager] = gpu_kernels
 
-    def forward_pass(self, batch: tuple[int, int]) -> TargetPass:
-        """batch: samples and their length. Raises whatever the family's classes raise where they do
-        not run on the meta device."""
+    def forward_pass(self, batch: tuple[int, int], micro_batches: int = 1) -> TargetPass:
+        """batch: samples, of so many micro-batches, and their length. Raises whatever the family's
+        classes raise where they do not run on the meta device."""
         kinds = layer_kinds(meta_target(self.target_config, self.dtype))
         if not self.with_last_hidden:
             kinds = kinds[: max(self.layer_ids) + 1]
-        return from_few_layers(lambda few: self.observe(batch, few), kinds, self.layer_ids)
+        return from_few_layers(
+            lambda few: self.observe(batch, micro_batches, few), kinds, self.layer_ids
+        )
 
-    def observe(self, batch: tuple[int, int], layers: tuple[int, ...]) -> TargetPass:
+    def observe(
+        self, batch: tuple[int, int], micro_batches: int, layers: tuple[int, ...]
+    ) -> TargetPass:
         """With these layers, among them those that are tapped."""
         rank = rank_model(
             self.target_config,
@@ -75,16 +80,18 @@ class ObservedTarget:
                 with_last_hidden=self.with_last_hidden,
                 model=model,
             )
-            return _observed(target, batch, self.split, self.kernels)
+            size = batch[0] // micro_batches, batch[1]
+            return _observed(target, [size] * micro_batches, self.split, self.kernels)
 
 
 def _observed(
-    target: HuggingFaceTarget, batch: tuple[int, int], split: TargetSplit, kernels: Callable
+    target: HuggingFaceTarget, sizes: list[tuple[int, int]], split: TargetSplit, kernels: Callable
 ) -> TargetPass:
+    """sizes: of micro-batches that go through it together."""
     shared_batch = split.ep_size == split.tp_size
     routed_here = 1 / split.ep_size if shared_batch else 1.0
 
-    def run(observer: Observer, moments: _Moments, batch: tuple[int, int]) -> None:
+    def run(observer: Observer, moments: _Moments, sizes: list[tuple[int, int]]) -> None:
         with (
             observer,
             kernels(observer),
@@ -94,14 +101,17 @@ def _observed(
             observer.phase(moments.current, part=COMPUTES, kind=LAYER),
             META,
         ):
-            target.states(Batch(torch.zeros(batch, dtype=torch.long, device=META)))
+            batches = [Batch(torch.zeros(size, dtype=torch.long)) for size in sizes]
+            source = target if len(batches) == 1 else SharedPasses(target, len(batches))
+            source.expect(batches)
+            source.states(batches[0])
 
     if split.shards > 1:  # the first pass gathers what then stays
-        run(Observer(META), _Moments(), (1, 1))
+        run(Observer(META), _Moments(), [(1, 1)])
     observer, moments = Observer(META), _Moments()
     observer.name(WEIGHTS, map(local, (*target.model.parameters(), *target.model.buffers())))
     moments.watch(target, observer)
-    run(observer, moments, batch)
+    run(observer, moments, sizes)
     peaks = {
         name: {kind: size for kind, size in peak.alive.items() if kind != WEIGHTS}
         for name, peak in observer.peaks.items()

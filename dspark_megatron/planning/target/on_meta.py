@@ -1,5 +1,5 @@
-"""What a target's forward pass needs to run on the meta device: kernels that PyTorch has for devices
-with memory only, and answers to questions that only data could answer.
+"""What a target's forward pass needs to run on the meta device: kernels that PyTorch has only for
+devices with memory, and answers to questions that only data could answer.
 
 Transformers' and PyTorch's own code runs otherwise, sharding and exchange of tokens included.
 """

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -82,7 +82,7 @@ def target_bytes(
         return total
 
 
-def _is_given_back(name: str, model: nn.Module) -> bool:
+def _is_given_back(name: str, model: PreTrainedModel) -> bool:
     """Whether a module around the parameter frees its whole weights after each use."""
     modules = [name[:i] for i, letter in enumerate(name) if letter == "."]
     return any(style_of(module, model.fsdp_plan) == "free_full_weight" for module in modules)

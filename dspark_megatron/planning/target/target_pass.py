@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from dspark_megatron.planning.work import Work
+from dspark_megatron.planning.observing.work import Work
 
 LAYER = "states of a target layer"
 """And of layers before it, as far as they are still there."""
