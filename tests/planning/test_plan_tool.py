@@ -19,11 +19,11 @@ from dspark_megatron.planning.dry_run import describe_run
 from dspark_megatron.planning.memory import plan_target_work, target_passes
 from dspark_megatron.planning.observing.work import Sent, Work
 from dspark_megatron.planning.recommend import Wish, evenly_spread_layers, recommend
+from dspark_megatron.planning.target.rank_model import target_bytes
 from dspark_megatron.planning.target_work import target_work
 from dspark_megatron.planning.work import StepWork
 from dspark_megatron.run.check import check
 from dspark_megatron.storage.target_folder import load_target_config
-from dspark_megatron.targets.footprint import target_bytes
 from dspark_megatron.targets.huggingface.split import TargetSplit
 from support.paths import PUBLIC_CONFIGS, ROOT
 from support.target_families import make_family
