@@ -11,9 +11,10 @@ from dspark_megatron.errors import ConfigError
 from dspark_megatron.planning.cost.machine import Machine
 from dspark_megatron.planning.cost.rates import GPUS, Rates, rates_of
 from dspark_megatron.planning.cost.run_cost import Bill, cost_lines, run_steps
-from dspark_megatron.planning.cost.step_time import WEIGHTS, PartTime, StepTime, step_time
+from dspark_megatron.planning.cost.step_time import PartTime, StepTime, step_time
 from dspark_megatron.planning.cost.store import StoreCost, store_cost, store_lines
 from dspark_megatron.planning.observing.work import Sent, Work
+from dspark_megatron.planning.target.target_pass import SHARDS
 from dspark_megatron.planning.work import StepWork
 from dspark_megatron.run.check import RunPlan
 
@@ -61,7 +62,7 @@ def test_groups_are_shown_apart_and_their_kinds_together():
 
 def gathered(seconds):
     """Weights that take so long between nodes."""
-    return Sent("all-gather", WEIGHTS, 2, 16, int(seconds * 2e10), 0)
+    return Sent("all-gather", SHARDS, 2, 16, int(seconds * 2e10), 0)
 
 
 @pytest.mark.parametrize("seconds, hidden", [(3, 3), (7, 5)])

@@ -6,13 +6,10 @@ from dataclasses import dataclass, field, replace
 from dspark_megatron.planning.cost.machine import Machine
 from dspark_megatron.planning.observing.work import Sent, Work
 from dspark_megatron.planning.pipeline import PipelineStates
+from dspark_megatron.planning.target.target_pass import SHARDS
 from dspark_megatron.planning.work import StepWork
 from dspark_megatron.run.check import RunPlan
 from dspark_megatron.targets.stored.deepspec_layout import RECORD, DeepSpecLayout
-
-WEIGHTS = "target's weights, between their shards"
-"""The group whose collectives run ahead: each layer's weights arrive while the layer before it
-computes."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +90,8 @@ def _part_time(work: Work, machine: Machine, idle: float) -> PartTime:
     for one in work.sent:
         words = f"{one.group}, {one.size} ranks"
         sent[words] = sent.get(words, 0.0) + sent_seconds(one, machine)
-    ahead = sum(sent_seconds(one, machine) for one in work.sent if one.group == WEIGHTS)
+    # Each layer's weights are gathered on a stream of their own while the layer before computes.
+    ahead = sum(sent_seconds(one, machine) for one in work.sent if one.group == SHARDS)
     hidden = min(ahead, part.compute) if rates.overlap else 0.0
     busy = replace(part, sent=sent, hidden=hidden)
     return replace(busy, idle=busy.total * idle / (1 - idle))
