@@ -137,6 +137,7 @@ def measured(runtime: Runtime, plan: RunPlan) -> Figures:
     step, held, _ = allocated(build)
     batches = [full_micro_batch(plan) for _ in range(MICRO_BATCHES)]
     step.run(batches)  # a run's first step may allocate what it then keeps
+    gc.collect()
     _, _, on_top = allocated(lambda: step.run(batches))
     with observer:
         step.run(batches)
