@@ -68,6 +68,7 @@ def positive(name: str, section: Any, *fields: str) -> None:
 
 
 def not_negative(name: str, section: Any, *fields: str) -> None:
+    """These fields must be >= 0, or null where they may be."""
     for field in fields:
         value = getattr(section, field)
-        require(value >= 0, f"{name}.{field} ({value}) must be >= 0")
+        require(value is None or value >= 0, f"{name}.{field} ({value}) must be >= 0")

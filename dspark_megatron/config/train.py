@@ -33,6 +33,9 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl."""
     save_every: int = 500
     """Steps between checkpoints. The last step is always saved."""
+    async_save: bool = False
+    """Copy what is to be saved to host memory and write it while the run goes on. Each rank then
+    needs host memory for its part of a checkpoint. The last checkpoint of a start is waited for."""
     exit_duration_minutes: float | None = None
     """Minutes since the launch after which the run ends its step, saves and exits, as it does on
     SIGTERM. Null means no limit."""

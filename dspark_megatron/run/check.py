@@ -85,6 +85,12 @@ class RunPlan:
         return PassSize.of(self.config, self.shape, self.target_dtype, dp_size=self.dp_size)
 
     @property
+    def samples_outside_training(self) -> int:
+        """Of a pass whose states no micro-batch waits for: as many as in training where the target
+        is gathered for it, else a micro-batch."""
+        return self.pass_size.samples if self.shards_target else self.config.train.micro_batch_size
+
+    @property
     def shards_target(self) -> bool:
         """Whether data-parallel ranks hold parts of one copy of the target."""
         return not self.config.target.is_stored and self.target_split.lockstep

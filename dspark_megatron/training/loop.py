@@ -8,20 +8,20 @@ import torch
 import torch.distributed as dist
 
 from dspark_megatron.conversion.draft_tensors import check_finite
+from dspark_megatron.data.ahead import StepsAhead
 from dspark_megatron.data.batch import MicroBatches
 from dspark_megatron.data.dataset import ConversationDataset
 from dspark_megatron.errors import printable
 from dspark_megatron.mcore.optimizer import (
     build_optimizer,
     build_scheduler,
-    make_state,
     wrap_data_parallel,
 )
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.run.build import build_draft
 from dspark_megatron.run.check import RunPlan
+from dspark_megatron.run.checkpoints.commit import track_best
 from dspark_megatron.run.checkpoints.loading import load_checkpoint
-from dspark_megatron.run.checkpoints.saving import save_checkpoint, track_best
 from dspark_megatron.run.checkpoints.state import RunState, check_same_run, read_state
 from dspark_megatron.run.data import load_train_data
 from dspark_megatron.run.identity import export_settings, run_identity
@@ -37,7 +37,6 @@ from dspark_megatron.storage.checkpoints.meta import FORMAT
 from dspark_megatron.storage.checkpoints.whole import iteration_folder
 from dspark_megatron.targets.stored.target import StoredStates
 from dspark_megatron.training.health.bad_steps import BadSteps
-from dspark_megatron.training.health.weights import check_weights
 from dspark_megatron.training.heldout import HeldOut
 from dspark_megatron.training.metrics import MetricSums
 from dspark_megatron.training.padding import describe_padding
@@ -48,6 +47,7 @@ from dspark_megatron.training.resuming import (
     finished_state,
     finished_text,
 )
+from dspark_megatron.training.saves import Saves
 from dspark_megatron.training.step import GradientStep
 from dspark_megatron.training.stop_requests import StopReason, StopRequests
 
@@ -78,7 +78,9 @@ def _train(plan: RunPlan, runtime: Runtime, stop: StopRequests, output_dir: Path
         end, state = RunEnd.of(plan.config.train, len(dataset)), read_state(resume_from)
         if end.is_reached(state):
             return finish_again(plan, runtime, output_dir, end.describe(state))
-    Trainer(plan, runtime, dataset, output_dir, resume_from, draft, heldout).run(stop)
+    trainer = Trainer(plan, runtime, dataset, output_dir, resume_from, draft, heldout)
+    with trainer.steps:
+        trainer.run(stop)
 
 
 def finish_again(plan: RunPlan, runtime: Runtime, output_dir: Path, state: str) -> None:
@@ -115,8 +117,11 @@ class Trainer:
         if runtime.is_main:
             write_config(output_dir, config)
             write_status(output_dir, "running")
-        self.batches = MicroBatches(config, dataset, dp_group=runtime.dp_group)
-        samples = dataset.lengths, self.batches.blend
+        batches = MicroBatches(config, dataset, dp_group=runtime.dp_group)
+        self.steps = StepsAhead(
+            batches, step_samples=config.train.global_batch_size, device=runtime.device
+        )
+        samples = dataset.lengths, batches.blend
         self._say(describe_padding(plan, *samples, self.iterations) or "")
         self.target = states_source(plan, runtime, dataset, self.draft)
         self.model = wrap_data_parallel(self.draft, config.optimizer)
@@ -130,6 +135,7 @@ class Trainer:
             self.scheduler.step(self.end.progress(self.state))
             self._say(f"continuing from {resume_from}: {self.end.describe(self.state)}")
         agree(draft_facts(self.draft, runtime.tp_group.rank()))
+        self.saves = Saves(self.settings, self.checkpoints, self.meta, self.draft, self.optimizer)
         self.step = GradientStep(
             config.loss,
             self.model,
@@ -170,9 +176,10 @@ class Trainer:
                 self.state = self.heldout.estimate(self.state, self.draft, self.target, reporter)
                 clock += time.perf_counter() - started
             reason = self._agreed(stop.reason(limit))
-            is_due = last or self.state.is_best or iteration % self.settings.save_every == 0
-            if reason or is_due or self.bad_steps.are_too_many:
-                self._save(metrics)
+            is_over = bool(reason) or last or self.bad_steps.are_too_many
+            is_due = self.state.is_best or iteration % self.settings.save_every == 0
+            if is_over or is_due:
+                self._save(metrics, waits=is_over)
             self.bad_steps.check(iteration)
         if reporter is not None:
             reporter.close()
@@ -181,7 +188,7 @@ class Trainer:
     def _wait_for_checks(self, states: StoredStates) -> None:
         """Until every rank has compared its shards: no run completes on states unchecked. Every ten
         seconds an all-reduce of one number over the world, so that ranks are seen to get on."""
-        while self._largest(float(not states.is_checked(10.0))):
+        while any(self._largest(float(not states.is_checked(10.0)))):
             at("comparing the stored states with their checksums", longer=True)
 
     def _report_end(self, reason: StopReason) -> None:
@@ -203,7 +210,7 @@ class Trainer:
         """One step; returns the gradient norm before clipping, None where it was skipped. A
         skipped one leaves weights, moments and metrics as they were; data and learning rate go on.
         """
-        micro_batches = self.batches.of_step(self.state.consumed_samples)
+        micro_batches = self.steps.of_step(self.state.consumed_samples)
         before = metrics.packed()
         self.optimizer.zero_grad()
         self.step.run(micro_batches, metrics)
@@ -242,21 +249,14 @@ class Trainer:
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "skipped_steps": self.state.skipped_steps,
             "tokens_per_second": total.scalars["tokens"].item() / seconds,
+            "save_seconds": self.saves.seconds(),
+            "data_wait_share": self.steps.seconds_waited() / seconds,
         }
         reporter.log(row)
 
-    def _save(self, metrics: MetricSums) -> None:
-        check_weights(self.draft, self.state.iteration)
-        make_state(self.optimizer)
+    def _save(self, metrics: MetricSums, *, waits: bool) -> None:
         open_metrics = metrics.reduced(dp_group=self.runtime.dp_group).packed().tolist()
-        save_checkpoint(
-            self.checkpoints,
-            replace(self.state, open_metrics=tuple(open_metrics)),
-            self.meta,
-            self.draft,
-            self.optimizer,
-            keep_last=self.settings.keep_last,
-        )
+        self.saves.save(replace(self.state, open_metrics=tuple(open_metrics)), waits=waits)
 
     def _resumed(self, folder: Path) -> RunState:
         """The state of a checkpoint, once draft and optimizer are filled from it. A best checkpoint
@@ -269,14 +269,19 @@ class Trainer:
         return state
 
     def _agreed(self, reason: StopReason) -> StopReason:
-        """The largest of all ranks' reasons: a signal may reach one node only; clocks differ."""
-        return StopReason(int(self._largest(float(reason))))
+        """The largest of all ranks' reasons: a signal may reach one node only; clocks differ. The
+        same all-reduce, of two numbers over the world, tells whether a rank still writes a
+        checkpoint; one that all have written is finished."""
+        reason_of_all, is_writing = self._largest(float(reason), float(self.saves.is_writing))
+        if not is_writing:
+            self.saves.finish()
+        return StopReason(int(reason_of_all))
 
-    def _largest(self, value: float) -> float:
-        """Of all ranks' values. One all-reduce of one number over the world."""
-        tensor = torch.tensor(value, device=self.runtime.device)
+    def _largest(self, *values: float) -> list[float]:
+        """Of all ranks' values, one by one. One all-reduce of them over the world."""
+        tensor = torch.tensor(values, device=self.runtime.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return tensor.item()
+        return tensor.tolist()
 
     def _open_metrics(self) -> MetricSums:
         """The sums of the log interval that the run stands in. What a checkpoint kept of them is

@@ -81,7 +81,7 @@ LINES = [
     (b"[{}", "is one JSON array, and is not valid"),
     (b"[" * 100_000, "is one JSON array, and is not valid"),
     (b"{\n}", "has a JSON object over several lines"),
-    (b"PAR1", "is a Parquet file"),
+    (b"PAR1", "is damaged or cut short"),
     (b"PK\x03\x04", "is a ZIP archive"),
     (b"\x1f\x8b\x08\x00", "is damaged or cut short"),
     (gzip.compress(json.dumps(GOOD).encode())[:-5], "is damaged or cut short"),

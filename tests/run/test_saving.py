@@ -13,7 +13,7 @@ def save(runtime, config, iteration, fault=None):
     """Save weights, with something wrong on the last rank."""
     from dspark_megatron.run.build import build_draft
     from dspark_megatron.run.check import check
-    from dspark_megatron.run.checkpoints import saving
+    from dspark_megatron.run.checkpoints import commit, saving
     from dspark_megatron.run.checkpoints.state import RunState
     from dspark_megatron.run.identity import export_settings, run_identity
 
@@ -21,7 +21,7 @@ def save(runtime, config, iteration, fault=None):
     draft = build_draft(plan, runtime)
     meta = {"format": 1, **run_identity(plan), **export_settings(plan)}
     checkpoints = Path(config.train.output_dir, "checkpoints")
-    late, saving._LATE_SECONDS = saving._LATE_SECONDS, 0.1
+    late, commit._LATE_SECONDS = commit._LATE_SECONDS, 0.1
     is_last = runtime.rank == runtime.world_size - 1
     written = []
     try:
@@ -29,7 +29,7 @@ def save(runtime, config, iteration, fault=None):
             state = RunState(iteration, 8 * iteration)
             saving.save_checkpoint(checkpoints, state, meta, draft, None, keep_last=1)
     finally:
-        saving._LATE_SECONDS = late
+        commit._LATE_SECONDS = late
     return written
 
 

@@ -1,5 +1,6 @@
 """Targets whose weights data-parallel ranks share."""
 
+import dataclasses
 from unittest import mock
 
 import torch
@@ -32,6 +33,22 @@ class CountedStates(CachedStates):
     def states(self, batch):
         self.calls += 1
         return super().states(batch)
+
+
+def train_with_idle_micro_batches(runtime, config):
+    """Train; some micro-batches teach nothing, of a rank more than of another."""
+    from dspark_megatron.data.batch import MicroBatches
+
+    make = MicroBatches._of
+
+    def made(self, refs):
+        batch = make(self, refs)
+        if refs[0].sample_index % 5 != 0:
+            return batch
+        return dataclasses.replace(batch, blocks=batch.blocks.part(slice(0)))
+
+    with mock.patch.object(MicroBatches, "_of", made):
+        run_training(runtime, config)
 
 
 class GatheredBytes(TorchDispatchMode):

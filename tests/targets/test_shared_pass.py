@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from dspark_megatron.errors import ConfigError
 from dspark_megatron.run.check import check
 from dspark_megatron.targets.base import Target, TargetStates
 from dspark_megatron.targets.shared_pass import SharedPasses, alike
-from support.sharded_targets import train_counting_passes
+from support.sharded_targets import train_counting_passes, train_with_idle_micro_batches
 from support.tiny_target import tiny_config
 from support.training_runs import assert_same_curve, curve, run_training
 
@@ -225,6 +226,15 @@ RUNS = [
 def test_the_curve_is_the_same(trained, one_by_one, world, tp, size, target):
     rows, _ = trained(world, tp, target=target, train={"micro_batch_size": size})
     assert_same_curve(rows, one_by_one)
+
+
+def test_micro_batches_that_teach_nothing(trained):
+    """Ranks that share the target take part with them, others leave them out."""
+    idle = partial(trained, function=train_with_idle_micro_batches)
+    alone, _ = idle(1, 1, target={"samples_per_pass": 1})
+    for shards in (1, 2):
+        target = {"samples_per_pass": 3, "shard_across_data_parallel": shards}
+        assert_same_curve(idle(2, 1, target=target)[0], alone)
 
 
 def test_a_sharded_target_is_gathered_once_for_eight_samples(trained, one_by_one):

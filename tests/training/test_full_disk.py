@@ -35,12 +35,14 @@ def run_on_a_small_disk(runtime, config, size):
         run_training(runtime, config)
 
 
-def test_a_checkpoint_that_finds_no_room_leaves_the_older_ones(pool, tiny_run, unbroken, tmp_path):
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_checkpoint_that_finds_no_room_leaves_the_older_ones(
+    pool, tiny_run, unbroken, tmp_path, async_save
+):
     run = shutil.copytree(unbroken, tmp_path / "run")
-    config = tiny_config(
-        tiny_run, train={"output_dir": str(run), "iterations": 22, "tensorboard": False}
-    )
-    with pytest.raises(AssertionError, match="ConfigError: .*iter_0000022 could not be saved"):
+    train = {"iterations": 22, "save_every": 1, "async_save": async_save, "tensorboard": False}
+    config = tiny_config(tiny_run, train={"output_dir": str(run), **train})
+    with pytest.raises(AssertionError, match="ConfigError: .*iter_0000021 could not be saved"):
         pool.run(run_on_a_small_disk, world=1, tp=1, config=config, size=100_000)
     assert latest(run) == 20
     assert not list((run / "checkpoints").glob(".partial*"))

@@ -30,13 +30,17 @@ COMMANDS = {
     "export": "convert_checkpoint",
 }
 """The modules whose `main` is run."""
+MEGATRON = "megatron.core.dist_checkpointing.strategies.filesystem_async"
 PLACES = {
     "load": ("dspark_megatron.training.loop:states_source", ""),
     "first batch": ("dspark_megatron.data.batch:MicroBatches.of_step", ""),
     "step": ("dspark_megatron.training.step:GradientStep.run", ""),
     "loss": ("dspark_megatron.training.forward_step:ForwardStep.__call__", ""),
-    "save": ("dspark_megatron.training.loop:save_checkpoint", ""),
-    "shards written": ("megatron.core.dist_checkpointing:save", ""),
+    "save": ("dspark_megatron.training.saves:start_save", ""),
+    "save begun": ("dspark_megatron.training.saves:start_save", ""),
+    "shards begun": ("dspark_megatron.mcore.checkpoint_writer:PlannedSave.write", ""),
+    "file of a checkpoint": (f"{MEGATRON}:FileSystemWriterAsync.write_preloaded_data", ""),
+    "shards written": ("dspark_megatron.mcore.checkpoint_writer:PlannedSave.finalize", ""),
     "rename": ("pathlib:Path.rename", r"/iter_\d+'?\)?$"),
     "tracker": ("os:replace", "latest_checkpointed_iteration.txt$"),
     "writer": ("multiprocessing.process:BaseProcess.start", ""),
@@ -47,7 +51,15 @@ PLACES = {
     "rename of an export": ("pathlib:Path.rename", "/export$"),
 }
 """A function, and a pattern that its last argument must have for a call to count."""
-AFTER = {"shards written", "writer", "loss", "decoding", "files of an export"}
+AFTER = {
+    "save begun",
+    "file of a checkpoint",
+    "shards written",
+    "writer",
+    "loss",
+    "decoding",
+    "files of an export",
+}
 """Places where the deed is done when the call is over."""
 
 
@@ -88,6 +100,11 @@ def fill_disk(*_: Any) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, resource.RLIM_INFINITY))
 
 
+def hang(*_: Any) -> None:
+    """As a thread does that writes to a file system which does not answer."""
+    time.sleep(3600)
+
+
 def not_a_number(result: Any, *_: Any) -> Any:
     return result * float("nan")
 
@@ -107,6 +124,7 @@ DEEDS: dict[str, Callable[..., Any]] = {
     "stop": stop,
     "kill started": kill_started,
     "fill disk": fill_disk,
+    "hang": hang,
     "not a number": not_a_number,
     "wait": wait_for_sign,
 }

@@ -7,12 +7,13 @@ from typing import Any
 
 from faults.processes import survivors
 from faults.scenario import CONTINUING, NOTHING, OUTLIVE, start
-from faults.table import OTHERS, SPLIT, WHO, Layout
+from faults.table import IN_BACKGROUND, OTHERS, SPLIT, WHO, Layout
 from faults.works import Bench, command, problems_of_a_finished_run, problems_of_training
 
 STEPS, EVERY = 40, 4
 LAYOUTS = (SPLIT, *OTHERS)
-PLACES = {"load": 1, "first batch": 20, "step": 20, "save": 4, "shards written": 4}
+PLACES = {"load": 1, "first batch": 20, "step": 20, "save": 4, "save begun": 4, "shards begun": 4}
+PLACES |= {"file of a checkpoint": 8, "shards written": 4}
 OF_MAIN_RANK = {"rename": 4, "tracker": 4}
 """Places, and the largest number of the call at which the deed is done."""
 
@@ -42,10 +43,12 @@ def one_run(
     problems, history, code = [], [], None
     while code != 0:
         layout, fault, what = random_fault(chance)
+        saves = [IN_BACKGROUND] if chance.random() < 0.5 else []
         if time.monotonic() > until:
             fault, what = NOTHING, "left alone"
-        history.append(f"{layout}: {what}")
-        running = start(room, fault, command("train", layout, bench), layout.ranks)
+        history.append(" ".join([f"{layout}: {what}", *saves]))
+        words = [*command("train", layout, bench), *saves]
+        running = start(room, fault, words, layout.ranks)
         code = running.end(CONTINUING).code
         counts["starts"] += 1
         counts["killed"] += code != 0

@@ -23,6 +23,7 @@ class Layout(NamedTuple):
 SPLIT = Layout(2, 2, 1)
 OTHERS = (Layout(1, 1, 4), Layout(2, 1, 2), Layout(1, 1, 2), Layout(4, 2, 1), Layout(2, 1, 1))
 """Where what SPLIT has begun goes on."""
+IN_BACKGROUND = "train.async_save=true"
 NO_ROOM = r"(?m)^error: .*File too large.*make room"
 DIFFER = "all ranks must have the same"
 
@@ -96,6 +97,32 @@ def _kills() -> list[Fault]:
     return found
 
 
+def _kills_in_background() -> list[Fault]:
+    """kill -9 while a checkpoint is written and the run goes on, and while it gets its name."""
+    places = {
+        "save begun": (1, 2, WHO),
+        "shards begun": (1, 2, WHO),
+        "file of a checkpoint": (1, 3, WHO),
+        "shards written": (1, 2, {"one rank": "kill"}),
+        "rename": (0, 2, {"all": "kill all"}),
+        "tracker": (0, 2, {"the launcher": "kill launcher"}),
+    }
+    return [
+        Fault(
+            f"kill -9 of {who} in a background save at: {place}",
+            deed=deed,
+            place=place,
+            ranks=(rank,),
+            call=call,
+            then=OTHERS[number % len(OTHERS)],
+            arguments=(IN_BACKGROUND,),
+            quick=(who, place) == ("all", "file of a checkpoint"),
+        )
+        for number, (place, (rank, call, whom)) in enumerate(places.items())
+        for who, deed in whom.items()
+    ]
+
+
 def _other_kills() -> list[Fault]:
     places = (
         ("store", "file of a store", 2, Layout(2, 1, 1), WHO),
@@ -151,6 +178,25 @@ ENDS = (
         ranks=(0,),
         call=2,
         says=NO_ROOM,
+    ),
+    Fault(
+        "full disk in a background save, on one rank",
+        deed="fill disk",
+        place="save",
+        call=2,
+        arguments=(IN_BACKGROUND,),
+        says=NO_ROOM,
+        then=OTHERS[1],
+    ),
+    Fault(
+        "a background save of one rank does not come to its end",
+        deed="hang",
+        place="shards begun",
+        call=2,
+        arguments=(IN_BACKGROUND, "train.timeout_minutes=0.2"),
+        says=r"rank 1\b.* is still at waiting for the checkpoint of iteration 4",
+        then=OTHERS[1],
+        seconds=200.0,
     ),
     Fault(
         "full disk while states are stored",
@@ -267,4 +313,4 @@ FOLDERS = (
     Fault("a temporary folder is a link elsewhere", begins="half", damage="link", goes_on=True),
 )
 
-FAULTS = (*_kills(), *_other_kills(), *ENDS, *RANKS_DIFFER, *FOLDERS)
+FAULTS = (*_kills(), *_kills_in_background(), *_other_kills(), *ENDS, *RANKS_DIFFER, *FOLDERS)

@@ -4,6 +4,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy
+
 from dspark_megatron.data.origins import Origins
 from dspark_megatron.mcore.optimizer import build_optimizer, make_state, wrap_data_parallel
 from dspark_megatron.model.draft_model import DSparkDraftModel
@@ -48,7 +50,8 @@ class DraftStep:
             **groups,
             device=runtime.device,
         )
-        self.judge = BadSteps(plan.config.train, self.step, self.optimizer, Origins(), runtime)
+        nowhere = Origins([], [], numpy.empty(0, dtype=numpy.int64))
+        self.judge = BadSteps(plan.config.train, self.step, self.optimizer, nowhere, runtime)
         self._observe(observer)
 
     def _observe(self, observer: Observer) -> None:

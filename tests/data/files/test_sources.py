@@ -79,11 +79,13 @@ def test_a_folder_and_a_glob_give_their_files_by_name(tmp_path, load):
 
 
 def test_entries_without_data_are_named(tmp_path):
-    with pytest.raises(ConfigError, match="data file .*none.jsonl must exist: a JSONL file, the"):
+    with pytest.raises(
+        ConfigError, match="data file .*none.jsonl must exist: a JSONL or Parquet file"
+    ):
         find_files(tmp_path / "none.jsonl")
     with pytest.raises(ConfigError, match="data file .*/x\\*.jsonl must exist"):
         find_files(f"{tmp_path}/x*.jsonl")
-    with pytest.raises(ConfigError, match=r"must hold \*.jsonl, .*, \*.idx files"):
+    with pytest.raises(ConfigError, match=r"must hold \*.jsonl, .*, \*.parquet files"):
         find_files(tmp_path)
     (tmp_path / "lone.idx").touch()
     with pytest.raises(ConfigError, match="lacks .*lone.bin"):

@@ -195,6 +195,7 @@ def test_ranks_that_share_the_target_stay_in_step(
 def trained(pool, tiny_run, output, world, tp, micro_batch_size=2, **sections):
     train = {"output_dir": str(output), "micro_batch_size": micro_batch_size, "iterations": 6}
     sections = {"parallel": {"tensor_parallel": tp}, **sections}
+    sections["target"] = {"samples_per_pass": micro_batch_size, **sections.get("target", {})}
     sections["train"] = {**train, **sections.get("train", {})}
     config = tiny_config(tiny_run, **sections)
     pool.run(run_training, world=world, tp=tp, config=config)

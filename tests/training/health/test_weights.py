@@ -16,21 +16,21 @@ def spoiled_run(runtime, config, after, value, rank, checks=True):
     it saves it if not."""
     import torch
 
-    from dspark_megatron.training import loop
+    from dspark_megatron.training import loop, saves
 
     save = loop.Trainer._save
 
-    def spoiling(self, metrics):
+    def spoiling(self, metrics, **how):
         if self.state.iteration > after and runtime.rank == rank:
             weight = self.draft.get_parameter("layers.1.mlp.linear_fc2.weight")
             with torch.no_grad():
                 weight.view(-1)[0] = value
-        save(self, metrics)
+        save(self, metrics, **how)
 
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(loop.Trainer, "_save", spoiling))
         if not checks:
-            patches.enter_context(mock.patch.object(loop, "check_weights"))
+            patches.enter_context(mock.patch.object(saves, "check_weights"))
         run_training(runtime, config)
 
 
