@@ -8,12 +8,12 @@ from dspark_megatron.conversion.layouts.names import hugging_face_shapes
 from dspark_megatron.planning.memory import (
     Parts,
     RankMemory,
-    provider_note,
     quantization_note,
     rank_memory,
 )
 from dspark_megatron.planning.on_paper.observation import observed_draft
 from dspark_megatron.planning.pipeline import PipelineStates
+from dspark_megatron.planning.target.plan import target_pass
 from dspark_megatron.planning.work import StepWork, step_work
 from dspark_megatron.run.check import RunPlan, check
 from dspark_megatron.run.initial.initial_weights import InitialWeights
@@ -51,7 +51,7 @@ def describe_plan(plan: RunPlan) -> str:
         *memory_lines(memory),
         *length_note(plan),
         *quantization_note(plan, counted="frozen target" in memory.held),
-        *provider_note(plan),
+        *target_pass(plan).by_formula,
         *draft.notes,
         *work_lines(step_work(plan)),
     ]
