@@ -6,28 +6,26 @@ from functools import partial
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from dspark_megatron.config import TargetConfig
 from dspark_megatron.config.loading import load_config
-from dspark_megatron.data.batch import Batch
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.planning import layouts
 from dspark_megatron.planning.cost.machine import Machine
 from dspark_megatron.planning.cost.rates import Rates
 from dspark_megatron.planning.cost.run_cost import Bill
 from dspark_megatron.planning.dry_run import describe_run
-from dspark_megatron.planning.memory import plan_target_work, target_passes
 from dspark_megatron.planning.observing.work import Sent, Work
 from dspark_megatron.planning.recommend import Wish, evenly_spread_layers, recommend
+from dspark_megatron.planning.target.observed import ObservedTarget
+from dspark_megatron.planning.target.plan import target_pass
 from dspark_megatron.planning.target.rank_model import target_bytes
-from dspark_megatron.planning.target_work import target_work
+from dspark_megatron.planning.target.target_pass import CACHE, GATHERED, OUTPUTS, SHARDS
 from dspark_megatron.planning.work import StepWork
 from dspark_megatron.run.check import check
 from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.targets.huggingface.split import TargetSplit
 from support.paths import PUBLIC_CONFIGS, ROOT
-from support.target_families import make_family
-from support.tiny_target import make_target, tiny_config
 from support.tool_runs import run_tool
 
 NODE = Machine(gpus_per_node=8, nodes=1, gpu_memory_gib=74.5)
@@ -117,16 +115,16 @@ def test_passes_of_the_target_are_those_that_it_makes(tmp_path):
     keys += ("train.recompute_activations=true",)
     text = recommend(wish("llama-3.1-70b", *keys, micro_batch_size=4), NODE)
     plan_of = partial(loaded, text, tmp_path)
-    works = {}
+    found = {}
     for most in ("null", 9000, 4000):
-        config = plan_of(f"target.max_tokens_per_forward={most}")
-        plan = check(config, 8, use="plan")
-        works[most] = target_passes(plan), plan_target_work(plan)
-    assert [works[most][0] for most in works] == [1, 2, 8]
-    assert works["null"][1].layer == 2 * works[9000][1].layer
-    assert works["null"][1].cache == works[9000][1].cache == 0
+        config = plan_of("target.samples_per_pass=4", f"target.max_tokens_per_forward={most}")
+        found[most] = target_pass(check(config, 8, use="plan")).moments
+    passes = {most: [name for name in found[most] if name.startswith("pass")] for most in found}
+    assert [len(passes[most]) for most in passes] == [1, 2, 8]
+    caches = {most: [parts.get(CACHE, 0) for parts in found[most].values()] for most in found}
+    assert max(caches["null"]) == max(caches[9000]) == 0
     # 80 layers, keys and values of 1 of 8 key/value heads of 128 numbers, bf16.
-    assert works[4000][1].cache == 80 * 4096 * 2 * 128 * 2
+    assert max(caches[4000]) == pytest.approx(80 * 4096 * 2 * 128 * 2, rel=0.02)
 
 
 def test_a_length_that_the_target_was_not_made_for_is_noted(tmp_path):
@@ -233,51 +231,15 @@ def test_a_run_on_stored_states_is_planned_without_a_target(tmp_path):
 def test_a_sharded_target_s_weights_travel(name, split):
     """What a rank gets in a forward pass is what it does not hold of its split of the layers."""
     config = load_target_config(PUBLIC_CONFIGS / name)
-    split = TargetSplit(*split)
-    last = config.num_hidden_layers - 1
-    work = target_work(config, torch.bfloat16, split, (1, 4096), last_layer=last)
+    split, layers = TargetSplit(*split), config.num_hidden_layers
+    settings = TargetConfig(path=str(PUBLIC_CONFIGS / name))
+    target = ObservedTarget(settings, config, torch.bfloat16, split, (1, layers - 2), True)
+    found = target.forward_pass((1, 4096))
     whole = TargetSplit(split.tp_size, split.dp_size)
     held = target_bytes(config, torch.bfloat16, split)
     missing = target_bytes(config, torch.bfloat16, whole) - held
-    assert work.received_weights == pytest.approx(missing, rel=0.02)  # embeddings aside
-    assert work.gathered_layers == pytest.approx(3 * (missing + held) / (last + 1), rel=0.05)
-    assert work.all_reduced == (2 * (last + 1) + 1) * 4096 * config.hidden_size * 2
-
-
-class Reduced(TorchDispatchMode):
-    """Bytes handed to all-reduces of any group; other collectives are refused."""
-
-    total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name
-        if name in ("c10d::allreduce_", "_c10d_functional::all_reduce"):
-            tensors = args[0] if isinstance(args[0], list) else [args[0]]
-            self.total += sum(tensor.nbytes for tensor in tensors)
-        else:
-            others = ("gather", "scatter", "broadcast", "all_to_all", "alltoall")
-            assert "c10d" not in name or not any(other in name for other in others), name
-        return func(*args, **(kwargs or {}))
-
-
-def reduced_bytes(runtime, config):
-    from dspark_megatron.run.build import build_target
-    from dspark_megatron.run.check import check
-
-    target = build_target(check(config, runtime.world_size), runtime)
-    with Reduced() as counter:
-        target.states(Batch(torch.arange(40)[None]))
-    return counter.total
-
-
-@pytest.mark.parametrize("family, ep", [("qwen3", 1), ("qwen3_moe", 1), ("qwen3_moe", 2)])
-def test_the_target_s_collectives(pool, tiny_run, tmp_path, family, ep):
-    """Counted in its forward pass."""
-    make = make_target if family == "qwen3" else partial(make_family, model_type=family)
-    path, parallel = make(tmp_path / "target"), {"tensor_parallel": 2, "expert_parallel": ep}
-    config = tiny_config(tiny_run, target={"path": str(path)}, parallel=parallel)
-    split = TargetSplit(2, 1, 1, ep)
-    target_config = load_target_config(path)
-    work = target_work(target_config, torch.float32, split, (1, 40), last_layer=3)
-    for counted in pool.run(reduced_bytes, world=2, tp=2, config=config):
-        assert counted == work.all_reduced
+    sent = {one.group: one for one in found.work.sent}
+    assert sent[SHARDS].sent == pytest.approx(missing, rel=0.01)
+    assert sent[OUTPUTS].handed == (2 * layers + 1) * 4096 * config.hidden_size * 2
+    layer = (missing + held) / layers
+    assert 2.9 * layer < max(p.get(GATHERED, 0) for p in found.moments.values()) < 3.2 * layer

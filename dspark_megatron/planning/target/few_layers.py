@@ -56,7 +56,7 @@ def keep_layers(model: PreTrainedModel, kept: tuple[int, ...]) -> None:
     for number, layer in enumerate(layers):
         for module in layer.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx = number  # its place in a cache
+                module.layer_idx = number  # type: ignore[assignment]  # its place in a cache
     for name, values in settings.items():
         setattr(text, name, [values[i] for i in kept])
     text.num_hidden_layers = len(kept)
