@@ -46,7 +46,7 @@ format: $(VENV)/.installed
 
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,quickstart]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[data,dev,quickstart]"
 	touch $@
 
 clean:

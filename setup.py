@@ -33,6 +33,7 @@ setup(
     extras_require={
         "transformer-engine": ["transformer-engine[pytorch]"],
         "modelopt": ["nvidia-modelopt>=0.47", "requests"],  # weights of more GPTModels
+        "data": ["datasets>=4", "pyarrow>=21"],  # Parquet, Zstandard, data sets of the Hub
         "quickstart": ["gguf", "accelerate"],  # reading the GGUF target
         "dev": ["pytest", "hypothesis", "markdown-it-py", "ruff", "mypy", "types-PyYAML"],
     },

@@ -27,9 +27,10 @@ def main(argv: list[str] | None = None) -> None:
         from dspark_megatron.run.ranks.runtime import launch
 
         with launch() as job:
+            from dspark_megatron.planning.dry_run import describe_run
             from dspark_megatron.training.command import run
 
-            run(job, arguments, stop)
+            run(job, arguments, stop, describe_run)
 
 
 if __name__ == "__main__":

@@ -90,12 +90,19 @@ class Config:
             f"target.provider=megatron: raise it to data.max_length ({longest}), or lower that",
         )
         self._check_padding()
+        most, size = self.target.samples_per_pass, self.train.micro_batch_size
+        require(
+            most is None or most >= size,
+            f"target.samples_per_pass ({most}) must hold a micro-batch: raise it to "
+            f"train.micro_batch_size ({size}), or lower that; target.max_tokens_per_forward is "
+            "what cuts a micro-batch into several passes",
+        )
         if self.parallel.pipeline_parallel > 1:
             self._check_pipeline()
 
     def _check_given(self) -> None:
         files, train = self.data.train_files, self.train
-        require(bool(files), "data.train_files is empty; name at least one JSONL file")
+        require(bool(files), "data.train_files is empty; name at least one file")
         require(bool(train.output_dir), "train.output_dir is missing")
         require(
             (train.iterations is None) != (train.epochs is None),
@@ -111,10 +118,10 @@ class Config:
             "loss.normalization=global_step or data.group_by_length=false",
         )
         require(
-            not self.target.packing or self.train.micro_batch_size > 1,
-            "target.packing puts the samples of a micro-batch behind one another, and "
-            f"train.micro_batch_size ({self.train.micro_batch_size}) has one, without padding; set "
-            "train.micro_batch_size > 1 or target.packing=false",
+            not self.target.packing or self.target.samples_per_pass != 1,
+            "target.packing puts the samples of a pass behind one another, and "
+            "target.samples_per_pass (1) has one, without padding; set target.samples_per_pass > 1 "
+            "or null, or target.packing=false",
         )
 
     def _check_pipeline(self) -> None:
@@ -130,6 +137,12 @@ class Config:
             f"target.max_tokens_per_forward ({target.max_tokens_per_forward}) must be null with "
             f"parallel.pipeline_parallel ({stages}): a micro-batch goes through the stages whole; "
             "set train.micro_batch_size=1 and parallel.pipeline_micro_batches=1 for less memory",
+        )
+        require(
+            target.samples_per_pass is None,
+            f"target.samples_per_pass ({target.samples_per_pass}) must be null with "
+            f"parallel.pipeline_parallel ({stages}): how many micro-batches go through the stages "
+            "together is parallel.pipeline_micro_batches",
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from typing import Literal
 
+from dspark_megatron.config.rules import not_negative
 from dspark_megatron.errors import require
 
 
@@ -14,8 +15,9 @@ class DataConfig:
     """Training conversations."""
 
     train_files: list[str] = field(default_factory=list)
-    """JSONL files (also compressed, or JSON arrays) of chats, completions or token ids, prefixes of
-    Megatron indexed datasets, or folders and globs of these. docs/data.md describes the forms."""
+    """Files of chats, completions or token ids: JSONL (also compressed, or JSON arrays), Parquet,
+    Arrow, prefixes of Megatron indexed datasets, or folders and globs of these. `hf:NAME:SPLIT` is
+    a data set of Hugging Face's library. docs/data.md describes the forms."""
     weights: list[float] = field(default_factory=list)
     """For each entry of train_files its share of an epoch's samples, relative to the others.
     Empty: every sample comes once an epoch."""
@@ -40,6 +42,13 @@ class DataConfig:
     group_by_length: bool = False
     """Put samples of similar length into the same micro-batch, so that less is padded. The step
     learns from the same samples."""
+    cache_dir: str | None = None
+    """Folder for tokenized data, which later starts and other runs on the same data map instead of
+    tokenizing again. One on a file system that all nodes share is written once for all of them, any
+    other once a node. Null: `token_cache` in train.output_dir."""
+    tokenize_workers: int | None = None
+    """Processes that tokenize, on each node that does. 0 or 1: the training process itself. Null:
+    one for each core that it may use, 32 at most, and for small files none."""
     show_sample: bool = True
     """Print one decoded sample with its loss mask at start."""
 
@@ -64,6 +73,11 @@ class DataConfig:
             f"data.skip_bad_lines ({self.skip_bad_lines:g}) must be a share of the lines, in "
             "[0, 1), such as 0.01 for one in a hundred",
         )
+        require(
+            self.cache_dir != "",
+            "data.cache_dir is empty; name a folder, or give null for one in train.output_dir",
+        )
+        not_negative("data", self, "tokenize_workers")
         require(self.max_length >= 2, f"data.max_length ({self.max_length}) must be >= 2")
         require(
             self.min_loss_tokens is None or self.min_loss_tokens >= 1,

@@ -15,6 +15,7 @@ MOST = {
     **dict.fromkeys(("model.ffn_hidden_size", "model.markov_rank"), 10**6),
     **dict.fromkeys(("model.num_attention_heads", "model.num_key_value_heads"), 10**5),
     "model.head_dim": 10**5,
+    "target.pass_memory_gib": 10**6,
     "parallel.tensor_parallel": 10**5,
     "train.epochs": 10**6,
     **dict.fromkeys(("train.seed", "evaluate.seed"), 2**63 - 1),
@@ -67,6 +68,7 @@ def positive(name: str, section: Any, *fields: str) -> None:
 
 
 def not_negative(name: str, section: Any, *fields: str) -> None:
+    """These fields must be >= 0, or null where they may be."""
     for field in fields:
         value = getattr(section, field)
-        require(value >= 0, f"{name}.{field} ({value}) must be >= 0")
+        require(value is None or value >= 0, f"{name}.{field} ({value}) must be >= 0")

@@ -34,13 +34,22 @@ class TargetConfig:
     """Data-parallel ranks that share one copy of the target's weights. Each holds a part of its
     tensor-parallel slice, and a layer is gathered only while it runs. 1 means no sharing, 0 means
     all data-parallel ranks; else it must divide their number."""
+    samples_per_pass: int | None = None
+    """The most samples of a step, in whole micro-batches, that a rank's target takes in one forward
+    pass; at least `train.micro_batch_size`. Their states wait in memory for their micro-batches.
+    More of them keep a GPU busier, and a target that is sharded is gathered once for all of them.
+    Null means as many as `pass_memory_gib` holds."""
+    pass_memory_gib: float = 1.0
+    """GiB that the states of a pass may take, twice over, with `samples_per_pass` null, counted for
+    samples of `data.max_length` tokens. What the target's layers take while they run is not in it.
+    One micro-batch goes through in any case."""
     max_tokens_per_forward: int | None = None
-    """The most tokens in one forward pass of the target in training. A larger micro-batch takes
-    several passes, and a longer sample is cut into pieces with a key/value cache. Null means no
-    limit."""
+    """The most tokens in one forward pass of the target in training. More are cut into several
+    passes, and a longer sample into pieces with a key/value cache; each of them gathers a sharded
+    target anew. Null means no limit."""
     packing: bool = False
-    """Pack the samples of a micro-batch into sequences without padding for the target's forward
-    pass in training. The states stay the same if the target's family keeps packed samples apart,
+    """Pack the samples of a pass into sequences without padding for the target's forward pass in
+    training. The states stay the same if the target's family keeps packed samples apart,
     which is tried at start."""
     check_logits: bool = True
     """Compare `lm_head(last_hidden)` with the target's own logits on the first batch."""
@@ -69,7 +78,12 @@ class TargetConfig:
             "target.packing is for a target's forward pass, and target.provider 'cache' makes "
             "none; set target.packing=false",
         )
-        positive("target", self, "max_tokens_per_forward")
+        require(
+            self.samples_per_pass is None or not self.is_stored,
+            f"target.samples_per_pass ({self.samples_per_pass}) is for a target's forward pass, "
+            "and target.provider 'cache' makes none; set target.samples_per_pass=null",
+        )
+        positive("target", self, "max_tokens_per_forward", "samples_per_pass", "pass_memory_gib")
 
     def _validate_megatron(self) -> None:
         require(

@@ -13,7 +13,7 @@ from dspark_megatron.config import Config
 from dspark_megatron.data.blocks import DraftBlocks, anchor_seed, draft_blocks, sample_anchors
 from dspark_megatron.data.dataset import ConversationDataset
 from dspark_megatron.data.sampler import Blend, SampleRef, StepSampler
-from dspark_megatron.ops.transfer import all_to_device
+from dspark_megatron.ops.transfer import PackedTensors
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class MicroBatch(Batch):
 
     lengths: list[int]
     blocks: DraftBlocks
+    packed: PackedTensors | None = None
+    """Its tensors, ready to be sent."""
 
     @classmethod
     def of(
@@ -44,12 +46,23 @@ class MicroBatch(Batch):
         lengths = [len(sample) for sample in samples]
         return cls(padded(samples), lengths=lengths, sample_indices=sample_indices, blocks=blocks)
 
+    def ready_for(self, device: torch.device) -> "MicroBatch":
+        """The same with all done that can be done before `to`."""
+        return replace(self, packed=PackedTensors.of(self._tensors, device))
+
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on the device, in one transfer."""
-        tensors = {"input_ids": self.input_ids, **self.blocks.tensors}
-        moved: dict[str, Any] = all_to_device(tensors, device)
+        tensors, packed = self._tensors, self.packed
+        if packed is None or not packed.holds(tensors):
+            packed = PackedTensors.of(tensors, device)
+        moved: dict[str, Any] = packed.to(device)
         input_ids = moved.pop("input_ids")
-        return replace(self, input_ids=input_ids, blocks=replace(self.blocks, **moved))
+        blocks = replace(self.blocks, **moved)
+        return replace(self, input_ids=input_ids, blocks=blocks, packed=None)
+
+    @property
+    def _tensors(self) -> dict[str, Tensor]:
+        return {"input_ids": self.input_ids, **self.blocks.tensors}
 
 
 def padded(samples: Sequence[Tensor]) -> Tensor:

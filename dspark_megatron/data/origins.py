@@ -1,28 +1,21 @@
 """Where the kept samples come from, for messages: 8 bytes a sample."""
 
-from array import array
 from bisect import bisect_right
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy
 
 
 class Origins:
     """File and line by sample."""
 
-    def __init__(self) -> None:
-        self._files: list[Path] = []
-        self._starts: list[int] = []
-        """The first sample of each file."""
-        self._lines = array("q")
-
-    def start_file(self, path: Path) -> None:
-        self._files.append(path)
-        self._starts.append(len(self._lines))
-
-    def add(self, line: int) -> None:
-        """The next sample's line, or its document in an indexed dataset."""
-        self._lines.append(line)
+    def __init__(self, files: Sequence[Path], starts: Sequence[int], lines: numpy.ndarray) -> None:
+        """starts: the first sample of each file. lines: [n] int64, each sample's line, or its
+        document in an indexed dataset."""
+        self._files, self._starts, self._lines = files, starts, lines
 
     def __getitem__(self, sample: int) -> tuple[Path, int]:
         """IndexError for a sample that is not there."""
-        line = self._lines[sample]
+        line = int(self._lines[sample])
         return self._files[bisect_right(self._starts, sample) - 1], line

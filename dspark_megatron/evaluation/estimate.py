@@ -39,13 +39,16 @@ class EstimateSettings:
     """Slots whose logits exist at one time."""
 
     @classmethod
-    def of(cls, config: Config, draft: DSparkDraftModel) -> "EstimateSettings":
-        """`evaluate.temperature`, and no more at a time than a training step takes."""
+    def of(
+        cls, config: Config, draft: DSparkDraftModel, *, samples_per_pass: int | None = None
+    ) -> "EstimateSettings":
+        """`evaluate.temperature`, and no more at a time than a training step takes.
+        samples_per_pass: of the target; None: a micro-batch."""
         head = draft.lm_head
         size = config.train.micro_batch_size
         return cls(
             temperature=config.evaluate.temperature,
-            micro_batch_size=size,
+            micro_batch_size=samples_per_pass or size,
             max_blocks=size * config.model.num_anchors,
             chunk_rows=chunk_rows(config.loss, len(head), head.dtype, with_target=True),
         )

@@ -130,7 +130,7 @@ ARGUMENTS = (
     Argument(
         "--data-path",
         "data.train_files",
-        difference="JSONL as well as prefixes of indexed datasets",
+        difference="JSONL and Parquet as well as prefixes of indexed datasets",
         convert=lambda arguments: _blend(arguments)[0],
     ),
     Argument(

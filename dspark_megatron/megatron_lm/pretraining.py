@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dspark_megatron.config import Config
+from dspark_megatron.data.ahead import StepsAhead
 from dspark_megatron.data.batch import MicroBatch, MicroBatches
 from dspark_megatron.data.blocks import slot_weights
 from dspark_megatron.errors import require
@@ -67,11 +68,13 @@ class DraftPretraining:
     def micro_batches(self, consumed_samples: int) -> Iterator[MicroBatch]:
         """Those after so many samples, without end. The target is told of each step's before their
         first."""
-        while True:
-            step = self._batches.of_step(consumed_samples)
-            self._step.target.expect(step)
-            yield from step
-            consumed_samples += self.plan.config.train.global_batch_size
+        samples, device = self.plan.config.train.global_batch_size, self.runtime.device
+        with StepsAhead(self._batches, step_samples=samples, device=device) as steps:
+            while True:
+                step = steps.of_step(consumed_samples)
+                self._step.expect(step)
+                yield from step
+                consumed_samples += samples
 
     def forward_step(self, batch: MicroBatch, model: Any) -> tuple[Tensor, partial]:
         """The weighted sum of the loss [], and the function that makes Megatron's three of it."""

@@ -47,9 +47,12 @@ class FlexBlockAttention:
             for context, block in zip(context_kv, block_kv, strict=True)
         )
         rows = query.flatten(0, 1).transpose(0, 1)[None]  # [1, a/tp, n*k, d]
+        return self.attend(rows, key, value)[0].transpose(0, 1).reshape(query.shape)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """query [1, a/tp, n*k, d], key and value [1, g/tp, t + n*k, d] -> query's shape."""
         attend: Any = compiled_flex() if query.is_cuda else flex_attention
-        out = attend(rows, key, value, block_mask=self.mask, enable_gqa=True)
-        return out[0].transpose(0, 1).reshape(query.shape)
+        return attend(query, key, value, block_mask=self.mask, enable_gqa=True)
 
 
 @functools.cache

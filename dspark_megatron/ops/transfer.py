@@ -14,16 +14,38 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
+class PackedTensors(NamedTuple):
+    """Tensors and a copy of them behind one another, which goes to a device in one transfer."""
+
+    tensors: dict[str, Tensor]
+    """Wide numbers first: each must begin at a multiple of its size."""
+    memory: Tensor
+    """[bytes] uint8 on the host, page-locked for a GPU."""
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor], device: torch.device) -> "PackedTensors":
+        ordered = dict(sorted(tensors.items(), key=lambda named: -named[1].itemsize))
+        memory = torch.cat([tensor.flatten().view(torch.uint8) for tensor in ordered.values()])
+        return cls(ordered, memory.pin_memory() if device.type == "cuda" else memory)
+
+    def holds(self, tensors: dict[str, Tensor]) -> bool:
+        """Whether these are the very tensors that were copied."""
+        own = self.tensors
+        return own.keys() == tensors.keys() and all(own[name] is tensors[name] for name in own)
+
+    def to(self, device: torch.device) -> dict[str, Tensor]:
+        """The copies on the device; they share one piece of memory there."""
+        sizes = [tensor.nbytes for tensor in self.tensors.values()]
+        parts = self.memory.to(device, non_blocking=True).split(sizes)
+        return {
+            name: part.view(tensor.dtype).view(tensor.shape)
+            for (name, tensor), part in zip(self.tensors.items(), parts, strict=True)
+        }
+
+
 def all_to_device(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """Copies of tensors in one transfer, whose memory they share."""
-    # Wide numbers first: each must begin at a multiple of its size.
-    ordered = sorted(tensors.items(), key=lambda named: -named[1].itemsize)
-    flat = [tensor.flatten().view(torch.uint8) for _, tensor in ordered]
-    parts = to_device(torch.cat(flat), device).split([len(part) for part in flat])
-    return {
-        name: part.view(tensor.dtype).view(tensor.shape)
-        for (name, tensor), part in zip(ordered, parts, strict=True)
-    }
+    return PackedTensors.of(tensors, device).to(device)
 
 
 class ContextRanges(NamedTuple):

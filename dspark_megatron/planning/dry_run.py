@@ -5,22 +5,24 @@ from pathlib import Path
 
 from dspark_megatron.config import Config
 from dspark_megatron.conversion.layouts.names import hugging_face_shapes
+from dspark_megatron.planning.cost.describe import describe_time
 from dspark_megatron.planning.memory import (
     Parts,
     RankMemory,
-    provider_note,
     quantization_note,
     rank_memory,
 )
-from dspark_megatron.planning.meta_draft import draft_elements
+from dspark_megatron.planning.on_paper.observation import observed_draft
 from dspark_megatron.planning.pipeline import PipelineStates
-from dspark_megatron.planning.traffic import Traffic, step_traffic
+from dspark_megatron.planning.target.plan import target_pass
+from dspark_megatron.planning.work import StepWork, step_work
 from dspark_megatron.run.check import RunPlan, check
 from dspark_megatron.run.initial.initial_weights import InitialWeights
 from dspark_megatron.run.initial.warm_start import check_warm_start
 from dspark_megatron.storage.checkpoints.tracker import latest_iteration
 
 GIB = 2**30
+SMALL = GIB // 2000
 
 
 def describe_run(config: Config, world_size: int) -> str:
@@ -31,7 +33,7 @@ def describe_run(config: Config, world_size: int) -> str:
     if not config.train.resume or latest_iteration(checkpoints) is None:
         InitialWeights.open(plan)
         check_warm_start(plan)
-    lines = [config.to_yaml(), describe_plan(plan)]
+    lines = [config.to_yaml(), describe_plan(plan), *describe_time(plan)]
     if plan.found_tokenizer is None:
         lines.append(f"not checked: the tokenizer, since {config.target.path} has none")
     return "\n".join(lines)
@@ -42,17 +44,17 @@ def describe_plan(plan: RunPlan) -> str:
     tp = plan.config.parallel.tensor_parallel
     trained = hugging_face_shapes(plan.shape, shared_weights=False)
     total = sum(math.prod(size) for size in trained.values())
-    local = draft_elements(plan.shape, tp).trained
-    memory = rank_memory(plan)
+    memory, draft = rank_memory(plan), observed_draft(plan)
     lines = [
         f"layout: {tp * plan.dp_size} ranks = {tp} tensor-parallel x {plan.dp_size} data-parallel",
-        f"draft: {total:,} trained parameters, {local:,} on a rank",
+        f"draft: {total:,} trained parameters, {draft.trained:,} on a rank",
         *pipeline_note(plan),
         *memory_lines(memory),
         *length_note(plan),
         *quantization_note(plan, counted="frozen target" in memory.held),
-        *provider_note(plan),
-        *traffic_lines(step_traffic(plan)),
+        *target_pass(plan).by_formula,
+        *draft.notes,
+        *work_lines(step_work(plan)),
     ]
     return "\n".join(lines)
 
@@ -88,14 +90,21 @@ def memory_lines(memory: RankMemory) -> list[str]:
     return [*lines, _line(f"sum at the highest, {memory.highest}", memory.total)]
 
 
-def traffic_lines(step: list[Traffic]) -> list[str]:
-    lines = ["sent by a rank in a step, GiB (collectives on rings, samples of full length):"]
-    lines += [_line(f"{part.purpose}, {part.span} ranks", part.sent) for part in step]
-    return [*lines, _line("sum", sum(part.sent for part in step))]
+def work_lines(step: StepWork) -> list[str]:
+    lines = [f"{'a rank in a step, samples of full length:':<60}{'TFLOP':>7}{'GiB moved':>12}"]
+    lines += [
+        f"  {name:<56}{work.flops / 1e12:9,.1f}{work.moved / GIB:12,.1f}"
+        for name, work in step.parts.items()
+    ]
+    lines.append("sent by a rank in a step, GiB (collectives on rings):")
+    sent = sorted((one for one in step.sent if one.sent >= SMALL), key=lambda one: -one.sent)
+    lines += [_line(f"{one.group}, {one.kind} over {one.size} ranks", one.sent) for one in sent]
+    return [*lines, _line("sum", sum(one.sent for one in step.sent))]
 
 
 def _part_lines(parts: Parts, indent: int = 2) -> list[str]:
-    return [_line(name, size, indent) for name, size in parts.items()]
+    """What is worth a line; the sums have the rest."""
+    return [_line(name, size, indent) for name, size in parts.items() if size >= SMALL]
 
 
 def _line(name: str, size: int, indent: int = 2) -> str:

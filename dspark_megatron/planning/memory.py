@@ -1,29 +1,16 @@
-"""Memory of one rank by part: what is held all the time, and what comes on top, by moment."""
+"""Memory of one rank by part: what is held all the time, and what comes on top, by moment. The
+draft's is observed in its step on paper."""
 
-import functools
 import math
 from dataclasses import dataclass, field
 
-import torch
-
-from dspark_megatron.ops.block_attention import chosen_backend
-from dspark_megatron.planning.activations import DraftPass, gradient_bytes, kept_bytes, layer_bytes
-from dspark_megatron.planning.loss_memory import HeadLossSize, head_loss_parts
-from dspark_megatron.planning.meta_draft import draft_elements
+from dspark_megatron.planning.on_paper.draft_step import STATES
+from dspark_megatron.planning.on_paper.observation import DraftObservation, Parts, observed_draft
 from dspark_megatron.planning.pipeline import PipelineStates
-from dspark_megatron.planning.target_work import NO_WORK, TargetWork, target_work
+from dspark_megatron.planning.target.plan import target_pass, target_weights
+from dspark_megatron.planning.target.target_pass import LAYER
 from dspark_megatron.run.check import RunPlan
-from dspark_megatron.shape.layout import padded_vocab_size
-from dspark_megatron.storage.target_folder import load_target_config
-from dspark_megatron.targets.footprint import target_bytes
 from dspark_megatron.targets.huggingface.quantization import quantization_method
-from dspark_megatron.targets.huggingface.split import TargetSplit
-from dspark_megatron.targets.megatron.footprint import gpt_bytes
-from dspark_megatron.targets.megatron.gpt_shape import gpt_shape_of
-from dspark_megatron.targets.passes import Passes
-
-Parts = dict[str, int]
-"""Bytes by what takes them."""
 
 
 @dataclass(frozen=True)
@@ -48,86 +35,38 @@ def rank_memory(plan: RunPlan) -> RankMemory:
     """Of the rank that holds most. Sizes are upper bounds where data decides: samples of
     `data.max_length` tokens, `model.num_anchors` anchors in each and every slot supervised. Without
     the target where its quantized size is not known, or its states are stored."""
-    states = _target_states(plan)
-    weights, work = _target_figures(plan)
+    weights, draft = target_weights(plan), observed_draft(plan)
     held = {} if weights is None else {"frozen target": weights}
-    held |= {**draft_parts(plan), **states}
-    one = draft_pass(plan)
-    kept = {"activations kept for the backward pass": kept_bytes(plan.shape, one)}
-    loss = _loss_parts(plan, one)
-    forward = {} if plan.config.target.is_stored else _forward_parts(plan, work)
+    held |= {**draft.held, **_target_states(plan)}
+    forward = {} if plan.config.target.is_stored else _forward_parts(plan)
     target = {"the target's forward pass": forward} if forward else {}
-    again = {"layer computed again": layer_bytes(plan.shape, one)} if one.recompute else {}
-    backward = {"gradients in a layer": gradient_bytes(plan.shape, one)}
-    return RankMemory(
-        held,
-        {
-            **target,
-            "the draft's loss": {**kept, **loss},
-            "the draft's backward pass": {**kept, **again, **backward},
-        },
-    )
+    return RankMemory(held, target | _draft_moments(draft))
 
 
-def _forward_parts(plan: RunPlan, work: TargetWork) -> Parts:
-    """A layer at work, when the last states of its pass are still to come, or states being put
-    together: each tap by itself and beside the others, or those of several passes and all of them.
-    """
-    with_hidden = plan.config.needs_target_logits
-    joined = _taps(plan) + (target_passes(plan) > 1) * with_hidden * state_bytes(plan)
-    for_others = PipelineStates.of(plan).kept_for_others
-    parts = {
-        "states kept for other pipeline ranks": for_others * pipeline_state_bytes(plan),
-        "states of a target layer": max(work.layer - with_hidden * work.last_states, joined),
-        "target's keys and values": work.cache,
-        "gathered target layer": work.gathered_layers,
+def _draft_moments(draft: DraftObservation) -> dict[str, Parts]:
+    """What comes on top of what is held. States of the target are: all of a pass."""
+    return {
+        moment: {
+            kind: size - draft.held.get(kind, 0)
+            for kind, size in alive.items()
+            if kind != STATES and size > draft.held.get(kind, 0)
+        }
+        for moment, alive in draft.moments.items()
     }
+
+
+def _forward_parts(plan: RunPlan) -> Parts:
+    """At the highest moment of a pass, beside the states that it ends with: those are held."""
+    parts, states = dict(target_pass(plan).highest), plan.pass_size.waiting_bytes()
+    parts[LAYER] = max(0, parts.get(LAYER, 0) - states)
+    for_others = PipelineStates.of(plan).kept_for_others
+    parts |= {"states kept for other pipeline ranks": for_others * pipeline_state_bytes(plan)}
     return {name: size for name, size in parts.items() if size}
 
 
-def draft_parts(plan: RunPlan) -> Parts:
-    """Weights, gradients and optimizer state, counted on the draft on the meta device."""
-    config, itemsize = plan.config, plan.dtype.itemsize
-    trained, frozen = draft_elements(plan.shape, config.parallel.tensor_parallel)
-    shards = plan.dp_size if config.optimizer.use_distributed_optimizer else 1
-    states = 3 if itemsize == 2 else 2  # fp32 main weights, where the weights are not fp32
-    return {
-        "frozen embedding and head": frozen * itemsize,
-        "draft weights": trained * itemsize,
-        "draft gradients (fp32)": trained * 4,
-        "optimizer state (fp32)": states * trained * 4 // shards,
-    }
-
-
-def draft_pass(plan: RunPlan) -> DraftPass:
-    config, tp = plan.config, plan.config.parallel.tensor_parallel
-    return DraftPass(
-        samples=config.train.micro_batch_size,
-        seq_length=config.data.max_length,
-        num_anchors=config.model.num_anchors,
-        itemsize=plan.dtype.itemsize,
-        tp_size=tp,
-        sequence_parallel=config.parallel.sequence_parallel and tp > 1,
-        recompute=config.train.recompute_activations,
-        attention_backend=chosen_backend(
-            config.model.attention_backend, "cuda", plan.shape.head_dim
-        ),
-        attention_group_size=config.model.attention_group_size,
-    )
-
-
-def plan_target_work(plan: RunPlan) -> TargetWork:
-    return _target_figures(plan)[1]
-
-
 def _batch(plan: RunPlan) -> tuple[int, int]:
-    """Samples of a micro-batch and their length."""
-    return plan.config.train.micro_batch_size, plan.config.data.max_length
-
-
-def target_passes(plan: RunPlan) -> int:
-    """Forward passes of the target for a micro-batch."""
-    return Passes.of(*_batch(plan), plan.config.target.max_tokens_per_forward).count
+    """Samples that go through the target together, and their length."""
+    return plan.pass_size.samples, plan.config.data.max_length
 
 
 def quantization_note(plan: RunPlan, *, counted: bool) -> list[str]:
@@ -136,8 +75,7 @@ def quantization_note(plan: RunPlan, *, counted: bool) -> list[str]:
     if method is None or plan.config.target.is_stored:
         return []
     how = "counted as it is saved" if counted else "not counted"
-    arguments = load_target_config(plan.config.target.path), plan.target_dtype, plan.target_split
-    whole = target_bytes(*arguments, last_layer=_last_layer(plan), dequantized=True)
+    whole = target_weights(plan, dequantized=True)
     assert whole is not None, "its quantizer is known by now"
     return [
         f"the target is quantized ({method}), and {how}; where Transformers dequantizes it, for "
@@ -145,76 +83,14 @@ def quantization_note(plan: RunPlan, *, counted: bool) -> list[str]:
     ]
 
 
-def provider_note(plan: RunPlan) -> list[str]:
-    """What is not known of a GPTModel."""
-    if plan.config.target.provider != "megatron":
-        return []
-    return [
-        "not counted: what a forward pass of the target takes and sends with "
-        "target.provider=megatron; its weights are"
-    ]
-
-
-def _gpt_bytes(plan: RunPlan, dtype: torch.dtype) -> int:
-    parallel = plan.config.parallel
-    return gpt_bytes(
-        gpt_shape_of(plan.target_config),
-        dtype,
-        tp_size=parallel.tensor_parallel,
-        ep_size=parallel.expert_parallel,
-        stages=parallel.pipeline_parallel,
-        last_layer=_last_layer(plan),
-    )
-
-
-def _target_figures(plan: RunPlan) -> tuple[int | None, TargetWork]:
-    """Bytes of the frozen weights, None where they are not known, and what a forward pass takes."""
-    if plan.config.target.is_stored:
-        return None, NO_WORK
-    target, dtype = plan.config.target, plan.target_dtype
-    if target.provider == "megatron":
-        return _gpt_bytes(plan, dtype), TargetWork(0, 0, 0, 0, 0, 0, 0)
-    wanted = (dtype, plan.target_split, _batch(plan), target.max_tokens_per_forward)
-    text = load_target_config(target.path).to_json_string()
-    return _figures_of_split(target.path, text, *wanted, _last_layer(plan))
-
-
-@functools.cache
-def _figures_of_split(
-    path: str,
-    text: str,
-    dtype: torch.dtype,
-    split: TargetSplit,
-    batch: tuple[int, int],
-    max_tokens: int | None,
-    last: int | None,
-) -> tuple[int | None, TargetWork]:
-    """Once for all layouts that split the target alike. text: its config, which a path may lose."""
-    config = load_target_config(path)
-    weights = target_bytes(config, dtype, split, last_layer=last)
-    if last is None:
-        last = config.get_text_config().num_hidden_layers - 1
-    work = target_work(config, dtype, split, batch, last_layer=last, max_tokens=max_tokens)
-    return weights, work
-
-
-def _last_layer(plan: RunPlan) -> int | None:
-    """The highest target layer that is kept; None for all."""
-    return None if plan.config.needs_target_logits else max(plan.shape.target_layer_ids)
-
-
 def _target_states(plan: RunPlan) -> Parts:
-    """Taps and, where the loss compares with the target, the last hidden states."""
+    """Taps and, where the loss compares with the target, the last hidden states: of a micro-batch
+    and of those that wait for their turn."""
     states = PipelineStates.of(plan)
-    parts = {"target states of a micro-batch": states.states * state_bytes(plan)}
+    parts = {"target states of a pass": plan.pass_size.waiting_bytes()}
     if states.received:
         parts["target states of a pipeline run"] = states.received * pipeline_state_bytes(plan)
     return parts
-
-
-def _taps(plan: RunPlan) -> int:
-    """For a moment each tap exists by itself and beside the others."""
-    return len(plan.shape.target_layer_ids) * state_bytes(plan)
 
 
 def state_bytes(plan: RunPlan) -> int:
@@ -228,21 +104,3 @@ def pipeline_state_bytes(plan: RunPlan) -> int:
     parallel = plan.config.parallel
     parts = parallel.tensor_parallel if parallel.sequence_parallel else 1
     return state_bytes(plan) // parts
-
-
-def _loss_parts(plan: RunPlan, one: DraftPass) -> Parts:
-    """The head loss on all slots, its inputs and the draft's output, from which they are picked."""
-    shape, tp, config = plan.shape, plan.config.parallel.tensor_parallel, plan.config
-    rows, e = one.blocks * shape.block_size, one.itemsize
-    size = HeadLossSize(
-        rows=rows,
-        hidden_size=shape.hidden_size,
-        markov_rank=shape.markov_rank,
-        vocab_local=padded_vocab_size(shape.vocab_size, tp) // tp,
-        dtype=plan.dtype,
-        device=torch.device("cuda"),  # its larger tiles: a plan is made for GPUs
-    )
-    output = 2 * e * rows * (shape.hidden_size + shape.markov_rank)
-    target_hidden = config.needs_target_logits * e * rows * shape.hidden_size
-    parts = head_loss_parts(config.loss, size, with_target=config.needs_target_logits)
-    return {"the draft's output and the target's hidden states": output + target_hidden, **parts}

@@ -4,6 +4,7 @@ import contextlib
 
 import torch.distributed as dist
 import transformers
+from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 from dspark_megatron.conversion.draft_tensors import check_draft_tensors
@@ -34,25 +35,32 @@ def build_draft(plan: RunPlan, runtime: Runtime) -> DSparkDraftModel:
     if runtime.is_main and backend == "auto":
         used = "transformer_engine" if transformer_engine.is_usable() else "local"
         print(f"model.backend auto: {used}", flush=True)
-    spec = chosen_layer_spec(plan.config.model)
     with user_code(override) if override else contextlib.nullcontext():
-        model = DSparkDraftModel(
-            plan.shape,
-            tp_group=runtime.tp_group,
-            params_dtype=plan.dtype,
-            device=runtime.device,
-            attention_backend=plan.config.model.attention_backend,
-            attention_group_size=plan.config.model.attention_group_size,
-            recompute_activations=plan.config.train.recompute_activations,
-            sequence_parallel=plan.config.parallel.sequence_parallel,
-            gradient_accumulation_fusion=plan.config.optimizer.gradient_accumulation_fusion,
-            spec=spec,
-        )
+        model = empty_draft(plan, runtime, chosen_layer_spec(plan.config.model))
     if override:
         check_draft_tensors(model, f"the draft of model.layer_spec {override}")
     model.init_weights(seed=plan.config.train.seed, std=plan.config.model.initializer_range)
     model.load_frozen_replicas(*frozen_rows(plan, model.vocab_shard))
     return model
+
+
+def empty_draft(
+    plan: RunPlan, runtime: Runtime, spec: ModuleSpec, *, attention_backend: str | None = None
+) -> DSparkDraftModel:
+    """The draft of these layers, without values. attention_backend: instead of the config's."""
+    config = plan.config
+    return DSparkDraftModel(
+        plan.shape,
+        tp_group=runtime.tp_group,
+        params_dtype=plan.dtype,
+        device=runtime.device,
+        attention_backend=attention_backend or config.model.attention_backend,
+        attention_group_size=config.model.attention_group_size,
+        recompute_activations=config.train.recompute_activations,
+        sequence_parallel=config.parallel.sequence_parallel,
+        gradient_accumulation_fusion=config.optimizer.gradient_accumulation_fusion,
+        spec=spec,
+    )
 
 
 def load_target_head(plan: RunPlan, draft: DSparkDraftModel, target: Target) -> Tensor:

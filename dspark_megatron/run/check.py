@@ -37,6 +37,7 @@ from dspark_megatron.targets.folder_check import check_weights_described
 from dspark_megatron.targets.huggingface.quantization import check_quantization
 from dspark_megatron.targets.huggingface.split import TargetSplit, check_target_split
 from dspark_megatron.targets.megatron.source import check_gpt_target
+from dspark_megatron.targets.shared_pass import PassSize
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -77,6 +78,17 @@ class RunPlan:
     @property
     def target_split(self) -> TargetSplit:
         return TargetSplit.of(self.config, self.dp_size)
+
+    @property
+    def pass_size(self) -> PassSize:
+        """What goes through the target together in training."""
+        return PassSize.of(self.config, self.shape, self.target_dtype, dp_size=self.dp_size)
+
+    @property
+    def samples_outside_training(self) -> int:
+        """Of a pass whose states no micro-batch waits for: as many as in training where the target
+        is gathered for it, else a micro-batch."""
+        return self.pass_size.samples if self.shards_target else self.config.train.micro_batch_size
 
     @property
     def shards_target(self) -> bool:

@@ -1,19 +1,33 @@
 """The samples of a run: files read by the rules of its config."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from dspark_megatron.config import Config
 from dspark_megatron.data.chats.answers import AnswerRules
 from dspark_megatron.data.chats.reasoning import Tags
 from dspark_megatron.data.conversation import describe_sample
-from dspark_megatron.data.dataset import ConversationDataset, SampleRules, load_samples
+from dspark_megatron.data.dataset import ConversationDataset, load_in_memory
+from dspark_megatron.data.rules import SampleRules
+from dspark_megatron.data.token_store import Facts
+from dspark_megatron.data.tokenizing.collecting import Tokenizing
+from dspark_megatron.data.tokenizing.encoding import LineEncoder
 from dspark_megatron.errors import printable
 from dspark_megatron.run.check import RunPlan
 from dspark_megatron.run.indexed_dataset import read_indexed
 from dspark_megatron.run.ranks.agreement import agree
-from dspark_megatron.run.ranks.facts import data_facts
+from dspark_megatron.run.ranks.facts import file_facts, sample_facts
 from dspark_megatron.run.ranks.places import at
-from dspark_megatron.run.ranks.runtime import Runtime
+from dspark_megatron.run.ranks.runtime import Runtime, from_main_rank
+from dspark_megatron.run.token_cache import (
+    TokenCache,
+    cache_folder,
+    dataset_in,
+    load_alone,
+    load_together,
+)
+from dspark_megatron.run.token_facts import token_facts
 from dspark_megatron.storage.target_folder import stop_token_ids
 
 
@@ -38,33 +52,70 @@ def load_run_data(
     plan: RunPlan,
     entries: list[str],
     *,
+    name: str = "data.train_files",
     weights: list[float] | None = None,
+    runtime: Runtime | None = None,
     show_progress: bool = False,
 ) -> ConversationDataset:
-    """The samples of these entries of data.train_files or evaluate.heldout_files."""
+    """The samples of these entries of `name`, data.train_files or evaluate.heldout_files, the same
+    on all ranks; every rank calls it. runtime: None: this process alone needs them, and makes a
+    folder of them only where data.cache_dir names one."""
     rules = sample_rules(plan.config)
     stop_ids = frozenset(stop_token_ids(plan.config.target.path, plan.tokenizer))
     rules = replace(rules, answers=replace(rules.answers, stop_ids=stop_ids))
-    return load_samples(
+    work = partial(
+        Tokenizing,
         entries,
-        plan.tokenizer,
-        plan.shape.vocab_size,
-        rules,
-        weights=weights,
+        LineEncoder(plan.tokenizer, plan.shape.vocab_size, rules),
         read_indexed=read_indexed,
+        workers=plan.config.data.tokenize_workers,
         show_progress=show_progress,
     )
+    if runtime is not None:
+        at(f"reading {name}", longer=True)
+        agree(file_facts(name, entries))
+    cache = _cache(plan, partial(token_facts, plan, entries, rules), work, runtime)
+    if runtime is not None:
+        store = load_together(cache, runtime, f"reading {name}") if cache else None
+    else:
+        store = load_alone(cache, makes=plan.config.data.cache_dir is not None) if cache else None
+    if store is not None:
+        dataset = dataset_in(store, entries, rules, weights)
+    else:
+        dataset = load_in_memory(work(), entries, rules, weights)
+    if runtime is not None:
+        agree(sample_facts(name, dataset))
+    return dataset
+
+
+def _cache(
+    plan: RunPlan,
+    facts_of: Callable[[], Facts],
+    work: Callable[[], Tokenizing],
+    runtime: Runtime | None,
+) -> TokenCache | None:
+    """Where the samples are kept; None where a run has no folder. With a runtime the main rank's
+    files count: one broadcast of an object."""
+    folder = cache_folder(plan.config)
+    if folder is None:
+        return None
+    facts = facts_of() if runtime is None or runtime.is_main else {}
+    facts = from_main_rank(facts) if runtime is not None else facts
+    is_full = plan.config.storage.verify == "full"
+    return TokenCache(folder.absolute(), facts, work, is_full)
 
 
 def load_train_data(plan: RunPlan, runtime: Runtime) -> ConversationDataset:
     """The training samples, the same on all ranks; the main rank says what became of the files'
     lines."""
     data = plan.config.data
-    at("reading data.train_files", longer=True)
     dataset = load_run_data(
-        plan, data.train_files, weights=data.weights, show_progress=runtime.is_main
+        plan,
+        data.train_files,
+        weights=data.weights,
+        runtime=runtime,
+        show_progress=runtime.is_main,
     )
-    agree(data_facts("data.train_files", data.train_files, dataset))
     if runtime.is_main:
         print(printable(dataset.report.describe()), flush=True)
         if data.show_sample:

@@ -19,6 +19,7 @@ from dspark_megatron.storage.checksums import CHECKSUMS
 from dspark_megatron.storage.notices import say_once
 from dspark_megatron.targets.base import Target
 from dspark_megatron.targets.huggingface.target import HuggingFaceTarget
+from dspark_megatron.targets.shared_pass import SharedPasses
 from dspark_megatron.targets.start_checks import check_packing, check_target_logits
 from dspark_megatron.targets.stored import deepspec_layout, safetensors_layout
 from dspark_megatron.targets.stored.layout import StatesReader, differences, read_manifest
@@ -41,7 +42,10 @@ def states_source(
         assert isinstance(target, HuggingFaceTarget), "no other packs"
         few = (dataset[i % len(dataset)] for i in range(3))
         check_packing(target, [sample.input_ids for sample in few])
-    return target
+    together = plan.pass_size.micro_batches
+    if together == 1:
+        return target
+    return SharedPasses(target, together, packs=plan.config.target.packing)
 
 
 def checked_target(

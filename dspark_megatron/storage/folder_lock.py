@@ -22,6 +22,10 @@ from dspark_megatron.errors import ConfigError
 LOCK = "run.lock"
 
 
+class FolderTaken(ConfigError):
+    """Another process has the lock, or may have it."""
+
+
 @dataclass(frozen=True)
 class Owner:
     host: str
@@ -126,7 +130,7 @@ class FolderLock:
         if owner is None:
             return ""
         if owner.host != socket.gethostname():
-            raise ConfigError(
+            raise FolderTaken(
                 f"{self.what} is in use by {owner}: that is another host, and from here it cannot "
                 f"be seen whether the process is alive. Wait for it, stop it, or, if it is gone, "
                 f"delete {self.path} and start again"
@@ -135,8 +139,8 @@ class FolderLock:
             raise self._taken(owner)
         return f"{self.what} was in use by {owner}, which is gone: taken over"
 
-    def _taken(self, owner: Owner | None) -> ConfigError:
-        return ConfigError(
+    def _taken(self, owner: Owner | None) -> FolderTaken:
+        return FolderTaken(
             f"{self.what} is in use by {owner or 'another process'}, which is alive; wait until it "
             "has ended, stop it, or name another folder"
         )

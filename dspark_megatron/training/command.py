@@ -1,10 +1,11 @@
 """The work of `python -m dspark_megatron.train`."""
 
 from argparse import Namespace
+from collections.abc import Callable
 
+from dspark_megatron.config import Config
 from dspark_megatron.config.loading import load_config
 from dspark_megatron.errors import printable
-from dspark_megatron.planning.dry_run import describe_run
 from dspark_megatron.run.check import check
 from dspark_megatron.run.identity import fix_template_day
 from dspark_megatron.run.ranks.agreement import agree_at_launch
@@ -15,7 +16,13 @@ from dspark_megatron.training.loop import train
 from dspark_megatron.training.stop_requests import StopRequests
 
 
-def run(job: Launch, arguments: Namespace, stop: StopRequests) -> None:
+def run(
+    job: Launch,
+    arguments: Namespace,
+    stop: StopRequests,
+    describe_run: Callable[[Config, int], str],
+) -> None:
+    """describe_run: the text of a dry run from a config and the number of ranks."""
     config = load_config(arguments.config, arguments.overrides)
     set_time_limit(config.train.timeout_minutes)
     facts = launch_facts(config, command="train", dry_run=arguments.dry_run)

@@ -3,6 +3,7 @@
 Shapes: n blocks, k slots of a block, r supervised slots, h hidden.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +80,11 @@ class ForwardStep:
         if self.confidence_alpha > 0:
             terms["confidence"] = self.confidence_alpha
         return terms
+
+    def expect(self, batches: Sequence[MicroBatch]) -> None:
+        """Called before those of a step, in their order: the target is told of those whose states
+        will be asked for."""
+        self.target.expect([x for x in batches if x.blocks.weight > 0 or self.target.lockstep])
 
     def __call__(self, batch: MicroBatch, model: Any, metrics: MetricSums) -> Tensor | None:
         """[] with gradients; None where nothing is learnt. Adds to `metrics`. model: the draft, or

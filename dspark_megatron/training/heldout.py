@@ -14,8 +14,6 @@ from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.run.check import RunPlan
 from dspark_megatron.run.checkpoints.state import BestEstimate, RunState
 from dspark_megatron.run.data import load_run_data
-from dspark_megatron.run.ranks.agreement import agree
-from dspark_megatron.run.ranks.facts import data_facts
 from dspark_megatron.run.ranks.runtime import Runtime
 from dspark_megatron.targets.base import Target
 from dspark_megatron.training.reporter import Reporter
@@ -30,6 +28,8 @@ class HeldOut:
         self.config, self.runtime, self.every = plan.config, runtime, settings.every
         count = min(len(dataset), settings.heldout_samples or len(dataset))
         self.samples = [dataset[i] for i in range(count)]
+        share = max(plan.config.train.micro_batch_size, math.ceil(count / plan.dp_size))
+        self.samples_per_pass = min(plan.samples_outside_training, share)
         self.conditions = {
             "data_fingerprint": dataset.fingerprint,
             "samples": count,
@@ -45,8 +45,10 @@ class HeldOut:
             return None
         files = config.evaluate.heldout_files
         check_apart(config.data.train_files, files)
-        dataset = load_run_data(plan, files, show_progress=runtime.is_main)
-        agree(data_facts("evaluate.heldout_files", files, dataset))
+        name, show_progress = "evaluate.heldout_files", runtime.is_main
+        dataset = load_run_data(
+            plan, files, name=name, runtime=runtime, show_progress=show_progress
+        )
         if runtime.is_main:
             print(printable(f"held-out {dataset.report.describe()}"), flush=True)
         return cls(plan, runtime, dataset)
@@ -65,7 +67,7 @@ class HeldOut:
             target,
             draft.lm_head,
             self.samples,
-            EstimateSettings.of(self.config, draft),
+            EstimateSettings.of(self.config, draft, samples_per_pass=self.samples_per_pass),
             dp_group=self.runtime.dp_group,
         )
         draft.train()

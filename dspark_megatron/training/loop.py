@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from dspark_megatron.conversion.draft_tensors import check_finite
+from dspark_megatron.data.ahead import StepsAhead
 from dspark_megatron.data.batch import MicroBatches
 from dspark_megatron.data.dataset import ConversationDataset
 from dspark_megatron.errors import printable
@@ -34,7 +35,6 @@ from dspark_megatron.run.ranks.runtime import Runtime
 from dspark_megatron.run.states import check_stored_states, states_source
 from dspark_megatron.storage.checkpoints.meta import FORMAT
 from dspark_megatron.storage.checkpoints.whole import iteration_folder
-from dspark_megatron.targets.huggingface.packing import SequencePacker
 from dspark_megatron.targets.stored.target import StoredStates
 from dspark_megatron.training.health.bad_steps import BadSteps
 from dspark_megatron.training.heldout import HeldOut
@@ -78,7 +78,9 @@ def _train(plan: RunPlan, runtime: Runtime, stop: StopRequests, output_dir: Path
         end, state = RunEnd.of(plan.config.train, len(dataset)), read_state(resume_from)
         if end.is_reached(state):
             return finish_again(plan, runtime, output_dir, end.describe(state))
-    Trainer(plan, runtime, dataset, output_dir, resume_from, draft, heldout).run(stop)
+    trainer = Trainer(plan, runtime, dataset, output_dir, resume_from, draft, heldout)
+    with trainer.steps:
+        trainer.run(stop)
 
 
 def finish_again(plan: RunPlan, runtime: Runtime, output_dir: Path, state: str) -> None:
@@ -115,11 +117,12 @@ class Trainer:
         if runtime.is_main:
             write_config(output_dir, config)
             write_status(output_dir, "running")
-        self.batches = MicroBatches(config, dataset, dp_group=runtime.dp_group)
-        planner = SequencePacker.of(config.target, plan.shape.hidden_size)
-        samples = dataset.lengths, self.batches.blend
-        if padding := describe_padding(config, *samples, self.iterations, planner):
-            self._say(padding)
+        batches = MicroBatches(config, dataset, dp_group=runtime.dp_group)
+        self.steps = StepsAhead(
+            batches, step_samples=config.train.global_batch_size, device=runtime.device
+        )
+        samples = dataset.lengths, batches.blend
+        self._say(describe_padding(plan, *samples, self.iterations) or "")
         self.target = states_source(plan, runtime, dataset, self.draft)
         self.model = wrap_data_parallel(self.draft, config.optimizer)
         self.optimizer = build_optimizer(config.optimizer, self.model, plan.dtype)
@@ -207,7 +210,7 @@ class Trainer:
         """One step; returns the gradient norm before clipping, None where it was skipped. A
         skipped one leaves weights, moments and metrics as they were; data and learning rate go on.
         """
-        micro_batches = self.batches.of_step(self.state.consumed_samples)
+        micro_batches = self.steps.of_step(self.state.consumed_samples)
         before = metrics.packed()
         self.optimizer.zero_grad()
         self.step.run(micro_batches, metrics)
@@ -247,6 +250,7 @@ class Trainer:
             "skipped_steps": self.state.skipped_steps,
             "tokens_per_second": total.scalars["tokens"].item() / seconds,
             "save_seconds": self.saves.seconds(),
+            "data_wait_share": self.steps.seconds_waited() / seconds,
         }
         reporter.log(row)
 

@@ -58,7 +58,7 @@ class GradientStep:
         if overlap:
             passes.sort(key=lambda one: one[0].blocks.weight > 0)
             overlap = self._on_every_rank(passes[-1][0].blocks.weight > 0)
-        self.forward_step.target.expect([batch for batch, _ in passes])
+        self.forward_step.expect([batch for batch, _ in passes])
         with self.model.no_sync():
             for one in passes[:-1]:
                 self._forward_backward(*one, metrics)

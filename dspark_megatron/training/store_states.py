@@ -82,7 +82,7 @@ def store_states(plan: RunPlan, runtime: Runtime, output: Path, args: Namespace)
     if missing := from_main_rank(missing):
         check_shared(f"the folder of the states {output}", output, runtime=runtime)
         target = checked_target(plan, runtime, data)
-        size = plan.config.train.micro_batch_size
+        size = plan.samples_outside_training
         at("storing states")
         groups = dict(tp_group=runtime.tp_group, dp_group=runtime.dp_group)
         writer.write(missing, target, micro_batch_size=size, **groups)

@@ -172,9 +172,9 @@ def change_last_value(path):
 
 
 COPIES = [
-    ("chats.jsonl", change_words, "the samples of data.train_files is 24 with", 1),
-    ("chats.jsonl", change_words, "the samples of data.train_files is 24 with", 2),
-    ("heldout.jsonl", change_words, "the samples of evaluate.heldout_files is", 1),
+    ("chats.jsonl", change_words, "the files of data.train_files is", 1),
+    ("chats.jsonl", change_words, "the files of data.train_files is", 2),
+    ("heldout.jsonl", change_words, "the files of evaluate.heldout_files is", 1),
     ("target/chat_template.jinja", change_template, "the target's chat template is", 2),
     ("target/model.safetensors", change_value, "the fingerprint of the target's weights is", 2),
     ("target/model.safetensors", change_last_value, "the target's files is model.safetensors", 1),

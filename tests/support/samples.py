@@ -4,7 +4,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dspark_megatron.data.blocks import DEFAULT_LOSS
 from dspark_megatron.data.conversation import Sample
-from dspark_megatron.data.dataset import SampleRules
+from dspark_megatron.data.rules import SampleRules
 
 VOCAB_SIZE = 320
 GENERATION_TEMPLATE = (

@@ -128,7 +128,7 @@ def test_the_dry_run_counts_what_stages_hold_and_send(tiny_run):
         return check(config, world_size=4)
 
     whole, halves, one = plan(1), plan(2), plan(2, 1)
-    states = state_bytes(whole)  # of 2 taps and the last, 8 micro-batches a rank
+    states = state_bytes(halves)  # of 2 taps and the last, 8 micro-batches a rank
     assert rank_memory(halves).held["target states of a pipeline run"] == 8 * 3 * states
     assert rank_memory(one).held["target states of a pipeline run"] == 3 * states
     forward = rank_memory(one).moments["the target's forward pass"]

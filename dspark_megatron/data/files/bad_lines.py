@@ -4,8 +4,9 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dspark_megatron.data.files.jsonl import errors_at
 from dspark_megatron.errors import ConfigError
@@ -48,6 +49,17 @@ class BadLines:
 
     def __init__(self) -> None:
         self._reasons: dict[str, Reason] = {}
+
+    def content(self) -> dict[str, Any]:
+        """As JSON."""
+        return {kind: asdict(reason) for kind, reason in self._reasons.items()}
+
+    @classmethod
+    def of(cls, content: dict[str, Any]) -> "BadLines":
+        """From its JSON. TypeError for anything else."""
+        found = cls()
+        found._reasons = {kind: Reason(**reason) for kind, reason in content.items()}
+        return found
 
     def __len__(self) -> int:
         return sum(reason.count for reason in self._reasons.values())

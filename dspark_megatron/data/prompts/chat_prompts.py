@@ -1,6 +1,6 @@
 """Prompts: chats that end where an answer is wanted."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,9 @@ from dspark_megatron.data.chats.messages import (
 from dspark_megatron.data.chats.spellings import in_first_spelling
 from dspark_megatron.data.chats.template import ChatTemplate
 from dspark_megatron.data.files.bad_lines import BadLines
-from dspark_megatron.data.files.jsonl import lines_of, parse_line
+from dspark_megatron.data.files.jsonl import parse_line
+from dspark_megatron.data.files.reading import read_lines
+from dspark_megatron.data.files.sources import DataFile, find_files
 from dspark_megatron.data.prompts.response_file import json_line
 from dspark_megatron.errors import ConfigError, require
 
@@ -40,7 +42,8 @@ def load_prompts(
     max_prompt_length: int,
     rules: AnswerRules | None = None,
 ) -> list[Prompt]:
-    """The first `max_prompts` (None: all) prompts of an evaluation's file.
+    """The first `max_prompts` (None: all) prompts of an evaluation's file, or of what else an entry
+    of data files may be.
 
     A line has `messages` (an assistant turn at the end is dropped), `turns` (strings, of which the
     first is used) or `prompt` (a string), looked for in this order. Raises ConfigError, naming each
@@ -62,7 +65,7 @@ def load_prompts(
     return _read(path, prompt, max_prompts)
 
 
-def read_prompts(path: Path, template: ChatTemplate | None) -> list[Prompt]:
+def read_prompts(path: str | Path, template: ChatTemplate | None) -> list[Prompt]:
     """The prompts of a file to be answered, without ids and text if a server applies the template.
     Raises ConfigError, naming each `file:line`, for lines that are none."""
     return _read(path, lambda record: make_prompt(record, template))
@@ -70,12 +73,20 @@ def read_prompts(path: Path, template: ChatTemplate | None) -> list[Prompt]:
 
 def _read(path: str | Path, use: Callable[[dict], Prompt], most: int | None = None) -> list[Prompt]:
     prompts, bad_lines = [], BadLines()
-    for number, line in islice(lines_of(path), most):
-        with bad_lines.at(path, number):
+    for file, number, line in islice(_lines(find_files(path)), most):
+        with bad_lines.at(file.path, number):
             prompts.append(use(parse_line(line)))
     bad_lines.check(len(prompts) + len(bad_lines), None)
     require(bool(prompts), f"{path} must hold at least one prompt and has no lines")
     return prompts
+
+
+def _lines(files: list[DataFile]) -> Iterator[tuple[DataFile, int, object]]:
+    for file in files:
+        require(
+            not file.indexed, f"{file.path} is an indexed dataset of ids, and prompts are texts"
+        )
+        yield from ((file, number, line) for number, line in read_lines(file))
 
 
 def _encode(chat: Chat, template: ChatTemplate) -> tuple[list[int], str]:

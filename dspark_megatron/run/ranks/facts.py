@@ -160,20 +160,24 @@ def folder_facts(name: str, folder: Path | None) -> Facts:
     return {name: ", ".join([folder.name, *found, *sizes])}
 
 
-def data_facts(name: str, entries: list[str], dataset: ConversationDataset) -> Facts:
-    """Samples as they are trained on, and the files that they are of."""
+def file_facts(name: str, entries: list[str]) -> Facts:
+    """The files of data, as each rank sees them; `pieces_text` says how closely it looks."""
     files = [file for entry in entries for file in find_files(entry)]
-    sizes = (f"{file.path} {_size(file.path, file.indexed):,} bytes" for file in files)
+    parts = [f"{file.path}{end}" for file in files for end in (".bin", ".idx") if file.indexed]
+    parts += [str(file.path) for file in files if not file.indexed]
+    paths = [path for path in map(Path, parts) if path.is_file()]
+    rows = [f"{f.path} {len(f.dataset.rows):,} rows" for f in files if f.dataset is not None]
+    seen = [f"{', '.join(map(str, paths))}: {pieces_text(paths)}"] if paths else []
+    return {f"the files of {name}": ", ".join([*seen, *rows])}
+
+
+def sample_facts(name: str, dataset: ConversationDataset) -> Facts:
+    """Samples as they are trained on."""
     tokens, samples = dataset.report.total_tokens, len(dataset)
     return {
-        f"the files of {name}": ", ".join(sizes),
         f"the samples of {name}": f"{samples:,} with {tokens:,} tokens "
         f"(fingerprint {dataset.fingerprint[:12]})",
     }
-
-
-def _size(path: Path, indexed: bool) -> int:
-    return (Path(f"{path}.bin") if indexed else path).stat().st_size
 
 
 def prompt_facts(files: dict[str, list[Prompt]]) -> Facts:

@@ -75,3 +75,31 @@ def _text(file: Path) -> str:
 
 def _host() -> str:
     return socket.gethostname()
+
+
+def who_writes(folder: Path, runtime: Runtime) -> int:
+    """The rank that writes what this rank reads in a folder: the main rank where both see the same
+    folder, else the first rank of this host, else this rank. Of two ranks that see one folder each
+    may be told to write, if a file of the other shows late. A broadcast and an
+    all-gather of objects and two barriers; every rank calls it."""
+    if runtime.world_size == 1:
+        return 0
+    at(f"looking who writes in {folder}", longer=True)
+    token = from_main_rank(secrets.token_hex(4))
+    hosts: list[Any] = [None] * runtime.world_size
+    dist.all_gather_object(hosts, _host())
+    first = hosts.index(hosts[runtime.rank])
+    files = {rank: folder / f"{PARTIAL}{token}_{rank}" for rank in (0, first, runtime.rank)}
+    mine = files[runtime.rank]
+    try:
+        if first == runtime.rank:
+            with contextlib.suppress(OSError):  # who may not write has another one do it
+                folder.mkdir(parents=True, exist_ok=True)
+                mine.touch()
+        dist.barrier()
+        seen = [rank for rank in (0, first) if files[rank].exists()]
+        dist.barrier()
+    finally:
+        with contextlib.suppress(OSError):
+            mine.unlink(missing_ok=True)
+    return seen[0] if seen else runtime.rank

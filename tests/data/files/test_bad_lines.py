@@ -4,7 +4,10 @@ import bz2
 import gzip
 import json
 import lzma
+import secrets
+import sys
 
+import pyarrow
 import pytest
 
 from dspark_megatron.data.dataset import load_samples
@@ -16,6 +19,10 @@ from support.tiny_target import tiny_config
 from support.tiny_tokenizer import tiny_tokenizer
 
 GOOD = chat("hi", "hello")
+
+
+def zstandard(content):
+    return pyarrow.compress(content, codec="zstd", asbytes=True)
 
 
 @pytest.fixture
@@ -105,9 +112,20 @@ def test_a_run_looks_for_its_own_mask_token(tiny_run):
 # Forms of files
 
 
-@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress, zstandard])
 def test_packed_lines_are_read(load, pack):
+    def twice(content):  # as `cat a.gz b.gz` puts files together
+        return pack(content + b"\n") + pack(content)
+
     assert load([GOOD, GOOD], pack=pack).fingerprint == load([GOOD, GOOD]).fingerprint
+    assert load([GOOD], pack=twice).fingerprint == load([GOOD, GOOD]).fingerprint
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress, zstandard])
+def test_packed_lines_that_were_cut_short_are_no_shorter_file(load, pack):
+    lines = [json.dumps(chat("hi", secrets.token_hex(500))).encode() for _ in range(2000)]
+    with pytest.raises(ConfigError, match=r"is damaged or cut short after line \d[\d,]*: "):
+        load(lines, pack=lambda content: pack(content)[:-9], skip_bad_lines=0.9)
 
 
 @pytest.mark.parametrize("indent", [None, 1])
@@ -130,15 +148,15 @@ def test_a_byte_order_mark_is_no_text(load):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"PAR1\x15\x04", r"is a Parquet file, .* datasets.load_dataset\('parquet', data_files"),
-        (b"\xff\xff\xff\xff\x01", "is an Arrow stream, .* datasets.load_from_disk"),
-        (b"ARROW1\x00\x00", "is an Arrow file, .* write it as JSONL"),
-        (b"\x28\xb5\x2f\xfd\x00", "is compressed by Zstandard, .* zstd -d"),
+        (b"PAR1\x15\x04", "is damaged or cut short: .* copy it"),
+        (b"\xff\xff\xff\xff\x01", "is damaged or cut short: .* copy it"),
+        (b"ARROW1\x00\x00", "is damaged or cut short: .* copy it"),
+        (b"\x28\xb5\x2f\xfd\x00", "is damaged or cut short after line 0: .* copy it"),
         (b"PK\x03\x04", "is a ZIP archive, .* unzip"),
         (json.dumps(GOOD, indent=1).encode(), "has a JSON object over several lines, .*jq -c"),
         (
             gzip.compress(json.dumps(GOOD).encode() * 99, mtime=0)[:40],
-            "is damaged or cut short: .* copy it",
+            "is damaged or cut short after line 0: .* copy it",
         ),
     ],
 )
@@ -148,9 +166,16 @@ def test_files_that_are_not_read_say_what_they_are(load, content, message):
 
 
 def test_a_folder_gives_packed_files_and_passes_over_no_data(tmp_path):
-    for name in ("a.jsonl.gz", "b.jsonl", "dataset_info.json"):
+    names = ["a.jsonl.gz", "b.jsonl", "c.jsonl.zst"]
+    for name in (*names, "dataset_info.json"):
         (tmp_path / name).touch()
-    assert [file.path.name for file in find_files(tmp_path)] == ["a.jsonl.gz", "b.jsonl"]
-    (tmp_path / "c.parquet").touch()
-    with pytest.raises(ConfigError, match=r"has 1 files of data that are not read \(c.parquet\)"):
+    assert [file.path.name for file in find_files(tmp_path)] == names
+    (tmp_path / "d.zst").touch()
+    with pytest.raises(ConfigError, match=r"has 1 files of data that are not read \(d.zst\)"):
         find_files(tmp_path)
+
+
+def test_zstandard_without_its_package_says_what_to_install(load, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ConfigError, match="train.jsonl is .* pip install pyarrow datasets"):
+        load([GOOD], pack=zstandard)

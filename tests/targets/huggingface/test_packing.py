@@ -10,6 +10,7 @@ from dspark_megatron.config import TargetConfig
 from dspark_megatron.data.batch import Batch
 from dspark_megatron.data.sampler import StepSampler, global_batch
 from dspark_megatron.errors import ConfigError
+from dspark_megatron.run.check import check
 from dspark_megatron.targets.base import TargetStates
 from dspark_megatron.targets.huggingface.packing import SequencePacker
 from dspark_megatron.training.padding import describe_padding
@@ -194,6 +195,7 @@ def test_ranks_that_share_the_target_stay_in_step(
 def trained(pool, tiny_run, output, world, tp, micro_batch_size=2, **sections):
     train = {"output_dir": str(output), "micro_batch_size": micro_batch_size, "iterations": 6}
     sections = {"parallel": {"tensor_parallel": tp}, **sections}
+    sections["target"] = {"samples_per_pass": micro_batch_size, **sections.get("target", {})}
     sections["train"] = {**train, **sections.get("train", {})}
     config = tiny_config(tiny_run, **sections)
     pool.run(run_training, world=world, tp=tp, config=config)
@@ -252,9 +254,9 @@ def test_a_family_that_does_not_keep_samples_apart_is_refused(pool, tiny_run, tm
         trained(pool, tiny_run, tmp_path / "run", 1, 1, target=target, model=DRAFT)
 
 
-def test_one_sample_a_micro_batch_is_not_packed(tiny_run):
-    with pytest.raises(ConfigError, match=r"micro_batch_size \(1\) has one"):
-        tiny_config(tiny_run, **PACKED)
+def test_one_sample_a_pass_is_not_packed(tiny_run):
+    with pytest.raises(ConfigError, match=r"samples_per_pass \(1\) has one"):
+        tiny_config(tiny_run, target={"packing": True, "samples_per_pass": 1})
 
 
 def test_grouping_needs_a_loss_that_does_not_depend_on_it(tiny_run):
@@ -281,13 +283,22 @@ def test_a_grouped_step_has_the_same_samples(dp_size, micro_batch_size):
 
 
 def test_padding_is_said_before_the_run(tiny_run):
-    config = tiny_config(tiny_run, train={"micro_batch_size": 2, "global_batch_size": 4}, **GROUPED)
-    text = describe_padding(config, torch.tensor([10, 10, 6, 6]), None, 7, planner())
+    def said(samples, size, **sections):
+        sections["target"] = {"samples_per_pass": samples, **sections.get("target", {})}
+        train = {"micro_batch_size": size, "global_batch_size": 4}
+        plan = check(tiny_config(tiny_run, train=train, **sections), 1)
+        return describe_padding(plan, torch.tensor([10, 10, 6, 6]), None, 7)
+
+    text = said(2, 2, **GROUPED)
     assert text.startswith("padding: 0.0% of the positions")
     assert "first 7 steps" in text and "with both 0.0%" in text
     assert "as the samples come 0.0%" not in text
-    config.train.micro_batch_size = 1
-    assert describe_padding(config, torch.tensor([10, 10, 6, 6]), None, 7, planner()) is None
+    assert said(1, 1, **GROUPED) is None
+    # Micro-batches of other lengths are not padded to the longest of them, unless they must be.
+    assert said(4, 2, **GROUPED) == text
+    assert said(4, 1).startswith("padding: 0.0%")
+    sharded = {"shard_across_data_parallel": 0}
+    assert said(4, 1, target=sharded).startswith("padding: 0.0%"), "one rank shares with nobody"
 
 
 # Long samples
