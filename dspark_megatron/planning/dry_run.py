@@ -5,15 +5,16 @@ from pathlib import Path
 
 from dspark_megatron.config import Config
 from dspark_megatron.conversion.layouts.names import hugging_face_shapes
+from dspark_megatron.planning.cost.describe import describe_time
 from dspark_megatron.planning.memory import (
     Parts,
     RankMemory,
-    provider_note,
     quantization_note,
     rank_memory,
 )
 from dspark_megatron.planning.on_paper.observation import observed_draft
 from dspark_megatron.planning.pipeline import PipelineStates
+from dspark_megatron.planning.target.plan import target_pass
 from dspark_megatron.planning.work import StepWork, step_work
 from dspark_megatron.run.check import RunPlan, check
 from dspark_megatron.run.initial.initial_weights import InitialWeights
@@ -32,7 +33,7 @@ def describe_run(config: Config, world_size: int) -> str:
     if not config.train.resume or latest_iteration(checkpoints) is None:
         InitialWeights.open(plan)
         check_warm_start(plan)
-    lines = [config.to_yaml(), describe_plan(plan)]
+    lines = [config.to_yaml(), describe_plan(plan), *describe_time(plan)]
     if plan.found_tokenizer is None:
         lines.append(f"not checked: the tokenizer, since {config.target.path} has none")
     return "\n".join(lines)
@@ -51,7 +52,7 @@ def describe_plan(plan: RunPlan) -> str:
         *memory_lines(memory),
         *length_note(plan),
         *quantization_note(plan, counted="frozen target" in memory.held),
-        *provider_note(plan),
+        *target_pass(plan).by_formula,
         *draft.notes,
         *work_lines(step_work(plan)),
     ]

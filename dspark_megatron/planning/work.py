@@ -3,10 +3,11 @@
 import math
 from dataclasses import dataclass
 
-from dspark_megatron.planning.memory import pipeline_state_bytes, plan_target_work, target_passes
+from dspark_megatron.planning.memory import pipeline_state_bytes
 from dspark_megatron.planning.observing.work import Sent, Work, summed
 from dspark_megatron.planning.on_paper.observation import observed_draft
 from dspark_megatron.planning.pipeline import PipelineStates
+from dspark_megatron.planning.target.plan import target_pass
 from dspark_megatron.run.check import RunPlan
 
 
@@ -26,31 +27,8 @@ def step_work(plan: RunPlan) -> StepWork:
     count = config.train.global_batch_size // (config.train.micro_batch_size * plan.dp_size)
     parts = {name: work.times(count) for name, work in draft.micro_batch.items()}
     passes = math.ceil(count / plan.pass_size.micro_batches)
-    target = _target_work(plan).times(passes) + Work(sent=_pipeline(plan))
+    target = target_pass(plan).work.times(passes) + Work(sent=_pipeline(plan))
     return StepWork({"target": target, **parts, "optimizer": draft.once})
-
-
-def _target_work(plan: RunPlan) -> Work:
-    """Of one pass, by formula."""
-    tp, split, work = (
-        plan.config.parallel.tensor_parallel,
-        plan.target_split,
-        plan_target_work(plan),
-    )
-    shared, weights = tp * split.shards, target_passes(plan) * work.received_weights
-    sent = (
-        Sent("all-reduce", "target's outputs, tensor-parallel", tp, tp, work.all_reduced, 1),
-        Sent("send", "target's weights, between their shards", shared, shared, weights, 1),
-        Sent(
-            "send",
-            "target's tokens, to their experts",
-            split.ep_size,
-            split.ep_size,
-            work.exchanged,
-            1,
-        ),
-    )
-    return Work(sent=tuple(one for one in sent if one.handed))
 
 
 def _pipeline(plan: RunPlan) -> tuple[Sent, ...]:

@@ -10,9 +10,9 @@ from dspark_megatron.errors import ConfigError
 from dspark_megatron.planning.dry_run import describe_run
 from dspark_megatron.planning.memory import rank_memory
 from dspark_megatron.planning.meta_draft import draft_elements
+from dspark_megatron.planning.target.rank_model import target_bytes
 from dspark_megatron.run.check import check
 from dspark_megatron.storage.target_folder import load_target_config
-from dspark_megatron.targets.footprint import target_bytes
 from dspark_megatron.targets.huggingface.split import TargetSplit
 from support.paths import PUBLIC_CONFIGS, ROOT
 from support.shapes import SHAPES

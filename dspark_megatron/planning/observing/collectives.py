@@ -23,7 +23,15 @@ KINDS = {
     "isend": "send",
 }
 """By how an operator's name begins; the longest that fits."""
-SILENT = ("barrier", "monitored_barrier", "check_for_nan", "recv", "irecv", "wait_tensor")
+SILENT = (
+    "barrier",
+    "monitored_barrier",
+    "check_for_nan",
+    "recv",
+    "irecv",
+    "wait_tensor",
+    "wrap_tensor",
+)
 """What sends nothing that counts: the sender counts what it sends."""
 NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 

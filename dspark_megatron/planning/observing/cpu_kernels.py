@@ -13,6 +13,7 @@ from dspark_megatron.ops import chunk_budget
 from dspark_megatron.planning.observing.observer import Observer
 
 tile_rows = chunk_budget.tile_rows
+plain_attention = F.scaled_dot_product_attention
 
 
 @contextlib.contextmanager
@@ -29,7 +30,18 @@ def cpu_kernels(observer: Observer) -> Iterator[None]:
         yield
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor) -> Tensor:
-    mask = torch.zeros_like(attn_mask, dtype=query.dtype)
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if query.shape[-1] != value.shape[-1]:  # no kernel has this
+        return plain_attention(query, key, value, attn_mask, is_causal=is_causal, scale=scale)
+    mask = None if attn_mask is None else torch.zeros_like(attn_mask, dtype=query.dtype)
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return attend(query, key, value, attn_mask=mask)[0]
+    return attend(query, key, value, dropout_p, is_causal, attn_mask=mask, scale=scale)[0]

@@ -118,14 +118,14 @@ def _attention(observer: Observer) -> Callable[..., Tensor]:
         """As a flash kernel, or with a mask (or in fp32) as the memory-efficient one, which takes
         it as a number for each pair and needs keys of every head. Tiles that a causal mask hides
         are left out."""
-        if enable_gqa and key.shape[1] != query.shape[1]:
-            share = query.shape[1] // key.shape[1]
-            key, value = (x.repeat_interleave(share, dim=1) for x in (key, value))
         if attn_mask is None and query.dtype.itemsize == 2 and query.shape[-1] == value.shape[-1]:
             out = aten._scaled_dot_product_flash_attention(
                 query, key, value, dropout_p, is_causal, scale=scale
             )[0]
         else:
+            if enable_gqa and key.shape[1] != query.shape[1]:
+                share = query.shape[1] // key.shape[1]
+                key, value = (x.repeat_interleave(share, dim=1) for x in (key, value))
             bias = None if attn_mask is None else _as_numbers(attn_mask, query, key)
             out = aten._scaled_dot_product_efficient_attention(
                 query, key, value, bias, query.requires_grad, dropout_p, is_causal, scale=scale

@@ -30,14 +30,16 @@ class HuggingFaceTarget(Target):
         target_layer_ids: tuple[int, ...],
         *,
         split: TargetSplit,
-        dp_group: dist.ProcessGroup,
+        dp_group: dist.ProcessGroup | None,
         device: torch.device,
         with_last_hidden: bool = True,
+        model: PreTrainedModel | None = None,
     ) -> None:
         """dp_group: the data-parallel ranks, of which some may share the target's weights.
         with_last_hidden: false keeps no decoder layer above the last tap, and states then lack the
-        last hidden state; for objectives that do not compare with the target."""
-        self.model = load_base_model(config, split)
+        last hidden state; for objectives that do not compare with the target. model: this rank's
+        part of it; None loads it."""
+        self.model = load_base_model(config, split) if model is None else model
         self.model.to(device).eval().requires_grad_(False)
         self.lockstep = split.lockstep
         self.device, self.dtype = device, self.model.dtype
@@ -47,7 +49,7 @@ class HuggingFaceTarget(Target):
         self.packer = SequencePacker.of(config, hidden_size) if config.packing else None
         self._ids = target_layer_ids
         self._tapped: dict[int, Tensor] = {}
-        self.layers = _decoder_layers(self.model)
+        self.layers = decoder_layers(self.model)
         self._with_last_hidden = with_last_hidden
         if not with_last_hidden:
             # Every family runs the layers that the list has, whatever its config says.
@@ -167,7 +169,7 @@ def layer_output(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
+def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
     """The text model's list of decoder layers, wherever the family keeps it."""
     depth = model.config.get_text_config().num_hidden_layers
     lists = [

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from dspark_megatron.errors import ConfigError
+from dspark_megatron.planning.target.rank_model import target_bytes
 from dspark_megatron.run.check import check
 from dspark_megatron.storage.target_folder import load_target_config
-from dspark_megatron.targets.footprint import target_bytes
 from dspark_megatron.targets.huggingface.split import TargetSplit
 from support.sharded_targets import own_states
 from support.target_families import make_multimodal

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.planning.dry_run import describe_run
+from dspark_megatron.planning.target.rank_model import target_bytes
 from dspark_megatron.storage.safetensors_folder import SafetensorsFolder
 from dspark_megatron.storage.target_folder import load_target_config
-from dspark_megatron.targets.footprint import target_bytes
 from dspark_megatron.targets.huggingface.quantization import check_quantization
 from dspark_megatron.targets.huggingface.split import TargetSplit
 from support.sharded_targets import own_states
