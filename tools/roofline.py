@@ -10,6 +10,8 @@ import argparse
 
 from benchmarking import table
 
+from dspark_megatron.planning.cost.rates import Rates
+
 TARGETS = {
     "8B (h 4096, v 151936)": (4096, 151936),
     "70B (h 8192, v 128256)": (8192, 128256),
@@ -57,9 +59,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=int, default=3584, help="supervised slots")
     parser.add_argument("--chunk-rows", type=int, default=512)
-    parser.add_argument("--tflops", type=float, default=989, help="dense bf16, 10^12 a second")
-    parser.add_argument("--hbm", type=float, default=3.35, help="memory, 10^12 bytes a second")
-    parser.add_argument("--link", type=float, default=0.45, help="link, 10^12 bytes a second")
+    parser.add_argument(
+        "--tflops", type=float, default=Rates.tflops, help="dense bf16, 10^12 a second"
+    )
+    parser.add_argument("--hbm", type=float, default=Rates.hbm, help="memory, TB/s")
+    parser.add_argument(
+        "--link", type=float, default=Rates.nvlink / 1e3, help="link, 10^12 bytes a second"
+    )
     args = parser.parse_args()
     rows = [row(name, tp, args) for name in TARGETS for tp in (1, 2, 4, 8)]
     print("milliseconds at the limits of the machine: arithmetic, not measured")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dspark_megatron.config import Config
 from dspark_megatron.conversion.layouts.names import hugging_face_shapes
+from dspark_megatron.planning.cost.describe import describe_time
 from dspark_megatron.planning.memory import (
     Parts,
     RankMemory,
@@ -32,7 +33,7 @@ def describe_run(config: Config, world_size: int) -> str:
     if not config.train.resume or latest_iteration(checkpoints) is None:
         InitialWeights.open(plan)
         check_warm_start(plan)
-    lines = [config.to_yaml(), describe_plan(plan)]
+    lines = [config.to_yaml(), describe_plan(plan), *describe_time(plan)]
     if plan.found_tokenizer is None:
         lines.append(f"not checked: the tokenizer, since {config.target.path} has none")
     return "\n".join(lines)

@@ -1,59 +1,32 @@
-"""Which layouts fit a machine, and which of them sends least."""
+"""Which layouts fit a machine, and which of them takes least time."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
 from dspark_megatron.config import Config
 from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.planning.cost.machine import GIB, Machine
+from dspark_megatron.planning.cost.run_cost import step_tokens
+from dspark_megatron.planning.cost.step_time import StepTime, plan_step_time
 from dspark_megatron.planning.memory import RankMemory, rank_memory
 from dspark_megatron.planning.work import step_work
 from dspark_megatron.run.check import RunPlan, check_family, planned_layout
 from dspark_megatron.shape import draft_shape
 from dspark_megatron.shape.layout import check_batch_size
 
-GIB = 2**30
-SEARCHED = (
+SPLITS = (
     "parallel.tensor_parallel",
     "target.shard_across_data_parallel",
     "parallel.expert_parallel",
-    "train.recompute_activations",
     "parallel.sequence_parallel",
 )
+RECOMPUTE, PASS = "train.recompute_activations", "target.samples_per_pass"
+SEARCHED = (*SPLITS, RECOMPUTE, PASS)
 """Keys that the search sets, but for those that the user has set."""
-
-
-@dataclass(frozen=True)
-class Machine:
-    gpus_per_node: int
-    nodes: int
-    gpu_memory_gib: float
-    margin: float = 0.9
-    """Share of the memory that a plan may fill: what is not planned needs the rest."""
-    node_gb_per_s: float = 450.0
-    """A GPU's, in one direction within a node (NVLink of an H100, by its data sheet)."""
-    network_gb_per_s: float = 50.0
-    """A GPU's, in one direction between nodes (400 Gb/s)."""
-
-    def validate(self) -> None:
-        for name in ("gpus_per_node", "nodes"):
-            require(getattr(self, name) >= 1, f"{name} ({getattr(self, name)}) must be >= 1")
-        for name in ("gpu_memory_gib", "node_gb_per_s", "network_gb_per_s"):
-            require(getattr(self, name) > 0, f"{name} ({getattr(self, name):g}) must be > 0")
-        require(
-            0 < self.margin <= 1,
-            f"margin ({self.margin:g}), the share of a GPU's memory that is planned with, must be "
-            "in (0, 1]",
-        )
-
-    @property
-    def world_size(self) -> int:
-        return self.gpus_per_node * self.nodes
-
-    @property
-    def usable_bytes(self) -> float:
-        return self.gpu_memory_gib * self.margin * GIB
+OF_TARGETS = (*SPLITS[1:3], PASS)
+"""Of these, what is nothing to a run on stored states."""
 
 
 @dataclass(frozen=True)
@@ -65,20 +38,27 @@ class Candidate:
     sent_in_node: int
     sent_between_nodes: int
     fits: bool
-    seconds: float
-    """What is sent in a step at the machine's rates: an order of preference, no forecast."""
+    time: StepTime
     order: tuple[Any, ...] = field(compare=False)
-    """The best comes first: least communication; of equals the one that recomputes nothing, splits
-    least and gathers least."""
+    """The best comes first: least time; of equals the one that recomputes nothing, splits least and
+    gathers least."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        return step_tokens(self.plan) / self.time.total
+
+
+class NothingFits(ConfigError):
+    """The rules allow layouts, and the memory none."""
 
 
 def best_layout(candidates: list[Candidate], machine: Machine) -> Candidate:
-    """ConfigError with the leanest of them when none fits."""
+    """NothingFits with the leanest of them when none fits."""
     fitting = [candidate for candidate in candidates if candidate.fits]
     if fitting:
         return min(fitting, key=lambda candidate: candidate.order)
     lean = min(candidates, key=lambda candidate: candidate.memory.total)
-    raise ConfigError(
+    raise NothingFits(
         f"no layout fits {machine.nodes} node(s) of {machine.gpus_per_node} GPUs: the leanest "
         f"({layout_words(lean.plan)}) takes {lean.memory.total / GIB:.1f} GiB a GPU, and "
         f"{machine.margin:g} x {machine.gpu_memory_gib:g} = {machine.usable_bytes / GIB:.1f} GiB "
@@ -95,6 +75,8 @@ def layout_words(plan: RunPlan) -> str:
         words.append(f"target shared by {plan.target_split.shards} data-parallel ranks")
     if config.parallel.expert_parallel > 1:
         words.append(f"EP {config.parallel.expert_parallel}")
+    if plan.pass_size.micro_batches > 1:
+        words.append(f"{plan.pass_size.samples} samples a pass of the target")
     if config.parallel.sequence_parallel:
         words.append("sequence parallel")
     if config.train.recompute_activations:
@@ -114,66 +96,88 @@ def layouts(
         "out, or look at one layout with --dry-run",
     )
     check_family(base, target_config)
+    if base.target.is_stored:
+        fixed = fixed | set(OF_TARGETS)
     shape = draft_shape(base.model, target_config)
     found: list[Candidate] = []
     refused: dict[int, str] = {}
-    for config in _configs(base, machine, fixed):
-        tp = config.parallel.tensor_parallel
+
+    def candidate(config: Config) -> Candidate:
+        plan = planned_layout(config, target_config, shape, machine.world_size)
+        check_batch_size(config.train, plan.dp_size)
+        return _candidate(plan, machine)
+
+    for split in _splits(base, machine, fixed):
         try:
-            plan = planned_layout(config, target_config, shape, machine.world_size)
-            check_batch_size(config.train, plan.dp_size)
-            found.append(_candidate(plan, machine))
+            found += _sizes(split, machine, fixed, candidate)
         except ConfigError as error:
-            refused.setdefault(tp, str(error))
+            refused.setdefault(split.parallel.tensor_parallel, str(error))
     require(bool(found), next(iter(refused.values()), ""))
     allowed = {candidate.plan.target_split.tp_size for candidate in found}
     refused = {tp: why for tp, why in refused.items() if tp not in allowed}
     return sorted(found, key=lambda candidate: candidate.order), refused
 
 
-def _configs(base: Config, machine: Machine, fixed: set[str]) -> Iterator[Config]:
+def _splits(base: Config, machine: Machine, fixed: set[str]) -> Iterator[Config]:
     """Tensor parallelism stays within a node. The target is held whole, shared within a node or
     shared by all; its experts are split as the rest, or whole ones are spread over the
     tensor-parallel ranks or over all that share the target."""
-
-    def choices(key: str, values: list[Any]) -> list[Any]:
-        section, name = key.split(".")
-        return [getattr(getattr(base, section), name)] if key in fixed else values
-
     gpus, world = machine.gpus_per_node, machine.world_size
-    for tp in choices(SEARCHED[0], [n for n in range(1, gpus + 1) if gpus % n == 0]):
+    tp_key, shards_key, ep_key, rows_key = SPLITS
+    for tp in _choices(base, tp_key, [n for n in range(1, gpus + 1) if gpus % n == 0], fixed):
         sharing = sorted({1, max(1, gpus // tp), max(1, world // tp)})
-        for shards in choices(SEARCHED[1], sharing):
+        rows = _choices(base, rows_key, [False, True] if tp > 1 else [False], fixed)
+        for shards in _choices(base, shards_key, sharing, fixed):
             spread = sorted({1, tp, tp * (shards or max(1, world // tp))})
-            again = choices(SEARCHED[3], [False, True])
-            rows = choices(SEARCHED[4], [False, True] if tp > 1 else [False])
-            for ep, recompute, split in product(choices(SEARCHED[2], spread), again, rows):
-                yield replace(
-                    base,
-                    target=replace(base.target, shard_across_data_parallel=shards),
-                    parallel=replace(
-                        base.parallel,
-                        tensor_parallel=tp,
-                        expert_parallel=ep,
-                        sequence_parallel=split,
-                    ),
-                    train=replace(base.train, recompute_activations=recompute),
-                )
+            for ep, split in product(_choices(base, ep_key, spread, fixed), rows):
+                values = (tp, shards, ep, split)
+                yield _changed(base, dict(zip(SPLITS, values, strict=True)))
+
+
+def _sizes(
+    split: Config, machine: Machine, fixed: set[str], candidate: Callable[[Config], Candidate]
+) -> list[Candidate]:
+    """Of one split: ever more samples in a pass of the target, until they do not fit, and the same
+    with recomputation where not all did. Both only cost or save memory and time together."""
+    train, found = split.train, []
+    a_rank = train.global_batch_size * split.parallel.tensor_parallel // machine.world_size
+    growing = [train.micro_batch_size]
+    while 2 * growing[-1] <= a_rank:
+        growing.append(2 * growing[-1])
+    for recompute in _choices(split, RECOMPUTE, [False, True], fixed):
+        for samples in _choices(split, PASS, growing, fixed):
+            found.append(candidate(_changed(split, {RECOMPUTE: recompute, PASS: samples})))
+            if not found[-1].fits:
+                break
+        else:
+            break
+    return found
+
+
+def _choices(base: Config, key: str, values: list[Any], fixed: set[str]) -> list[Any]:
+    section, name = key.split(".")
+    return [getattr(getattr(base, section), name)] if key in fixed else values
+
+
+def _changed(config: Config, values: dict[str, Any]) -> Config:
+    for key, value in values.items():
+        section, name = key.split(".")
+        config = replace(config, **{section: replace(getattr(config, section), **{name: value})})
+    return config
 
 
 def _candidate(plan: RunPlan, machine: Machine) -> Candidate:
-    memory, sent = rank_memory(plan), {True: 0, False: 0}
-    for one in step_work(plan).sent:
+    memory, work, sent = rank_memory(plan), step_work(plan), {True: 0, False: 0}
+    for one in work.sent:
         sent[one.span <= machine.gpus_per_node] += one.sent
-    seconds = sent[True] / machine.node_gb_per_s + sent[False] / machine.network_gb_per_s
-    seconds /= 1e9
-    split = plan.config.parallel
+    time, split = plan_step_time(plan, work, machine), plan.config.parallel
     order = (
-        seconds,
+        time.total,
         plan.config.train.recompute_activations,
         split.tensor_parallel,
         plan.target_split.shards,
         split.expert_parallel,
+        plan.pass_size.samples,
     )
     fits = memory.total <= machine.usable_bytes
-    return Candidate(plan, memory, sent[True], sent[False], fits, seconds, order)
+    return Candidate(plan, memory, sent[True], sent[False], fits, time, order)

@@ -1,7 +1,7 @@
 """From a target's config and a machine to a layout and the YAML of a run."""
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,19 @@ from transformers import PretrainedConfig
 from dspark_megatron.config import Config
 from dspark_megatron.config.loading import config_from_dict, merged_sections, nested_overrides
 from dspark_megatron.errors import require
+from dspark_megatron.planning.cost.describe import time_lines
+from dspark_megatron.planning.cost.machine import GIB, Machine
+from dspark_megatron.planning.cost.run_cost import Bill, cost_lines
+from dspark_megatron.planning.cost.store import store_cost, store_lines
 from dspark_megatron.planning.dry_run import describe_plan
 from dspark_megatron.planning.layouts import (
-    GIB,
     SEARCHED,
     Candidate,
-    Machine,
     best_layout,
     layout_words,
     layouts,
 )
-from dspark_megatron.run.check import RunPlan
 from dspark_megatron.storage.target_folder import load_target_config
-from dspark_megatron.targets.stored.deepspec_layout import RECORD, DeepSpecLayout
 
 TAPS = 5
 
@@ -37,15 +37,30 @@ class Wish:
     seq_length: int = 4096
     global_batch_size: int = 512
     micro_batch_size: int = 1
-    samples: int | None = None
-    """Training samples, for the size of their stored states."""
+    bill: Bill = field(default_factory=Bill)
     overrides: list[str] = field(default_factory=list)
     """`section.key=value`"""
 
 
-def recommend(wish: Wish, machine: Machine) -> str:
-    """YAML of a run that fits the machine, with the plan as its comments. Raises ConfigError when
-    the rules or the memory allow none."""
+@dataclass(frozen=True)
+class Search:
+    """The layouts of a wish."""
+
+    wish: Wish
+    machine: Machine
+    target_config: PretrainedConfig
+    asked: Config
+    """Before anything was chosen."""
+    fixed: set[str]
+    """Keys that the wish sets."""
+    found: list[Candidate]
+    refused: dict[int, str]
+    """Tensor-parallel sizes that the rules do not allow, with the reason."""
+    best: Candidate
+
+
+def search(wish: Wish, machine: Machine) -> Search:
+    """Raises ConfigError when the rules or the memory allow no layout."""
     machine.validate()
     _check(wish)
     folder = _folder(wish.target)
@@ -54,28 +69,39 @@ def recommend(wish: Wish, machine: Machine) -> str:
     sections = merged_sections(_sections(wish, folder, target_config, changes), changes)
     config = config_from_dict(sections)
     config.validate()
-    asked = config.model.mask_token_id
-    if asked is None:  # no size depends on it
-        config.model.mask_token_id = _stand_in(target_config)
+    asked = config
+    if asked.model.mask_token_id is None:  # no size depends on it
+        mask = _stand_in(target_config)
+        config = replace(asked, model=replace(asked.model, mask_token_id=mask))
     fixed = {f"{section}.{key}" for section, keys in changes.items() for key in keys}
     found, refused = layouts(config, target_config, machine, fixed=fixed)
     best = best_layout(found, machine)
+    return Search(wish, machine, target_config, asked, fixed, found, refused, best)
+
+
+def recommend(wish: Wish, machine: Machine) -> str:
+    """YAML of a run that fits the machine, with the plan as its comments. Raises ConfigError when
+    the rules or the memory allow none."""
+    done = search(wish, machine)
+    best, bill = done.best, wish.bill
     lines = [
         f"{machine.nodes} node(s) of {machine.gpus_per_node} GPUs with {machine.gpu_memory_gib:g} "
         f"GiB, of which {machine.margin:g} are planned with",
         "",
-        *candidate_lines(found, best),
-        *(f"refused: TP {tp}: {why}" for tp, why in refused.items()),
+        *candidate_lines(done.found, best),
+        *(f"refused: TP {tp}: {why}" for tp, why in done.refused.items()),
         "",
-        f"chosen: {layout_words(best.plan)}: of the layouts that fit the one that sends least",
+        f"chosen: {layout_words(best.plan)}: of the layouts that fit the one that takes least time",
         "",
         *describe_plan(best.plan).splitlines(),
-        *stored_states_lines(best.plan, wish.samples),
+        "",
+        *time_lines(best.time, machine, best.plan),
+        *cost_lines(best.plan, best.time, bill, machine.world_size),
+        *stored_lines(done),
     ]
-    for candidate in found:
-        candidate.plan.config.model.mask_token_id = asked
     comment = "\n".join(lines).splitlines()  # a folder's name may have several
-    return "".join(f"# {line}".rstrip() + "\n" for line in comment) + _yaml(best.plan.config)
+    config = replace(best.plan.config, model=done.asked.model)  # without the stand-in
+    return "".join(f"# {line}".rstrip() + "\n" for line in comment) + _yaml(config)
 
 
 def evenly_spread_layers(num_layers: int, taps: int = TAPS) -> list[int]:
@@ -95,24 +121,22 @@ def candidate_lines(found: list[Candidate], best: Candidate) -> list[str]:
     for candidate in found:
         split = candidate.plan.target_split
         ways.setdefault((split.tp_size, split.shards, split.ep_size), []).append(candidate)
-    lines = ["  GiB/GPU  GiB sent/step in a node, between nodes  seconds at given rates  layout"]
+    lines = [f"{'GiB/GPU':>9} {'seconds':>10} {'tokens/s':>11} {'GiB in node':>12} {'between':>10}"]
+    lines[0] += "  layout (a step; arithmetic)"
     for way in sorted(ways):
         fitting = [candidate for candidate in ways[way] if candidate.fits]
         one = fitting[0] if fitting else min(ways[way], key=lambda c: c.memory.total)
         state = "chosen" if one is best else "fits" if one.fits else "too large"
         lines.append(
-            f"{one.memory.total / GIB:9.1f} {one.sent_in_node / GIB:12,.1f} "
-            f"{one.sent_between_nodes / GIB:12,.1f} {one.seconds:10,.2f}  "
+            f"{one.memory.total / GIB:9.1f} {one.time.total:10,.2f} {one.tokens_per_second:11,.0f} "
+            f"{one.sent_in_node / GIB:12,.1f} {one.sent_between_nodes / GIB:10,.1f}  "
             f"{layout_words(one.plan)}: {state}"
         )
     return lines
 
 
 def _check(wish: Wish) -> None:
-    require(
-        wish.samples is None or wish.samples >= 1,
-        f"samples ({wish.samples}) must be >= 1; leave it out for the size of one",
-    )
+    wish.bill.validate()
     require(
         not any(text.startswith("target.path=") for text in wish.overrides),
         "target.path is the target that is planned for; name it as the target, not as an override",
@@ -177,13 +201,23 @@ def _yaml(config: Config) -> str:
     return text.replace(missing, missing + hint)
 
 
-def stored_states_lines(plan: RunPlan, samples: int | None) -> list[str]:
-    """What DeepSpec's layout of stored states would take, for samples of full length."""
-    length, many = plan.config.data.max_length, f"{samples:,} samples" if samples else "1 sample"
-    layout = DeepSpecLayout(plan.shape.hidden_size, plan.shape.target_layer_ids, "")
-    size = (samples or 1) * (layout.sample_bytes(length) + RECORD.size)
-    return [
-        f"states kept on disk instead (DeepSpec's cache, bf16): {size / 2**30:,.3f} GiB for {many} "
-        f"of {length} tokens; tools/prepare_target_cache.py says what its own layout takes of your "
-        "data, and the run above computes them in every step",
-    ]
+def stored_lines(done: Search) -> list[str]:
+    """What a store of the target's states would take and gain; none where the run reads one."""
+    if done.best.plan.config.target.is_stored:
+        return []
+    samples = done.wish.bill.samples or 10**6
+    reader, rates = reading_layout(done), done.machine.rates
+    cost = store_cost(done.best.plan, done.best.time, reader.time, samples, rates)
+    return store_lines(cost, samples, layout_words(reader.plan), rates)
+
+
+def reading_layout(done: Search) -> Candidate:
+    """The best layout of a run on stored states: without the target others may be better."""
+    config = done.best.plan.config
+    reading = replace(
+        config,
+        target=replace(config.target, provider="cache", shard_across_data_parallel=1),
+        parallel=replace(config.parallel, expert_parallel=1),
+    )
+    found, _ = layouts(reading, done.target_config, done.machine, fixed=done.fixed)
+    return best_layout(found, done.machine)

@@ -1,5 +1,6 @@
 """tools/plan.py: layouts, the one that is chosen, and a YAML that runs."""
 
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -9,13 +10,18 @@ import torch
 from dspark_megatron.config import TargetConfig
 from dspark_megatron.config.loading import load_config
 from dspark_megatron.errors import ConfigError
+from dspark_megatron.planning import layouts
+from dspark_megatron.planning.cost.machine import Machine
+from dspark_megatron.planning.cost.rates import Rates
+from dspark_megatron.planning.cost.run_cost import Bill
 from dspark_megatron.planning.dry_run import describe_run
-from dspark_megatron.planning.layouts import Machine
+from dspark_megatron.planning.observing.work import Sent, Work
 from dspark_megatron.planning.recommend import Wish, evenly_spread_layers, recommend
 from dspark_megatron.planning.target.observed import ObservedTarget
 from dspark_megatron.planning.target.plan import target_pass
 from dspark_megatron.planning.target.rank_model import target_bytes
 from dspark_megatron.planning.target.target_pass import CACHE, GATHERED, OUTPUTS, SHARDS
+from dspark_megatron.planning.work import StepWork
 from dspark_megatron.run.check import check
 from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.targets.huggingface.split import TargetSplit
@@ -38,24 +44,55 @@ def loaded(text, tmp_path, *overrides):
 
 @pytest.mark.slow
 def test_the_yaml_passes_its_own_dry_run(tmp_path):
-    """From the command line, with the target given as a file."""
+    """From the command line, with the target given as a file, and says what the run costs."""
     target, file = PUBLIC_CONFIGS / "llama-3.1-70b" / "config.json", tmp_path / "run.yaml"
-    run_tool("tools/plan.py", "--target", target, "--output", file, MASK)
+    options = ["--samples", "512000", "--price-per-gpu-hour", "2", "--output", file]
+    run_tool("tools/plan.py", "--target", target, *options, MASK)
     config = load_config(file)
-    text = describe_run(config, 8)
-    planned = [line for line in text.splitlines() if "at the highest" in line]
-    assert f"# {planned[0]}" in file.read_text()
+    dry, text = describe_run(config, 8), file.read_text()
+    planned = [line for line in dry.splitlines() if "at the highest" in line]
+    assert f"# {planned[0]}" in text
     assert float(planned[0].split()[-1]) < NODE.usable_bytes / 2**30
+    step = float(re.search(r"seconds of a step.*?\n#   sum +([\d.]+)", text, re.S)[1])
+    hours = re.search(
+        r"hours of the run: ([\d,.]+) for 10,000 steps, ([\d,]+) .*?, ([\d,]+) at 2", text
+    )
+    hours, gpu_hours, price = (float(value.replace(",", "")) for value in hours.groups())
+    assert hours == pytest.approx(step * 10_000 / 3600, abs=0.06)
+    assert gpu_hours == pytest.approx(8 * hours, abs=1) and price == pytest.approx(
+        2 * gpu_hours, abs=2
+    )
+    assert re.search(r"from \d+ epochs on a store costs less GPU time", text)
 
 
-def test_the_cheapest_that_fits_is_chosen():
-    text = recommend(wish("llama-3.1-70b", MASK), NODE)
+def chosen_and_rows(text):
+    """The columns of each layout, and whether it fits."""
     rows = [line for line in text.splitlines() if line.endswith(("fits", "too large", "chosen"))]
-    fitting = [row for row in rows if not row.endswith("too large")]
-    seconds = {row.split("#")[1].split()[3]: row for row in fitting}
-    assert len(rows) == 7 and seconds[min(seconds, key=float)].endswith("chosen")
-    for row in fitting:
-        assert float(row.split()[1]) < NODE.usable_bytes / 2**30
+    return [(row.split()[1:6], row.rpartition(" ")[2]) for row in rows]
+
+
+def test_the_fastest_that_fits_is_chosen():
+    rows = chosen_and_rows(recommend(wish("llama-3.1-70b", MASK), NODE))
+    fitting = [(float(c[1]), float(c[0]), end) for c, end in rows if end != "large"]
+    assert len(rows) == 7 and min(fitting)[2] == "chosen"
+    for _, gib, _ in fitting:
+        assert gib < NODE.usable_bytes / 2**30
+
+
+def made_up_work(plan):
+    """TP 8 sends least, and TP 4 is done first."""
+    tp = plan.config.parallel.tensor_parallel
+    sent = Sent("all-reduce", "draft, tensor-parallel", tp, tp, {8: 1, 4: 2}.get(tp, 9) * 10**9, 1)
+    draft = Work({8: 10**17, 4: 10**16}.get(tp, 10**18), 0, (sent,))
+    return StepWork({"target": Work(10**15), "draft": draft})
+
+
+def test_least_time_is_not_least_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(layouts, "step_work", made_up_work)
+    text = recommend(wish("llama-3.1-70b", MASK), NODE)
+    fitting = {cells[3]: end for cells, end in chosen_and_rows(text) if end != "large"}
+    assert len(fitting) > 1 and fitting[min(fitting, key=float)] == "fits"
+    assert loaded(text, tmp_path).parallel.tensor_parallel == 4
 
 
 def test_a_given_key_stays(tmp_path):
@@ -127,7 +164,9 @@ def test_the_rules_allow_nothing():
         ({"gpus_per_node": -1}, r"gpus_per_node \(-1\) must be >= 1"),
         ({"gpu_memory_gib": 0}, r"gpu_memory_gib \(0\) must be > 0"),
         ({"margin": 2}, r"margin \(2\).*\(0, 1\]"),
-        ({"network_gb_per_s": 0}, r"network_gb_per_s \(0\) must be > 0"),
+        ({"gpu_memory_gib": float("nan")}, r"gpu_memory_gib \(nan\) must be > 0"),
+        ({"nodes": 10**9}, r"nodes \(1000000000\) x gpus_per_node \(8\) must be at most 100,000"),
+        ({"rates": Rates(network=0)}, r"network \(0\) must be > 0"),
     ],
 )
 def test_a_machine_that_cannot_be(changes, message):
@@ -137,7 +176,7 @@ def test_a_machine_that_cannot_be(changes, message):
 
 def test_a_wish_that_cannot_be():
     with pytest.raises(ConfigError, match=r"samples \(0\) must be >= 1"):
-        recommend(wish("qwen3-8b", samples=0), NODE)
+        recommend(wish("qwen3-8b", bill=Bill(samples=0)), NODE)
     with pytest.raises(ConfigError, match=r"target\.path is the target that is planned for"):
         recommend(wish("qwen3-8b", "target.path=elsewhere"), NODE)
 
@@ -157,7 +196,7 @@ def test_a_size_that_the_rules_refuse_is_named_with_the_reason(tmp_path):
     reasons = [line for line in text.splitlines() if line.startswith("# refused: TP ")]
     assert [line.split()[3] for line in reasons] == ["1:", "2:"]
     assert all("train.global_batch_size (2) must be divisible" in line for line in reasons)
-    assert "iterations: 7" in text and "epochs" not in text
+    assert "iterations: 7" in text and "epochs:" not in text
 
 
 @pytest.mark.parametrize(
@@ -170,9 +209,20 @@ def test_taps_are_spread_as_in_the_paper(layers, ids):
 
 def test_stored_states_of_the_paper_s_size():
     """DeepSpec's own figure for Qwen3-4B is 38 TB."""
-    text = recommend(wish("qwen3-8b", "model.target_layer_ids=[1]", samples=1000), NODE)
+    keys = MASK, "model.target_layer_ids=[1]", "parallel.tensor_parallel=2"
+    text = recommend(wish("qwen3-8b", *keys, bill=Bill(samples=1000)), NODE)
     gib = 1000 * (4096 * (2 * 4096 * 2 + 6) + 56) / 2**30
-    assert f"{gib:,.3f} GiB for 1,000 samples of 4096 tokens; tools/prepare_target_cache" in text
+    assert f"written once: {gib:,.3f} GiB in " in text
+
+
+def test_a_run_on_stored_states_is_planned_without_a_target(tmp_path):
+    """And reading them counts where the disk is slow."""
+    keys = MASK, "target.provider=cache", "target.cache=states", "parallel.tensor_parallel=1"
+    text = recommend(wish("qwen3-8b", *keys), NODE)
+    assert "target, computing" not in text and "a store of the states instead" not in text
+    slow = recommend(wish("qwen3-8b", *keys), replace(NODE, rates=Rates(disk=0.01)))
+    seconds = 512 * (4096 * (6 * 4096 * 2 + 6) + 56) / 1e7
+    assert re.search(rf"the reading +{seconds:.3f}", slow)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import pytest
 
 from dspark_megatron.config.loading import load_config
 from dspark_megatron.errors import ConfigError
+from dspark_megatron.planning.cost.machine import Machine
 from dspark_megatron.planning.dry_run import describe_run
-from dspark_megatron.planning.layouts import Machine
 from dspark_megatron.planning.recommend import Wish, recommend
 from support.paths import ROOT
 from support.real_targets import TARGETS

@@ -149,6 +149,8 @@ class Observer(TorchDispatchMode):
 
 @functools.cache
 def _is_made_of_others(function: Any) -> bool:
-    """Only in inference mode such operators arrive whole."""
-    key = torch._C.DispatchKey.CompositeImplicitAutograd
-    return function.namespace == "aten" and function.has_kernel_for_dispatch_key(key)
+    """And has no kernel of its own. Only in inference mode such operators arrive whole."""
+    keys = torch._C.DispatchKey
+    has = function.has_kernel_for_dispatch_key
+    own = has(keys.CPU) or has(keys.Meta)
+    return function.namespace == "aten" and has(keys.CompositeImplicitAutograd) and not own
