@@ -25,15 +25,16 @@ LAYOUTS = [
 """Ranks, tensor-parallel ones, variant."""
 
 
-def measured(runtime, tp, dp, variant):
-    return benchmark_plan.measured(runtime, benchmark_plan.step_plan(SIZES, tp, dp, variant))
+def measured(runtime, variant):
+    sizes = runtime.tp_group.size(), runtime.dp_group.size()
+    return benchmark_plan.measured(runtime, benchmark_plan.step_plan(SIZES, *sizes, variant))
 
 
 @pytest.mark.parametrize("world, tp, variant", LAYOUTS)
 def test_a_step_takes_and_sends_what_the_plan_says(pool, world, tp, variant):
     """Memory within a twentieth, and every byte of every kind of collective and group."""
     plan = benchmark_plan.planned(benchmark_plan.step_plan(SIZES, tp, world // tp, variant))
-    for real in pool.run(measured, world=world, tp=tp, dp=world // tp, variant=variant):
+    for real in pool.run(measured, world=world, tp=tp, variant=variant):
         benchmark_plan.check(plan, real, variant)
         assert (world > 1) == bool(real.sent)
 
