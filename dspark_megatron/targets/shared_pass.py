@@ -35,9 +35,9 @@ class PassSize:
     def of(
         cls, config: Config, shape: DraftShape, dtype: torch.dtype, *, dp_size: int
     ) -> "PassSize":
-        """dtype: the target's. At least one micro-batch, and no more than a step has on a rank; as
-        many in one pass of a step as in another, or one less. One where no pass is shared: stored
-        states have none, and pipeline stages have `parallel.pipeline_micro_batches`."""
+        """dtype: the target's. At least one micro-batch, and no more than a step has on a rank, or
+        than its number of passes needs. One where no pass is shared: stored states have none, and
+        pipeline stages have `parallel.pipeline_micro_batches`."""
         train, target = config.train, config.target
         layer_bytes = config.data.max_length * shape.hidden_size * dtype.itemsize
         layers = len(shape.target_layer_ids) + config.needs_target_logits
