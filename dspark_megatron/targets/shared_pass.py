@@ -6,6 +6,7 @@ takes at once need not be the draft's micro-batch. A sharded target is gathered 
 Shapes: b samples of a micro-batch, s their length, m taps of width h.
 """
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,9 +35,9 @@ class PassSize:
     def of(
         cls, config: Config, shape: DraftShape, dtype: torch.dtype, *, dp_size: int
     ) -> "PassSize":
-        """dtype: the target's. At least one micro-batch, and no more than a step has on a rank; as
-        many in one pass of a step as in another, or one less. One where no pass is shared: stored
-        states have none, and pipeline stages have `parallel.pipeline_micro_batches`."""
+        """dtype: the target's. At least one micro-batch, and no more than a step has on a rank, or
+        than its number of passes needs. One where no pass is shared: stored states have none, and
+        pipeline stages have `parallel.pipeline_micro_batches`."""
         train, target = config.train, config.target
         layer_bytes = config.data.max_length * shape.hidden_size * dtype.itemsize
         layers = len(shape.target_layer_ids) + config.needs_target_logits
@@ -48,8 +49,8 @@ class PassSize:
         else:
             # At a pass's end all are there twice, while each micro-batch gets a copy of its own.
             most = _that_fit(config, 2 * layers * layer_bytes) // train.micro_batch_size
-        most = min(max(1, most), of_step)
-        micro_batches = -(-of_step // -(-of_step // most))
+        passes = math.ceil(of_step / max(1, most))
+        micro_batches = math.ceil(of_step / passes)
         return cls(micro_batches, micro_batches * train.micro_batch_size, layers * layer_bytes)
 
     def waiting_bytes(self) -> int:
