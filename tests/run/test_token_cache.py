@@ -264,6 +264,21 @@ def test_a_cache_that_is_a_file_is_refused(load, tmp_path):
         load()
 
 
+def test_a_cache_within_a_file_is_refused(load, tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(ConfigError, match="must be writable: Not a directory; name another"):
+        load(cache_dir="notes/cache")
+
+
+def test_a_lock_that_was_deleted_stops_nobody(caches, monkeypatch):
+    monkeypatch.setattr(token_cache, "_SIGN_SECONDS", 0)
+    work = caches[0].make()
+    next(work)
+    shutil.rmtree(next(caches[0].folder.glob(".*.making")))
+    list(work)
+    assert caches[0].find() is not None
+
+
 def test_a_read_only_cache_serves_what_it_has(load, tmp_path, monkeypatch):
     wanted = load(weights=[1, 2])
 
