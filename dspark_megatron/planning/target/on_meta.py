@@ -63,7 +63,7 @@ class EvenRouting(TorchFunctionMode):
             self._pairs = args[2].numel()
         if function is Tensor.tolist and args[0].is_meta and args[0].dim() == 2:
             sent_and_received, ranks = args[0].shape
-            return [_even(self._pairs, ranks)] * sent_and_received
+            return [even(self._pairs, ranks)] * sent_and_received
         return function(*args, **(kwargs or {}))
 
     def _grouped_mm(self, rows: Tensor, weights: Tensor, **_: Any) -> Tensor:
@@ -78,5 +78,6 @@ class EvenRouting(TorchFunctionMode):
 _GROUPED = [getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None)]
 
 
-def _even(total: int, parts: int) -> list[int]:
+def even(total: int, parts: int) -> list[int]:
+    """A number in as many whole parts."""
     return [total // parts + (i < total % parts) for i in range(parts)]
