@@ -1,11 +1,12 @@
-"""Read checkpoints and stored states in full and compare them with their checksums.
+"""Read checkpoints, stored states and tokenized data in full and compare their checksums.
 
     python tools/verify_storage.py CHECKPOINT_OR_STORE [...]
 
-Takes runs and `checkpoints` folders (all of their checkpoints), single `iter_*` folders, and
-folders of stored states in either layout. Prints a line for each file and, where all are sound,
-one for the folder. Folders of older versions have no checksums: sizes and values are checked, and
-that is said. The exit code is 1 if anything is damaged, 2 for a path that holds neither.
+Takes runs and `checkpoints` folders (all of their checkpoints), single `iter_*` folders, folders
+of stored states in either layout, and `tokens_*` folders of tokenized data. Prints a line for each
+file and, where all are sound, one for the folder. Folders of older versions have no checksums:
+sizes and values are checked, and that is said. The exit code is 1 if anything is damaged, 2 for a
+path that holds none of these.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from dspark_megatron.errors import ConfigError, print_error, printable
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare checkpoints and stored states in full.")
-    help_of_path = "a run, a checkpoint, or a folder of stored states"
+    help_of_path = "a run, a checkpoint, or a folder of stored states or tokenized data"
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=help_of_path)
     return parser.parse_args(argv)
 

@@ -47,6 +47,11 @@ def store_name(facts: Facts) -> str:
     return f"tokens_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
+def is_token_store(folder: Path) -> bool:
+    """By the names of its files; it may be damaged."""
+    return _path(folder, "token_ids").is_file()
+
+
 def write_store(folder: Path, facts: Facts, work: Tokenizing) -> Iterator[None]:
     """Tokenize into an empty folder; a step for each batch of lines. ConfigError when the disk
     refuses, and as `Tokenizing.into`."""

@@ -82,6 +82,8 @@ def load_run_data(
     if store is not None:
         dataset = dataset_in(store, entries, rules, weights)
     else:
+        if runtime is not None and runtime.world_size > 1:
+            work = partial(work, workers=0)  # every rank tokenizes
         dataset = load_in_memory(work(), entries, rules, weights)
     if runtime is not None:
         agree(sample_facts(name, dataset))

@@ -64,7 +64,7 @@ class TokenCache:
     def find(self) -> TokenStore | None:
         """None where there is none, or one that is damaged, which is said."""
         require(
-            self.folder.is_dir() or not os.path.lexists(self.folder),
+            os.path.isdir(self.folder) or not os.path.lexists(self.folder),
             f"data.cache_dir {self.folder} must be a folder, and is none; name another one",
         )
         try:
@@ -114,7 +114,8 @@ def _signed(work: Iterator[None], file: Path) -> Iterator[None]:
     for _ in work:
         if time.monotonic() - last > _SIGN_SECONDS:
             last = time.monotonic()
-            os.utime(file)
+            with contextlib.suppress(OSError):  # somebody has deleted it
+                os.utime(file)
         yield
 
 

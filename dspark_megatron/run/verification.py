@@ -1,10 +1,12 @@
-"""The work of tools/verify_storage.py: every file of checkpoints and stored states, in full."""
+"""The work of tools/verify_storage.py: every file of checkpoints, stored states and tokenized data,
+in full."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from dspark_megatron.conversion.target_match import not_finite
+from dspark_megatron.data.token_store import is_token_store
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.run.states import reader_of_states
 from dspark_megatron.storage.checkpoints.damage import Damage
@@ -38,7 +40,10 @@ class Verdict:
 
 def verify(path: Path) -> Iterator[Verdict]:
     """One for each file, and one for each checkpoint whose files are all sound. ConfigError for a
-    path that is neither a checkpoint, a run with some, nor stored states."""
+    path that is neither a checkpoint, a run with some, stored states nor tokenized data."""
+    if is_token_store(path):
+        yield from _of_files(path)
+        return
     if any((path / name).is_file() for name in (MANIFEST, UNFINISHED)):
         yield from _of_files(path)
         yield from _of_states(path)
@@ -48,8 +53,8 @@ def verify(path: Path) -> Iterator[Verdict]:
     checkpoints = [path] if is_one else list(iterations_in(folder).values())
     require(
         bool(checkpoints),
-        f"{path} holds neither checkpoints nor stored states; give a run, an iter_* folder or what "
-        "tools/prepare_target_cache.py wrote",
+        f"{path} holds neither checkpoints nor stored states nor tokenized data; give a run, an "
+        "iter_* folder, a tokens_* folder or what tools/prepare_target_cache.py wrote",
     )
     for checkpoint in checkpoints:
         of_files = list(_of_files(checkpoint))

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy
 import pytest
 
+from dspark_megatron.data.dataset import SampleArrays
 from dspark_megatron.data.tokenizing.collecting import Tokenizing
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.run import token_cache
@@ -216,6 +218,18 @@ def test_a_flipped_bit_is_found_in_full(load, tmp_path, tokenized, monkeypatch, 
     assert len(tokenized) == 2 and any("token_ids.npy: its CRC-32 is" in text for text in said)
 
 
+def test_the_check_of_storage_reads_tokenized_data(load, tmp_path):
+    from dspark_megatron.run.verification import verify
+
+    load(weights=[1, 2])
+    [store] = stores(tmp_path / "cache")
+    names = {verdict.path.name for verdict in verify(store)}
+    assert names == {"manifest.json", *(f"{name}.npy" for name in SampleArrays._fields)}
+    assert not any(verdict.damage for verdict in verify(store))
+    (store / "lines.npy").write_bytes(b"")
+    assert [v.path.name for v in verify(store) if v.damage] == ["lines.npy"]
+
+
 def test_a_folder_of_something_else_is_refused_and_left(load, tmp_path):
     load()
     [store] = stores(tmp_path / "cache")
@@ -248,6 +262,21 @@ def test_a_cache_that_is_a_file_is_refused(load, tmp_path):
     (tmp_path / "cache").write_text("mine")
     with pytest.raises(ConfigError, match="data.cache_dir .*cache must be a folder, and is none"):
         load()
+
+
+def test_a_cache_within_a_file_is_refused(load, tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(ConfigError, match="must be writable: Not a directory; name another"):
+        load(cache_dir="notes/cache")
+
+
+def test_a_lock_that_was_deleted_stops_nobody(caches, monkeypatch):
+    monkeypatch.setattr(token_cache, "_SIGN_SECONDS", 0)
+    work = caches[0].make()
+    next(work)
+    shutil.rmtree(next(caches[0].folder.glob(".*.making")))
+    list(work)
+    assert caches[0].find() is not None
 
 
 def test_a_read_only_cache_serves_what_it_has(load, tmp_path, monkeypatch):
@@ -399,3 +428,36 @@ def test_ranks_end_together_where_one_cannot_tokenize(pool, tiny_run, tmp_path):
         config = tiny_config(tiny_run, data=data)
         pool.run(cached_by_ranks, world=2, tp=1, config=config, folders=folders)
     assert str(error.value).count("bad.jsonl:1: ") >= 2 and "no answer" not in str(error.value)
+
+
+def work_together(runtime, failing):
+    """The steps that each rank has done; rank 0 has none, and others wait for the last."""
+    from dspark_megatron.run.ranks import together
+
+    together._SECONDS = 0.05
+    done = []
+
+    def steps():
+        try:
+            for step in range(4 * runtime.rank):
+                time.sleep(0.02)
+                done.append(step)
+                if step == 5 and failing:
+                    raise ConfigError(f"rank {runtime.rank} cannot go on")
+                yield
+        finally:
+            done.append("over")
+
+    try:
+        together.finish_together(steps() if runtime.rank else None, "a test")
+    except ConfigError as error:
+        done.append(str(error))
+    return done
+
+
+def test_ranks_wait_for_the_work_of_others_and_fail_with_it(pool):
+    none, short, long, longest = pool.run(work_together, world=4, tp=1, failing=False)
+    assert (none, short[-1], long[-2:], longest[-2:]) == ([], "over", [7, "over"], [11, "over"])
+    for done in pool.run(work_together, world=4, tp=1, failing=True):
+        assert done[-1] in ("rank 2 cannot go on", "rank 3 cannot go on")
+        assert done[:-1] == [] or done[-2] == "over", "the others clear up"
