@@ -81,13 +81,15 @@ class DatasetRows:
     def identity(self) -> dict[str, Any]:
         """What tells these rows from others, or from what they were before somebody wrote to their
         folder."""
-        files = [found["filename"] for found in self.rows.cache_files]
         is_folder = os.path.isabs(self.source)
+        files = [os.stat(found["filename"]) for found in self.rows.cache_files if is_folder]
         return {
             "source": self.source,
             "ranges": [list(part) for part in self.ranges],
             "fingerprint": self.rows._fingerprint,
-            "modified_ns": [os.stat(file).st_mtime_ns for file in files] if is_folder else [],
+            "bytes": [file.st_size for file in files],
+            "modified_ns": [file.st_mtime_ns for file in files],
+            "changed_ns": [file.st_ctime_ns for file in files],
         }
 
 
@@ -198,10 +200,10 @@ def _check_builder(text: str, entry: Entry, builder: Any) -> None:
 
 
 def _said(error: Exception) -> str:
-    """The first line of an error's text, and of the error behind it."""
+    """What an error says, and the error behind it, in one line."""
     errors = [error] if error.__cause__ is None else [error, error.__cause__]
-    lines = [(str(e).strip().splitlines() or [type(e).__name__])[0][:300] for e in errors]
-    return ": ".join(lines)
+    texts = [" ".join(str(e).split())[:300].rstrip(".") or type(e).__name__ for e in errors]
+    return ": ".join(texts)
 
 
 def _chosen(text: str, split: str | None, splits: dict[Any, Any], source: str) -> DatasetRows:

@@ -79,5 +79,5 @@ def file_errors(path: str | Path) -> Iterator[None]:
 def damaged(path: str | Path, error: object, last: str = "") -> ConfigError:
     """last: what was still read, such as `line 7`."""
     after = f" after {last}" if last else ""
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
     return ConfigError(f"{path} is damaged or cut short{after}: {reason}; copy it again")

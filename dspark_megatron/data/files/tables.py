@@ -117,7 +117,11 @@ def _what_is_wrong(batch: Any) -> Unusable | None:
         batch.validate(full=True)  # offsets, and UTF-8
     except ValueError as error:
         return Unusable(f"not valid Arrow data: {error}")
-    return Unusable.too_long(batch.nbytes) if batch.nbytes > jsonl.MOST_LINE_BYTES else None
+    try:
+        size = batch.nbytes
+    except TypeError as error:  # of views of texts, in older versions
+        return Unusable(f"a newer pyarrow is needed: {error}")
+    return Unusable.too_long(size) if size > jsonl.MOST_LINE_BYTES else None
 
 
 def _row(values: dict[str, Any], make: dict[str, Make]) -> Row | Unusable:
