@@ -53,16 +53,22 @@ def main(argv: list[str] | None = None) -> None:
 
     prepare_megatron()
     try:
-        before, after = ("", "") if args.page is None else around_tables(args.page)
-        text = "\n".join(tables(args))
+        if args.page is None:
+            for line in tables(args):
+                print(line, flush=True)
+        else:
+            fill(args.page, args)
     except ConfigError as error:
         sys.exit(f"error: {printable(str(error))}")
-    if args.page is None:
-        print(text)
-    else:
-        from dspark_megatron.storage.writing import write_text
 
-        write_text(args.page, f"{before}\n{text}\n{after}")
+
+def fill(page: Path, args: argparse.Namespace) -> None:
+    """Put the tables between the page's marks."""
+    from dspark_megatron.storage.writing import write_text
+
+    before, after = around_tables(page)
+    text = "\n".join(tables(args))
+    write_text(page, f"{before}\n{text}\n{after}")
 
 
 def tables(args: argparse.Namespace) -> Iterator[str]:
@@ -86,12 +92,18 @@ def tables(args: argparse.Namespace) -> Iterator[str]:
 
 
 def row(args: argparse.Namespace, target: str, *overrides: str, nodes: int) -> dict[str, Any]:
-    """The fastest layout that fits, or what the leanest takes."""
+    """The fastest layout that fits, or what the leanest takes; said as it is found."""
+    found = _row(args, target, *overrides, nodes=nodes)
+    what = f"{Path(target).name}, {nodes} node(s) {' '.join(overrides)}"
+    print(f"{what}: {', '.join(map(str, found.values()))}", file=sys.stderr, flush=True)
+    return found
+
+
+def _row(args: argparse.Namespace, target: str, *overrides: str, nodes: int) -> dict[str, Any]:
     from dspark_megatron.planning.cost.store import store_cost
     from dspark_megatron.planning.layouts import NothingFits, layout_words
     from dspark_megatron.planning.recommend import Wish, reading_layout, search
 
-    print(f"{target}, {nodes} nodes {' '.join(overrides)}", file=sys.stderr, flush=True)
     machine = given_machine(args, nodes=nodes)
     folder, keys = target, [*args.overrides, *overrides]
     if target in TARGETS:
