@@ -27,6 +27,8 @@ from dspark_megatron.shape import draft_shape
 MICRO_BATCHES = 2
 FORMATS = {"tp": "d", "dp": "d", "variant": "", "planned MiB": ",.2f", "real MiB": ",.2f"}
 FORMATS |= {"planned / real": ".3f", "sent KiB": ",.1f", "collectives": "d"}
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all")
+BY_KIND = {"tp": "d", "variant": "", **dict.fromkeys(KINDS, ",d"), "on a ring": ",d"}
 
 
 @dataclass(frozen=True)
@@ -103,11 +105,10 @@ class Figures:
 
 def planned(plan: RunPlan) -> Figures:
     """In a process that has joined no ranks."""
-    from dspark_megatron.model.layer_specs import local_layer_spec
     from dspark_megatron.planning.observing.cpu_kernels import cpu_kernels
     from dspark_megatron.planning.on_paper.observation import observe_on_paper
 
-    found = observe_on_paper(plan, local_layer_spec(), cpu_kernels)
+    found = observe_on_paper(plan, cpu_kernels)
     work = found.once
     for one in found.micro_batch.values():
         work += one.times(MICRO_BATCHES)
@@ -193,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
             if tp > 1 or not name.startswith("sequence parallel")
         }
         expected = {key: planned(plan) for key, plan in plans.items()}
-        rows = []
+        rows, by_kind = [], []
         for runtime in benchmarking.runtime_of_each_size(job, args.tp):
             tp = runtime.tp_group.size()
             for (size, name), plan in plans.items():
@@ -201,8 +202,12 @@ def main(argv: list[str] | None = None) -> None:
                     real = measured(runtime, plan)
                     check(expected[tp, name], real, f"TP {tp}, {name}")
                     rows.append(row(tp, runtime.dp_group.size(), name, expected[tp, name], real))
+                    by_kind.append({"tp": tp, "variant": name, **tensor_parallel(real)})
         if runtime.is_main:
-            tables = {f"a step of {MICRO_BATCHES} micro-batches, a rank": (rows, FORMATS)}
+            tables = {
+                "a step of one micro-batch, sent in two, a rank": (rows, FORMATS),
+                "bytes handed to the draft's tensor-parallel group": (by_kind, BY_KIND),
+            }
             print(benchmarking.report(tables, runtime.device, args.json))
 
 
@@ -217,6 +222,13 @@ def row(tp: int, dp: int, variant: str, plan: Figures, real: Figures) -> dict[st
         "sent KiB": sum(one.sent for one in real.sent) / 1024,
         "collectives": sum(one.calls for one in real.sent),
     }
+
+
+def tensor_parallel(real: Figures) -> dict[str, int]:
+    """Bytes by kind."""
+    own = [one for one in real.sent if one.group == "draft, tensor-parallel"]
+    found = {kind: sum(x.handed for x in own if x.kind == kind) for kind in KINDS}
+    return found | {"on a ring": sum(one.sent for one in own)}
 
 
 if __name__ == "__main__":
