@@ -103,11 +103,10 @@ class Figures:
 
 def planned(plan: RunPlan) -> Figures:
     """In a process that has joined no ranks."""
-    from dspark_megatron.model.layer_specs import local_layer_spec
     from dspark_megatron.planning.observing.cpu_kernels import cpu_kernels
     from dspark_megatron.planning.on_paper.observation import observe_on_paper
 
-    found = observe_on_paper(plan, local_layer_spec(), cpu_kernels)
+    found = observe_on_paper(plan, cpu_kernels)
     work = found.once
     for one in found.micro_batch.values():
         work += one.times(MICRO_BATCHES)

@@ -102,7 +102,7 @@ class Config:
 
     def _check_given(self) -> None:
         files, train = self.data.train_files, self.train
-        require(bool(files), "data.train_files is empty; name at least one JSONL file")
+        require(bool(files), "data.train_files is empty; name at least one file")
         require(bool(train.output_dir), "train.output_dir is missing")
         require(
             (train.iterations is None) != (train.epochs is None),

@@ -15,8 +15,9 @@ class DataConfig:
     """Training conversations."""
 
     train_files: list[str] = field(default_factory=list)
-    """JSONL files (also compressed, or JSON arrays) of chats, completions or token ids, prefixes of
-    Megatron indexed datasets, or folders and globs of these. docs/data.md describes the forms."""
+    """Files of chats, completions or token ids: JSONL (also compressed, or JSON arrays), Parquet,
+    Arrow, prefixes of Megatron indexed datasets, or folders and globs of these. `hf:NAME:SPLIT` is
+    a data set of Hugging Face's library. docs/data.md describes the forms."""
     weights: list[float] = field(default_factory=list)
     """For each entry of train_files its share of an epoch's samples, relative to the others.
     Empty: every sample comes once an epoch."""

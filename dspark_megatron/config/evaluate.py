@@ -12,7 +12,8 @@ class EvaluateConfig:
     """Real speculative decoding of prompt files, and estimates on held-out answers in training."""
 
     prompt_files: list[str] = field(default_factory=list)
-    """JSONL files. Each line has `messages`, `turns` (the first one is used) or `prompt`."""
+    """Files in the forms of data.train_files. Each line or row has `messages`, `turns` (the first
+    one is used) or `prompt`."""
     checkpoint: str = ""
     """A run folder, checkpoint folder or `iter_*` folder. Empty means train.output_dir."""
     untrained: bool = False

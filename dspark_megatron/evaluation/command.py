@@ -104,7 +104,7 @@ def evaluate(job: Launch, config: Config) -> None:
 def with_checkpoint(config: Config) -> tuple[Config, Path | None]:
     """The config with what the checkpoint knows, and the checkpoint; None for the untrained draft.
     ConfigError where there is nothing to evaluate, or nothing to decode with."""
-    require(bool(config.evaluate.prompt_files), "evaluate.prompt_files is empty; name a JSONL file")
+    require(bool(config.evaluate.prompt_files), "evaluate.prompt_files is empty; name a file")
     require(
         not config.target.is_stored,
         "evaluation decodes with the target, and stored states have none of new tokens; set "

@@ -130,7 +130,7 @@ ARGUMENTS = (
     Argument(
         "--data-path",
         "data.train_files",
-        difference="JSONL as well as prefixes of indexed datasets",
+        difference="JSONL and Parquet as well as prefixes of indexed datasets",
         convert=lambda arguments: _blend(arguments)[0],
     ),
     Argument(
@@ -205,6 +205,12 @@ ARGUMENTS = (
         lambda arguments: arguments.load if arguments.finetune else None,
     ),
     Argument("--save-interval", "train.save_every", difference="the last step is saved anyway"),
+    Argument(
+        "--async-save",
+        "train.async_save",
+        False,
+        "by a thread of the rank; no worker processes, so no `--use-persistent-ckpt-worker`",
+    ),
     Argument("--log-interval", "train.log_every", 100),
     Argument("--exit-duration-in-mins", "train.exit_duration_minutes"),
     Argument(

@@ -7,7 +7,6 @@ from dspark_megatron.config import Config
 from dspark_megatron.conversion.layouts.names import hugging_face_shapes
 from dspark_megatron.planning.cost.describe import describe_time
 from dspark_megatron.planning.memory import (
-    Parts,
     RankMemory,
     quantization_note,
     rank_memory,
@@ -23,6 +22,7 @@ from dspark_megatron.storage.checkpoints.tracker import latest_iteration
 
 GIB = 2**30
 SMALL = GIB // 2000
+"""Bytes that round to no line of their own; sums have them."""
 
 
 def describe_run(config: Config, world_size: int) -> str:
@@ -83,10 +83,11 @@ def length_note(plan: RunPlan) -> list[str]:
 
 def memory_lines(memory: RankMemory) -> list[str]:
     lines = ["memory of a rank, GiB (not in it: NCCL's buffers, the CUDA context, fragmentation):"]
-    lines += _part_lines(memory.held)
+    lines += [_line(name, size) for name, size in memory.held.items()]
     for moment, parts in memory.moments.items():
         total = sum(parts.values())
-        lines += [_line(f"on top, in {moment}", total, indent=2), *_part_lines(parts, indent=4)]
+        lines.append(_line(f"on top, in {moment}", total))
+        lines += [_line(name, size, indent=4) for name, size in parts.items() if size >= SMALL]
     return [*lines, _line(f"sum at the highest, {memory.highest}", memory.total)]
 
 
@@ -98,13 +99,8 @@ def work_lines(step: StepWork) -> list[str]:
     ]
     lines.append("sent by a rank in a step, GiB (collectives on rings):")
     sent = sorted((one for one in step.sent if one.sent >= SMALL), key=lambda one: -one.sent)
-    lines += [_line(f"{one.group}, {one.kind} over {one.size} ranks", one.sent) for one in sent]
+    lines += [_line(f"{one.group}: {one.kind} of {one.size}", one.sent) for one in sent]
     return [*lines, _line("sum", sum(one.sent for one in step.sent))]
-
-
-def _part_lines(parts: Parts, indent: int = 2) -> list[str]:
-    """What is worth a line; the sums have the rest."""
-    return [_line(name, size, indent) for name, size in parts.items() if size >= SMALL]
 
 
 def _line(name: str, size: int, indent: int = 2) -> str:

@@ -1,5 +1,6 @@
 """Which layouts fit a machine, and which of them takes least time."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -25,6 +26,8 @@ SPLITS = (
 RECOMPUTE, PASS = "train.recompute_activations", "target.samples_per_pass"
 SEARCHED = (*SPLITS, RECOMPUTE, PASS)
 """Keys that the search sets, but for those that the user has set."""
+GAIN = 0.001
+"""The least share of a step's time for which a larger pass is looked at."""
 OF_TARGETS = (*SPLITS[1:3], PASS)
 """Of these, what is nothing to a run on stored states."""
 
@@ -137,19 +140,22 @@ def _splits(base: Config, machine: Machine, fixed: set[str]) -> Iterator[Config]
 def _sizes(
     split: Config, machine: Machine, fixed: set[str], candidate: Callable[[Config], Candidate]
 ) -> list[Candidate]:
-    """Of one split: ever more samples in a pass of the target, until they do not fit, and the same
-    with recomputation where not all did. Both only cost or save memory and time together."""
+    """Of one split: ever more samples in a pass of the target, until they do not fit or gain
+    nothing, and the same with recomputation where memory was the end."""
     train, found = split.train, []
     a_rank = train.global_batch_size * split.parallel.tensor_parallel // machine.world_size
     growing = [train.micro_batch_size]
     while 2 * growing[-1] <= a_rank:
         growing.append(2 * growing[-1])
     for recompute in _choices(split, RECOMPUTE, [False, True], fixed):
+        before = math.inf
         for samples in _choices(split, PASS, growing, fixed):
-            found.append(candidate(_changed(split, {RECOMPUTE: recompute, PASS: samples})))
-            if not found[-1].fits:
+            one = candidate(_changed(split, {RECOMPUTE: recompute, PASS: samples}))
+            found.append(one)
+            gained, before = before - one.time.total, one.time.total
+            if not one.fits or gained < GAIN * before:
                 break
-        else:
+        if one.fits:
             break
     return found
 

@@ -20,7 +20,7 @@ from dspark_megatron.data.tokenizing.batches import line_batches
 from dspark_megatron.data.tokenizing.encoding import LineEncoder
 from dspark_megatron.data.tokenizing.workers import chosen_workers, encoded_batches
 from dspark_megatron.errors import ConfigError
-from support.chat_lines import chat, tokens
+from support.chat_lines import chat, talk, tokens
 from support.samples import FORGETTING_TEMPLATE, VOCAB_SIZE, sample_rules
 from support.tiny_tokenizer import tiny_tokenizer
 
@@ -31,7 +31,7 @@ def lines_of_all_kinds(count):
     rng = random.Random(0)
     kinds = [
         lambda: json.dumps(chat("hi", "the hill " * rng.randint(1, 9))),
-        lambda: json.dumps(chat("hi", THINKING, "hi", THINKING + " bell" * rng.randint(0, 9))),
+        lambda: json.dumps(talk("hi", THINKING, "hi", THINKING + " bell" * rng.randint(0, 9))),
         lambda: json.dumps(tokens([rng.randint(1, 300) for _ in range(9)], [0] + [1] * 8)),
         lambda: "{",
         lambda: json.dumps(chat("hi")),

@@ -2,9 +2,11 @@
 
 import gzip
 import json
+import random
 import struct
 
 import numpy
+import pyarrow
 import pytest
 import torch
 
@@ -14,9 +16,13 @@ from dspark_megatron.data.chats.template import ChatTemplate
 from dspark_megatron.data.dataset import load_samples
 from dspark_megatron.data.files import jsonl
 from dspark_megatron.data.files.bad_lines import NoFurther
+from dspark_megatron.data.files.reading import read_lines
+from dspark_megatron.data.files.sources import DataFile
+from dspark_megatron.errors import ConfigError
 from dspark_megatron.run.indexed_dataset import read_indexed
 from support.hostile import DEEP, make_strange, refused
 from support.samples import VOCAB_SIZE, sample_rules
+from support.tables import write_arrow, write_parquet
 from support.tiny_tokenizer import CHATML_TEMPLATE, tiny_tokenizer
 
 QUESTION = {"role": "user", "content": "hill"}
@@ -85,6 +91,13 @@ LINES = [
     (b"PK\x03\x04", "is a ZIP archive"),
     (b"\x1f\x8b\x08\x00", "is damaged or cut short"),
     (gzip.compress(json.dumps(GOOD).encode())[:-5], "is damaged or cut short"),
+    (gzip.compress(b"\x80\x81\x82"), NO_JSON),
+    (b"\x28\xb5\x2f\xfd", "is damaged or cut short after line 0"),
+    (b"\x28\xb5\x2f\xfd" + b"garbage" * 99, "is damaged or cut short after line 0"),
+    (b"PAR1" + b"garbage" * 99 + b"PAR1", "is damaged or cut short"),
+    (b"PARE" + bytes(99) + b"PARE", "is damaged or cut short"),
+    (b"ARROW1" + b"garbage" * 99 + b"ARROW1", "is damaged or cut short"),
+    (b"\xff\xff\xff\xff" * 99, "is damaged or cut short"),
     (b"", "the files have no lines"),
     (b"\n \n", "the files have no lines"),
 ]
@@ -124,19 +137,59 @@ def test_an_array_is_bounded_as_a_whole_and_by_item(tmp_path, monkeypatch):
     refused(lambda: load(path), "has more than 1,000 bytes, which are read whole")
 
 
-def test_a_bomb_of_zeros_is_passed_over(tmp_path, monkeypatch):
+@pytest.mark.parametrize("codec", ["gzip", "zstd"])
+def test_a_bomb_of_zeros_is_passed_over(tmp_path, monkeypatch, codec):
     monkeypatch.setattr(jsonl, "MOST_LINE_BYTES", 2**20)
     path = tmp_path / "x.jsonl.gz"
-    path.write_bytes(gzip.compress(b"\0" * 2**26, 1))
+    zeros = b"\0" * 2**26
+    path.write_bytes(
+        gzip.compress(zeros, 1)
+        if codec == "gzip"
+        else pyarrow.compress(zeros, codec=codec, asbytes=True)
+    )
     refused(lambda: load(path), "the line has 67,108,864 bytes")
 
 
+def test_a_row_that_unpacks_to_far_more_is_passed_over(tmp_path):
+    zeros = {"messages": [QUESTION, {**ANSWER, "content": "\0" * 2**25}]}
+    path = write_parquet(tmp_path / "x.parquet", [zeros, GOOD], compression="zstd")
+    assert path.stat().st_size < 2**17
+    refused(lambda: load(path), "x.parquet:1: the line has 33,554,")
+    assert len(load(path, skip_bad_lines=0.5)) == 1
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.arrow", "x.stream", "x.jsonl.zst"])
+def test_a_file_with_any_bytes_changed_is_read_or_named(tmp_path, name):
+    """Not one changed byte may end the process, or raise what no one catches."""
+    path, rows = tmp_path / name, [GOOD] * 40
+    if name.endswith("zst"):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        path.write_bytes(pyarrow.compress(lines.encode(), codec="zstd", asbytes=True))
+    elif name.endswith("parquet"):
+        write_parquet(path, rows, row_group_size=7)
+    else:
+        write_arrow(path, rows, stream=name.endswith("stream"))
+    whole, numbers = path.read_bytes(), random.Random(0)
+    for i in range(150):
+        content = bytearray(whole[: numbers.randrange(len(whole))] if i % 3 == 0 else whole)
+        for _ in range(numbers.choice((0, 1, 9)) if content else 0):
+            content[numbers.randrange(len(content))] = numbers.randrange(256)
+        path.write_bytes(content)
+        try:
+            for _, line in read_lines(DataFile(path, indexed=False)):
+                assert isinstance(line, bytes | jsonl.Row | jsonl.Unusable)
+        except ConfigError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+
+
 @pytest.mark.parametrize("kind", ["pipe", "folder", "dangling", "loop"])
-@pytest.mark.parametrize("entry", ["x.jsonl", "", "*", "**/*.jsonl"])
-def test_what_is_no_file_of_data_is_named(tmp_path, kind, entry):
+@pytest.mark.parametrize("entry", ["x", "", "*", "**/*"])
+@pytest.mark.parametrize("end", ["jsonl", "parquet"])
+def test_what_is_no_file_of_data_is_named(tmp_path, kind, entry, end):
     (tmp_path / "data").mkdir()
-    make_strange(tmp_path / "data" / "x.jsonl", kind)
-    refused(lambda: load(tmp_path / "data" / entry), "x.jsonl m")
+    make_strange(tmp_path / "data" / f"x.{end}", kind)
+    entry = f"{entry}.{end}" if entry else ""
+    refused(lambda: load(tmp_path / "data" / entry), f"x.{end} m")
 
 
 def test_a_link_to_a_folder_above_gives_no_file_twice(tmp_path):

@@ -85,8 +85,9 @@ def test_a_config_that_is_only_read_imports_nothing(tiny_run, tmp_path, monkeypa
     (tmp_path / "never_imported.py").write_text("raise SystemExit")
     monkeypatch.syspath_prepend(tmp_path)
     config = tiny_config(tiny_run, model={"layer_spec": ["never_imported", "layer"]})
-    describe_run(config, world_size=1)
+    text = describe_run(config, world_size=1)
     assert "never_imported" not in sys.modules
+    assert "not known: what the layers of model.layer_spec ['never_imported', 'layer']" in text
 
 
 @pytest.mark.parametrize(

@@ -9,31 +9,13 @@ from dspark_megatron.config.loading import load_config
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.planning.dry_run import describe_run
 from dspark_megatron.planning.memory import rank_memory
-from dspark_megatron.planning.meta_draft import draft_elements
 from dspark_megatron.planning.target.rank_model import target_bytes
 from dspark_megatron.run.check import check
 from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.targets.huggingface.split import TargetSplit
 from support.paths import PUBLIC_CONFIGS, ROOT
-from support.shapes import SHAPES
 from support.target_families import make_family
-from support.tiny_draft import build_tiny_draft
 from support.tiny_target import make_target, tiny_config
-
-
-def elements_of_a_rank(runtime, shape):
-    model = build_tiny_draft(runtime, shape)
-    sizes = {True: 0, False: 0}
-    for parameter in model.parameters():
-        sizes[parameter.requires_grad] += parameter.numel()
-    return sizes[True], sizes[False]
-
-
-@pytest.mark.parametrize("tp", [1, 2, 4])
-@pytest.mark.parametrize("kind", SHAPES)
-def test_parameters_of_a_rank(pool, kind, tp):
-    counted = pool.run(elements_of_a_rank, world=tp, tp=tp, shape=SHAPES[kind])
-    assert set(counted) == {tuple(draft_elements(SHAPES[kind], tp))}
 
 
 def test_the_text_has_layout_and_memory(tiny_run):

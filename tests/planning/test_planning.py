@@ -1,63 +1,55 @@
-"""The plan's formulas are held to what is allocated, saved and sent."""
+"""The plan is held to what is allocated and sent: of the draft by real steps on the CPU."""
 
 from dataclasses import replace
-from itertools import product
 
-import benchmark_activations
+import benchmark_plan
 import pytest
-import torch
 
-from dspark_megatron.config import LossConfig
-from dspark_megatron.planning.activations import DraftPass, kept_bytes
-from dspark_megatron.planning.loss_memory import HeadLossSize, head_loss_parts
-from support.shapes import SHAPE
 from support.tool_runs import figures, run_tool
 from support.training_runs import torchrun
 
-WIDE = replace(
-    SHAPE,
-    hidden_size=128,
-    ffn_hidden_size=512,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    head_dim=16,
-    vocab_size=512,
-    max_position_embeddings=1024,
-    block_size=7,
-    markov_rank=32,
-)
-TOKENS, ANCHORS = 501, 37
+SIZES = benchmark_plan.Sizes(hidden=128, vocab=4096, tokens=256, anchors=24)
+LAYOUTS = [
+    (1, 1, "plain"),
+    (1, 1, "bfloat16"),
+    (1, 1, "recompute"),
+    (1, 1, "no heads"),
+    (2, 1, "whole optimizer"),
+    (2, 1, "overlap"),
+    (2, 2, "rnn head"),
+    (2, 2, "sequence parallel, recompute"),
+    (4, 2, "KL"),
+    (4, 2, "sequence parallel"),
+    (4, 4, "gated head"),
+]
+"""Ranks, tensor-parallel ones, variant."""
 
 
-def kept(runtime, shape, dtype):
-    """Counted bytes by (sequence_parallel, recompute)."""
-    from step_variants import build_draft
-
-    counted = {}
-    for split, recompute in product((False, True), repeat=2):
-        options = dict(sequence_parallel=split, recompute_activations=recompute)
-        draft = build_draft(shape, runtime, getattr(torch, dtype), **options)
-        counted[split, recompute] = benchmark_activations.saved_bytes(draft, TOKENS, ANCHORS)
-    return counted
+def measured(runtime, variant):
+    sizes = runtime.tp_group.size(), runtime.dp_group.size()
+    return benchmark_plan.measured(runtime, benchmark_plan.step_plan(SIZES, *sizes, variant))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("head, layers", [("vanilla", 1), ("vanilla", 3), ("gated", 1), ("rnn", 1)])
-@pytest.mark.parametrize("tp", [1, 2, 4])
-def test_kept_activations_are_those_that_autograd_saves(pool, tp, head, layers, dtype):
-    shape = replace(WIDE, num_layers=layers, markov_head_type=head)
-    for counted in pool.run(kept, world=tp, tp=tp, shape=shape, dtype=dtype):
-        for (split, recompute), size in counted.items():
-            one = DraftPass(
-                samples=1,
-                seq_length=TOKENS,
-                num_anchors=ANCHORS,
-                itemsize=getattr(torch, dtype).itemsize,
-                tp_size=tp,
-                sequence_parallel=split and tp > 1,
-                recompute=recompute,
-            )
-            assert kept_bytes(shape, one) == pytest.approx(size, rel=0.05), (split, recompute)
+@pytest.mark.parametrize("world, tp, variant", LAYOUTS)
+def test_a_step_takes_and_sends_what_the_plan_says(pool, world, tp, variant):
+    """Memory within a twentieth, and every byte of every kind of collective and group."""
+    plan = benchmark_plan.planned(benchmark_plan.step_plan(SIZES, tp, world // tp, variant))
+    for real in pool.run(measured, world=world, tp=tp, variant=variant):
+        benchmark_plan.check(plan, real, variant)
+        assert (world > 1) == bool(real.sent)
+
+
+def test_a_plan_that_is_not_what_happens_is_refused():
+    plan = benchmark_plan.planned(benchmark_plan.step_plan(SIZES, 2, 1, "plain"))
+    less = replace(plan.sent[0], handed=plan.sent[0].handed - 1)
+    for wrong in (
+        replace(plan, sent=(less, *plan.sent[1:])),
+        replace(plan, sent=plan.sent[1:]),
+        replace(plan, highest=int(plan.highest * 0.94)),
+        replace(plan, held=int(plan.held * 1.06)),
+    ):
+        with pytest.raises(ValueError, match="planned"):
+            benchmark_plan.check(wrong, plan, "plain")
 
 
 @pytest.mark.slow
@@ -95,14 +87,3 @@ def test_the_peak_of_the_loss(tmp_path, dtype):
     for tp in (1, 2):
         measured = rows["head_loss", tp]
         assert measured["memory / plain"] < 0.5  # plain holds several [rows, vocab], ours none
-        size = HeadLossSize(
-            rows=LOSS["rows"],
-            hidden_size=LOSS["hidden"],
-            markov_rank=LOSS["rank"],
-            vocab_local=LOSS["vocab"] // tp,
-            dtype=getattr(torch, dtype),
-            device=torch.device("cpu"),
-        )
-        loss = LossConfig(memory_budget_mb=BUDGETS[dtype])
-        planned = sum(head_loss_parts(loss, size, with_target=True).values())
-        assert planned / 2**20 == pytest.approx(measured["MiB per rank"], rel=0.15), tp

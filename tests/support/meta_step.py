@@ -4,21 +4,16 @@ The host holds real tensors, so whatever the host would have to wait for, or wou
 of the device without a transfer, is an error here as it would be slow (or wrong) on a GPU.
 """
 
-import contextlib
 from collections import defaultdict
-from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dspark_megatron.config import LossConfig, OptimizerConfig
-from dspark_megatron.planning.meta_draft import EverythingOnMeta, one_of_ranks
-from dspark_megatron.run.ranks.runtime import Runtime
+from dspark_megatron.planning.on_paper.ranks import META, EverythingOnMeta, runtime_on_paper
 from dspark_megatron.targets.base import StatesSource, TargetStates
-from support.tiny_draft import make_samples, one_collective_at_a_time, rank_micro_batches
-
-META = torch.device("meta")
+from support.tiny_draft import make_samples, rank_micro_batches
 
 
 class DeviceDiscipline(TorchDispatchMode):
@@ -59,24 +54,6 @@ class MetaTarget(StatesSource):
         return TargetStates(*made)
 
 
-@contextlib.contextmanager
-def meta_runtime(tp, world):
-    """Rank 0 of a job on paper, with Megatron-Core's groups."""
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-
-    # A torch function mode does not reach into backward, where Megatron-Core asks for the device.
-    with one_of_ranks(world), mock.patch.object(torch.cuda, "current_device", lambda: META):
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=tp, create_gloo_process_groups=False
-        )
-        try:
-            model_parallel_cuda_manual_seed(1)
-            yield Runtime.joined(META)
-        finally:
-            parallel_state.destroy_model_parallel()
-
-
 def step_on_meta(shape, tp, *, loss=None, dtype=torch.bfloat16, **options):
     """One step of two micro-batches, with as many data-parallel ranks: the model, its gradients by
     parameter, and the discipline that watched the step."""
@@ -86,7 +63,7 @@ def step_on_meta(shape, tp, *, loss=None, dtype=torch.bfloat16, **options):
     from dspark_megatron.training.step import GradientStep
 
     loss = loss or LossConfig(chunk_rows=8)
-    with meta_runtime(tp, 2 * tp) as runtime, EverythingOnMeta(), one_collective_at_a_time():
+    with runtime_on_paper(tp, 2 * tp) as runtime, EverythingOnMeta():
         groups = dict(tp_group=runtime.tp_group)
         with META:
             model = DSparkDraftModel(shape, **groups, params_dtype=dtype, device=META, **options)

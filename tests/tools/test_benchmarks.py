@@ -1,10 +1,8 @@
 """The benchmarks run, measure what they say, and compare equal things. No time is ever tested."""
 
-from itertools import product
 from pathlib import Path
 
 import benchmark_activations
-import benchmark_communication
 import benchmark_loss
 import benchmark_packing
 import benchmark_step
@@ -100,34 +98,6 @@ def test_attention_curve(pool):
 def test_a_step_with_a_wrong_loss_is_not_measured():
     with pytest.raises(ValueError, match="'ours' is 2.0, the plain one 1.0"):
         benchmark_step.check_losses({"plain": 1.0, "ours": 2.0}, "float32")
-
-
-def communication_rows(runtime):
-    args = benchmark_communication.parse_arguments(["--vocab", "64", "256"])
-    return benchmark_communication.table_rows(runtime, args)
-
-
-@pytest.mark.parametrize("tp", [2, 4])
-def test_communication_is_as_the_formula_says(pool, tp):
-    """Counted from the collectives themselves; table_rows raises where the two differ."""
-    for rows in pool.run(communication_rows, world=tp, tp=tp):
-        plain = ["all-gather", "all-reduce", "all"]
-        split = ["all-gather", "all-reduce", "all-to-all", "reduce-scatter", "all"]
-        for (mode, names), again in product((("off", plain), ("on", split)), ("off", "on")):
-            of_mode = [
-                row for row in rows if (row["sequence parallel"], row["recompute"]) == (mode, again)
-            ]
-            assert of_mode, (mode, again)
-            small, large = of_mode[: len(names)], of_mode[len(names) :]
-            assert [row["collective"] for row in small] == names
-            for a, b in zip(small, large, strict=True):
-                assert a["counted bytes"] == a["formula bytes"] > 0
-                assert {**a, "vocabulary": 256} == b
-
-
-def test_one_rank_communicates_nothing(pool):
-    (rows,) = pool.run(communication_rows, world=1, tp=1)
-    assert [(row["collective"], row["calls"]) for row in rows] == [("all", 0)] * 4
 
 
 def activation_rows(runtime):

@@ -327,7 +327,7 @@ def test_an_empty_or_absent_file_is_refused(
     empty = write_lines(tmp_path / "empty.jsonl", [])
     assert "at least one prompt" in refusal(target, empty, tmp_path / "out.jsonl")
     absent = tmp_path / "absent.jsonl"
-    assert f"cannot read {absent}" in refusal(target, absent, tmp_path / "out.jsonl")
+    assert f"data file {absent} must exist" in refusal(target, absent, tmp_path / "out.jsonl")
 
 
 def test_a_folder_that_is_no_target_is_refused(

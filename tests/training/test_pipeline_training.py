@@ -117,7 +117,7 @@ def test_decoding_is_refused(tiny_run):
 
 def test_the_dry_run_counts_what_stages_hold_and_send(tiny_run):
     from dspark_megatron.planning.memory import pipeline_state_bytes, rank_memory, state_bytes
-    from dspark_megatron.planning.traffic import step_traffic
+    from dspark_megatron.planning.work import step_work
     from dspark_megatron.run.check import check
 
     def plan(stages, per_run=None):
@@ -133,7 +133,7 @@ def test_the_dry_run_counts_what_stages_hold_and_send(tiny_run):
     assert rank_memory(one).held["target states of a pipeline run"] == 3 * states
     forward = rank_memory(one).moments["the target's forward pass"]
     assert forward["states kept for other pipeline ranks"] == 2 * 2 * states  # the last stage
-    sent = {part.purpose: part.sent for part in step_traffic(halves)}
+    sent = {one.group: one.sent for one in step_work(halves).sent}
     assert sent["target's outputs, to the next stage"] == 2 * 8 * states
     assert sent["target's states, to their pipeline ranks"] == 8 * 2 * states
     weights = [rank_memory(one).held["frozen target"] for one in (whole, halves)]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from dspark_megatron.data.files.columns import makers
 from dspark_megatron.data.files.opening import needed
-from dspark_megatron.data.files.tables import BATCH_ROWS, Table
+from dspark_megatron.data.files.tables import BATCH_ROWS, Table, check_stream_end
 from dspark_megatron.errors import ConfigError, require
 
 PREFIX = "hf:"
@@ -36,17 +36,18 @@ class Entry(NamedTuple):
     def parse(cls, text: str) -> "Entry":
         """ConfigError for what has not the form `FORM`."""
         parts = re.split(r":(?![^\[]*\])", text.removeprefix(PREFIX))  # not within [...]
-        name, at, revision = parts[0].partition("@")
-        if parts[0].startswith(LOCAL):
-            name, at, revision = os.path.expanduser(parts[0]), "", ""
-        is_name = bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)) or parts[0].startswith(LOCAL)
+        named = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", parts[0])
+        is_local = parts[0].startswith(LOCAL) and not parts[0].startswith("//")
         require(
-            len(parts) <= 3 and all(parts) and is_name and bool(at) == bool(revision),
-            f"data file {text} must have the form {FORM}, with a name of the Hub such as "
-            f"owner/name, or a folder that begins with {', '.join(LOCAL[:-1])} or {LOCAL[-1]}",
+            len(parts) <= 3 and all(parts) and (named is not None or is_local),
+            f"data file {text} must have the form {FORM}, with OWNER/NAME on the Hub, or a folder "
+            f"here that begins with {', '.join(LOCAL[:-1])} or {LOCAL[-1]}",
         )
+        name, revision = os.path.expanduser(parts[0]), None
+        if named is not None and not is_local:
+            name, revision = named.groups()
         split = parts[-1] if len(parts) > 1 else None
-        return cls(name, revision or None, parts[1] if len(parts) == 3 else None, split)
+        return cls(name, revision, parts[1] if len(parts) == 3 else None, split)
 
     @property
     def is_local(self) -> bool:
@@ -58,7 +59,8 @@ class DatasetRows:
     """Rows of a data set, in its order."""
 
     source: str
-    """A folder, or what the Hub knows it by. Equal sources have equal rows."""
+    """A folder of save_to_disk, or name, configuration, version and hash of a data set. Equal
+    sources have equal splits."""
     ranges: tuple[tuple[str, int, int], ...]
     """Splits, each with the first row that is used and the one after the last."""
     rows: Any = field(compare=False, repr=False)
@@ -77,16 +79,15 @@ class DatasetRows:
         )
 
     def identity(self) -> dict[str, Any]:
-        """What tells these rows from others."""
+        """What tells these rows from others, or from what they were before somebody wrote to their
+        folder."""
         files = [found["filename"] for found in self.rows.cache_files]
-        changes = (
-            [os.stat(file).st_mtime_ns for file in files] if Path(self.source).is_dir() else []
-        )
+        is_folder = os.path.isabs(self.source)
         return {
             "source": self.source,
             "ranges": [list(part) for part in self.ranges],
-            "fingerprint": self.rows._fingerprint,  # of revision, files and split
-            "modified_ns": changes,
+            "fingerprint": self.rows._fingerprint,
+            "modified_ns": [os.stat(file).st_mtime_ns for file in files] if is_folder else [],
         }
 
 
@@ -102,10 +103,23 @@ def is_saved(folder: Path) -> bool:
     )
 
 
-def open_saved(folder: Path) -> DatasetRows:
-    """The only split of a folder that `save_to_disk` wrote. ConfigError if it has several."""
-    name = str(folder.absolute())
-    return _chosen(f"{PREFIX}{name}", Entry(name), _from_disk(name))
+def open_saved(folder: str | Path, text: str = "", split: str | None = None) -> DatasetRows:
+    """The rows of a split, or of the only one, of a folder that `save_to_disk` wrote. ConfigError,
+    in one sentence, if there are none."""
+    folder = os.path.realpath(folder)
+    text = text or f"{PREFIX}{folder}"
+    datasets = _library(text)
+    try:
+        found = datasets.load_from_disk(folder)
+        splits = found if isinstance(found, dict) else {str(found.split or "train"): found}
+        for rows in splits.values():
+            for file in rows.cache_files:
+                check_stream_end(file["filename"])
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a damaged file makes the library raise
+        raise ConfigError(f"cannot read the data set {folder}: {_said(error)}") from error
+    return _chosen(text, split, splits, folder)
 
 
 def open_dataset(text: str) -> DatasetRows:
@@ -120,19 +134,18 @@ def open_dataset(text: str) -> DatasetRows:
         return _open_remote(text)
     require(os.path.isdir(entry.name), f"data file {text} must exist, and there is no such folder")
     if not is_saved(Path(entry.name)):
-        return _chosen(text, entry, _load(text, entry))
+        return _load(text, entry)
     require(
         entry.configuration is None,
         f"{text} is a folder of save_to_disk, which has no configurations; name a split alone",
     )
-    return _chosen(text, entry, _from_disk(entry.name))
+    return open_saved(entry.name, text, entry.split)
 
 
 @functools.lru_cache(maxsize=64)
 def _open_remote(text: str) -> DatasetRows:
     """Asked for once a process, so that a name means the same rows to the end."""
-    entry = Entry.parse(text)
-    return _chosen(text, entry, _load(text, entry))
+    return _load(text, Entry.parse(text))
 
 
 def _library(what: str) -> Any:
@@ -145,30 +158,16 @@ def _library(what: str) -> Any:
     return datasets
 
 
-def _from_disk(folder: str) -> Any:
-    """A Dataset or a DatasetDict."""
-    datasets = _library(f"{folder} was written by save_to_disk, which")
-    try:
-        return datasets.load_from_disk(folder)
-    except Exception as error:  # whatever a damaged file makes the library raise
-        raise ConfigError(f"cannot read the data set {folder}: {_said(error)}") from error
-
-
-def _load(text: str, entry: Entry) -> Any:
-    """A DatasetDict. What the Hub has is downloaded into the library's cache."""
+def _load(text: str, entry: Entry) -> DatasetRows:
+    """What the Hub has is downloaded into the library's cache."""
     datasets = _library(text)
     try:
         builder = datasets.load_dataset_builder(
             entry.name, entry.configuration, revision=entry.revision
         )
-        kind = type(builder).__module__.rpartition(".")[2]
-        require(
-            kind in BUILDERS,
-            f"{text} holds data of the form {kind}, and tables of texts are read "
-            f"({', '.join(sorted(BUILDERS))})",
-        )
+        _check_builder(text, entry, builder)
         builder.download_and_prepare()
-        return builder.as_dataset()
+        found = builder.as_dataset()
     except ConfigError:
         raise
     except ConnectionError as error:
@@ -179,31 +178,47 @@ def _load(text: str, entry: Entry) -> Any:
         ) from error
     except Exception as error:  # whatever a repository of others makes the library raise
         raise ConfigError(f"cannot load {text}, which means {FORM}: {_said(error)}") from error
+    return _chosen(text, entry.split, found, "/".join(Path(builder.cache_dir).parts[-4:]))
+
+
+def _check_builder(text: str, entry: Entry, builder: Any) -> None:
+    """Tables only, and of the revision that was asked for: without a network the library takes
+    whatever it has of a name."""
+    kind = type(builder).__module__.rpartition(".")[2]
+    require(
+        kind in BUILDERS,
+        f"{text} holds data of the form {kind}, and tables of texts are read "
+        f"({', '.join(sorted(BUILDERS))})",
+    )
+    require(
+        kind != "cache" or entry.revision is None or str(builder.hash).startswith(entry.revision),
+        f"{text} asks for a revision, the Hub cannot be reached, and the cache has {builder.hash}; "
+        "write that one, or load it where there is a network",
+    )
 
 
 def _said(error: Exception) -> str:
-    """The first line of an error's text."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:400]
+    """The first line of an error's text, and of the error behind it."""
+    errors = [error] if error.__cause__ is None else [error, error.__cause__]
+    lines = [(str(e).strip().splitlines() or [type(e).__name__])[0][:300] for e in errors]
+    return ": ".join(lines)
 
 
-def _chosen(text: str, entry: Entry, found: Any) -> DatasetRows:
+def _chosen(text: str, split: str | None, splits: dict[Any, Any], source: str) -> DatasetRows:
     """The rows of the split, which may be a slice or a sum as the library has them."""
     datasets = _library(text)
-    splits = found if isinstance(found, dict) else {str(found.split or "train"): found}
     sizes = {str(name): rows.num_rows for name, rows in splits.items()}
     known = ", ".join(f"{name} ({rows:,} rows)" for name, rows in sizes.items()) or "none"
     require(
-        entry.split is not None or len(sizes) == 1,
+        split is not None or len(sizes) == 1,
         f"{text} has the splits {known}; name one: {text}:{next(iter(sizes), 'SPLIT')}",
     )
     try:
-        instruction = datasets.ReadInstruction.from_spec(entry.split or next(iter(sizes)))
+        instruction = datasets.ReadInstruction.from_spec(split or next(iter(sizes)))
         parts = instruction.to_absolute(sizes)
     except (ValueError, AssertionError) as error:
-        raise ConfigError(f"{text}: {_said(error)} Its splits are {known}") from error
+        raise ConfigError(f"{text}: {_said(error)} (its splits: {known})") from error
     ranges = tuple((part.splitname, part.from_, max(part.from_, part.to)) for part in parts)
     require(any(end > start for _, start, end in ranges), f"{text} has no rows; it has {known}")
     rows = [splits[name].select(range(start, end)) for name, start, end in ranges]
-    source = os.path.realpath(entry.name) if entry.is_local else str(entry._replace(split=None))
     return DatasetRows(source, ranges, datasets.concatenate_datasets(rows))

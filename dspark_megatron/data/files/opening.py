@@ -76,7 +76,7 @@ def file_errors(path: str | Path) -> Iterator[None]:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def damaged(path: str | Path, error: BaseException, last: str = "") -> ConfigError:
+def damaged(path: str | Path, error: object, last: str = "") -> ConfigError:
     """last: what was still read, such as `line 7`."""
     after = f" after {last}" if last else ""
     reason = " ".join(str(error).split())[:200] or type(error).__name__

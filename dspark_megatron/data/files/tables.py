@@ -1,5 +1,6 @@
 """Rows of tables (Parquet, Arrow, `datasets`), a few at a time. They are numbered from 1."""
 
+import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,13 +9,12 @@ from dspark_megatron.data.files import jsonl
 from dspark_megatron.data.files.columns import Make, made, makers
 from dspark_megatron.data.files.jsonl import TOO_DEEP, Row, Unusable
 from dspark_megatron.data.files.opening import damaged, first_bytes, needed
-from dspark_megatron.errors import ConfigError
+from dspark_megatron.errors import ConfigError, require
 
 PARQUET, ARROW_FILE, ARROW_STREAM = b"PAR", b"ARROW1", b"\xff\xff\xff\xff"
+_STREAM_END = ARROW_STREAM + bytes(4)
 BATCH_ROWS = 16
 """Rows that are unpacked at once. More are not read faster."""
-_UNREADABLE = (ValueError, TypeError, LookupError, NotImplementedError, MemoryError, OSError)
-"""What pyarrow raises for files that are none, or that end early."""
 
 
 class Table(NamedTuple):
@@ -24,6 +24,8 @@ class Table(NamedTuple):
     """How to make JSON of each column that is read."""
     batches: Iterable[Any]
     """Of type pyarrow.RecordBatch. They have these columns, and maybe more."""
+    num_rows: int | None = None
+    """What the file says of itself. None: it does not."""
 
 
 def is_table(path: str | Path) -> bool:
@@ -37,7 +39,7 @@ def open_table(path: Path) -> Table:
         return _open_parquet(path) if is_parquet else _open_arrow(path)
     except ConfigError:
         raise
-    except _UNREADABLE as error:
+    except Exception as error:  # whatever a damaged file makes pyarrow raise
         raise damaged(path, error) from error
 
 
@@ -46,18 +48,31 @@ def _open_parquet(path: Path) -> Table:
     parquet = needed("pyarrow.parquet", f"{path} is a Parquet file, which")
     file = parquet.ParquetFile(path, buffer_size=2**20)
     found = makers(path, file.schema_arrow)
-    return Table(path, found, file.iter_batches(BATCH_ROWS, columns=list(found)))
+    batches = file.iter_batches(BATCH_ROWS, columns=list(found))
+    return Table(path, found, batches, file.metadata.num_rows)
 
 
 def _open_arrow(path: Path) -> Table:
     ipc = needed("pyarrow.ipc", f"{path} is an Arrow file, which")
     source = needed("pyarrow", "it").memory_map(str(path))
     if first_bytes(path).startswith(ARROW_STREAM):
+        check_stream_end(path)
         batches = reader = ipc.open_stream(source)
     else:
         reader = ipc.open_file(source)
         batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
     return Table(path, makers(path, reader.schema), _in_pieces(batches))
+
+
+def check_stream_end(path: str | Path) -> None:
+    """A stream that was cut behind some rows would pass for a shorter one. ConfigError, or OSError
+    for a file that has not even these bytes."""
+    with open(path, "rb") as file:
+        file.seek(-len(_STREAM_END), io.SEEK_END)
+        require(
+            file.read() == _STREAM_END,
+            f"{path} is damaged or cut short: it lacks the end of an Arrow stream; copy it again",
+        )
 
 
 def _in_pieces(batches: Iterable[Any]) -> Iterator[Any]:
@@ -73,13 +88,15 @@ def rows_of(table: Table) -> Iterator[tuple[int, Row | Unusable]]:
     while True:
         try:
             batch = next(batches, None)
-        except _UNREADABLE as error:
+        except Exception as error:  # as above
             raise damaged(table.path, error, f"row {number:,}") from error
         if batch is None:
-            return
+            break
         for row in _rows(batch.select(list(table.makers)), table.makers):
             number += 1
             yield number, row
+    if table.num_rows not in (None, number):
+        raise damaged(table.path, f"it speaks of {table.num_rows:,} rows", f"row {number:,}")
 
 
 def _rows(batch: Any, make: dict[str, Make]) -> Iterator[Row | Unusable]:

@@ -13,17 +13,19 @@ from dspark_megatron.errors import printable
 
 
 def bytes_of(file: DataFile) -> int:
-    """On the disk."""
+    """On the disk, or in the tables of the library `datasets`."""
+    if file.dataset is not None:
+        return int(file.dataset.rows.data.nbytes)
     path = Path(f"{file.path}.bin") if file.indexed else file.path
     return path.stat().st_size if path.is_file() else 0
 
 
 class Progress:
-    """A bar of the bytes that are read. Within a compressed file it is ahead, and where lines are
-    no bytes it moves at each file's end."""
+    """A bar of the bytes that are read. Within a compressed file it is ahead, and within one of
+    Parquet or one JSON array it stands still."""
 
     def __init__(self, files: list[DataFile], *, show: bool) -> None:
-        self._sizes = [bytes_of(file) for file in files]
+        self._files, self._sizes = files, [bytes_of(file) for file in files]
         self._file, self._read = 0, 0
         self._start = time.perf_counter()
         self._bar = tqdm(
@@ -49,7 +51,10 @@ class Progress:
             self._file, self._read = batch.file, 0
             self._bar.set_description(f"tokenizing {printable(batch.path.name)}", refresh=False)
         self._read += batch.nbytes
-        passed = sum(self._sizes[: self._file]) + min(self._read, self._sizes[self._file])
+        rows, size = self._files[self._file].dataset, self._sizes[self._file]
+        if rows is not None and batch.lines:
+            self._read = size * batch.lines[-1][0] // len(rows.rows)
+        passed = sum(self._sizes[: self._file]) + min(self._read, size)
         self._bar.set_postfix_str(self.rate(report), refresh=False)
         self._bar.update(passed - self._bar.n)
 

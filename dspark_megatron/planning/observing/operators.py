@@ -53,7 +53,8 @@ def moved(function: Any, given: list[Tensor], results: list[Tensor]) -> int:
     if name in ALLOCATING or not (writes or fresh):
         return 0
     if name in PICKING:
-        return 2 * _size(given[-1:] if writes else results) + _size(given[1:-1])
+        places, picked = (given[1:-1], given[-1:]) if writes else (given[1:], results)
+        return _size(places) + 2 * _size(picked)
     read = given
     if name in WRITING or any(a.is_out for a in schema.arguments):
         read = [x for x in given if all(x is not y for y in results)]

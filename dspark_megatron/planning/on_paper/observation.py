@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.transformer.spec_utils import ModuleSpec
 
-from dspark_megatron.model.layer_specs import local_layer_spec, user_layer_spec
+from dspark_megatron.model.layer_specs import local_layer_spec
 from dspark_megatron.ops.block_attention import chosen_backend
 from dspark_megatron.planning.observing.gpu_kernels import gpu_kernels
 from dspark_megatron.planning.observing.observer import Observer
@@ -82,21 +81,16 @@ def _what_it_depends_on(plan: RunPlan) -> str:
 
 
 def _observed(plan: RunPlan) -> DraftObservation:
-    """With the user's own layers where they run without a device."""
+    """The user's own layers are code, and a plan runs none of theirs."""
+    found = observe_on_paper(_for_a_gpu(plan), gpu_kernels)
     words = plan.config.model.layer_spec
-    plan = _for_a_gpu(plan)
     if not words:
-        return observe_on_paper(plan, local_layer_spec(), gpu_kernels)
-    try:
-        return observe_on_paper(plan, user_layer_spec(words), gpu_kernels)
-    except Exception as error:
-        found = observe_on_paper(plan, local_layer_spec(), gpu_kernels)
-        note = (
-            f"not known: what the layers of model.layer_spec {list(words)} take and send, since "
-            f"they do not run without a device ({type(error).__name__}: {error}); counted are "
-            "those of model.backend=local in their place"
-        )
-        return replace(found, notes=(note,))
+        return found
+    note = (
+        f"not known: what the layers of model.layer_spec {words} take and send, since a plan does "
+        "not import them; counted are those of model.backend=local in their place"
+    )
+    return replace(found, notes=(note,))
 
 
 def _for_a_gpu(plan: RunPlan) -> RunPlan:
@@ -110,7 +104,7 @@ def _for_a_gpu(plan: RunPlan) -> RunPlan:
 
 
 def observe_on_paper(
-    plan: RunPlan, spec: ModuleSpec, kernels: Callable[[Observer], AbstractContextManager[None]]
+    plan: RunPlan, kernels: Callable[[Observer], AbstractContextManager[None]]
 ) -> DraftObservation:
     """One micro-batch of rank 0, and what surrounds all of them."""
     tp, world = plan.config.parallel.tensor_parallel, plan.dp_size
@@ -118,7 +112,7 @@ def observe_on_paper(
         observer = Observer(META, group_words(runtime))
         with EverythingOnMeta(), HostAnswers(), kernels(observer), observer:
             with META, observer.phase("being built", kind=WEIGHTS):
-                draft = empty_draft(plan, runtime, spec)
+                draft = empty_draft(plan, runtime, local_layer_spec())
                 step = DraftStep(plan, runtime, draft, observer)
             return _observe(step, observer, plan)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -32,7 +32,10 @@ def rank_model(
     """That of the first rank, with the process groups of one copy of the target, inside the `with`.
     layers: those that it has. attention: its implementation. quantized: with the weights of its
     quantizer, which then does not run."""
-    model = copy.deepcopy(meta_target(target_config, dtype))
+    whole, kept = meta_target(target_config, dtype), set(layers)
+    # Layers that are not kept need not be copied, which takes longer than all the rest.
+    dropped = (layer for i, layer in enumerate(decoder_layers(whole)) if i not in kept)
+    model = copy.deepcopy(whole, {id(layer): nn.Identity() for layer in dropped})
     keep_layers(model, layers)
     if quantized:
         quantizer_of(target_config).preprocess_model(model=model, dtype=dtype)

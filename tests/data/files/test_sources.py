@@ -1,6 +1,7 @@
 """Where samples come from: files, folders, globs, Megatron indexed datasets, in given shares."""
 
 from collections import Counter
+from pathlib import Path
 
 import numpy
 import pytest
@@ -10,8 +11,9 @@ from dspark_megatron.data.dataset import load_samples
 from dspark_megatron.data.files.sources import check_apart, find_files
 from dspark_megatron.data.sampler import Blend, SampleRef, StepSampler, global_batch, share_out
 from dspark_megatron.errors import ConfigError
-from support.chat_lines import talk, tokens, write_jsonl
+from support.chat_lines import read_rows, talk, tokens, write_jsonl
 from support.samples import FORGETTING_TEMPLATE, VOCAB_SIZE, sample_rules
+from support.tables import write_parquet
 from support.tiny_target import tiny_config
 from support.tiny_tokenizer import tiny_tokenizer
 from support.training_runs import assert_same_curve, curve, run_training
@@ -201,12 +203,16 @@ def test_weights_are_part_of_the_data(tmp_path, load):
     assert len({data.fingerprint for data in (plain, even, other)}) == 3
 
 
-def test_a_weighted_run_of_several_forms_is_the_same_in_every_layout(pool, tiny_run, tmp_path):
+def test_a_weighted_run_of_several_forms_is_the_same_in_every_layout_and_from_a_table(
+    pool, tiny_run, tmp_path
+):
     documents = [[[40 + i, *range(50, 60)]] for i in range(4)]
     indexed = write_indexed(tmp_path / "docs", documents, numpy.int32)
-    data = {"train_files": [*tiny_run["data"]["train_files"], str(indexed)], "weights": [1.0, 3.0]}
+    [lines] = tiny_run["data"]["train_files"]
+    table = write_parquet(tmp_path / "same.parquet", read_rows(Path(lines)))
     curves = []
-    for world in (1, 2):
+    for world, file in ((1, lines), (2, table)):
+        data = {"train_files": [str(file), str(indexed)], "weights": [1.0, 3.0]}
         output = {"output_dir": str(tmp_path / str(world)), "iterations": 3}
         pool.run(
             run_training, world=world, tp=1, config=tiny_config(tiny_run, data=data, train=output)
