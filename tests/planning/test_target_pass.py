@@ -5,12 +5,18 @@ import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig
 
 from dspark_megatron.config import TargetConfig
 from dspark_megatron.data.batch import Batch
 from dspark_megatron.planning.observing.cpu_kernels import cpu_kernels
+from dspark_megatron.planning.target import observed
+from dspark_megatron.planning.target import plan as target_plan
 from dspark_megatron.planning.target.gpt import ObservedGPT
 from dspark_megatron.planning.target.observed import ObservedTarget
+from dspark_megatron.planning.target.plan import target_pass
+from dspark_megatron.planning.target.target_pass import LAYER
+from dspark_megatron.run.check import check
 from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.targets.huggingface.split import TargetSplit
 from dspark_megatron.targets.huggingface.target import HuggingFaceTarget
@@ -18,7 +24,9 @@ from dspark_megatron.targets.megatron.gpt_shape import gpt_shape_of
 from dspark_megatron.targets.megatron.groups import target_groups
 from dspark_megatron.targets.megatron.source import GPTSource
 from dspark_megatron.targets.megatron.target import MegatronTarget
-from support.target_families import make_family
+from support.target_families import FAMILIES, make_family
+from support.target_families import SIZES as FAMILY_SIZES
+from support.tiny_target import tiny_config
 
 TAPS = (0, 2)
 BATCH = (2, 192)
@@ -181,3 +189,49 @@ def test_a_planned_pass_is_that_of_a_real_gpt_model(pool, tmp_path, family, tp, 
         shape, torch.float32, tp, ep, 1, False, TAPS, True, kernels=cpu_kernels
     ).forward_pass(BATCH)
     compare(plan, pool.run(run_gpt_really, world=max(tp, ep), tp=tp, path=path, ep=ep))
+
+
+@pytest.mark.parametrize(
+    "family, split, max_tokens",
+    [
+        ("llama", (2, 2, 2, 1), 64),
+        ("deepseek_v3", (1, 2, 2, 2), None),
+        ("gpt_oss", (2, 1, 1, 1), None),
+    ],
+)
+def test_few_layers_tell_what_all_take(family, split, max_tokens):
+    """Dense layers before those with experts; full and sliding attention in turns."""
+    layers = {"num_hidden_layers": 14, "first_k_dense_replace": 3}
+    config = AutoConfig.for_model(family, **{**FAMILY_SIZES, **FAMILIES[family], **layers})
+    attention = "eager" if family == "gpt_oss" else "sdpa"
+    settings = TargetConfig(path="-", attention=attention, max_tokens_per_forward=max_tokens)
+    split = TargetSplit(*split)
+    target = ObservedTarget(settings, config, torch.bfloat16, split, (1, 6), True)
+    few, whole = target.forward_pass((2, 96)), target.observe((2, 96), 1, tuple(range(14)))
+    assert few.highest == whole.highest
+    assert few.work == whole.work
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "mamba2", "nemotron_h", "qwen3_next"])
+def test_other_families_are_observed(family):
+    """Of their default sizes, which take seconds; without memory."""
+    config = AutoConfig.for_model(family)
+    attention = "sdpa" if family in ("gemma3_text", "nemotron_h", "qwen3_next") else "eager"
+    settings, ids = TargetConfig(path="-", attention=attention), (0, 3)
+    found = ObservedTarget(settings, config, torch.bfloat16, TargetSplit(), ids, True).forward_pass(
+        (1, 128)
+    )
+    states = 3 * 128 * config.hidden_size * 2
+    assert sum(found.highest.values()) > states and found.work.flops > 0 and not found.by_formula
+
+
+def test_a_pass_that_goes_through_tokens_one_by_one_is_planned_by_formula(tiny_run, monkeypatch):
+    monkeypatch.setattr(observed, "MOST_CALLS", 3)
+    config = tiny_config(tiny_run)
+    plan = check(config, 1, use="plan")
+    target_plan._pass.cache_clear()
+    found = target_pass(plan)
+    target_plan._pass.cache_clear()
+    assert "by formula: what a forward pass of the target" in found.by_formula[0]
+    assert "(they go through tokens one by one)" in found.by_formula[0]
+    assert found.highest[LAYER] > 0 and found.work.flops > 0 and found.work.moved > 0
