@@ -133,7 +133,9 @@ def measure(file: Path, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if args.tokenizer is None:
         tokenizer = train_tokenizer(file)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            args.tokenizer, local_files_only=True, trust_remote_code=False
+        )
     fingerprints = set()
     for ranks in args.ranks:
         for way in ("every rank in memory", "one store for all"):

@@ -25,8 +25,9 @@ def run(
     """describe_run: the text of a dry run from a config and the number of ranks."""
     config = load_config(arguments.config, arguments.overrides)
     set_time_limit(config.train.timeout_minutes)
-    facts = launch_facts(config, command="train", dry_run=arguments.dry_run)
-    agree_at_launch(job, facts)
+    if job.has_rank or not arguments.dry_run:
+        facts = launch_facts(config, command="train", dry_run=arguments.dry_run)
+        agree_at_launch(job, facts)
     if arguments.dry_run:
         if job.rank == 0:
             print(printable(describe_run(config, job.world_size)), flush=True)

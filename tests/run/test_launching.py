@@ -4,10 +4,14 @@ import os
 import socket
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 import yaml
 
+from dspark_megatron.errors import ConfigError
+from dspark_megatron.run.ranks.job import Launch
+from dspark_megatron.training.command import run
 from support.paths import ROOT
 from support.tool_runs import run_python
 from support.training_runs import finish, launch, torchrun
@@ -111,3 +115,17 @@ def test_a_rank_that_does_not_come_is_named_by_those_that_wait(tmp_path, how):
     silent = "gives no sign of life; it was last heard of at step 3"
     assert (silent if how == "stopped" else "is still at step 3") in line
     assert "Waiting: rank 0 at step 4 (barrier" in line
+
+
+def test_one_process_without_a_rank_plans_for_all(tiny_run, tmp_path, monkeypatch, capsys):
+    """It waits for no other; one that was given a rank would."""
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tiny_run))
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "32")
+    arguments = Namespace(config=str(path), overrides=["train.timeout_minutes=0.001"], dry_run=True)
+    run(Launch.from_environment(), arguments, None, lambda config, ranks: f"for {ranks} ranks")
+    assert capsys.readouterr().out == "for 32 ranks\n"
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ConfigError, match="ranks 1-31 of 32 did not come"):
+        run(Launch.from_environment(), arguments, None, lambda config, ranks: "")

@@ -29,6 +29,9 @@ class Launch:
     """host:port of the store."""
     node: str = "0"
     """The same for the ranks of one launcher."""
+    has_rank: bool = True
+    """Whether the environment gives it a rank. One without may plan for a job of WORLD_SIZE ranks,
+    of which no other is started."""
 
     @classmethod
     def from_environment(cls) -> "Launch":
@@ -49,6 +52,7 @@ class Launch:
             watch_store=dist.PrefixStore(attempt, watch),
             address=f"{host}:{store.port}",
             node=os.environ.get("GROUP_RANK", "0"),
+            has_rank="RANK" in os.environ,
         )
 
     @classmethod
