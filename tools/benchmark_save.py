@@ -4,9 +4,9 @@
     torchrun --nproc-per-node 2 tools/benchmark_save.py --tp 1 2
 
 A synthetic draft with AdamW takes real steps over samples of random states, with the distributed
-optimizer and without; at TP 1 two ranks are data-parallel. Both kinds of save take turns in every round, through
-the code of the training loop, each followed by steps until it is finished, and by as many steps
-that nothing is written beside.
+optimizer and without; at TP 1 two ranks are data-parallel. Both kinds of save take turns in every
+round, through the code of the training loop, each followed by steps until it is finished, and by as
+many steps that nothing is written beside.
 
 waits               `train.async_save` false
 in the background   true
@@ -14,9 +14,9 @@ in the background   true
 `start s` is the time of the call that saves (checks, planning, host copies; with all of the writing
 where it waits), `finish s` that of what follows at a step boundary, once all ranks have written,
 and `pause s` their sum. Of it, `state s` is what Megatron-Core takes to name what is to be saved:
-it gathers the state of the distributed optimizer. `written s` is from the start to the end. `host MiB` is what copies add to
-the memory of the main rank, by the kernel's count. Medians over the rounds, after one that is not
-counted.
+it gathers the state of the distributed optimizer. `written s` is from the start to the end, and
+`host MiB` what a save adds to the memory of the main rank while it is written, by the kernel's
+count. Medians over the rounds, after one that is not counted.
 """
 
 import argparse

@@ -8,6 +8,7 @@ returns included.
 """
 
 import argparse
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,9 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from dspark_megatron.config import TargetConfig
 from dspark_megatron.data.batch import Batch
-from dspark_megatron.planning.target_work import target_work
+from dspark_megatron.planning.observing.cpu_kernels import cpu_kernels
+from dspark_megatron.planning.observing.gpu_kernels import gpu_kernels
+from dspark_megatron.planning.target.observed import ObservedTarget
 from dspark_megatron.run.ranks.runtime import Runtime, launch
 from dspark_megatron.targets.huggingface.split import TargetSplit
 from dspark_megatron.targets.huggingface.target import HuggingFaceTarget
@@ -70,7 +73,34 @@ def family_config(family: str, args: argparse.Namespace) -> PretrainedConfig:
     return AutoConfig.for_model(family, **{**base, **extra.get(family, {})})
 
 
-def measured(case: Case, args: argparse.Namespace, runtime: Runtime, folder: Path) -> dict:
+Planned = dict[tuple[int, Case], int]
+
+
+def planned(args: argparse.Namespace) -> Planned:
+    """Bytes of each case, by tensor-parallel size. A plan is made before the ranks join."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    kernels = gpu_kernels if torch.cuda.is_available() else cpu_kernels
+    found: Planned = {}
+    for tp in [size for size in args.tp if world % size == 0] or [1]:
+        for case in cases(args, world // tp):
+            most = args.seq_length // case.pieces
+            target = ObservedTarget(
+                TargetConfig(path="-", max_tokens_per_forward=most),
+                family_config(case.family, args),
+                benchmarking.DTYPES[case.dtype],
+                TargetSplit(tp, world // tp, case.shards),
+                TAPS,
+                True,
+                kernels,
+            )
+            parts = target.forward_pass((1, args.seq_length)).highest
+            found[tp, case] = sum(parts.values())
+    return found
+
+
+def measured(
+    case: Case, args: argparse.Namespace, runtime: Runtime, folder: Path, plan: Planned
+) -> dict:
     config, dtype = family_config(case.family, args), benchmarking.DTYPES[case.dtype]
     split = TargetSplit(runtime.tp_group.size(), runtime.dp_group.size(), case.shards)
     path, max_tokens = folder / case.family / case.dtype, args.seq_length // case.pieces
@@ -89,16 +119,12 @@ def measured(case: Case, args: argparse.Namespace, runtime: Runtime, folder: Pat
     peak = benchmarking.peak_memory(
         lambda: target.states(Batch(ids)), runtime.device, barrier=dist.barrier
     )
-    work = target_work(
-        config, dtype, split, (1, args.seq_length), last_layer=3, max_tokens=max_tokens
-    )
-    states = (len(TAPS) + 1) * args.seq_length * args.hidden * dtype.itemsize
-    planned = states + work.layer - work.last_states + work.cache + work.gathered_layers
+    expected = plan[split.tp_size, case]
     return {
         **{"family": case.family, "dtype": case.dtype, "tp": split.tp_size},
         **{"shared by": case.shards, "pieces": case.pieces},
-        **{"MiB": peak / benchmarking.MIB, "planned": planned / benchmarking.MIB},
-        "planned / measured": planned / peak,
+        **{"MiB": peak / benchmarking.MIB, "planned": expected / benchmarking.MIB},
+        "planned / measured": expected / peak,
     }
 
 
@@ -112,13 +138,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     benchmarking.give_tensors_own_pages()
+    plan = planned(args)
     with launch() as job, tempfile.TemporaryDirectory() as own:
         rows: list[dict[str, Any]] = []
         for runtime in benchmarking.runtime_of_each_size(job, args.tp):
             folder = [own]
             dist.broadcast_object_list(folder, 0)
             for case in cases(args, runtime.dp_group.size()):
-                rows.append(measured(case, args, runtime, Path(folder[0])))
+                rows.append(measured(case, args, runtime, Path(folder[0]), plan))
         dist.barrier()
         if runtime.is_main:
             title = f"a pass of the target, hidden {args.hidden}, {args.seq_length} tokens, a rank"

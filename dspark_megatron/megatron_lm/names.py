@@ -144,6 +144,11 @@ ARGUMENTS = (
         "data.max_length",
         difference="the longest; shorter samples are not filled up to it",
     ),
+    Argument(
+        "--data-cache-path",
+        "data.cache_dir",
+        difference="of tokenized data; none is `token_cache/` in the run's folder",
+    ),
     Argument("--valid-data-path", "evaluate.heldout_files", difference="no weights"),
     Argument("--eval-interval", "evaluate.every"),
     Argument(

@@ -38,6 +38,8 @@ def rank_memory(plan: RunPlan) -> RankMemory:
     weights, draft = target_weights(plan), observed_draft(plan)
     held = {} if weights is None else {"frozen target": weights}
     held |= {**draft.held, **_target_states(plan)}
+    if kept := target_pass(plan).kept:
+        held["target's buffers"] = kept
     forward = {} if plan.config.target.is_stored else _forward_parts(plan)
     target = {"the target's forward pass": forward} if forward else {}
     return RankMemory(held, target | _draft_moments(draft))

@@ -7,11 +7,14 @@ from functools import partial
 import pytest
 import torch
 
+from dspark_megatron.config.loading import load_config
 from dspark_megatron.data.batch import Batch
 from dspark_megatron.errors import ConfigError
+from dspark_megatron.planning.work import step_work
 from dspark_megatron.run.check import check
 from dspark_megatron.targets.base import Target, TargetStates
 from dspark_megatron.targets.shared_pass import SharedPasses, alike
+from support.paths import PUBLIC_CONFIGS, ROOT
 from support.sharded_targets import train_counting_passes, train_with_idle_micro_batches
 from support.tiny_target import tiny_config
 from support.training_runs import assert_same_curve, curve, run_training
@@ -257,3 +260,17 @@ def test_a_sharded_target_is_gathered_once_for_eight_samples(trained, one_by_one
         ]
     for [many], [once] in zip(found[1], found[8], strict=True):
         assert once > 0 and many >= 8 * once
+
+
+def test_the_recipe_for_405b_gathers_an_eighth():
+    """By its plan, on 32 GPUs."""
+
+    def gathered(*overrides):
+        path = PUBLIC_CONFIGS / "llama-3.1-405b"
+        config = load_config(
+            ROOT / "examples/llama-3.1-405b.yaml", [f"target.path={path}", *overrides]
+        )
+        sent = step_work(check(config, 32, use="plan")).parts["target"].sent
+        return sum(one.handed for one in sent if one.group.startswith("target's weights"))
+
+    assert 0 < 8 * gathered() <= gathered("target.samples_per_pass=1")

@@ -5,6 +5,7 @@ from pathlib import Path
 import benchmark_activations
 import benchmark_loss
 import benchmark_packing
+import benchmark_save
 import benchmark_step
 import benchmark_target_providers
 import benchmarking
@@ -98,6 +99,19 @@ def test_attention_curve(pool):
 def test_a_step_with_a_wrong_loss_is_not_measured():
     with pytest.raises(ValueError, match="'ours' is 2.0, the plain one 1.0"):
         benchmark_step.check_losses({"plain": 1.0, "ours": 2.0}, "float32")
+
+
+def save_rows(runtime, folder):
+    options = "--layers 1 --hidden 128 --seq-length 16 --rounds 1".split()
+    args = benchmark_save.parse_arguments(options)
+    return benchmark_save.measure(args, runtime, folder, distributed=False)
+
+
+def test_both_kinds_of_save_write_the_same_amount(pool, tmp_path):
+    (rows,) = pool.run(save_rows, world=1, tp=1, folder=tmp_path)
+    assert [row["save"] for row in rows] == ["waits", "in the background"]
+    assert rows[0]["checkpoint MiB"] == pytest.approx(rows[1]["checkpoint MiB"], rel=1e-3)
+    assert all(0 < row["pause s"] <= row["written s"] for row in rows)
 
 
 def activation_rows(runtime):

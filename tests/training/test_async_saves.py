@@ -94,8 +94,8 @@ def content(run):
 
 
 LAYOUTS = {
-    "distributed optimizer": dict(tp=1, distributed=True, dtype="bfloat16"),
-    "plain optimizer": dict(tp=2, distributed=False, dtype="float32"),
+    "distributed optimizer": dict(tp=1, distributed=True),
+    "plain optimizer": dict(tp=2, distributed=False),
 }
 
 
@@ -112,7 +112,7 @@ def test_what_is_saved_is_what_was_there_when_the_save_began(pool, tiny_run, tmp
                 "output_dir": str(tmp_path / name),
                 "iterations": 8,
                 "save_every": 3,
-                "dtype": layout["dtype"],
+                "dtype": "bfloat16",
                 "async_save": name == "goes on",
                 "tensorboard": False,
             },

@@ -79,7 +79,6 @@ def _kills() -> list[Fault]:
         "rename": (0, 2),
         "tracker": (0, 2),
     }
-    quick = {("the launcher", "shards written"), ("all", "tracker")}
     found = []
     for number, (place, (rank, call)) in enumerate(places.items()):
         for offset, (who, deed) in enumerate(WHO.items()):
@@ -91,7 +90,7 @@ def _kills() -> list[Fault]:
                     ranks=(rank,),
                     call=call,
                     then=OTHERS[(number + offset) % len(OTHERS)],
-                    quick=(who, place) in quick,
+                    quick=(who, place) == ("all", "tracker"),
                 )
             )
     return found
@@ -116,7 +115,7 @@ def _kills_in_background() -> list[Fault]:
             call=call,
             then=OTHERS[number % len(OTHERS)],
             arguments=(IN_BACKGROUND,),
-            quick=(who, place) == ("all", "file of a checkpoint"),
+            quick=(who, place) == ("the launcher", "file of a checkpoint"),
         )
         for number, (place, (rank, call, whom)) in enumerate(places.items())
         for who, deed in whom.items()

@@ -108,7 +108,8 @@ def _plus(total: TargetPass, count: int, more: TargetPass, base: TargetPass) -> 
     }
     sent = tuple(grown_sent(i, one) for i, one in enumerate(total.work.sent))
     flops, moved = grown(lambda a: a.work.flops), grown(lambda a: a.work.moved)
-    return replace(total, moments=moments, work=Work(flops, moved, sent))
+    kept = grown(lambda a: a.kept)
+    return replace(total, moments=moments, kept=kept, work=Work(flops, moved, sent))
 
 
 def _size_of(moment: str, kind: str) -> Callable[[TargetPass], int]:

@@ -24,7 +24,7 @@ from dspark_megatron.targets.megatron.gpt_shape import GPTShape
 from dspark_megatron.targets.megatron.groups import target_groups
 from dspark_megatron.targets.megatron.target import MegatronTarget
 
-WEIGHTS, PASS = "frozen target", "pass"
+WEIGHTS, FIRST, PASS = "frozen target", "first pass", "pass"
 
 
 @dataclass(frozen=True)
@@ -112,23 +112,18 @@ class ObservedGPT:
         self, batch: tuple[int, int], layers: tuple[int, ...], layer_ids: tuple[int, ...]
     ) -> TargetPass:
         with self._target(layers, layer_ids) as (target, words):
-            observer = Observer(META, words)
+            observer, ids = Observer(META, words), torch.zeros(batch, dtype=torch.long)
             observer.name(WEIGHTS, (*target.model.parameters(), *target.model.buffers()))
-            with (
-                observer,
-                self.kernels(observer),
-                EvenExperts(self.shape),
-                observer.phase(PASS, kind=LAYER),
-                torch.no_grad(),
-            ):
-                ids = torch.zeros(batch, dtype=torch.long)
-                if self.stages == 1:
-                    target.states(Batch(ids))
-                else:
-                    target._forward(ids)
-            peak = observer.peaks[PASS].alive
-            parts = {kind: size for kind, size in peak.items() if kind != WEIGHTS}
-            return TargetPass({PASS: parts}, observer.work[PASS])
+            with observer, self.kernels(observer), EvenExperts(self.shape), torch.no_grad():
+                for phase in (FIRST, PASS):
+                    kept = observer.alive.get(LAYER, 0)
+                    with observer.phase(phase, kind=LAYER):
+                        if self.stages == 1:
+                            target.states(Batch(ids))
+                        else:
+                            target._forward(ids)
+            states = observer.peaks[PASS].alive[LAYER] - kept
+            return TargetPass({PASS: {LAYER: states}}, observer.work[PASS], kept)
 
 
 class EvenExperts(TorchFunctionMode):

@@ -43,20 +43,29 @@ def one_sequence_in_each_row() -> Iterator[None]:
         yield
 
 
+class TokenByToken(Exception):
+    """A pass that takes minutes even where nothing is computed; a GPU has kernels for it."""
+
+
 class EvenRouting(TorchFunctionMode):
     """Tokens spread evenly over experts, whose matrices are multiplied in one kernel."""
 
-    def __init__(self, observer: Observer, routed_here: float = 1.0) -> None:
+    def __init__(self, observer: Observer, routed_here: float, *, most_calls: int) -> None:
         """routed_here: share of the rows handed to a rank's experts that are for them; the kernel
-        skips the others."""
+        skips the others. most_calls: of functions in a pass; TokenByToken for more."""
         super().__init__()
         self._observer, self._routed_here = observer, routed_here
+        self._most_calls = most_calls
+        self._calls = 0
         self._pairs = 0
         """Of a token and an expert, in the layer that was routed last."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        self._calls += 1
+        if self._calls == self._most_calls:  # once: what follows restores modes
+            raise TokenByToken("they go through tokens one by one")
         if function in _GROUPED:
             return self._grouped_mm(*args, **(kwargs or {}))
         if function is Tensor.scatter_add_:  # counts a rank's pairs by expert

@@ -23,6 +23,8 @@ class TargetPass:
     """Bytes beside the weights at the highest point of each forward pass, and while their states
     are put together, by what holds them. The states that the target gives are among them."""
     work: Work = field(default_factory=Work)
+    kept: int = 0
+    """Bytes that a first pass leaves for those that follow: buffers, and what routers remember."""
     by_formula: tuple[str, ...] = ()
     """Sentences: what was not observed, and why."""
 

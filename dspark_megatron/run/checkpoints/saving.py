@@ -71,7 +71,8 @@ def start_save(
     """
     final, is_main = iteration_folder(checkpoints, state.iteration), dist.get_rank() == 0
     at(f"saving iteration {state.iteration}", longer=True)
-    partial = from_main_rank(new_folder(final) if is_main else None)
+    with _told_by_one_rank(final):
+        partial = from_main_rank(new_folder(final) if is_main else None)
     tensors = sharded_state(model, optimizer, is_loading=False)
     with _told_by_one_rank(final):
         planned = PlannedSave.of(tensors, partial, content_metadata=SHARDING, copies=copies)

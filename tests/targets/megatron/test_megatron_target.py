@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from dspark_megatron.data.batch import Batch
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.planning.dry_run import describe_run
+from dspark_megatron.planning.target.plan import target_pass, target_weights
+from dspark_megatron.planning.target.target_pass import OUTPUTS
 from dspark_megatron.run.check import check
-from dspark_megatron.storage.target_folder import load_target_config
-from dspark_megatron.targets.megatron.footprint import gpt_bytes
 from dspark_megatron.targets.megatron.gpt_shape import gpt_shape_of
 from support.megatron_targets import (
     DRAFT,
@@ -103,7 +103,6 @@ def built_by_hand(runtime, path, modelopt=False):
 
     from dspark_megatron.storage.safetensors_folder import SafetensorsFolder
     from dspark_megatron.targets.megatron.gpt_model import build_gpt_model
-    from dspark_megatron.targets.megatron.gpt_shape import gpt_shape_of
     from dspark_megatron.targets.megatron.groups import target_groups
     from dspark_megatron.targets.megatron.hf_weights import load_hf_weights
     from dspark_megatron.targets.megatron.target import MegatronTarget
@@ -152,11 +151,11 @@ def held_bytes(runtime, config):
 @pytest.mark.parametrize("name, tp, ep", [("qwen3", 2, 1), ("mixed", 2, 1), ("experts", 2, 2)])
 def test_the_dry_run_knows_the_weights(pool, tiny_run, target, name, tp, ep):
     config = config_of(tiny_run, target(name), tp, ep)
-    shape = gpt_shape_of(load_target_config(target(name)))
-    planned = gpt_bytes(shape, torch.float32, tp_size=tp, ep_size=ep, stages=1, last_layer=None)
-    assert max(pool.run(held_bytes, world=tp, tp=tp, config=config)) == planned
+    plan = check(config, tp, use="plan")
+    assert max(pool.run(held_bytes, world=tp, tp=tp, config=config)) == target_weights(plan)
+    assert OUTPUTS in {one.group for one in target_pass(plan).work.sent}
     text = describe_run(config, tp)
-    assert "not counted" in text and "frozen target" in text
+    assert "by formula: " not in text and "frozen target" in text
 
 
 BAD_FAMILIES = {
