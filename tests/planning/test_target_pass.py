@@ -144,10 +144,13 @@ def compare(plan, real):
     sent = {}
     for one in plan.work.sent:
         sent[one.kind] = sent.get(one.kind, 0) + one.handed
+    # gloo reduces and scatters in a copy of its input.
+    copies = [one.handed // one.calls for one in plan.work.sent if one.kind == "reduce-scatter"]
+    peak = sum(plan.highest.values())
     assert real[0][0] == sent  # other ranks hold less where a dimension is uneven
     for handed, taken in real:
         assert {kind: pytest.approx(size, rel=0.01) for kind, size in handed.items()} == sent
-        assert taken == pytest.approx(sum(plan.highest.values()), rel=0.05)
+        assert 0.95 * peak < taken < 1.05 * peak + max(copies, default=0)
 
 
 def run_gpt_really(runtime, path, ep):
@@ -181,9 +184,7 @@ def routed_evenly(router, _args, output):
     "family, tp, ep", [("llama", 1, 1), ("qwen3", 2, 1), ("qwen3_moe", 2, 2), ("qwen3_moe", 1, 2)]
 )
 def test_a_planned_pass_is_that_of_a_real_gpt_model(pool, tmp_path, family, tp, ep):
-    # With many rows in the experts, the buffer of gloo's reduce-scatter comes at no highest moment.
-    chosen = {"num_experts_per_tok": 4} if family == "qwen3_moe" else {}
-    path = make_family(tmp_path / "target", family, **SIZES, **chosen)
+    path = make_family(tmp_path / "target", family, **SIZES)
     shape = gpt_shape_of(load_target_config(path))
     plan = ObservedGPT(
         shape, torch.float32, tp, ep, 1, False, TAPS, True, kernels=cpu_kernels
@@ -234,4 +235,5 @@ def test_a_pass_that_goes_through_tokens_one_by_one_is_planned_by_formula(tiny_r
     target_plan._pass.cache_clear()
     assert "by formula: what a forward pass of the target" in found.by_formula[0]
     assert "(they go through tokens one by one)" in found.by_formula[0]
+    assert torch.is_grad_enabled()
     assert found.highest[LAYER] > 0 and found.work.flops > 0 and found.work.moved > 0

@@ -56,15 +56,15 @@ class EvenRouting(TorchFunctionMode):
         super().__init__()
         self._observer, self._routed_here = observer, routed_here
         self._most_calls = most_calls
-        self.calls = 0
+        self._calls = 0
         self._pairs = 0
         """Of a token and an expert, in the layer that was routed last."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        self.calls += 1
-        if self.calls > self._most_calls:
+        self._calls += 1
+        if self._calls == self._most_calls:  # once: what follows restores modes
             raise TokenByToken("they go through tokens one by one")
         if function in _GROUPED:
             return self._grouped_mm(*args, **(kwargs or {}))
