@@ -426,3 +426,24 @@ def test_ranks_end_together_where_one_cannot_tokenize(pool, tiny_run, tmp_path):
         config = tiny_config(tiny_run, data=data)
         pool.run(cached_by_ranks, world=2, tp=1, config=config, folders=folders)
     assert str(error.value).count("bad.jsonl:1: ") >= 2 and "no answer" not in str(error.value)
+
+
+def cached_by_ranks_of_a_slow_disk(runtime, config, folders):
+    """The last rank never sees what the others write."""
+    find, late = TokenCache.find, token_cache._LATE_SECONDS
+    token_cache._LATE_SECONDS = 0.1
+    if runtime.rank == runtime.world_size - 1:
+        TokenCache.find = lambda self: None
+    try:
+        return cached_by_ranks(runtime, config, folders)
+    finally:
+        TokenCache.find, token_cache._LATE_SECONDS = find, late
+
+
+def test_ranks_end_together_where_one_does_not_see_the_store(pool, tiny_run, tmp_path):
+    config = tiny_config(tiny_run, data={"cache_dir": str(tmp_path / "cache")})
+    with pytest.raises(AssertionError) as error:
+        run = cached_by_ranks_of_a_slow_disk
+        pool.run(run, world=2, tp=1, config=config, folders=[tmp_path] * 2)
+    said = str(error.value)
+    assert said.count("rank 1 does not see ") >= 2 and "no answer" not in said
