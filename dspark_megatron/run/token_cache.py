@@ -114,7 +114,7 @@ def _signed(work: Iterator[None], file: Path) -> Iterator[None]:
     for _ in work:
         if time.monotonic() - last > _SIGN_SECONDS:
             last = time.monotonic()
-            with contextlib.suppress(OSError):  # somebody has deleted it
+            with contextlib.suppress(OSError):  # deleted by hand, to have another process begin
                 os.utime(file)
         yield
 
@@ -155,7 +155,9 @@ def load_together(cache: TokenCache, runtime: Runtime, place: str) -> TokenStore
     if found is None:
         makes = who_writes(cache.folder, runtime) == runtime.rank
         finish_together(cache.make() if makes else None, place)
-        found = _opened(cache, runtime)
+        opened: list[TokenStore] = []
+        finish_together(_open(cache, runtime, opened), place)
+        [found] = opened
     return found
 
 
@@ -173,8 +175,8 @@ def _found_by_all(cache: TokenCache) -> TokenStore | None:
     return found if all(has for has, _ in everyone) else None
 
 
-def _opened(cache: TokenCache, runtime: Runtime) -> TokenStore:
-    """A store that was just made, maybe by another node."""
+def _open(cache: TokenCache, runtime: Runtime, opened: list[TokenStore]) -> Iterator[None]:
+    """Put a store there that was just made, maybe by another node. A step for each look."""
     deadline = time.monotonic() + _LATE_SECONDS
     while (found := cache.find()) is None:
         require(
@@ -182,9 +184,11 @@ def _opened(cache: TokenCache, runtime: Runtime) -> TokenStore:
             f"rank {runtime.rank} does not see {cache.store}, which another rank has written; "
             "name a data.cache_dir on a file system that works, or one of each node's own",
         )
+        yield
         time.sleep(0.2)
-        list(cache.folder.iterdir())  # has a network file system look again
-    return found
+        with contextlib.suppress(OSError):
+            list(cache.folder.iterdir())  # has a network file system look again
+    opened.append(found)
 
 
 def load_alone(cache: TokenCache, *, makes: bool) -> TokenStore | None:

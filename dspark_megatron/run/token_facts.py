@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import dspark_megatron
+from dspark_megatron.data.files.opening import file_errors
 from dspark_megatron.data.files.sources import DataFile, find_files
 from dspark_megatron.data.rules import SampleRules
 from dspark_megatron.data.token_store import Facts
@@ -44,16 +45,18 @@ def token_facts(plan: RunPlan, entries: list[str], rules: SampleRules) -> Facts:
 
 def files_facts(entries: list[str]) -> list[list[Facts]]:
     """The files of each entry. One that was written since has another time of change, which nobody
-    can set, and small ones other content."""
+    can set, and small ones other content. ConfigError for one that cannot be read."""
     return [[_file_facts(file) for file in find_files(entry)] for entry in entries]
 
 
 def _file_facts(file: DataFile) -> Facts:
     parts = [Path(f"{file.path}{end}") for end in ((".bin", ".idx") if file.indexed else ("",))]
-    parts = [part for part in parts if part.is_file()]
-    changed = [[part.stat().st_ctime_ns, part.stat().st_ino] for part in parts]
-    named = str(file.path)  # messages of bad lines are kept with the samples
-    return {**file.identity(), "named": named, "changed": changed, "content": pieces_text(parts)}
+    with file_errors(file.path):
+        parts = [part for part in parts if part.is_file()]
+        changed = [[part.stat().st_ctime_ns, part.stat().st_ino] for part in parts]
+        named = str(file.path)  # messages of bad lines are kept with the samples
+        seen = {"named": named, "changed": changed, "content": pieces_text(parts)}
+        return {**file.identity(), **seen}
 
 
 def _digest(*parts: str | bytes) -> str:

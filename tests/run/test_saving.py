@@ -71,15 +71,23 @@ class Short(Writer):
         os.truncate(file, os.path.getsize(file) - 1)
 
 
+class OutOfMemory(Writer):
+    """No kind of error that a disk has."""
+
+    def after(self, file):
+        raise MemoryError
+
+
 FAULTS = {
     None: Writer,
     "elsewhere": Elsewhere,
     "short": Short,
     "full": lambda written: files_of_at_most(100),
+    "memory": OutOfMemory,
 }
 
 
-@pytest.mark.parametrize("fault", ["elsewhere", "short", "full"])
+@pytest.mark.parametrize("fault", ["elsewhere", "short", "full", "memory"])
 def test_what_one_rank_does_not_write_leaves_the_older_checkpoint(pool, tiny_run, tmp_path, fault):
     config = tiny_config(
         tiny_run, train={"output_dir": str(tmp_path)}, parallel={"tensor_parallel": 2}
@@ -95,10 +103,11 @@ def test_what_one_rank_does_not_write_leaves_the_older_checkpoint(pool, tiny_run
         "elsewhere": "__1_0.distcp is damaged or incomplete (it is not there, and had",
         "short": "__1_0.distcp is damaged or incomplete (cut short: it has",
         "full": "File too large",
+        "memory": "could not be saved: MemoryError. Older",
     }
     assert cause[fault] in said, said
     assert "Older ones in" in said
-    assert ("on a file system that all nodes share" in said) == (fault != "full")
+    assert ("on a file system that all nodes share" in said) == (fault in ("elsewhere", "short"))
     after = {file: file.read_bytes() for file in checkpoints.rglob("*") if file.is_file()}
     assert after == before
     pool.run(save, world=2, tp=2, config=config, iteration=2)

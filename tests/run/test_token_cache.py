@@ -17,7 +17,9 @@ from dspark_megatron.errors import ConfigError
 from dspark_megatron.run import token_cache
 from dspark_megatron.run.check import check
 from dspark_megatron.run.data import load_run_data
+from dspark_megatron.run.ranks.facts import file_facts
 from dspark_megatron.run.token_cache import TokenCache
+from dspark_megatron.run.token_facts import files_facts
 from support.chat_lines import chat, tokens, write_jsonl
 from support.full_disk import files_of_at_most
 from support.samples import FORGETTING_TEMPLATE
@@ -339,6 +341,19 @@ def test_data_that_change_while_they_are_read_are_refused(load, tmp_path, entrie
     assert not stores(tmp_path / "cache")
 
 
+def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path, monkeypatch):
+    """Wherever it is looked at first."""
+    file = write_jsonl(tmp_path / "a.jsonl", LINES)
+
+    def refused(path, *_arguments, **_more):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refused)
+    for look in (partial(file_facts, "data.train_files"), files_facts):
+        with pytest.raises(ConfigError, match="cannot read .*a.jsonl: Permission denied"):
+            look([str(file)])
+
+
 # Two runs
 
 
@@ -375,6 +390,18 @@ def test_a_run_makes_what_another_gave_up(caches, tokenized, said):
     first.close()
     list(second)
     assert len(tokenized) == 2 and caches[1].find() is not None
+    assert list(caches[0].folder.iterdir()) == [caches[0].store]
+
+
+def test_a_run_whose_lock_was_deleted_by_hand_comes_to_its_end(caches, tokenized, monkeypatch):
+    monkeypatch.setattr(token_cache, "_SIGN_SECONDS", -1.0)
+    first, second = (cache.make() for cache in caches)
+    next(first)
+    [lock] = caches[0].folder.glob(".*.making/run.lock")
+    lock.unlink()
+    list(second)
+    list(first)
+    assert len(tokenized) == 2 and caches[0].find() is not None
     assert list(caches[0].folder.iterdir()) == [caches[0].store]
 
 
@@ -461,3 +488,24 @@ def test_ranks_wait_for_the_work_of_others_and_fail_with_it(pool):
     for done in pool.run(work_together, world=4, tp=1, failing=True):
         assert done[-1] in ("rank 2 cannot go on", "rank 3 cannot go on")
         assert done[:-1] == [] or done[-2] == "over", "the others clear up"
+
+
+def cached_by_ranks_of_a_slow_disk(runtime, config, folders):
+    """The last rank never sees what the others write."""
+    find, late = TokenCache.find, token_cache._LATE_SECONDS
+    token_cache._LATE_SECONDS = 0.1
+    if runtime.rank == runtime.world_size - 1:
+        TokenCache.find = lambda self: None
+    try:
+        return cached_by_ranks(runtime, config, folders)
+    finally:
+        TokenCache.find, token_cache._LATE_SECONDS = find, late
+
+
+def test_ranks_end_together_where_one_does_not_see_the_store(pool, tiny_run, tmp_path):
+    config = tiny_config(tiny_run, data={"cache_dir": str(tmp_path / "cache")})
+    with pytest.raises(AssertionError) as error:
+        run = cached_by_ranks_of_a_slow_disk
+        pool.run(run, world=2, tp=1, config=config, folders=[tmp_path] * 2)
+    said = str(error.value)
+    assert said.count("rank 1 does not see ") >= 2 and "no answer" not in said

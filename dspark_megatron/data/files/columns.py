@@ -5,6 +5,7 @@ object lacks one. Such keys are left out, as a line of JSON would not have them.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -48,7 +49,7 @@ def makers(path: object, schema: Any) -> dict[str, Make]:
     schema: a pyarrow.Schema.
     """
     names = schema.names
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(names) < 1000 else []
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)[:SHOWN]
     require(not twice, f"{path} has several columns of the name {', '.join(twice)}; rename them")
     shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" * (len(names) > SHOWN))
     require(

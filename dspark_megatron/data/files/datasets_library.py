@@ -7,7 +7,7 @@ tables is taken.
 import functools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,6 +65,8 @@ class DatasetRows:
     """Splits, each with the first row that is used and the one after the last."""
     rows: Any = field(compare=False, repr=False)
     """A datasets.Dataset."""
+    files: frozenset[str] = frozenset()
+    """Real paths of the files here that these splits were read from, whatever their ranges."""
 
     def table(self, path: Path) -> Table:
         found = makers(path, self.rows.data.schema)
@@ -121,7 +123,8 @@ def open_saved(folder: str | Path, text: str = "", split: str | None = None) -> 
         raise
     except Exception as error:  # whatever a damaged file makes the library raise
         raise ConfigError(f"cannot read the data set {folder}: {_said(error)}") from error
-    return _chosen(text, split, splits, folder)
+    files = {name: [file["filename"] for file in rows.cache_files] for name, rows in splits.items()}
+    return _chosen(text, split, splits, folder, files)
 
 
 def open_dataset(text: str) -> DatasetRows:
@@ -180,7 +183,8 @@ def _load(text: str, entry: Entry) -> DatasetRows:
         ) from error
     except Exception as error:  # whatever a repository of others makes the library raise
         raise ConfigError(f"cannot load {text}, which means {FORM}: {_said(error)}") from error
-    return _chosen(text, entry.split, found, "/".join(Path(builder.cache_dir).parts[-4:]))
+    source = "/".join(Path(builder.cache_dir).parts[-4:])
+    return _chosen(text, entry.split, found, source, builder.config.data_files or {})
 
 
 def _check_builder(text: str, entry: Entry, builder: Any) -> None:
@@ -206,8 +210,15 @@ def _said(error: Exception) -> str:
     return ": ".join(texts)
 
 
-def _chosen(text: str, split: str | None, splits: dict[Any, Any], source: str) -> DatasetRows:
-    """The rows of the split, which may be a slice or a sum as the library has them."""
+def _chosen(
+    text: str,
+    split: str | None,
+    splits: dict[Any, Any],
+    source: str,
+    files: Mapping[Any, Sequence[str]],
+) -> DatasetRows:
+    """The rows of the split, which may be a slice or a sum as the library has them. files: those of
+    each split."""
     datasets = _library(text)
     sizes = {str(name): rows.num_rows for name, rows in splits.items()}
     known = ", ".join(f"{name} ({rows:,} rows)" for name, rows in sizes.items()) or "none"
@@ -223,4 +234,5 @@ def _chosen(text: str, split: str | None, splits: dict[Any, Any], source: str) -
     ranges = tuple((part.splitname, part.from_, max(part.from_, part.to)) for part in parts)
     require(any(end > start for _, start, end in ranges), f"{text} has no rows; it has {known}")
     rows = [splits[name].select(range(start, end)) for name, start, end in ranges]
-    return DatasetRows(source, ranges, datasets.concatenate_datasets(rows))
+    read = (os.path.realpath(file) for name, _, _ in ranges for file in files.get(name, ()))
+    return DatasetRows(source, ranges, datasets.concatenate_datasets(rows), frozenset(read))

@@ -64,6 +64,8 @@ class Row(NamedTuple):
     """A row of a table that keeps the bounds of a line."""
 
     record: dict
+    nbytes: int
+    """As Arrow holds it, on average of the rows that were unpacked with it."""
 
 
 def parse_line(line: object) -> dict:

@@ -40,7 +40,8 @@ OPENERS: dict[bytes, Callable[..., Any]] = {
     b"BZh": bz2.open,
     b"\xfd7zXZ\x00": lzma.open,
     b"\x28\xb5\x2f\xfd": _open_zstandard,
-    b"\x50\x2a\x4d\x18": _open_zstandard,  # by pzstd, which writes a frame's size before it
+    # Before it may stand frames to be skipped: pzstd writes the size of the next one there.
+    **{bytes([0x50 + i]) + b"\x2a\x4d\x18": _open_zstandard for i in range(16)},
 }
 """How to open compressed files, by their first bytes."""
 

@@ -127,15 +127,17 @@ def _data_file(path: Path) -> DataFile:
 
 
 def check_apart(trained: list[str], held_out: list[str]) -> None:
-    """ConfigError if a file would be both trained on and held out."""
+    """ConfigError if a file would be both trained on and held out. Of the library `datasets` rows
+    of one split may be, but not the same."""
     files = [file for entry in trained for file in find_files(entry)]
-    paths = {file.path.resolve() for file in files if file.dataset is None}
+    paths = {os.path.realpath(file.path) for file in files if file.dataset is None}
     rows = [file.dataset for file in files if file.dataset is not None]
 
     def is_trained_on(file: DataFile) -> bool:
         if file.dataset is None:
-            return file.path.resolve() in paths
-        return any(file.dataset.overlaps(part) for part in rows)
+            path = os.path.realpath(file.path)
+            return path in paths or any(path in part.files for part in rows)
+        return not paths.isdisjoint(file.dataset.files) or any(map(file.dataset.overlaps, rows))
 
     found = [file for entry in held_out for file in find_files(entry)]
     both = [str(file.path) for file in found if is_trained_on(file)]

@@ -103,7 +103,8 @@ def _rows(batch: Any, make: dict[str, Make]) -> Iterator[Row | Unusable]:
     """All at once if none is wrong, else one by one."""
     wrong = _what_is_wrong(batch)
     if wrong is None:
-        yield from (_row(values, make) for values in batch.to_pylist())
+        nbytes = batch.nbytes // max(1, batch.num_rows)
+        yield from (_row(values, make, nbytes) for values in batch.to_pylist())
     elif batch.num_rows == 1:
         yield wrong
     else:
@@ -124,9 +125,9 @@ def _what_is_wrong(batch: Any) -> Unusable | None:
     return Unusable.too_long(size) if size > jsonl.MOST_LINE_BYTES else None
 
 
-def _row(values: dict[str, Any], make: dict[str, Make]) -> Row | Unusable:
+def _row(values: dict[str, Any], make: dict[str, Make], nbytes: int) -> Row | Unusable:
     try:
-        return Row(made(values, make))
+        return Row(made(values, make), nbytes)
     except ConfigError as error:  # of JSON within
         return Unusable(str(error))
     except RecursionError:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from dspark_megatron.data.files.jsonl import Row
 from dspark_megatron.data.files.reading import check_readable, read_lines
 from dspark_megatron.data.files.sources import DataFile
 from dspark_megatron.data.tokenizing.encoding import Line
@@ -57,12 +58,19 @@ def _next(lines: Iterator[Line]) -> tuple[list[Line], ConfigError | None]:
     try:
         for line in itertools.islice(lines, _MOST_LINES):
             batch.append(line)
-            size += len(line[1]) if isinstance(line[1], bytes | Tensor) else 0
+            size += _size(line[1])
             if size >= _MOST_BYTES:
                 break
     except ConfigError as error:
         return batch, error
     return batch, None
+
+
+def _size(line: object) -> int:
+    """Bytes that it takes; 0 for an item of an array, which is in memory anyway."""
+    if isinstance(line, bytes):
+        return len(line)
+    return line.nbytes if isinstance(line, Row | Tensor) else 0
 
 
 def _lines(file: DataFile, read_indexed: ReadIndexed | None) -> Iterator[Line]:

@@ -95,8 +95,8 @@ def _written(planned: PlannedSave, partial: Path) -> Written:
     try:
         planned.write()
         return Written(checksums_of_rank(partial), "")
-    except (OSError, RuntimeError) as error:  # a full disk is any of both
-        return Written({}, str(error))
+    except Exception as error:  # whatever it is, the other ranks wait for this one's word
+        return Written({}, str(error) or type(error).__name__)
 
 
 @dataclass(frozen=True)

@@ -186,6 +186,19 @@ def test_rows_are_not_held_out_and_trained_on(tmp_path, folder):
     refused(lambda: check_apart([str(path)], [f"hf:{path.parent}/../{path.parent.name}/saved"]), "")
 
 
+def test_a_file_is_not_held_out_beside_the_split_that_has_it(tmp_path, folder):
+    train, test = f"hf:{folder}:train[:3]", str(folder / "test.parquet")
+    check_apart([train], [test])
+    check_apart([test], [train])
+    link = tmp_path / "link"
+    link.symlink_to(folder / "train.parquet")
+    refused(lambda: check_apart([train], [str(link)]), f"{link} is in data.train_files")
+    refused(lambda: check_apart([str(link)], [train]), f"{train} is in data.train_files")
+    path = saved(tmp_path / "saved", RECORDS)
+    [arrow] = path.glob("*.arrow")
+    refused(lambda: check_apart([str(path)], [str(arrow)]), f"{arrow} is in data.train_files")
+
+
 # What is refused
 
 

@@ -11,6 +11,7 @@ from dspark_megatron.data.files.jsonl import parse_line
 from dspark_megatron.data.files.reading import read_lines
 from dspark_megatron.data.files.sources import DataFile, find_files
 from dspark_megatron.data.prompts.chat_prompts import load_prompts, read_prompts
+from dspark_megatron.data.tokenizing import batches
 from dspark_megatron.errors import ConfigError
 from support.chat_lines import chat, talk, tokens, write_jsonl
 from support.samples import VOCAB_SIZE, sample_rules
@@ -185,6 +186,10 @@ BAD_TABLES = {
         pyarrow.table([[1], [2]], names=["messages", "messages"]),
         "has several columns of the name messages; rename",
     ),
+    "a name twice among many": (
+        pyarrow.table([["x"]] * 1100, names=["prompt", "c", *map(str, range(1097)), "c"]),
+        "has several columns of the name c; rename",
+    ),
 }
 
 
@@ -222,6 +227,14 @@ def test_a_row_is_bounded_as_a_line_is(tmp_path, write, monkeypatch):
     with pytest.raises(ConfigError, match="data.parquet:6: the line has 2,.* at most 2,000 are r"):
         load(write(rows))
     assert len(load(write(rows), skip_bad_lines=0.1)) == 19
+
+
+def test_rows_are_handed_on_by_their_size_as_lines_are(write, monkeypatch):
+    """Some batches of each process are in flight, and long rows are many bytes."""
+    monkeypatch.setattr(batches, "_MOST_BYTES", 5000)
+    [file] = find_files(write([chat("hi", "x" * 1000)] * 40))
+    sizes = [len(batch.lines) for batch in batches.line_batches([file], None)]
+    assert sum(sizes) == 40 and max(sizes) == 5
 
 
 def test_text_that_is_not_utf8_is_a_bad_row(tmp_path, write):
