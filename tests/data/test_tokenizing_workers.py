@@ -109,7 +109,7 @@ def test_a_process_that_dies_is_one_sentence(tmp_path, monkeypatch):
     assert "data.tokenize_workers is 2 here" in str(error.value)
 
 
-def test_processes_end_with_the_one_that_started_them(tmp_path):
+def test_processes_end_with_the_one_that_started_them_and_not_by_its_signals(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_bytes(lines_of_all_kinds(20))
     process = subprocess.Popen(
@@ -117,10 +117,13 @@ def test_processes_end_with_the_one_that_started_them(tmp_path):
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         stdout=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     assert process.stdout.readline() == "at work\n"
     started = psutil.Process(process.pid).children(recursive=True)
     assert len([child for child in started if not child.children()]) >= 2
+    os.killpg(process.pid, signal.SIGTERM)  # as torchrun does; who started them answers it
+    assert process.stdout.readline().endswith(" batches\n")
     process.kill()
     process.wait()
     deadline = time.monotonic() + 30
@@ -131,11 +134,17 @@ def test_processes_end_with_the_one_that_started_them(tmp_path):
 
 def be_killed(file):
     """Run by the test above."""
+    told = []
+    signal.signal(signal.SIGTERM, lambda *_: told.append(True))
     encoder = LineEncoder(tiny_tokenizer(VOCAB_SIZE), VOCAB_SIZE, sample_rules(24, 2))
     batches_module._MOST_LINES = 1
     work = encoded_batches(line_batches(find_files(file), None), encoder, 2)
     next(work)
     print("at work", flush=True)
+    while not told:
+        time.sleep(0.01)
+    time.sleep(0.5)
+    print(1 + sum(1 for _ in work), "batches", flush=True)
     time.sleep(60)
 
 

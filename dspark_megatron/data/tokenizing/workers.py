@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 
 import torch
 
@@ -79,7 +79,9 @@ def _pool(encoder: LineEncoder, workers: int) -> ProcessPoolExecutor:
         ) from error
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    # Signals to the job are this process's to answer; the server inherits what is blocked.
+    # Signals to the job are this process's to answer; the server inherits what is blocked. The
+    # tracker comes first, since its start unblocks some.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         forkserver.ensure_running()
@@ -114,6 +116,9 @@ def _begin(pickled: bytes) -> None:
     and takes those that it gets itself."""
     global _encoder
     os.setpgid(0, 0)
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # forgets one that the group got until now
+        signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores
