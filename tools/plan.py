@@ -38,6 +38,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     if args.output is not None and not args.output.parent.is_dir():
         sys.exit(f"error: the folder of --output {args.output} must exist")
+    if args.output is not None and args.output.is_dir():
+        sys.exit(f"error: --output {args.output} must be a file, and it is a folder")
     from dspark_megatron.mcore.prepare import prepare_megatron
 
     prepare_megatron()

@@ -1,6 +1,5 @@
 """What a rank computes, moves and sends in a step, by part: the measure that time is made of."""
 
-import math
 from dataclasses import dataclass
 
 from dspark_megatron.planning.memory import pipeline_state_bytes
@@ -26,8 +25,10 @@ def step_work(plan: RunPlan) -> StepWork:
     config, draft = plan.config, observed_draft(plan)
     count = config.train.global_batch_size // (config.train.micro_batch_size * plan.dp_size)
     parts = {name: work.times(count) for name, work in draft.micro_batch.items()}
-    passes = math.ceil(count / plan.pass_size.micro_batches)
-    target = target_pass(plan).work.times(passes) + Work(sent=_pipeline(plan))
+    whole, rest = divmod(count, plan.pass_size.micro_batches)
+    target = target_pass(plan).work.times(whole) + Work(sent=_pipeline(plan))
+    if rest:
+        target += target_pass(plan, rest).work
     return StepWork({"target": target, **parts, "optimizer": draft.once})
 
 

@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from dspark_megatron.errors import ConfigError
+from dspark_megatron.ops import block_attention
+from dspark_megatron.ops.transfer import ContextRanges
 from dspark_megatron.planning.observing.gpu_kernels import gpu_kernels
 from dspark_megatron.planning.observing.observer import KEPT, Observer
 from dspark_megatron.planning.observing.work import Sent, Work, ring_bytes, summed
-from dspark_megatron.planning.on_paper.ranks import one_of_ranks
+from dspark_megatron.planning.on_paper.ranks import EverythingOnMeta, HostAnswers, one_of_ranks
 
 META = torch.device("meta")
 KIB = 1024
@@ -175,3 +177,19 @@ def test_attention_of_a_gpu_keeps_no_scores(observer):
             F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         assert observer.work["masked"].flops == full
         assert observer.peaks["masked"].total > scores // 2  # the mask, as a number for each pair
+
+
+def test_flex_attention_counts_the_tiles_that_are_not_empty(observer):
+    """Four blocks of a tile each see 1 to 4 tiles of the context, and their own: 14 of 32 tiles."""
+    bounds = [(0, end) for end in (128, 256, 384, 512)]
+    ranges = ContextRanges(bounds, torch.empty(4, 2, dtype=torch.int64, device=META))
+    query = torch.empty(1, 2, 512, 64, device=META, requires_grad=True)
+    keys = torch.empty(1, 2, 1024, 64, device=META)
+    with EverythingOnMeta(), HostAnswers(), gpu_kernels(observer), observer, META:
+        attention = block_attention.FlexBlockAttention(ranges, 128, 512)
+        with observer.phase("attention"):
+            out = attention.attend(query, keys, keys)
+    assert observer.work["attention"].flops == 14 / 32 * 2 * 2 * 2 * 512 * 1024 * 64
+    with observer, observer.phase("backward"):
+        out.sum().backward()
+    assert observer.work["backward"].flops == 2.5 * observer.work["attention"].flops

@@ -186,6 +186,8 @@ def test_an_output_without_a_folder_is_refused_first(capsys):
 
     with pytest.raises(SystemExit, match="folder of --output no/such/run.yaml must exist"):
         plan.main(["--target", str(PUBLIC_CONFIGS / "qwen3-8b"), "--output", "no/such/run.yaml"])
+    with pytest.raises(SystemExit, match="must be a file, and it is a folder"):
+        plan.main(["--target", str(PUBLIC_CONFIGS / "qwen3-8b"), "--output", str(PUBLIC_CONFIGS)])
     assert not capsys.readouterr().out
 
 

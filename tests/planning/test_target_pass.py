@@ -144,13 +144,14 @@ def compare(plan, real):
     sent = {}
     for one in plan.work.sent:
         sent[one.kind] = sent.get(one.kind, 0) + one.handed
-    # gloo reduces and scatters in a copy of its input, and may keep one for a moment.
-    copies = [one.handed // one.calls for one in plan.work.sent if one.kind == "reduce-scatter"]
+    # gloo reduces and scatters in a copy of its input, and its threads may keep a tensor that was
+    # sent for a moment longer than the pass does.
+    held = [one.handed // one.calls for one in plan.work.sent]
     peak = sum(plan.highest.values())
     assert real[0][0] == sent  # other ranks hold less where a dimension is uneven
     for handed, taken in real:
         assert {kind: pytest.approx(size, rel=0.01) for kind, size in handed.items()} == sent
-        assert 0.95 * peak < taken < 1.05 * peak + 2 * max(copies, default=0)
+        assert 0.95 * peak < taken < 1.05 * peak + 2 * max(held, default=0)
 
 
 def run_gpt_really(runtime, path, ep):

@@ -262,6 +262,21 @@ def test_a_sharded_target_is_gathered_once_for_eight_samples(trained, one_by_one
         assert once > 0 and many >= 8 * once
 
 
+def test_a_last_pass_of_fewer_samples_is_planned_with_those(tiny_run):
+    """Five samples of a step: three go through together, and then two."""
+
+    def work(most):
+        config = tiny_config(
+            tiny_run,
+            target={"samples_per_pass": most},
+            train={"micro_batch_size": 1, "global_batch_size": 5},
+        )
+        return step_work(check(config, 1, use="plan")).parts["target"]
+
+    assert work(4).flops == work(1).flops > 0
+    assert work(4).moved < work(1).moved
+
+
 def test_the_recipe_for_405b_gathers_an_eighth():
     """By its plan, on 32 GPUs."""
 

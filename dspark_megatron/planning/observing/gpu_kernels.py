@@ -57,7 +57,8 @@ class _FlexOnPaper(FlexBlockAttention):
         super().__init__(context_ranges, slots, context_length)
         self.share = 0.0
         if context_ranges.on_host:
-            with _disable_current_modes(), torch.device("cpu"):
+            # Not for the modes of a plan, which would have it on meta.
+            with _disable_current_modes(), torch._C.DisableTorchFunction():
                 self.share = _visible_share(context_ranges.on_host, slots, context_length)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

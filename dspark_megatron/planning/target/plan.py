@@ -78,12 +78,14 @@ def _gpt(plan: RunPlan) -> ObservedGPT:
     )
 
 
-def target_pass(plan: RunPlan) -> TargetPass:
-    """Of the samples that go through the target together; nothing where none is run."""
-    if plan.config.target.is_stored:
+def target_pass(plan: RunPlan, micro_batches: int | None = None) -> TargetPass:
+    """Of so many that go through the target together, None for the most that do; nothing where no
+    target is run."""
+    config, count = plan.config, micro_batches or plan.pass_size.micro_batches
+    if config.target.is_stored:
         return TargetPass()
-    size = plan.pass_size
-    return _pass(_Target.of(plan), (size.samples, plan.config.data.max_length), size.micro_batches)
+    batch = count * config.train.micro_batch_size, config.data.max_length
+    return _pass(_Target.of(plan), batch, count)
 
 
 def target_weights(plan: RunPlan, *, dequantized: bool = False) -> int | None:

@@ -206,7 +206,7 @@ def test_a_file_is_not_held_out_beside_the_split_that_has_it(tmp_path, folder):
     ("split", "fragment"),
     [
         ("", "has the splits train (5 rows), test (1 rows); name one: hf:"),
-        (":valid", "Should be one of ['train', 'test']. (its splits: train (5 rows), test (1 r"),
+        (":valid", "Should be one of ['train', 'test'] (its splits: train (5 rows), test (1 r"),
         (":train[x]", "Unrecognized instruction format: train[x]"),
         (":train[4:2]", "has no rows; it has train (5 rows), test (1 rows)"),
         (":other:train", "BuilderConfig 'other' not found. Available: ['default']"),
