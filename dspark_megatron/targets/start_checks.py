@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -23,6 +22,7 @@ from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.targets.base import DecodingTarget, TargetStates
 from dspark_megatron.targets.family import without_layers
 from dspark_megatron.targets.huggingface.packing import PackedSequences
+from dspark_megatron.targets.huggingface.quiet import quiet_transformers
 from dspark_megatron.targets.huggingface.target import HuggingFaceTarget, layer_output
 
 _HEAD_TOKENS = 16
@@ -92,9 +92,7 @@ def _without_layers(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     config = without_layers(load_target_config(folder))
     is_text_only = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     family = AutoModelForCausalLM if is_text_only else AutoModelForImageTextToText
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # every layer's tensors are reported as unexpected
-    try:
+    with quiet_transformers():  # every layer's tensors are reported as unexpected
         return family.from_pretrained(
             folder,
             config=config,
@@ -103,8 +101,6 @@ def _without_layers(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
             trust_remote_code=False,
             attn_implementation="eager",
         ).eval()
-    finally:
-        transformers.logging.set_verbosity(verbosity)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from dspark_megatron.planning.on_paper.ranks import one_of_ranks
 from dspark_megatron.planning.target.few_layers import keep_layers
 from dspark_megatron.planning.target.on_meta import sharding_on_meta
 from dspark_megatron.targets.huggingface.quantization import quantization_method, quantizer_of
+from dspark_megatron.targets.huggingface.quiet import quiet_transformers
 from dspark_megatron.targets.huggingface.split import TargetSplit, meta_target, style_of
 from dspark_megatron.targets.huggingface.target import decoder_layers
 
@@ -44,8 +45,10 @@ def rank_model(
     with one_of_ranks(split.tp_size * split.shards), sharding_on_meta():
         distributed = replace(split, dp_size=split.shards).distributed_config()
         if distributed is not None:
-            given, _, mesh = type(model).prepare_distribute_model(distributed)
-            model = type(model).maybe_distribute_model(model, given, mesh)
+            # Of layers that are not kept it says that the plan's rules match nothing.
+            with quiet_transformers():
+                given, _, mesh = type(model).prepare_distribute_model(distributed)
+                model = type(model).maybe_distribute_model(model, given, mesh)
         yield model.eval().requires_grad_(False)
 
 
