@@ -15,6 +15,7 @@ MOST = {
     **dict.fromkeys(("model.ffn_hidden_size", "model.markov_rank"), 10**6),
     **dict.fromkeys(("model.num_attention_heads", "model.num_key_value_heads"), 10**5),
     "model.head_dim": 10**5,
+    "data.tokenize_workers": 10**4,
     "target.pass_memory_gib": 10**6,
     "parallel.tensor_parallel": 10**5,
     "train.epochs": 10**6,
