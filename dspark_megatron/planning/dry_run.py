@@ -67,7 +67,8 @@ def pipeline_note(plan: RunPlan) -> list[str]:
     return [
         f"target: {stages} pipeline stages x {plan.dp_size // stages} data-parallel; runs of "
         f"{stages} x {together} micro-batches, in which a stage waits for "
-        f"{100 * pipeline.idle:.0f}% of the time if all are equally fast"
+        f"{100 * pipeline.idle:.0f}% of the time if all are equally fast; what stages keep for one "
+        "another and send is by formula"
     ]
 
 
