@@ -73,8 +73,10 @@ def fill(page: Path, args: argparse.Namespace) -> None:
 
 def tables(args: argparse.Namespace) -> Iterator[str]:
     machine = given_machine(args, nodes=args.at_nodes)
-    yield f"Rates of a GPU: {machine.rates.words()}. {machine.gpu_memory_gib:g} GiB, "
-    yield f"{machine.gpus_per_node} GPUs a node, a step of 512 samples of 4,096 tokens.\n"
+    yield f"Rates of a GPU: {machine.rates.words()}."
+    yield f"{machine.gpu_memory_gib:g} GiB a GPU, {machine.gpus_per_node} GPUs a node."
+    settings = ", ".join(args.overrides) or "a step of 512 samples of 4,096 tokens"
+    yield f"Where a row does not say otherwise: {settings}.\n"
     rows = [
         {"target": Path(target).name, "nodes": nodes, **row(args, target, nodes=nodes)}
         for target in args.targets
