@@ -54,7 +54,7 @@ def test_a_plan_that_is_not_what_happens_is_refused():
 
 @pytest.mark.slow
 def test_the_peak_of_the_target(tmp_path):
-    """Measured by the benchmark. A shared target's layer counts a copy more than a CPU keeps."""
+    """Measured by the benchmark."""
     file = tmp_path / "target.json"
     sizes = ["--hidden", 256, "--ffn", 896, "--families", "llama", "mixtral"]
     run_tool(*torchrun(2, "tools/benchmark_target.py", *sizes, "--json", file))
@@ -63,20 +63,18 @@ def test_the_peak_of_the_target(tmp_path):
         *((1, 1, 1), (1, 2, 1), (1, 1, 4), (2, 1, 1), (2, 1, 4))
     }
     for row in rows:
-        assert 0.95 < row["planned / measured"] < (1.3 if row["shared by"] > 1 else 1.15), row
+        assert 0.9 < row["planned / measured"] < 1.1, row  # gloo may keep what it sent
 
 
 LOSS = dict(rows=1024, vocab=16384, hidden=256, rank=128)
-BUDGETS = {"float32": 32, "bfloat16": 24}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", BUDGETS)
-def test_the_peak_of_the_loss(tmp_path, dtype):
+def test_the_peak_of_the_loss(tmp_path):
     """Measured by the benchmark, in processes of its own: it compares and shows what it says."""
     file = tmp_path / "loss.json"
     sizes = [part for name, size in LOSS.items() for part in (f"--{name}", size)]
-    sizes += ["--dtype", dtype, "--memory-budget-mb", BUDGETS[dtype], "--rounds", 1]
+    sizes += ["--dtype", "bfloat16", "--memory-budget-mb", 24, "--rounds", 1]
     text = run_tool(*torchrun(2, "tools/benchmark_loss.py", *sizes, "--json", file))
     rows = {(row["variant"], row["tp"]): row for row in figures(file)}
     assert all(name in text for name, _ in rows)
