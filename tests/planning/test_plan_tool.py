@@ -102,7 +102,7 @@ def test_a_given_key_stays(tmp_path):
 
 
 def test_a_missing_mask_token_is_the_dry_run_s_to_refuse(tmp_path):
-    text = recommend(wish("qwen3-8b"), NODE)
+    text = recommend(wish("qwen3-8b", "parallel.tensor_parallel=8"), NODE)
     assert "mask_token_id: null  # to be set" in text
     with pytest.raises(ConfigError, match="mask_token_id is missing"):
         describe_run(loaded(text, tmp_path), 8)
