@@ -83,20 +83,8 @@ class Config:
             f"evaluate.every ({every}) needs the target for answers whose states "
             "are not stored; set evaluate.every=null or target.provider=huggingface",
         )
-        most, longest = self.target.max_tokens_per_forward, self.data.max_length
-        require(
-            self.target.provider != "megatron" or most is None or most >= longest,
-            f"target.max_tokens_per_forward ({most}) must hold a whole sample with "
-            f"target.provider=megatron: raise it to data.max_length ({longest}), or lower that",
-        )
+        self._check_passes()
         self._check_padding()
-        most, size = self.target.samples_per_pass, self.train.micro_batch_size
-        require(
-            most is None or most >= size,
-            f"target.samples_per_pass ({most}) must hold a micro-batch: raise it to "
-            f"train.micro_batch_size ({size}), or lower that; target.max_tokens_per_forward is "
-            "what cuts a micro-batch into several passes",
-        )
         if self.parallel.pipeline_parallel > 1:
             self._check_pipeline()
 
@@ -108,6 +96,21 @@ class Config:
             (train.iterations is None) != (train.epochs is None),
             f"give exactly one of train.iterations ({train.iterations}) "
             f"and train.epochs ({train.epochs})",
+        )
+
+    def _check_passes(self) -> None:
+        most, longest = self.target.max_tokens_per_forward, self.data.max_length
+        require(
+            self.target.provider != "megatron" or most is None or most >= longest,
+            f"target.max_tokens_per_forward ({most}) must hold a whole sample with "
+            f"target.provider=megatron: raise it to data.max_length ({longest}), or lower that",
+        )
+        most, size = self.target.samples_per_pass, self.train.micro_batch_size
+        require(
+            most is None or most >= size,
+            f"target.samples_per_pass ({most}) must hold a micro-batch: raise it to "
+            f"train.micro_batch_size ({size}), or lower that; target.max_tokens_per_forward is "
+            "what cuts a micro-batch into several passes",
         )
 
     def _check_padding(self) -> None:
