@@ -55,6 +55,11 @@ def agree_at_launch(job: Launch, facts: Facts) -> None:
         f"{job.address}; start its node again",
     )
     if verdict := job.store.get(f"{name}/verdict").decode():
+        job.store.set(f"{name}/read/{job.rank}", "")
+        if job.rank == 0:  # its process may serve the store that the others read
+            deadline = time.monotonic() + _GRACE_SECONDS
+            for rank in range(job.world_size):
+                _comes(job, f"{name}/read/{rank}", deadline - time.monotonic())
         raise ConfigError(verdict)
 
 
