@@ -17,6 +17,8 @@ from dspark_megatron.errors import ConfigError, require
 
 RENAMED = {"target.check_teacher_logits": "target.check_logits"}
 """Keys of older versions, which saved configs still have."""
+PARTS = {"model": ("attention",)}
+"""Keys of sections that have keys of their own."""
 MOST_NAME_BYTES = 255
 """Of a file's name, on the usual file systems."""
 MOST_TEXT = 4000
@@ -71,7 +73,7 @@ def _with_new_names(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def nested_overrides(overrides: typing.Iterable[str]) -> dict[str, dict[str, Any]]:
-    """`section.key=value` texts as a dict of sections."""
+    """`section.key=value` texts, or `section.part.key=value`, as a dict of sections."""
     sections: dict[str, dict[str, Any]] = {}
     for override in overrides:
         name, separator, text = override.partition("=")
@@ -80,16 +82,30 @@ def nested_overrides(overrides: typing.Iterable[str]) -> dict[str, dict[str, Any
             bool(separator and dot and key),
             f"override {shown(override)} must look like section.key=value",
         )
-        sections.setdefault(section, {})[key] = parse_yaml(text, f"override {shown(override)}")
+        *parts, last = key.split(".")
+        values = sections.setdefault(section, {})
+        for part in parts:
+            values = values.setdefault(part, {})
+            require(
+                isinstance(values, dict),
+                f"override {shown(override)} is of a key that another "
+                "override gives a whole value; give one of the two",
+            )
+        values[last] = parse_yaml(text, f"override {shown(override)}")
     return sections
 
 
 def merged_sections(raw: dict[str, Any], changes: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The sections with the changes: key by key, those of `model.attention` too."""
     merged = dict(raw)
     for section, values in changes.items():
         old = {} if merged.get(section) is None else merged[section]
         require(isinstance(old, dict), f"section {section!r} must be a mapping")
         merged[section] = {**old, **values}
+        for key in PARTS.get(section, ()):
+            before, change = old.get(key), values.get(key)
+            if isinstance(before, dict) and isinstance(change, dict):
+                merged[section][key] = {**before, **change}
     return merged
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dspark_megatron.config.attention import AttentionConfig
 from dspark_megatron.config.rules import not_negative, positive
 from dspark_megatron.errors import require
 
@@ -14,7 +15,11 @@ class ModelConfig:
     num_layers: int = 5
     """Decoder layers of the draft."""
     block_size: int = 7
-    """Draft positions of one anchor (k). The first input is the anchor's own token."""
+    """Slots of one anchor's block (k). The first input is the anchor's own token."""
+    sample_from_anchor: bool = True
+    """Whether slot 0, whose input is the anchor, drafts a token: then a block drafts `block_size`
+    tokens. With `false` slot 0 only carries the anchor, each later slot predicts the token at its
+    own position, and a block drafts one token less (the layout of DFlash)."""
     num_anchors: int = 512
     """The most anchors that are drawn from one sample."""
     target_layer_ids: list[int] = field(default_factory=list)
@@ -39,12 +44,22 @@ class ModelConfig:
     """Key/value heads of the draft."""
     head_dim: int | None = None
     """Width of one attention head of the draft."""
+    architecture: Literal["qwen3", "gemma4"] = "qwen3"
+    """Decoder layers of the draft: `qwen3` for a target of any family, or `gemma4`, as DeepSpec
+    gives Gemma-4 targets."""
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    """What the slots of a block see: the keys of `model.attention`."""
+    logit_scale: float = 1.0
+    """What the draft's base logits are multiplied by, for a target whose engine serves the draft
+    with a scaled head. The target's own scale is always applied to the target's logits."""
     initializer_range: float = 0.02
     """Standard deviation of the initial weights. Biases start at zero, norms at one."""
     rope_parameters: dict[str, Any] | None = None
     """RoPE of the draft in Transformers' format, for example `{rope_theta: 10000.0}`. `rope_type`
     may be `default`, `linear`, `llama3` or `yarn`. Null takes the target's, if it is one of
     these."""
+    max_position_embeddings: int | None = None
+    """Positions that the export says its RoPE is made for. Null takes the target's."""
     initialize_from_target_layers: list[int] = field(default_factory=list)
     """The target's layer (counted from 0) that each draft layer starts from. Attention, MLP and
     norms are copied where the shapes agree. Empty means random weights. A run that continues
@@ -77,6 +92,12 @@ class ModelConfig:
             f"model.layer_spec ({self.layer_spec}) takes the place of model.backend "
             f"({self.backend!r}); leave that at local",
         )
+        self.attention.validate(self.num_layers, self.block_size)
+        require(
+            self.sample_from_anchor or self.block_size > 1,
+            f"model.block_size ({self.block_size}) must be at least 2 with "
+            "model.sample_from_anchor=false: slot 0 drafts no token then",
+        )
         not_negative("model", self, "markov_rank")
         require(
             not (self.enable_confidence_head and self.confidence_head_with_markov)
@@ -85,4 +106,5 @@ class ModelConfig:
             "or model.confidence_head_with_markov=false",
         )
         positive("model", self, "initializer_range", "ffn_hidden_size", "num_attention_heads")
-        positive("model", self, "num_key_value_heads", "head_dim")
+        positive("model", self, "num_key_value_heads", "head_dim", "max_position_embeddings")
+        positive("model", self, "logit_scale")

@@ -38,14 +38,19 @@ def shown(value: object) -> str:
 def check_choices(name: str, section: Any) -> None:
     """Every field of a `Literal` type must have one of its values."""
     for field in dataclasses.fields(section):
-        if get_origin(field.type) is Literal:
-            one_of(f"{name}.{field.name}", getattr(section, field.name), get_args(field.type))
+        full, value = f"{name}.{field.name}", getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            check_choices(full, value)
+        elif get_origin(field.type) is Literal:
+            one_of(full, value, get_args(field.type))
 
 
 def check_bounds(name: str, section: Any) -> None:
     """No number may be larger than its limit: it would be planned for without end."""
     for field in dataclasses.fields(section):
         full, value = f"{name}.{field.name}", getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            check_bounds(full, value)
         most = MOST.get(full, MOST_INTEGER)
         for number in value if isinstance(value, list) else [value]:
             require(

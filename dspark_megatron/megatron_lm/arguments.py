@@ -125,6 +125,8 @@ def _parsing(kind: Any) -> dict[str, Any]:
         return {"action": argparse.BooleanOptionalAction}
     if typing.get_origin(kind) is list:
         return {"nargs": "+", "type": typing.get_args(kind)[0]}
+    if dataclasses.is_dataclass(kind):
+        return {"type": _mapping}
     if isinstance(kind, types.UnionType):
         kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
         return {"type": _or_null(_mapping if typing.get_origin(kind) is dict else kind)}

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dspark_megatron.config import Config, ModelConfig
+from dspark_megatron.config.attention import AttentionConfig
 from dspark_megatron.conversion.draft_folder import DraftFolder
 from dspark_megatron.conversion.layouts.foreign_configs import TargetFacts
 from dspark_megatron.errors import ConfigError, require
@@ -71,6 +72,7 @@ def _draft_folder(path: Path, config: Config) -> DraftFolder:
 def _with_shape(config: Config, shape: DraftShape) -> Config:
     known = shape.to_dict()
     known["rope_parameters"] = _own_rope(config, shape)
+    known["attention"] = shape.attention.config(shape.num_layers) or AttentionConfig()
     return _filled(config, known)
 
 

@@ -1,10 +1,12 @@
 """The draft's dimensions, derived from the target's own config, and every rule between the two."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from dspark_megatron.config import ModelConfig
+from dspark_megatron.config.attention import AttentionConfig
 from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.shape.attention import DraftAttention
 from dspark_megatron.shape.rope import draft_rope
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -33,13 +35,45 @@ class DraftShape:
     markov_head_type: str
     enable_confidence_head: bool
     confidence_head_with_markov: bool
+    # What follows is younger than the first checkpoints, which mean the defaults.
+    architecture: str = "qwen3"
+    """Of the decoder layers: `qwen3` or `gemma4`."""
+    attention: DraftAttention = DraftAttention()
+    sample_from_anchor: bool = True
+    """Whether slot 0 drafts a token. If not, it only carries the anchor, and slot j predicts the
+    token at its own position."""
+    shared_key_value: bool = False
+    """Whether values are the keys before norm and RoPE (Gemma 4's `attention_k_eq_v`)."""
+    logit_scale: float = 1.0
+    """What the LM head's product is multiplied by."""
+    logit_softcapping: float | None = None
+    """c of c * tanh(x / c), which base logits pass before the Markov bias is added."""
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Tokens that a block drafts."""
+        return self.block_size if self.sample_from_anchor else self.block_size - 1
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "target_layer_ids": list(self.target_layer_ids)}
+        """As JSON has it."""
+        changed = {
+            "target_layer_ids": list(self.target_layer_ids),
+            "attention": self.attention.to_dict(),
+        }
+        return {**asdict(self), **changed}
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "DraftShape":
-        return cls(**{**raw, "target_layer_ids": tuple(raw["target_layer_ids"])})
+        changed: dict[str, Any] = {"target_layer_ids": tuple(raw["target_layer_ids"])}
+        if "attention" in raw:
+            changed["attention"] = DraftAttention.from_dict(raw["attention"])
+        return cls(**{**raw, **changed})
+
+    @classmethod
+    def young_defaults(cls) -> dict[str, Any]:
+        """What a checkpoint means, as JSON has it, by the keys that are younger than it."""
+        young = {f.name: f.default for f in fields(cls) if f.default is not MISSING}
+        return {**young, "attention": DraftAttention().to_dict()}
 
 
 def draft_shape(model: ModelConfig, target_config: Any) -> DraftShape:
@@ -48,6 +82,7 @@ def draft_shape(model: ModelConfig, target_config: Any) -> DraftShape:
     Raises ConfigError when a rule between the config and the target does not hold.
     """
     text = target_config.get_text_config()
+    _refuse_unbuilt(model)
     _check_facts(text)
     _check_layer_ids(model.target_layer_ids, text.num_hidden_layers)
     mask_token_id = _checked_mask_token(model.mask_token_id, text)
@@ -63,7 +98,7 @@ def draft_shape(model: ModelConfig, target_config: Any) -> DraftShape:
         vocab_size=text.vocab_size,
         rms_norm_eps=getattr(text, "rms_norm_eps", 1e-6),
         rope_parameters=draft_rope(model.rope_parameters, text),
-        max_position_embeddings=text.max_position_embeddings,
+        max_position_embeddings=model.max_position_embeddings or text.max_position_embeddings,
         num_target_layers=text.num_hidden_layers,
         target_layer_ids=tuple(model.target_layer_ids),
         mask_token_id=mask_token_id,
@@ -72,7 +107,23 @@ def draft_shape(model: ModelConfig, target_config: Any) -> DraftShape:
         markov_head_type=model.markov_head_type if model.markov_rank else "vanilla",
         enable_confidence_head=model.enable_confidence_head,
         confidence_head_with_markov=with_markov,
+        architecture=model.architecture,
+        attention=DraftAttention.of(model.attention, model.num_layers),
+        sample_from_anchor=model.sample_from_anchor,
+        logit_scale=model.logit_scale,
     )
+
+
+def _refuse_unbuilt(model: ModelConfig) -> None:
+    """Keys that are read and not computed yet."""
+    unbuilt = {
+        "attention": model.attention != AttentionConfig(),
+        "architecture": model.architecture != "qwen3",
+        "sample_from_anchor": not model.sample_from_anchor,
+        "logit_scale": model.logit_scale != 1,
+    }
+    for name, given in unbuilt.items():
+        require(not given, f"model.{name} cannot be chosen yet; leave it out")
 
 
 def _draft_heads(model: ModelConfig, text: Any) -> tuple[int, int, int]:

@@ -249,3 +249,32 @@ def test_overrides_may_stand_on_either_side_of_a_flag():
 
     line = ["--config", "run.yaml", "train.seed=1", "--dry-run", "train.epochs=2"]
     assert parse_arguments(line).overrides == ["train.seed=1", "train.epochs=2"]
+
+
+def test_a_part_of_a_section_takes_overrides_by_key(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("target: {path: T}\nmodel: {attention: {window: 64, sink: true}}")
+    overrides = ["model.attention.window=32", "model.attention.causal=sliding"]
+    attention = load_config(file, overrides, trains=False).model.attention
+    assert (attention.window, attention.sink, attention.causal) == (32, True, "sliding")
+    with pytest.raises(ConfigError, match="did you mean model.attention.window?"):
+        load_config(file, ["model.attention.windows=3"], trains=False)
+    with pytest.raises(ConfigError, match="causal.*must be one of none, sliding, all"):
+        load_config(file, ["model.attention.causal=some"], trains=False)
+    with pytest.raises(ConfigError, match="give one of the two"):
+        load_config(file, ["model.attention=3", "model.attention.sink=true"], trains=False)
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["model.attention.window=6"], "at least model.block_size"),
+        (["model.attention.sliding_layers=[0]"], "window is null"),
+        (["model.attention.causal=sliding"], "window is null"),
+        (["model.attention.window=9", "model.attention.sliding_layers=[5]"], r"in \[0, 4\]"),
+        (["model.sample_from_anchor=false", "model.block_size=1"], "at least 2"),
+    ],
+)
+def test_attention_that_no_draft_can_have(overrides, words):
+    with pytest.raises(ConfigError, match=words):
+        load_config(None, ["target.path=T", *overrides], trains=False)

@@ -7,9 +7,10 @@ from typing import Any
 from dspark_megatron.config import LossConfig
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.run.identity import clock_hint
+from dspark_megatron.shape import DraftShape
 from dspark_megatron.storage.training_checkpoint import read_meta
 
-_DEFAULTS = {"loss": asdict(LossConfig())}
+_DEFAULTS = {"loss": asdict(LossConfig()), "shape": DraftShape.young_defaults()}
 """By section of dspark.json: what a checkpoint means by a key that is younger than it is."""
 
 

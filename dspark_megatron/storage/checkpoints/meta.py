@@ -6,12 +6,14 @@ import dataclasses
 import json
 import math
 import re
+import types
 import typing
 from pathlib import Path
 from typing import Any
 
 from dspark_megatron.errors import require
 from dspark_megatron.shape import DraftShape
+from dspark_megatron.shape.attention import DraftAttention
 from dspark_megatron.storage.checkpoints.damage import Damage
 from dspark_megatron.storage.checkpoints.metadata import META
 
@@ -119,7 +121,10 @@ def _shape_problem(shape: dict[str, Any]) -> str:
     kinds = {field.name: _plain(hints[field.name]) for field in dataclasses.fields(DraftShape)}
     if unknown := sorted(shape.keys() - kinds.keys()):
         return f"it has an unknown shape.{unknown[0]:.80}"
-    if problem := _problem(shape, kinds, {}, "shape."):
+    young = {name: kinds.pop(name) for name in DraftShape.young_defaults()}
+    if problem := _problem(shape, kinds, young, "shape."):
+        return problem
+    if problem := _attention_problem(shape.get("attention")):
         return problem
     layers = shape["target_layer_ids"]
     if not all(type(layer) is int for layer in layers):
@@ -127,9 +132,29 @@ def _shape_problem(shape: dict[str, Any]) -> str:
     return ""
 
 
+def _attention_problem(attention: dict[str, Any] | None) -> str:
+    if attention is None:
+        return ""
+    kinds = {name: _plain(hint) for name, hint in typing.get_type_hints(DraftAttention).items()}
+    if unknown := sorted(attention.keys() - kinds.keys()):
+        return f"it has an unknown shape.attention.{unknown[0]:.80}"
+    optional = {"window": kinds.pop("window")}
+    if problem := _problem(attention, kinds, optional, "shape.attention."):
+        return problem
+    for name in ("sliding_layers", "causal_layers"):
+        if not all(type(layer) is int for layer in attention[name]):
+            return f"shape.attention.{name} is {attention[name]!r:.80} and must list whole numbers"
+    return ""
+
+
 def _plain(hint: Any) -> type:
-    """`dict[str, Any]` -> dict; JSON has a list where a shape has a tuple."""
+    """`dict[str, Any]` -> dict, `X | None` -> X; JSON has a list where a shape has a tuple, and an
+    object of keys for a part of it."""
+    if isinstance(hint, types.UnionType):
+        hint = next(kind for kind in typing.get_args(hint) if kind is not types.NoneType)
     plain = typing.get_origin(hint) or hint
+    if dataclasses.is_dataclass(plain):
+        return dict
     return list if plain is tuple else plain
 
 
