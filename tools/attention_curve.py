@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dspark_megatron.ops.block_attention import block_attention
+from dspark_megatron.ops.attention.block_attention import block_attention
 from dspark_megatron.ops.transfer import ContextRanges
 from dspark_megatron.shape import DraftShape
 from support.reference import context_mask

@@ -26,7 +26,7 @@ from dspark_megatron.model.parameter_init import init_parameters
 from dspark_megatron.model.token_split import TokenSplit, without_sequence_parallel
 from dspark_megatron.model.transformer_config import transformer_config
 from dspark_megatron.model.vocab_parallel_weight import VocabParallelWeight
-from dspark_megatron.ops.block_attention import BlockAttention, block_attention
+from dspark_megatron.ops.attention.block_attention import BlockAttention, block_attention
 from dspark_megatron.ops.head_loss import HeadWeights
 from dspark_megatron.ops.rope import RotaryTable
 from dspark_megatron.ops.vocab_parallel import VocabShard

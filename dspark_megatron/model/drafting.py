@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dspark_megatron.model.draft_model import ContextKV, DSparkDraftModel
-from dspark_megatron.ops.grouped_block_attention import GroupedBlockAttention
+from dspark_megatron.ops.attention.grouped import GroupedBlockAttention
 from dspark_megatron.ops.transfer import ContextRanges
 from dspark_megatron.ops.vocab_parallel import gather_vocab
 

@@ -15,7 +15,7 @@ from dspark_megatron.config import ModelConfig
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.mcore import transformer_engine
 from dspark_megatron.mcore.rms_norm import RMSNorm
-from dspark_megatron.model.draft_layer import (
+from dspark_megatron.model.layers.qwen3 import (
     ContextInjectionAttention,
     ContextInjectionAttentionSubmodules,
     DraftLayer,
@@ -38,7 +38,7 @@ def layer_spec(backend: str) -> ModuleSpec:
     )
     if not usable:
         return local_layer_spec()
-    from dspark_megatron.model.transformer_engine_spec import transformer_engine_layer_spec
+    from dspark_megatron.model.layers.transformer_engine import transformer_engine_layer_spec
 
     return transformer_engine_layer_spec()
 

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from dspark_megatron.config import Config
 from dspark_megatron.errors import require
 from dspark_megatron.model.layer_specs import chosen_layer_spec
-from dspark_megatron.ops.block_attention import FLEX_HEAD_DIMS, chosen_backend
+from dspark_megatron.ops.attention.block_attention import FLEX_HEAD_DIMS, chosen_backend
 from dspark_megatron.ops.chunk_budget import chunk_rows
 from dspark_megatron.shape import DraftShape, check_special_tokens, draft_shape
 from dspark_megatron.shape.layout import (

@@ -16,7 +16,7 @@ from dspark_megatron.data.blocks import (
     slot_weights,
 )
 from dspark_megatron.ops.acceptance import tau
-from dspark_megatron.ops.block_attention import block_attention
+from dspark_megatron.ops.attention.block_attention import block_attention
 from dspark_megatron.ops.transfer import ContextRanges
 from support.reference import plain_blocks, plain_candidates, plain_tau
 

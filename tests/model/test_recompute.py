@@ -55,9 +55,9 @@ def test_gradients_are_the_same_and_layers_run_twice(pool, world, tp):
 def one_pass(runtime, recompute, with_grad):
     """Hidden states, bytes saved for backward, and how many layers went through a checkpoint."""
     from dspark_megatron.data.blocks import draft_blocks
-    from dspark_megatron.model import draft_layer
+    from dspark_megatron.model.layers import qwen3
 
-    checkpoint = mock.patch.object(draft_layer, "checkpoint", wraps=draft_layer.checkpoint)
+    checkpoint = mock.patch.object(qwen3, "checkpoint", wraps=qwen3.checkpoint)
     model = build_tiny_draft(runtime, SHAPE, recompute_activations=recompute)
     counted, samples = Counted(model), make_samples(SHAPE, lengths=(20,))
     ids, anchors = samples.input_ids[0], torch.arange(19)

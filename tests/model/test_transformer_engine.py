@@ -19,7 +19,7 @@ from support.tiny_draft import build_tiny_draft, layout_of, make_samples, sample
 from support.tiny_target import tiny_config
 
 WRAPPERS = "megatron.core.extensions.transformer_engine"
-SPEC = "dspark_megatron.model.transformer_engine_spec"
+SPEC = "dspark_megatron.model.layers.transformer_engine"
 NAMES = ("TENorm", "TELinear", "TERowParallelLinear", "TELayerNormColumnParallelLinear")
 
 
@@ -27,7 +27,7 @@ def spec_on_stand_in():
     """The real layer spec, built from the stand-in's classes."""
     with mock.patch.dict(sys.modules, {WRAPPERS: stand_in}):
         sys.modules.pop(SPEC, None)
-        from dspark_megatron.model.transformer_engine_spec import transformer_engine_layer_spec
+        from dspark_megatron.model.layers.transformer_engine import transformer_engine_layer_spec
 
         return transformer_engine_layer_spec()
 

@@ -12,9 +12,9 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from dspark_megatron.config import LossConfig
 from dspark_megatron.errors import ConfigError
-from dspark_megatron.ops import flex_block_attention
-from dspark_megatron.ops.block_attention import block_attention, chosen_backend
-from dspark_megatron.ops.flex_block_attention import TILE, FlexBlockAttention
+from dspark_megatron.ops.attention import flex
+from dspark_megatron.ops.attention.block_attention import block_attention, chosen_backend
+from dspark_megatron.ops.attention.flex import TILE, FlexBlockAttention
 from dspark_megatron.ops.transfer import ContextRanges
 from support.shapes import SHAPE
 from support.tiny_draft import build_tiny_draft, make_samples, sample_logits
@@ -181,7 +181,7 @@ def flex_at_lengths(attend, lengths):
     for length in lengths:
         case = Case(length, [range(1, length, 3)])
         query, *sides = (leaf.detach() for leaf in inputs(case))
-        with mock.patch.object(flex_block_attention, "flex_attention", attend):
+        with mock.patch.object(flex, "flex_attention", attend):
             attention(case, "flex")(query, tuple(sides[:2]), tuple(sides[2:]))
 
 
@@ -190,8 +190,8 @@ def test_a_compilation_of_flex_serves_all_lengths():
     return to all scores."""
     torch._dynamo.reset()
     counters.clear()
-    flex_block_attention.compiled_flex.cache_clear()
-    flex_at_lengths(flex_block_attention.compiled_flex("eager"), range(300, 900, 60))
+    flex.compiled_flex.cache_clear()
+    flex_at_lengths(flex.compiled_flex("eager"), range(300, 900, 60))
     # A second one is made where sizes that were equal by chance at first are so no more.
     assert counters["stats"]["unique_graphs"] <= 2
     static = torch.compile(flex_attention, dynamic=False, fullgraph=True, backend="eager")

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dspark_megatron.errors import ConfigError
-from dspark_megatron.ops import block_attention
+from dspark_megatron.ops.attention import block_attention
 from dspark_megatron.ops.transfer import ContextRanges
 from dspark_megatron.planning.observing.gpu_kernels import gpu_kernels
 from dspark_megatron.planning.observing.observer import KEPT, Observer

@@ -19,8 +19,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
 from dspark_megatron.mcore import loadable_adam
-from dspark_megatron.ops import block_attention, flex_block_attention, logit_terms
-from dspark_megatron.ops.flex_block_attention import FlexBlockAttention
+from dspark_megatron.ops import logit_terms
+from dspark_megatron.ops.attention import block_attention, flex
+from dspark_megatron.ops.attention.flex import FlexBlockAttention
 from dspark_megatron.ops.transfer import ContextRanges
 from dspark_megatron.planning.observing.observer import Observer
 
@@ -71,7 +72,7 @@ def _visible_share(ranges: list[tuple[int, int]], slots: int, context_length: in
     own_start = context_length + slots * torch.arange(len(ranges))
     own = torch.stack([own_start, own_start + slots], dim=1)
     keys = context_length + slots * len(ranges)
-    some, _ = flex_block_attention._tiles(context, own, slots, keys)
+    some, _ = flex._tiles(context, own, slots, keys)
     return some.double().mean().item()
 
 

@@ -10,7 +10,7 @@ import torch
 from megatron.core import parallel_state
 
 from dspark_megatron.model.layer_specs import local_layer_spec
-from dspark_megatron.ops.block_attention import chosen_backend
+from dspark_megatron.ops.attention.block_attention import chosen_backend
 from dspark_megatron.planning.observing.gpu_kernels import gpu_kernels
 from dspark_megatron.planning.observing.observer import Observer
 from dspark_megatron.planning.observing.work import Work

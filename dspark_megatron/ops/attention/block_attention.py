@@ -13,8 +13,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from dspark_megatron.ops.flex_block_attention import FlexBlockAttention
-from dspark_megatron.ops.grouped_block_attention import GroupedBlockAttention
+from dspark_megatron.ops.attention.flex import FlexBlockAttention
+from dspark_megatron.ops.attention.grouped import GroupedBlockAttention
 from dspark_megatron.ops.transfer import ContextRanges
 
 FLEX_HEAD_DIMS = range(64, 129)

@@ -17,7 +17,7 @@ from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor, is_grad_enabled
 
 from dspark_megatron.model.token_split import TokenSplit, without_sequence_parallel
-from dspark_megatron.ops.block_attention import BlockAttention
+from dspark_megatron.ops.attention.block_attention import BlockAttention
 from dspark_megatron.ops.rope import apply_rope
 
 

@@ -20,7 +20,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from dspark_megatron.model.draft_layer import (
+from dspark_megatron.model.layers.qwen3 import (
     ContextInjectionAttention,
     ContextInjectionAttentionSubmodules,
     DraftLayer,
