@@ -4,7 +4,9 @@ Shapes: t context tokens (all samples of the micro-batch flattened), n blocks, k
 layers, h hidden, r Markov rank, v padded vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor
 
+from dspark_megatron.config.attention import LayerAttention
 from dspark_megatron.data.blocks import DraftBlocks
 from dspark_megatron.mcore.rms_norm import RMSNorm
 from dspark_megatron.model.heads import MARKOV_HEADS, ConfidenceHead, MarkovHead
@@ -26,7 +29,11 @@ from dspark_megatron.model.parameter_init import init_parameters
 from dspark_megatron.model.token_split import TokenSplit, without_sequence_parallel
 from dspark_megatron.model.transformer_config import transformer_config
 from dspark_megatron.model.vocab_parallel_weight import VocabParallelWeight
-from dspark_megatron.ops.attention.block_attention import BlockAttention, block_attention
+from dspark_megatron.ops.attention.block_attention import (
+    BlockAttention,
+    block_attention,
+    by_layer,
+)
 from dspark_megatron.ops.head_loss import HeadWeights
 from dspark_megatron.ops.rope import RotaryTable
 from dspark_megatron.ops.vocab_parallel import VocabShard
@@ -166,6 +173,11 @@ class DSparkDraftModel(MegatronModule):
         """This rank's [v/tp, h] rows of the target's LM head."""
         return self.head_weights().lm_head
 
+    @property
+    def layer_rules(self) -> list[LayerAttention]:
+        """What the slots of a block see, for each layer."""
+        return [self.shape.attention.of_layer(i) for i in range(self.shape.num_layers)]
+
     def encode_context(self, taps: Tensor, positions: Tensor) -> ContextKV:
         """Keys and values that every layer draws from the target's states (Eq. 2, 3).
 
@@ -186,10 +198,10 @@ class DSparkDraftModel(MegatronModule):
         anchor_token_ids: Tensor,
         positions: Tensor,
         context_kv: ContextKV,
-        attend: BlockAttention,
+        attention: Sequence[BlockAttention],
     ) -> Tensor:
-        """Hidden states of blocks. anchor_token_ids [n], positions [n, k], attend: attention over
-        the context that each block sees -> [n, k, h].
+        """Hidden states of blocks. anchor_token_ids [n], positions [n, k], attention: of each
+        layer over the context that each block sees -> [n, k, h].
 
         Forward: one all-reduce of [n + 1, h] for the embedding, those of the layers, and with
         sequence parallelism an all-gather of [n*k, h].
@@ -202,7 +214,7 @@ class DSparkDraftModel(MegatronModule):
         own = self.split.local(source.flatten())  # [R], n*k slots or this rank's part
         hidden = embedded[own]  # [R, h]
         rope = self.rotary(positions, hidden.dtype)
-        for layer, layer_kv in zip(self.layers, context_kv, strict=True):
+        for layer, layer_kv, attend in zip(self.layers, context_kv, attention, strict=True):
             hidden = layer(hidden, layer_kv, attend, rope)
         hidden = self.final_layernorm(hidden)
         return self.split.whole(hidden, n * k).view(n, k, -1)
@@ -211,7 +223,8 @@ class DSparkDraftModel(MegatronModule):
         """Training pass over the n blocks of a micro-batch. taps [b, s, m*h]."""
         context = blocks.context_of(taps)  # [t, m*h]
         context_kv = self.encode_context(context, blocks.context_positions)
-        attend = block_attention(
+        make = partial(
+            block_attention,
             self.attention_backend,
             blocks.context_ranges,
             self.shape.block_size,
@@ -219,8 +232,9 @@ class DSparkDraftModel(MegatronModule):
             head_dim=self.shape.head_dim,
             group_size=self.attention_group_size,
         )
+        attention = by_layer(self.layer_rules, make)
         anchors = blocks.prev_token_ids[:, 0]
-        hidden = self.backbone(anchors, blocks.positions, context_kv, attend)
+        hidden = self.backbone(anchors, blocks.positions, context_kv, attention)
         embeddings = latents = confidence_logits = None
         if self.markov_head is not None:
             embeddings = self.markov_head.embed(blocks.prev_token_ids)

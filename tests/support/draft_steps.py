@@ -27,7 +27,8 @@ def step_gradients(runtime, shape, micro_batch_size, loss=None, dtype="float32",
     samples = make_samples(shape, loss=loss)
     step = make_step(runtime, model, samples, loss)
     metrics = MetricSums.zeros(shape.block_size, runtime.device)
-    batches = rank_micro_batches(runtime, samples, shape.block_size, micro_batch_size, loss)
+    reach = shape.attention.reach(shape.num_layers)
+    batches = rank_micro_batches(runtime, samples, shape.block_size, micro_batch_size, loss, reach)
     step.run(batches, metrics)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     total = metrics.reduced(dp_group=runtime.dp_group)

@@ -22,6 +22,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
     apply_rotary_pos_emb,
 )
 
+from dspark_megatron.config.attention import FULL, LayerAttention
 from dspark_megatron.shape import DraftShape
 
 
@@ -94,14 +95,24 @@ def qwen3_config(shape: DraftShape) -> Qwen3Config:
     )
 
 
-def context_mask(anchors: Tensor, seq_length: int, block_size: int) -> Tensor:
-    """[n*k, s + n*k] bool, true is visible: context strictly before the anchor, own block."""
+def context_mask(
+    anchors: Tensor, seq_length: int, block_size: int, layer: LayerAttention = FULL
+) -> Tensor:
+    """[n*k, s + n*k] bool, true is visible: context strictly before the anchor, own block. With a
+    window of W, slot j of anchor a sees the context from a + j - W + 1 on, or, measured from the
+    anchor, from a - W on; a causal layer's slot does not see later ones."""
     n, k = len(anchors), block_size
     mask = torch.zeros(n * k, seq_length + n * k, dtype=torch.bool)
     for i, anchor in enumerate(anchors.tolist()):
-        rows = slice(i * k, (i + 1) * k)
-        mask[rows, :anchor] = True
-        mask[rows, seq_length + i * k : seq_length + (i + 1) * k] = True
+        for j in range(k):
+            row, first = mask[i * k + j], 0
+            if layer.window is not None:
+                first = anchor + j - layer.window + 1
+                if layer.window_origin == "anchor":
+                    first = anchor - layer.window
+            row[max(0, first) : anchor] = True
+            own = seq_length + i * k
+            row[own : own + (j + 1 if layer.causal else k)] = True
     return mask
 
 
@@ -112,12 +123,16 @@ class PlainAttention(nn.Module):
         self.share = shape.num_attention_heads // shape.num_key_value_heads
         q_width = shape.num_attention_heads * shape.head_dim
         kv_width = shape.num_key_value_heads * shape.head_dim
-        self.q_proj = nn.Linear(shape.hidden_size, q_width, bias=False)
-        self.k_proj = nn.Linear(shape.hidden_size, kv_width, bias=False)
-        self.v_proj = nn.Linear(shape.hidden_size, kv_width, bias=False)
-        self.o_proj = nn.Linear(q_width, shape.hidden_size, bias=False)
+        bias = shape.attention.biases
+        self.q_proj = nn.Linear(shape.hidden_size, q_width, bias=bias)
+        self.k_proj = nn.Linear(shape.hidden_size, kv_width, bias=bias)
+        self.v_proj = nn.Linear(shape.hidden_size, kv_width, bias=bias)
+        self.o_proj = nn.Linear(q_width, shape.hidden_size, bias=bias)
         self.q_norm = Qwen3RMSNorm(shape.head_dim, shape.rms_norm_eps)
         self.k_norm = Qwen3RMSNorm(shape.head_dim, shape.rms_norm_eps)
+        self.attention_sink_bias = None
+        if shape.attention.sink:
+            self.attention_sink_bias = nn.Parameter(torch.zeros(shape.num_attention_heads))
 
     def forward(
         self, hidden: Tensor, context: Tensor, mask: Tensor, rope: tuple[Tensor, Tensor]
@@ -138,7 +153,10 @@ class PlainAttention(nn.Module):
         """query [n*k, a, d], key and value [s + n*k, a, d] -> [n*k, a, d]."""
         scores = torch.einsum("qad,lad->aql", query, key) / math.sqrt(self.head_dim)
         scores = scores.float().masked_fill(~mask, -torch.inf)
-        probs = scores.softmax(dim=-1).to(value.dtype)
+        if self.attention_sink_bias is not None:
+            sink = self.attention_sink_bias[:, None, None].expand(-1, len(mask), 1)
+            scores = torch.cat([scores, sink], dim=-1)
+        probs = scores.softmax(dim=-1).to(value.dtype)[..., : len(value)]
         return torch.einsum("aql,lad->qad", probs, value)
 
     def _heads(self, states: Tensor) -> Tensor:
@@ -229,9 +247,10 @@ class PlainDraft(nn.Module):
         block_positions = anchors[:, None] + torch.arange(k)
         positions = torch.cat([torch.arange(s), block_positions.flatten()])
         cos, sin = self.rotary[0](hidden, positions[None])
-        mask = context_mask(anchors, s, k)
-        for layer in self.layers:
-            hidden = layer(hidden, context, mask, (cos[0], sin[0]))
+        rules = [self.shape.attention.of_layer(i) for i in range(len(self.layers))]
+        masks = {rule: context_mask(anchors, s, k, rule) for rule in dict.fromkeys(rules)}
+        for rule, layer in zip(rules, self.layers, strict=True):
+            hidden = layer(hidden, context, masks[rule], (cos[0], sin[0]))
         return self.norm(hidden).view(n, k, -1)
 
     def forward(self, taps: Tensor, input_ids: Tensor, anchors: Tensor) -> PlainOutput:

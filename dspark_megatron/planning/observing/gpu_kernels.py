@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
+from dspark_megatron.config.attention import FULL, LayerAttention
 from dspark_megatron.mcore import loadable_adam
 from dspark_megatron.ops import logit_terms
 from dspark_megatron.ops.attention import block_attention, flex
@@ -54,43 +55,44 @@ class _FlexOnPaper(FlexBlockAttention):
 
     watched: Observer
 
-    def __init__(self, context_ranges: ContextRanges, slots: int, context_length: int) -> None:
-        super().__init__(context_ranges, slots, context_length)
+    def __init__(
+        self,
+        context_ranges: ContextRanges,
+        slots: int,
+        context_length: int,
+        rule: LayerAttention = FULL,
+    ) -> None:
+        super().__init__(context_ranges, slots, context_length, rule)
         self.share = 0.0
         if context_ranges.on_host:
             # Not for the modes of a plan, which would have it on meta.
             with _disable_current_modes(), torch._C.DisableTorchFunction():
-                self.share = _visible_share(context_ranges.on_host, slots, context_length)
+                context = torch.tensor(context_ranges.on_host)
+                some, _ = flex._tiles(context, slots, context_length, rule)
+                self.share = some.double().mean().item()
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
+        return self.attend_with_sum(query, key, value)[0]
+
+    def attend_with_sum(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         return _FlexKernel.apply(query, key, value, self.share, self.watched)
-
-
-def _visible_share(ranges: list[tuple[int, int]], slots: int, context_length: int) -> float:
-    """Of all tiles."""
-    context = torch.tensor(ranges)
-    own_start = context_length + slots * torch.arange(len(ranges))
-    own = torch.stack([own_start, own_start + slots], dim=1)
-    keys = context_length + slots * len(ranges)
-    some, _ = flex._tiles(context, own, slots, keys)
-    return some.double().mean().item()
 
 
 class _FlexKernel(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, share: float, watched: Observer
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         out = torch.empty_like(query)
         log_sum_exp = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, log_sum_exp)
         ctx.share, ctx.watched = share, watched
         flops = sdpa_flop_count(query.shape, *_for_each_head(query, key, value))
         watched.add(int(share * flops), _bytes(query, key, value, out, log_sum_exp))
-        return out
+        return out, log_sum_exp
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, log_sum_exp = ctx.saved_tensors
         delta = torch.empty_like(log_sum_exp)
         grads = [torch.empty_like(x) for x in (query, key, value)]

@@ -16,7 +16,10 @@ def full_micro_batch(plan: RunPlan) -> MicroBatch:
     count, last = min(config.model.num_anchors, length - 1), max(length - 1 - k, 0)
     anchors = torch.arange(1, count + 1) * last // count
     ids, mask = torch.zeros(length, dtype=torch.int64), torch.ones(length, dtype=torch.bool)
-    blocks = draft_blocks([ids] * samples, [mask] * samples, [anchors] * samples, k, config.loss)
+    reach = plan.shape.attention.reach(plan.shape.num_layers)
+    blocks = draft_blocks(
+        [ids] * samples, [mask] * samples, [anchors] * samples, k, config.loss, reach=reach
+    )
     return MicroBatch.of([ids] * samples, blocks, tuple(range(samples)))
 
 
