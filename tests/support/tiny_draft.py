@@ -179,13 +179,13 @@ def assemble(shards, layout):
     return whole
 
 
-def sample_logits(draft, taps, ids, anchors):
+def sample_logits(draft, taps, ids, anchors, *, trimmed=True):
     """A fully supervised sample's blocks: hidden states [n, k, h], this rank's logits
-    [n, k, v/tp], confidence logits [n, k]."""
+    [n, k, v/tp], confidence logits [n, k]. trimmed: without context outside of all windows."""
     from dspark_megatron.data.blocks import draft_blocks
 
     mask = torch.ones(1, len(ids), dtype=torch.bool)
-    reach = draft.shape.attention.reach(draft.shape.num_layers)
+    reach = draft.shape.attention.reach(draft.shape.num_layers) if trimmed else None
     blocks = draft_blocks(ids[None], mask, [anchors], draft.shape.block_size, reach=reach)
     with torch.no_grad():
         out = draft(taps[None], blocks.to(taps.device))
