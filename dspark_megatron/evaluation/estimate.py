@@ -22,6 +22,7 @@ from dspark_megatron.data.conversation import Sample
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.ops.acceptance import LogitFactors, accept_rates, round_starts, tau
 from dspark_megatron.ops.chunk_budget import chunk_rows
+from dspark_megatron.shape import DraftShape
 from dspark_megatron.targets.base import Target, TargetStates
 
 
@@ -85,7 +86,7 @@ def estimate_acceptance(
             if target.lockstep:  # others still need this rank's part of the weights
                 target.states(Batch(samples[0].input_ids[None]))
             continue
-        blocks = _every_block(batch, draft.shape.block_size)
+        blocks = _every_block(batch, draft.shape)
         states = target.states(Batch(padded([sample.input_ids for sample in batch])))
         rates = _accept_rates(draft, target_head, states, blocks, settings)
         for i in range(len(batch)):
@@ -103,10 +104,12 @@ def _shares(
         yield samples[first : first + size]
 
 
-def _every_block(batch: Sequence[Sample], block_size: int) -> DraftBlocks:
+def _every_block(batch: Sequence[Sample], shape: DraftShape) -> DraftBlocks:
     """The block of every anchor, by the rules of decoding whatever those of the loss are."""
     ids, masks = zip(*batch, strict=True)
-    return draft_blocks(ids, masks, [anchor_candidates(mask) for mask in masks], block_size)
+    anchors = [anchor_candidates(mask) for mask in masks]
+    reach = shape.attention.reach(shape.num_layers)
+    return draft_blocks(ids, masks, anchors, shape.block_size, reach=reach)
 
 
 def _accept_rates(

@@ -193,6 +193,19 @@ class DSparkDraftModel(MegatronModule):
         layers: Any = self.layers
         return [layer.self_attention.key_value(context, rope) for layer in layers]
 
+    def attention_of(self, blocks: DraftBlocks) -> list[BlockAttention]:
+        """Of each layer over the context of the blocks."""
+        make = partial(
+            block_attention,
+            self.attention_backend,
+            blocks.context_ranges,
+            self.shape.block_size,
+            len(blocks.context_positions),
+            head_dim=self.shape.head_dim,
+            group_size=self.attention_group_size,
+        )
+        return by_layer(self.layer_rules, make)
+
     def backbone(
         self,
         anchor_token_ids: Tensor,
@@ -223,17 +236,7 @@ class DSparkDraftModel(MegatronModule):
         """Training pass over the n blocks of a micro-batch. taps [b, s, m*h]."""
         context = blocks.context_of(taps)  # [t, m*h]
         context_kv = self.encode_context(context, blocks.context_positions)
-        make = partial(
-            block_attention,
-            self.attention_backend,
-            blocks.context_ranges,
-            self.shape.block_size,
-            len(context),
-            head_dim=self.shape.head_dim,
-            group_size=self.attention_group_size,
-        )
-        attention = by_layer(self.layer_rules, make)
-        anchors = blocks.prev_token_ids[:, 0]
+        anchors, attention = blocks.prev_token_ids[:, 0], self.attention_of(blocks)
         hidden = self.backbone(anchors, blocks.positions, context_kv, attention)
         embeddings = latents = confidence_logits = None
         if self.markov_head is not None:
