@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dspark_megatron.ops.logit_terms import Objective, logit_terms, precise
-from dspark_megatron.ops.logit_transform import LogitFactors, LogitTransform
+from dspark_megatron.ops.logit_transform import IDENTITY, LogitFactors, LogitTransform
 from dspark_megatron.ops.vocab_parallel import VocabShard, all_reduce
 
 
@@ -33,7 +33,7 @@ class HeadWeights:
     markov_w2: Tensor | None
     """[v/tp, r], trained; None without a Markov head."""
     shard: VocabShard
-    transform: LogitTransform = LogitTransform()
+    transform: LogitTransform = IDENTITY
     """Of the base logits; the Markov bias is added after it."""
 
     @property
@@ -65,7 +65,7 @@ class HeadWeights:
 
     def factors(self, features: Tensor) -> LogitFactors:
         """Of draft logits, with `markov_w2` as it is now."""
-        transform = self.transform if self.is_capped else LogitTransform()
+        transform = self.transform if self.is_capped else IDENTITY
         return LogitFactors(features, self.updated_output_weight(), transform, self.rank)
 
     @property
@@ -104,7 +104,7 @@ class HeadLoss:
     """Slots whose logits exist at one time."""
     compile: bool = False
     """Fuse what is done to logits."""
-    target_transform: LogitTransform = LogitTransform()
+    target_transform: LogitTransform = IDENTITY
     """Of the target's logits."""
     _: KW_ONLY
     tp_group: dist.ProcessGroup

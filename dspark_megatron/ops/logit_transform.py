@@ -68,10 +68,14 @@ class LogitTransform:
             _run(_cap, compile)(logits.view(-1, logits.shape[-1]), scale, self.softcapping)
         return logits
 
-    def __str__(self) -> str:
-        scaled = "logits" if self.scale == 1 else f"{self.scale:g} * logits"
+    def describe(self) -> str:
+        """As a formula."""
+        scaled = "lm_head(x)" if self.scale == 1 else f"{self.scale:g} * lm_head(x)"
         c = self.softcapping
         return scaled if c is None else f"{c:g} * tanh({scaled} / {c:g})"
+
+
+IDENTITY = LogitTransform()
 
 
 class LogitFactors(NamedTuple):
@@ -81,7 +85,7 @@ class LogitFactors(NamedTuple):
     """[n, f]"""
     weight: Tensor
     """[v/tp, f] of this rank."""
-    transform: LogitTransform = LogitTransform()
+    transform: LogitTransform = IDENTITY
     uncapped: int = 0
     """Last columns of both, whose product is added after the transform: the Markov bias."""
 
@@ -107,6 +111,26 @@ class LogitFactors(NamedTuple):
             return out.copy_(base)
         bias = features[:, width:], weight[:, width:].t()
         return torch.addmm(base, *bias, alpha=1 / temperature, out=out)
+
+
+@dataclass(frozen=True)
+class TargetHead:
+    """The target's LM head, and what the target does to its product."""
+
+    weight: Tensor
+    """[v/tp, h] of this rank."""
+    transform: LogitTransform = IDENTITY
+
+    def logits(self, last_hidden: Tensor) -> Tensor:
+        """[..., h] after the final norm -> this rank's [..., v/tp], padding included. No
+        collective."""
+        *shape, h = last_hidden.shape
+        rows = last_hidden.to(self.weight.dtype).reshape(-1, h)
+        return self.transform.product(rows, self.weight).view(*shape, -1)
+
+    def factors(self, last_hidden: Tensor) -> LogitFactors:
+        """Of the target's logits; last_hidden [n, h]."""
+        return LogitFactors(last_hidden.to(self.weight.dtype), self.weight, self.transform)
 
 
 def _run(function: Callable, compile: bool) -> Callable:

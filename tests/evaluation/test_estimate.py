@@ -10,6 +10,7 @@ import torch
 
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.ops.acceptance import probabilities, round_starts
+from dspark_megatron.ops.logit_transform import TargetHead
 from dspark_megatron.storage.checkpoints.tracker import BEST
 from dspark_megatron.storage.checkpoints.whole import iteration_folder
 from dspark_megatron.storage.training_checkpoint import find_checkpoint
@@ -34,7 +35,8 @@ def plain_accept_rates(inputs, temperature):
 
 
 def split_accept_rates(runtime, inputs, temperature, chunk_rows=4):
-    from dspark_megatron.ops.acceptance import LogitFactors, accept_rates
+    from dspark_megatron.ops.acceptance import accept_rates
+    from dspark_megatron.ops.logit_transform import LogitFactors
 
     shard, lm_head, markov_w2 = shard_of(inputs, runtime.tp_group)
     features, weight = inputs["hidden"], lm_head
@@ -130,7 +132,7 @@ def estimate(runtime, temperature, micro_batch_size, max_blocks, lockstep=False)
     figures = estimate_acceptance(
         draft,
         target,
-        draft.lm_head,
+        TargetHead(draft.lm_head),
         [Sample(*pair) for pair in zip(samples.input_ids, samples.loss_masks, strict=True)],
         EstimateSettings(temperature, micro_batch_size, max_blocks, chunk_rows=4),
         dp_group=runtime.dp_group,
@@ -331,7 +333,7 @@ def greedy(runtime, config):
     decoder = Decoder(
         target,
         draft,
-        draft.lm_head,
+        TargetHead(draft.lm_head),
         Sampling(0.0, 40, frozenset(stop_token_ids(config.target.path, plan.tokenizer))),
         batch_size=len(PROMPTS),
     )
@@ -341,7 +343,7 @@ def greedy(runtime, config):
     settings = EstimateSettings.of(config, draft)
     real = acceptance(answers, plan.shape.block_size)
     figures = estimate_acceptance(
-        draft, target, draft.lm_head, samples, settings, dp_group=runtime.dp_group
+        draft, target, decoder.target_head, samples, settings, dp_group=runtime.dp_group
     )
     return real, figures
 
