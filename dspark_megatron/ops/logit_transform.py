@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dspark_megatron.ops import logit_terms
 from dspark_megatron.ops.chunk_budget import in_tiles
-from dspark_megatron.ops.logit_terms import compiled, precise
+from dspark_megatron.ops.logit_terms import precise
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,12 @@ class LogitTransform:
         c = self.softcapping
         if c is None:
             return torch.mul(gradient, self.scale, out=transformed)
-        _run(_pull_back, compile)(transformed, gradient, self.scale, c)
+        _run(pull_back, compile)(transformed, gradient, self.scale, c)
         return transformed
 
     def _capped(self, logits: Tensor, scale: float, compile: bool) -> Tensor:
         if logits.numel():
-            _run(_cap, compile)(logits.view(-1, logits.shape[-1]), scale, self.softcapping)
+            _run(cap, compile)(logits.view(-1, logits.shape[-1]), scale, self.softcapping)
         return logits
 
     def describe(self) -> str:
@@ -134,14 +135,16 @@ class TargetHead:
 
 
 def _run(function: Callable, compile: bool) -> Callable:
-    return compiled(function) if compile else in_tiles(function)
+    return logit_terms.compiled(function) if compile else in_tiles(function)
 
 
-def _cap(logits: Tensor, scale: float, c: float) -> None:
+def cap(logits: Tensor, scale: float, c: float) -> None:
+    """`c * tanh(scale * logits / c)` in place."""
     exact = logits.to(precise(logits.dtype))
     logits.copy_(exact.mul_(scale / c).tanh_().mul_(c))
 
 
-def _pull_back(transformed: Tensor, gradient: Tensor, scale: float, c: float) -> None:
+def pull_back(transformed: Tensor, gradient: Tensor, scale: float, c: float) -> None:
+    """The gradient before the transform, over what came out of it."""
     exact = transformed.to(precise(transformed.dtype))
     transformed.copy_(exact.square_().mul_(-scale / c**2).add_(scale).mul_(gradient))
