@@ -3,6 +3,7 @@ target's distribution, at every tensor-parallel size."""
 
 import json
 import statistics
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from dspark_megatron.evaluation.generation import Decoded, Generation, Round
 from dspark_megatron.evaluation.report import table
 from dspark_megatron.ops.acceptance import judge, overlap, probabilities
 from support.decoded import PROMPTS, decode, two_sample_chi_square
+from support.target_families import SCALED_LOGITS, make_family
 from support.tiny_target import tiny_config
 
 
@@ -113,6 +115,57 @@ def test_sampling_keeps_the_targets_distribution():
     assert ((accepted > 0) & (lengths > 0)).sum() / (lengths > 0).sum() == pytest.approx(
         overlap(draft[0], target[0]).item(), abs=0.003
     )
+
+
+def answers_of_a_capped_target(runtime, config, seeds):
+    """Decoded answers, and the target's logits [1, s, v] of the prompt as the decoder has them."""
+    from dspark_megatron.evaluation.decoding import Decoder
+
+    seen, whole = [], Decoder.target_logits
+
+    def target_logits(self, last_hidden):
+        seen.append(whole(self, last_hidden))
+        return seen[-1]
+
+    with mock.patch.object(Decoder, "target_logits", target_logits):
+        answers = decode(runtime, config, PROMPTS[:1], seeds=seeds)
+    return answers, seen[0]
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_decoding_with_a_capped_target_is_lossless(pool, tiny_run, tmp_path, tp):
+    """The cap moves no argmax, so greedy answers alone would not show it; sampled ones do: the
+    target is sure of itself without it. The draft's own scale moves no answer."""
+    from transformers import AutoModelForCausalLM
+
+    settings = SCALED_LOGITS["gemma2"][0] | {"initializer_range": 1.0}
+    path = make_family(tmp_path / "target", "gemma2", **settings)
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
+    sections = dict(
+        target={"path": str(path), "attention": "eager"},
+        parallel={"tensor_parallel": tp},
+        model={"logit_scale": 0.5},
+    )
+    arguments = dict(world=tp, tp=tp)
+    config = tiny_config(tiny_run, **sections)
+    (greedy, seen), *_ = pool.run(answers_of_a_capped_target, **arguments, config=config, seeds=[0])
+    ids, fast, slow, _ = greedy[0]
+    with torch.no_grad():
+        own = model(torch.tensor([ids])).logits[:, -1:]
+        expected = model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)
+    assert fast == slow == expected[0, len(ids) :].tolist()
+    torch.testing.assert_close(seen, own, rtol=1e-4, atol=1e-4)
+    assert seen.abs().max() > 2.9, "the cap should bend them"
+    if tp > 1:
+        return
+    evaluate = {"temperature": 1.0, "max_new_tokens": 2, "batch_size": 32}
+    config = tiny_config(tiny_run, **sections, evaluate=evaluate)
+    (answers, _), *_ = pool.run(
+        answers_of_a_capped_target, **arguments, config=config, seeds=range(300)
+    )
+    samples = [[a[way][1] for a in answers if len(a[way]) > 1] for way in (1, 2)]
+    chi_square, freedom = two_sample_chi_square(samples)
+    assert chi_square < freedom + 5 * (2 * freedom) ** 0.5
 
 
 @pytest.mark.parametrize("cut", [None, "by_confidence"])

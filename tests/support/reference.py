@@ -240,7 +240,8 @@ class PlainDraft(nn.Module):
         hidden = self.backbone(taps, input_ids, anchors)
         everywhere = torch.ones_like(input_ids)
         prev = plain_blocks(input_ids, everywhere, anchors, self.shape.block_size).prev_token_ids
-        logits = self.lm_head(hidden)
+        transform = self.shape.logit_scale, self.shape.logit_softcapping
+        logits = plain_transform(self.lm_head(hidden), *transform)
         if self.shape.markov_rank:
             logits = logits + self.markov_head.markov_w2(self.markov_head.latents(prev, hidden))
         confidence_logits = None
