@@ -117,7 +117,7 @@ def test_sampling_keeps_the_targets_distribution():
     )
 
 
-def answers_of_a_capped_target(runtime, config, seeds):
+def answers_of_a_capped_target(runtime, config):
     """Decoded answers, and the target's logits [1, s, v] of the prompt as the decoder has them."""
     from dspark_megatron.evaluation.decoding import Decoder
 
@@ -128,14 +128,14 @@ def answers_of_a_capped_target(runtime, config, seeds):
         return seen[-1]
 
     with mock.patch.object(Decoder, "target_logits", target_logits):
-        answers = decode(runtime, config, PROMPTS[:1], seeds=seeds)
+        answers = decode(runtime, config, PROMPTS[:1])
     return answers, seen[0]
 
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_decoding_with_a_capped_target_is_lossless(pool, tiny_run, tmp_path, tp):
-    """The cap moves no argmax, so greedy answers alone would not show it; sampled ones do: the
-    target is sure of itself without it. The draft's own scale moves no answer."""
+    """The cap moves no argmax, so greedy answers alone would not show it: the logits that tokens
+    are drawn from are the class's own. The draft's scale moves no answer."""
     from transformers import AutoModelForCausalLM
 
     settings = SCALED_LOGITS["gemma2"][0] | {"initializer_range": 1.0}
@@ -146,26 +146,15 @@ def test_decoding_with_a_capped_target_is_lossless(pool, tiny_run, tmp_path, tp)
         parallel={"tensor_parallel": tp},
         model={"logit_scale": 0.5},
     )
-    arguments = dict(world=tp, tp=tp)
     config = tiny_config(tiny_run, **sections)
-    (greedy, seen), *_ = pool.run(answers_of_a_capped_target, **arguments, config=config, seeds=[0])
-    ids, fast, slow, _ = greedy[0]
+    answers, seen = pool.run(answers_of_a_capped_target, world=tp, tp=tp, config=config)[0]
+    ids, fast, slow, _ = answers[0]
     with torch.no_grad():
         own = model(torch.tensor([ids])).logits[:, -1:]
         expected = model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)
     assert fast == slow == expected[0, len(ids) :].tolist()
     torch.testing.assert_close(seen, own, rtol=1e-4, atol=1e-4)
     assert seen.abs().max() > 2.9, "the cap should bend them"
-    if tp > 1:
-        return
-    evaluate = {"temperature": 1.0, "max_new_tokens": 2, "batch_size": 32}
-    config = tiny_config(tiny_run, **sections, evaluate=evaluate)
-    (answers, _), *_ = pool.run(
-        answers_of_a_capped_target, **arguments, config=config, seeds=range(300)
-    )
-    samples = [[a[way][1] for a in answers if len(a[way]) > 1] for way in (1, 2)]
-    chi_square, freedom = two_sample_chi_square(samples)
-    assert chi_square < freedom + 5 * (2 * freedom) ** 0.5
 
 
 @pytest.mark.parametrize("cut", [None, "by_confidence"])
