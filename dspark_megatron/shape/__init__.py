@@ -118,7 +118,6 @@ def _refuse_unbuilt(model: ModelConfig) -> None:
     unbuilt = {
         "architecture": model.architecture != "qwen3",
         "sample_from_anchor": not model.sample_from_anchor,
-        "logit_scale": model.logit_scale != 1,
     }
     for name, given in unbuilt.items():
         require(not given, f"model.{name} cannot be chosen yet; leave it out")

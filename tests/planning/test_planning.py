@@ -104,8 +104,8 @@ def test_the_peak_of_the_loss(tmp_path):
     rows = {(row["variant"], row["tp"]): row for row in figures(file)}
     assert all(name in text for name, _ in rows)
     assert set(rows) == {
-        *((name, 1) for name in ("plain", "recompute", "head_loss", "products")),
-        *((name, 2) for name in ("head_loss", "products")),
+        *((name, 1) for name in ("plain", "recompute", "head_loss", "capped", "products")),
+        *((name, 2) for name in ("head_loss", "capped", "products")),
     }
     for tp in (1, 2):
         measured = rows["head_loss", tp]
