@@ -101,5 +101,5 @@ class MicroBatches:
             sample_anchors(mask, model.num_anchors, anchor_seed(seed, *ref), loss)
             for mask, ref in zip(masks, refs, strict=True)
         ]
-        blocks = draft_blocks(ids, masks, anchors, model.block_size, loss)
+        blocks = draft_blocks(ids, masks, anchors, model.num_draft_tokens, loss)
         return MicroBatch.of(ids, blocks, tuple(ref.sample_index for ref in refs))

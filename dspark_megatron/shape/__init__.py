@@ -5,6 +5,7 @@ from typing import Any
 
 from dspark_megatron.config import ModelConfig
 from dspark_megatron.config.attention import AttentionConfig
+from dspark_megatron.config.model import num_draft_tokens
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.shape.attention import DraftAttention
 from dspark_megatron.shape.rope import draft_rope
@@ -52,7 +53,7 @@ class DraftShape:
     @property
     def num_draft_tokens(self) -> int:
         """Tokens that a block drafts."""
-        return self.block_size if self.sample_from_anchor else self.block_size - 1
+        return num_draft_tokens(self.block_size, self.sample_from_anchor)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -119,7 +120,6 @@ def _refuse_unbuilt(model: ModelConfig) -> None:
     unbuilt = {
         "attention": model.attention != AttentionConfig(),
         "architecture": model.architecture != "qwen3",
-        "sample_from_anchor": not model.sample_from_anchor,
         "logit_scale": model.logit_scale != 1,
     }
     for name, given in unbuilt.items():

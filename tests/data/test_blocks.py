@@ -163,7 +163,7 @@ def test_a_sample_without_candidates_makes_no_block():
     ids = torch.arange(12).view(2, 6)
     mask = torch.tensor([[0, 1, 0, 1, 0, 1], [0, 0, 1, 1, 1, 0]], dtype=torch.bool)
     anchors = [sample_anchors(row, 4, 0) for row in mask]
-    blocks = draft_blocks(ids, mask, anchors, block_size=3)
+    blocks = draft_blocks(ids, mask, anchors, num_draft_tokens=3)
     assert blocks.sample_index.tolist() == [1, 1]
     assert blocks.eval_mask.tolist() == [[True, True, False], [True, False, False]]
 

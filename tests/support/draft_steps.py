@@ -26,8 +26,8 @@ def step_gradients(runtime, shape, micro_batch_size, loss=None, dtype="float32",
     model = build_tiny_draft(runtime, shape, getattr(torch, dtype), **options)
     samples = make_samples(shape, loss=loss)
     step = make_step(runtime, model, samples, loss)
-    metrics = MetricSums.zeros(shape.block_size, runtime.device)
-    batches = rank_micro_batches(runtime, samples, shape.block_size, micro_batch_size, loss)
+    metrics = MetricSums.zeros(shape.num_draft_tokens, runtime.device)
+    batches = rank_micro_batches(runtime, samples, shape.num_draft_tokens, micro_batch_size, loss)
     step.run(batches, metrics)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     total = metrics.reduced(dp_group=runtime.dp_group)

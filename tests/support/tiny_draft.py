@@ -133,7 +133,7 @@ def one_collective_at_a_time():
         yield
 
 
-def rank_micro_batches(runtime, samples, block_size, micro_batch_size, loss=None):
+def rank_micro_batches(runtime, samples, num_draft_tokens, micro_batch_size, loss=None):
     """This data-parallel rank's share of all samples as one step."""
     from dspark_megatron.data.batch import MicroBatch
     from dspark_megatron.data.blocks import draft_blocks
@@ -145,7 +145,7 @@ def rank_micro_batches(runtime, samples, block_size, micro_batch_size, loss=None
         part = slice(start, start + micro_batch_size)
         ids, masks = samples.input_ids[part], samples.loss_masks[part]
         anchors = samples.anchors[part]
-        blocks = draft_blocks(ids, masks, anchors, block_size, loss or LossConfig())
+        blocks = draft_blocks(ids, masks, anchors, num_draft_tokens, loss or LossConfig())
         out.append(MicroBatch.of(ids, blocks))
     return out
 
@@ -182,7 +182,7 @@ def sample_logits(draft, taps, ids, anchors):
     from dspark_megatron.data.blocks import draft_blocks
 
     mask = torch.ones(1, len(ids), dtype=torch.bool)
-    blocks = draft_blocks(ids[None], mask, [anchors], draft.shape.block_size)
+    blocks = draft_blocks(ids[None], mask, [anchors], draft.shape.num_draft_tokens)
     with torch.no_grad():
         out = draft(taps[None], blocks.to(taps.device))
         head = draft.head_weights()

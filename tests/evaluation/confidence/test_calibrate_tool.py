@@ -26,7 +26,7 @@ def run(tmp_path, *options, edit=lambda records: None, **changes):
 def test_everything_is_written(tmp_path, capsys):
     folder = run(tmp_path, "--labels", "expected", "--bins", "10")
     assert sorted(path.name for path in folder.iterdir()) == WRITTEN
-    assert check_sidecar(folder, block_size=3, iteration=100)
+    assert check_sidecar(folder, num_draft_tokens=3, iteration=100)
     sidecar = json.loads((folder / "dspark_sts.json").read_text())
     result = json.loads((folder / "calibration.json").read_text())
     assert sidecar["temperatures"] == result["temperatures"] == result["fitted_temperatures"]
