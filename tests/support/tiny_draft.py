@@ -186,5 +186,7 @@ def sample_logits(draft, taps, ids, anchors):
     with torch.no_grad():
         out = draft(taps[None], blocks.to(taps.device))
         head = draft.head_weights()
-        logits = out.hidden @ head.lm_head.t() + out.latents @ head.markov_w2.t()
+        logits = out.hidden @ head.lm_head.t()
+        if out.latents is not None:
+            logits = logits + out.latents @ head.markov_w2.t()
     return out.hidden, logits, out.confidence_logits
