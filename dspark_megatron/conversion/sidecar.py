@@ -39,8 +39,8 @@ def check_sidecar(
     )
     require(
         numbers and len(temperatures) == num_draft_tokens,
-        f"{file} must hold one positive temperature for each of {num_draft_tokens} draft tokens, "
-        f"has {temperatures}; calibrate again, or move the file away",
+        f"{file} must hold one positive temperature for each of the {num_draft_tokens} draft "
+        f"tokens, has {temperatures}; calibrate again, or move the file away",
     )
     require(
         own is None or iteration is None or own == iteration,

@@ -71,7 +71,7 @@ def verify_folder(
     summary = _summary(folder, dtype_name)
     if with_temperatures:
         summary.append(
-            f"{SIDECAR}: a temperature for each of {shape.num_draft_tokens} draft tokens"
+            f"{SIDECAR}: a temperature for each of the {shape.num_draft_tokens} draft tokens"
         )
     sources: list[Iterable[tuple[str, Tensor]]] = []
     if target_dir is not None and folder.shared:

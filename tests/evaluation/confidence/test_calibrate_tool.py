@@ -104,7 +104,7 @@ def test_what_cannot_be_done_is_said(tmp_path):
     (tmp_path / "export").mkdir()
     config = {"dflash_config": {"block_size": 7}}
     (tmp_path / "export" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SystemExit, match="block_size 7, the records are of 3"):
+    with pytest.raises(SystemExit, match="7 draft tokens a block, the records are of 3"):
         run(tmp_path, "--force")
     (tmp_path / "export" / "config.json").unlink()
     (tmp_path / "export").rmdir()
