@@ -9,7 +9,7 @@ from support.shapes import VANILLA
 
 def card(**changes):
     rest = dict(layout="hf", target="org/t", folder="d", engines=set(), history={})
-    description = DraftDescription(replace(VANILLA, **changes))
+    description = DraftDescription(shape=replace(VANILLA, **changes))
     return model_card(description, **rest, with_temperatures=False)
 
 
