@@ -17,6 +17,17 @@ class LayerAttention(NamedTuple):
     causal: bool = False
     """Whether a slot sees only itself and the slots before it, instead of its whole block."""
 
+    @property
+    def reach(self) -> int | None:
+        """Tokens before the anchor that slot 0 sees at most, and it sees the most; None: all."""
+        if self.window is None:
+            return None
+        return self.window if self.window_origin == "anchor" else self.window - 1
+
+
+FULL = LayerAttention()
+"""All context before the anchor and the whole block: the default."""
+
 
 @dataclass(kw_only=True)
 class AttentionConfig:
@@ -41,6 +52,11 @@ class AttentionConfig:
     attention sink)."""
     biases: bool = False
     """Give the query, key, value and output projections biases."""
+
+    def reach(self, num_layers: int) -> int | None:
+        """Tokens before an anchor that some layer sees at most; None: all."""
+        slides = self.window is not None and len(self.sliding_layers) in (0, num_layers)
+        return LayerAttention(self.window, self.window_origin).reach if slides else None
 
     def validate(self, num_layers: int, block_size: int) -> None:
         positive("model.attention", self, "window")

@@ -101,5 +101,6 @@ class MicroBatches:
             sample_anchors(mask, model.num_anchors, anchor_seed(seed, *ref), loss)
             for mask, ref in zip(masks, refs, strict=True)
         ]
-        blocks = draft_blocks(ids, masks, anchors, model.num_draft_tokens, loss)
+        reach = model.attention.reach(model.num_layers)
+        blocks = draft_blocks(ids, masks, anchors, model.num_draft_tokens, loss, reach=reach)
         return MicroBatch.of(ids, blocks, tuple(ref.sample_index for ref in refs))

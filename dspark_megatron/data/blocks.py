@@ -15,9 +15,10 @@ that draft, t context tokens that some block sees, r supervised slots.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dspark_megatron.config import LossConfig
@@ -42,12 +43,12 @@ class DraftBlocks:
     eval_mask: Tensor
     """[n, d] bool: the supervised slots, at least one in each block."""
     context_samples: Tensor
-    """[t] sample of each context token: what stands before the last anchor of each sample."""
+    """[t] sample of each context token: those that some block sees."""
     context_positions: Tensor
     """[t] position in that sample."""
     context_bounds: Tensor
     """[n, 2] half-open range of the t tokens that the block sees: those of its sample, strictly
-    before its anchor. Ranges of one sample start alike, those of two never do."""
+    before its anchor, all or the last `reach`. Ranges of two samples do not overlap."""
     bounds_on_host: list[tuple[int, int]]
     """The same numbers."""
     slot_index: Tensor
@@ -66,6 +67,8 @@ class DraftBlocks:
     """Their sum; 0 where nothing is learnt."""
     candidates: int
     """Anchors that could have been sampled in the micro-batch."""
+    reach: int | None = None
+    """Tokens before its anchor that a block sees at most; None: all."""
 
     @classmethod
     def of(
@@ -77,24 +80,19 @@ class DraftBlocks:
         *,
         loss_decay_gamma: float | None,
         candidates: int,
+        reach: int | None = None,
     ) -> "DraftBlocks":
-        samples, blocks = sample_index.unique_consecutive(return_counts=True)
-        anchors = positions[:, 0]
-        # An anchor at 0 sees nothing, but one token keeps every tensor and collective from being
-        # empty, and the ranges of two samples from starting alike.
-        sizes = anchors[blocks.cumsum(0) - 1].clamp(min=1)
-        starts = (sizes.cumsum(0) - sizes).repeat_interleave(blocks)  # [n]
-        bounds = torch.stack([starts, starts + anchors], dim=1)
+        context = _seen_context(sample_index, positions[:, 0], reach)
         weights = slot_weights(positions.shape[1], loss_decay_gamma)
         return cls(
             sample_index=sample_index,
             positions=positions,
             tokens=tokens,
             eval_mask=eval_mask,
-            context_samples=samples.repeat_interleave(sizes),
-            context_positions=torch.cat([sizes[:0], *map(torch.arange, sizes.tolist())]),
-            context_bounds=bounds,
-            bounds_on_host=list(map(tuple, bounds.tolist())),
+            context_samples=context.samples,
+            context_positions=context.positions,
+            context_bounds=context.bounds,
+            bounds_on_host=list(map(tuple, context.bounds.tolist())),
             slot_index=eval_mask.flatten().nonzero().squeeze(1),
             labels=tokens[:, 1:][eval_mask],
             target_samples=sample_index[:, None].expand_as(eval_mask)[eval_mask],
@@ -104,6 +102,7 @@ class DraftBlocks:
             # A small loss_decay_gamma may round the weight of late slots, and of all, to 0.
             weight=float((eval_mask.double() * weights).sum()),
             candidates=candidates,
+            reach=reach,
         )
 
     def part(self, blocks: slice) -> "DraftBlocks":
@@ -113,6 +112,7 @@ class DraftBlocks:
             *(tensor[blocks] for tensor in kept),
             loss_decay_gamma=self.loss_decay_gamma,
             candidates=self.candidates,
+            reach=self.reach,
         )
 
     @property
@@ -149,6 +149,36 @@ class DraftBlocks:
         """[r] -> [n, d]; 0 where a slot is not supervised."""
         slots = values.new_zeros(self.eval_mask.numel())
         return slots.index_copy(0, self.slot_index, values).view(self.eval_mask.shape)
+
+
+class _Context(NamedTuple):
+    samples: Tensor
+    """[t]"""
+    positions: Tensor
+    """[t]"""
+    bounds: Tensor
+    """[n, 2]"""
+
+
+def _seen_context(sample_index: Tensor, anchors: Tensor, reach: int | None) -> _Context:
+    """The tokens that blocks see, each once; sample_index [n], anchors [n] ascend in a sample."""
+    same = sample_index[1:] == sample_index[:-1]
+    before = F.pad(anchors[:-1] * same, (min(1, len(anchors)), 0))  # anchor of the block before
+    starts = torch.zeros_like(anchors) if reach is None else (anchors - reach).clamp(min=0)
+    first = torch.maximum(starts, before)  # what stands before it, earlier blocks have brought
+    # A sample whose blocks see nothing (an anchor at 0) still brings one token, which keeps every
+    # tensor and collective from being empty, and the ranges of two samples from starting alike.
+    is_last = ~F.pad(same, (0, min(1, len(anchors))))
+    extra = (is_last & (anchors == starts)).long()
+    counts = anchors - first + extra
+    after = counts.cumsum(0)
+    shift = (first + counts - after).repeat_interleave(counts)
+    ends = after - extra
+    return _Context(
+        samples=sample_index.repeat_interleave(counts),
+        positions=torch.arange(len(shift)) + shift,
+        bounds=torch.stack([ends - (anchors - starts), ends], dim=1),
+    )
 
 
 def anchor_candidates(loss_mask: Tensor, loss: LossConfig = DEFAULT_LOSS) -> Tensor:
@@ -188,9 +218,12 @@ def draft_blocks(
     anchors: Sequence[Tensor],
     num_draft_tokens: int,
     loss: LossConfig = DEFAULT_LOSS,
+    *,
+    reach: int | None = None,
 ) -> DraftBlocks:
     """Blocks of a micro-batch, but for those without a supervised slot. For each sample its
-    input_ids and loss_mask [s] before padding, so that no label lies in it, and its anchors."""
+    input_ids and loss_mask [s] before padding, so that no label lies in it, and its anchors.
+    reach: tokens before an anchor that the draft sees at most; None: all."""
     parts = []
     for i, (ids, mask, own) in enumerate(zip(input_ids, loss_masks, anchors, strict=True)):
         supervised = supervised_slots(mask, own, num_draft_tokens, loss)
@@ -203,6 +236,7 @@ def draft_blocks(
         *(torch.cat(part) for part in zip(*parts, strict=True)),
         loss_decay_gamma=loss.loss_decay_gamma,
         candidates=sum(anchor_candidates(mask, loss).numel() for mask in loss_masks),
+        reach=reach,
     )
 
 

@@ -4,7 +4,9 @@ Shapes: t context tokens (all samples of the micro-batch flattened), n blocks, k
 that draft a token, m target layers, h hidden, r Markov rank, v padded vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor
 
+from dspark_megatron.config.attention import LayerAttention
 from dspark_megatron.data.blocks import DraftBlocks
 from dspark_megatron.mcore.rms_norm import RMSNorm
 from dspark_megatron.model.heads import MARKOV_HEADS, ConfidenceHead, MarkovHead
@@ -26,8 +29,13 @@ from dspark_megatron.model.parameter_init import init_parameters
 from dspark_megatron.model.token_split import TokenSplit, without_sequence_parallel
 from dspark_megatron.model.transformer_config import transformer_config
 from dspark_megatron.model.vocab_parallel_weight import VocabParallelWeight
-from dspark_megatron.ops.attention.block_attention import BlockAttention, block_attention
+from dspark_megatron.ops.attention.block_attention import (
+    BlockAttention,
+    block_attention,
+    by_layer,
+)
 from dspark_megatron.ops.head_loss import HeadWeights
+from dspark_megatron.ops.logit_transform import LogitTransform
 from dspark_megatron.ops.rope import RotaryTable
 from dspark_megatron.ops.vocab_parallel import VocabShard
 from dspark_megatron.shape import DraftShape
@@ -91,6 +99,7 @@ class DSparkDraftModel(MegatronModule):
         self.attention_group_size = attention_group_size
         vocab = padded_vocab_size(shape.vocab_size, tp_size)
         self.vocab_shard = VocabShard.of_group(shape.vocab_size, vocab, tp_group)
+        self.logit_transform = LogitTransform(shape.logit_scale, shape.logit_softcapping)
         self.rotary = RotaryTable(
             shape.rope_parameters, shape.head_dim, shape.max_position_embeddings
         )
@@ -159,12 +168,30 @@ class DSparkDraftModel(MegatronModule):
     def head_weights(self) -> HeadWeights:
         """The vocabulary matrices for the head loss."""
         w2 = None if self.markov_head is None else self.markov_head.markov_w2.weight
-        return HeadWeights(self.output_head.weight, w2, self.vocab_shard)
+        return HeadWeights(self.output_head.weight, w2, self.vocab_shard, self.logit_transform)
 
     @property
     def lm_head(self) -> Tensor:
         """This rank's [v/tp, h] rows of the target's LM head."""
         return self.head_weights().lm_head
+
+    @property
+    def layer_rules(self) -> list[LayerAttention]:
+        """What the slots of a block see, for each layer."""
+        return [self.shape.attention.of_layer(i) for i in range(self.shape.num_layers)]
+
+    def base_logits(self, hidden: Tensor) -> Tensor:
+        """`cap(scale * lm_head hidden)` of a few slots, outside the loss: [n, h] -> this rank's
+        [n, v/tp], padding included. No collective."""
+        return self.logit_transform.product(hidden, self.lm_head)
+
+    def draft_logits(self, hidden: Tensor, latents: Tensor | None) -> Tensor:
+        """Base logits and the Markov bias W2 z, which is neither scaled nor capped: [n, h] and
+        [n, r], or None without a Markov head -> [n, v/tp]. No collective."""
+        logits = self.base_logits(hidden)
+        if self.markov_head is not None and latents is not None:
+            logits.addmm_(latents, self.markov_head.markov_w2.weight.t())
+        return logits
 
     def encode_context(self, taps: Tensor, positions: Tensor) -> ContextKV:
         """Keys and values that every layer draws from the target's states (Eq. 2, 3).
@@ -181,16 +208,29 @@ class DSparkDraftModel(MegatronModule):
         layers: Any = self.layers
         return [layer.self_attention.key_value(context, rope) for layer in layers]
 
+    def attention_of(self, blocks: DraftBlocks) -> list[BlockAttention]:
+        """Of each layer over the context of the blocks."""
+        make = partial(
+            block_attention,
+            self.attention_backend,
+            blocks.context_ranges,
+            self.shape.block_size,
+            len(blocks.context_positions),
+            head_dim=self.shape.head_dim,
+            group_size=self.attention_group_size,
+        )
+        return by_layer(self.layer_rules, make)
+
     def backbone(
         self,
         anchor_token_ids: Tensor,
         anchor_positions: Tensor,
         context_kv: ContextKV,
-        attend: BlockAttention,
+        attention: Sequence[BlockAttention],
     ) -> Tensor:
         """Hidden states of the slots that draft: all k of a block, or all but the first.
-        anchor_token_ids, anchor_positions [n], attend: attention over the context that each block
-        sees -> [n, d, h].
+        anchor_token_ids, anchor_positions [n], attention: of each layer over the context that each
+        block sees -> [n, d, h].
 
         Forward: one all-reduce of [n + 1, h] for the embedding, those of the layers, and with
         sequence parallelism an all-gather of [n*k, h].
@@ -204,7 +244,7 @@ class DSparkDraftModel(MegatronModule):
         own = self.split.local(source.flatten())  # [R], n*k slots or this rank's part
         hidden = embedded[own]  # [R, h]
         rope = self.rotary(positions, hidden.dtype)
-        for layer, layer_kv in zip(self.layers, context_kv, strict=True):
+        for layer, layer_kv, attend in zip(self.layers, context_kv, attention, strict=True):
             hidden = layer(hidden, layer_kv, attend, rope)
         hidden = self.final_layernorm(hidden)
         whole = self.split.whole(hidden, n * k).view(n, k, -1)
@@ -214,16 +254,8 @@ class DSparkDraftModel(MegatronModule):
         """Training pass over the n blocks of a micro-batch. taps [b, s, m*h]."""
         context = blocks.context_of(taps)  # [t, m*h]
         context_kv = self.encode_context(context, blocks.context_positions)
-        attend = block_attention(
-            self.attention_backend,
-            blocks.context_ranges,
-            self.shape.block_size,
-            len(context),
-            head_dim=self.shape.head_dim,
-            group_size=self.attention_group_size,
-        )
         anchors = blocks.prev_token_ids[:, 0], blocks.positions[:, 0]
-        hidden = self.backbone(*anchors, context_kv, attend)
+        hidden = self.backbone(*anchors, context_kv, self.attention_of(blocks))
         embeddings = latents = confidence_logits = None
         if self.markov_head is not None:
             embeddings = self.markov_head.embed(blocks.prev_token_ids)

@@ -5,12 +5,15 @@ Shapes: b sequences, d draft tokens of a block, v vocabulary (unpadded), m*h tar
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
+from dspark_megatron.config.attention import LayerAttention
 from dspark_megatron.model.draft_model import ContextKV, DSparkDraftModel
+from dspark_megatron.ops.attention.block_attention import BlockAttention, by_layer
 from dspark_megatron.ops.attention.grouped import GroupedBlockAttention
 from dspark_megatron.ops.transfer import ContextRanges
 from dspark_megatron.ops.vocab_parallel import gather_vocab
@@ -29,40 +32,62 @@ class Proposal:
 
 
 class Drafter:
-    """A draft model with the context keys and values of several sequences."""
+    """A draft model with the context keys and values of several sequences. Each layer keeps what
+    later blocks can see: all, or the last tokens of its window."""
 
     def __init__(self, model: DSparkDraftModel) -> None:
         self.model = model
+        self.lengths: list[int] = []
+        """Tokens of context of each sequence, those that no block sees any more included."""
         self._contexts: list[ContextKV] = []
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of context of each sequence."""
-        return [len(context[0][0]) for context in self._contexts]
+        self._rules = model.layer_rules
 
     @torch.no_grad()
     def add(self, taps: Tensor) -> None:
         """Take in a sequence behind those there are: the target's states [q, m*h] of its tokens."""
-        positions = torch.arange(len(taps), device=taps.device)
-        self._contexts.append(self.model.encode_context(taps, positions))
+        reach = self.model.shape.attention.reach(self.model.shape.num_layers)
+        first = 0 if reach is None else max(0, len(taps) - max(1, reach))
+        positions = torch.arange(first, len(taps), device=taps.device)
+        self._contexts.append(self._seen(self.model.encode_context(taps[first:], positions)))
+        self.lengths.append(len(taps))
 
     @torch.no_grad()
     def extend(self, taps: list[Tensor]) -> None:
         """Take in the target's states of the next tokens, [q, m*h] of each sequence."""
         sizes = [len(part) for part in taps]
+        ends = [n + q for n, q in zip(self.lengths, sizes, strict=True)]
         positions = torch.cat(
-            [torch.arange(n, n + q) for n, q in zip(self.lengths, sizes, strict=True)]
+            [torch.arange(end - q, end) for end, q in zip(ends, sizes, strict=True)]
         )
         new = self.model.encode_context(torch.cat(taps), positions.to(taps[0].device))
         parts = [zip(key.split(sizes), value.split(sizes), strict=True) for key, value in new]
         self._contexts = [
-            [_joined(pair) for pair in zip(old, own, strict=True)]
+            self._seen([_joined(pair) for pair in zip(old, own, strict=True)])
             for old, own in zip(self._contexts, zip(*parts, strict=True), strict=True)
         ]
+        self.lengths = ends
 
     def keep(self, sequences: list[int]) -> None:
         """Drop all sequences but these, in this order."""
         self._contexts = [self._contexts[i] for i in sequences]
+        self.lengths = [self.lengths[i] for i in sequences]
+
+    def _seen(self, context: ContextKV) -> ContextKV:
+        """What blocks behind it see of a context; copies, so that the rest leaves memory."""
+        kept = []
+        for rule, (key, value) in zip(self._rules, context, strict=True):
+            first = 0 if rule.reach is None else max(0, len(key) - rule.reach)
+            kept.append((key[first:].clone(), value[first:].clone()) if first else (key, value))
+        return kept
+
+    def _attention(self, device: torch.device, rule: LayerAttention) -> BlockAttention:
+        """One block behind each context: nothing that flex could do better."""
+        reach = max(self.lengths) if rule.reach is None else rule.reach
+        ends = list(accumulate((min(n, reach) for n in self.lengths), initial=0))
+        ranges = ContextRanges.of(list(pairwise(ends)), device)
+        return GroupedBlockAttention(
+            ranges, self.model.shape.block_size, ends[-1], rule, group_size=1
+        )
 
     @torch.no_grad()
     def propose(
@@ -71,17 +96,12 @@ class Drafter:
         """Draft a block for each sequence, whose anchors [b] follow its context. `pick` draws from
         logits [b, v]: tokens [b] and distributions [b, v], the same on every tensor-parallel
         rank. Collectives: those of the backbone, and those of `step` for each draft token."""
-        k, device = self.model.shape.block_size, anchor_token_ids.device
-        lengths = self.lengths
-        ranges = list(pairwise(accumulate(lengths, initial=0)))
-        positions = torch.tensor(lengths, device=device)
-        # One block for each context: nothing that flex could do better.
-        attend = GroupedBlockAttention(
-            ContextRanges.of(ranges, device), k, sum(lengths), group_size=1
-        )
+        device = anchor_token_ids.device
+        positions = torch.tensor(self.lengths, device=device)
+        attention = by_layer(self._rules, partial(self._attention, device))
         layers = zip(*self._contexts, strict=True)
         context_kv = [_joined(layer) for layer in layers]
-        hidden = self.model.backbone(anchor_token_ids, positions, context_kv, attend)  # [b, d, h]
+        hidden = self.model.backbone(anchor_token_ids, positions, context_kv, attention)
         tokens, state = anchor_token_ids, None
         drawn, probs, confidence = [], [], []
         for own in hidden.unbind(1):
@@ -103,12 +123,11 @@ class Drafter:
         """One slot: previous tokens [b], hidden [b, h], Markov state -> whole logits [b, v],
         confidence logits [b] or None, and the next Markov state. One all-reduce (W1) and one
         all-gather of the logits."""
-        model, embedding = self.model, None
-        logits = hidden @ model.lm_head.t()  # [b, v/tp]
+        model, embedding, latent = self.model, None, None
         if model.markov_head is not None:
             embedding = model.markov_head.embed(prev_token_ids)
             latent, state = model.markov_head.step(embedding, hidden, state)
-            logits.addmm_(latent, model.markov_head.markov_w2.weight.t())
+        logits = model.draft_logits(hidden, latent)  # [b, v/tp]
         confidence_logits = None
         if model.confidence_head is not None:
             confidence_logits = model.confidence_head(hidden, embedding)

@@ -15,7 +15,9 @@ def transformer_config(
     sequence_parallel: bool = False,
     gradient_accumulation_fusion: bool = False,
 ) -> TransformerConfig:
-    """A Qwen3-style decoder: RMSNorm, SwiGLU, grouped-query attention, q/k norm, no biases.
+    """A Qwen3-style decoder: RMSNorm, SwiGLU, grouped-query attention, q/k norm, no biases but for
+    attention's. `add_qkv_bias` stands for that of its output projection, too, and `softmax_type`
+    for a sink.
 
     Megatron-Core allocates the weights and leaves them as they are: `parameter_init` fills them by
     name, so that they do not depend on the layout. `calculate_per_token_loss` makes Megatron's
@@ -35,6 +37,8 @@ def transformer_config(
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
+        add_qkv_bias=shape.attention.biases,
+        softmax_type="learnable" if shape.attention.sink else "vanilla",
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=tp_size,

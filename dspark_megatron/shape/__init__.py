@@ -4,7 +4,6 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from dspark_megatron.config import ModelConfig
-from dspark_megatron.config.attention import AttentionConfig
 from dspark_megatron.config.model import num_draft_tokens
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.shape.attention import DraftAttention
@@ -118,9 +117,7 @@ def draft_shape(model: ModelConfig, target_config: Any) -> DraftShape:
 def _refuse_unbuilt(model: ModelConfig) -> None:
     """Keys that are read and not computed yet."""
     unbuilt = {
-        "attention": model.attention != AttentionConfig(),
         "architecture": model.architecture != "qwen3",
-        "logit_scale": model.logit_scale != 1,
     }
     for name, given in unbuilt.items():
         require(not given, f"model.{name} cannot be chosen yet; leave it out")

@@ -60,6 +60,11 @@ class DraftAttention:
             return LayerAttention(causal=causal)
         return LayerAttention(self.window, self.window_origin, causal)
 
+    def reach(self, num_layers: int) -> int | None:
+        """Tokens before an anchor that some layer sees at most; None: all."""
+        slides = len(self.sliding_layers) == num_layers
+        return self.of_layer(0).reach if slides else None
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}

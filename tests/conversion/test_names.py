@@ -1,13 +1,32 @@
 """Megatron's tensors under Hugging Face's names: one for one, fused, padded, in every layout."""
 
+from dataclasses import replace
+
 import torch
 
 from dspark_megatron.conversion.layouts import names
 from dspark_megatron.conversion.layouts.names import hugging_face_shapes
 from dspark_megatron.conversion.layouts.table import LAYOUTS
+from dspark_megatron.shape.attention import DraftAttention
 from support.draft_folders import PADDED_VOCAB, trained_tensors
 from support.reference import PlainDraft
 from support.shapes import FOLDER_SHAPES, VANILLA
+
+BIASED = replace(VANILLA, attention=DraftAttention(sink=True, biases=True))
+
+
+def test_sinks_and_biases_go_there_and_back():
+    test_round_trip_is_bit_exact(BIASED)
+    test_table_uses_every_plain_parameter_once(BIASED)
+    ours = trained_tensors(BIASED)
+    megatron = dict(names.to_megatron(BIASED, ours.__getitem__, tp_rank=1, tp_size=2))
+    key, value = (ours[f"layers.1.self_attn.{x}_proj.bias"] for x in "kv")
+    fused = megatron["layers.1.self_attention.linear_kv.bias"]
+    assert torch.equal(fused, torch.cat([key[6:], value[6:]]))
+    sink = ours["layers.0.self_attn.attention_sink_bias"]
+    assert torch.equal(megatron["layers.0.self_attention.attention_sink_bias"], sink[2:])
+    out = ours["layers.0.self_attn.o_proj.bias"]
+    assert torch.equal(megatron["layers.0.self_attention.linear_proj.bias"], out)
 
 
 def test_round_trip_is_bit_exact(shape):

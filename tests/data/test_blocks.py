@@ -163,6 +163,27 @@ def test_the_visible_context_is_packed_up_to_the_last_anchor():
     assert ranges.on_device.tolist() == list(map(list, ranges.on_host))
 
 
+def test_context_outside_of_all_windows_is_left_out():
+    """What each block reads by its range is what stands before its anchor, at most 3 tokens; of
+    four samples, the second has no block and the third sees nothing."""
+    ids = torch.arange(80).view(4, 20)
+    masks = torch.ones(4, 20, dtype=torch.bool)
+    anchors = [torch.tensor(a, dtype=torch.long) for a in ([0, 2, 9, 11], [], [0], [1, 18])]
+    blocks = draft_blocks(ids, masks, anchors, 2, reach=3)
+    assert blocks.context_samples.tolist() == [0] * 7 + [2] + [3] * 4
+    assert blocks.context_positions.tolist() == [0, 1, 6, 7, 8, 9, 10, 0, 0, 15, 16, 17]
+    seen = [blocks.context_positions[start:end].tolist() for start, end in blocks.bounds_on_host]
+    assert seen == [[], [0, 1], [6, 7, 8], [8, 9, 10], [], [0], [15, 16, 17]]
+    part = blocks.part(slice(2, 4))
+    assert part.context_positions.tolist() == [6, 7, 8, 9, 10]
+    wide = draft_blocks(ids, masks, anchors, 2, reach=100)
+    full = draft_blocks(ids, masks, anchors, 2)
+    assert all(torch.equal(tensor, full.tensors[name]) for name, tensor in wide.tensors.items())
+    none = draft_blocks(ids, masks, anchors, 2, reach=0)
+    assert none.context_positions.tolist() == [11, 0, 18]
+    assert none.bounds_on_host == [(0, 0)] * 4 + [(1, 1)] + [(2, 2)] * 2
+
+
 @pytest.mark.parametrize("group_size", [1, 3, 64])
 def test_attention_to_the_packed_context_is_that_to_all_of_it(group_size):
     """Also where two samples' ranges start at one token, the first of them being empty."""

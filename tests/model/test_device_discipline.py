@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dspark_megatron.config import LossConfig
+from dspark_megatron.shape.attention import DraftAttention
 from support.meta_step import META, step_on_meta
 from support.shapes import SHAPES
 
@@ -47,6 +48,18 @@ def test_with_each_head(name):
     if not HEADS[name].enable_confidence_head:
         loss = replace(loss, confidence_head_alpha=0.0)
     check(HEADS[name], loss=loss)
+
+
+@pytest.mark.parametrize("layers", [(1,), (0, 1)])
+def test_with_windows_sinks_and_biases(layers):
+    attention = DraftAttention(
+        window=4, sliding_layers=layers, causal_layers=layers, sink=True, biases=True
+    )
+    check(replace(SHAPE, attention=attention), sequence_parallel=True)
+
+
+def test_with_scaled_and_capped_logits():
+    check(replace(SHAPE, logit_scale=0.5, logit_softcapping=30.0))
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -4,6 +4,7 @@ gradients of the local backend. Transformer Engine itself needs a GPU."""
 import ast
 import inspect
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from dspark_megatron.errors import ConfigError
+from dspark_megatron.shape.attention import DraftAttention
 from support import transformer_engine_stand_in as stand_in
 from support.draft_steps import assert_plain_step, step_gradients
 from support.shapes import SHAPE, SHAPES, meta_of
@@ -20,6 +22,7 @@ from support.tiny_target import tiny_config
 
 WRAPPERS = "megatron.core.extensions.transformer_engine"
 SPEC = "dspark_megatron.model.layers.transformer_engine"
+BIASED = replace(SHAPE, attention=DraftAttention(sink=True, biases=True))
 NAMES = ("TENorm", "TELinear", "TERowParallelLinear", "TELayerNormColumnParallelLinear")
 
 
@@ -72,11 +75,16 @@ def test_step_at_tp_4(pool):
     assert_plain_step(pool.run(engine_step, world=4, tp=4, **arguments), shape)
 
 
-def what_a_checkpoint_holds(runtime):
+def test_step_with_sinks_and_biases(pool):
+    arguments = dict(shape=BIASED, micro_batch_size=1, sequence_parallel=True)
+    assert_plain_step(pool.run(engine_step, world=2, tp=2, **arguments), BIASED)
+
+
+def what_a_checkpoint_holds(runtime, shape):
     """Parameters and sharded tensors of both backends."""
     found = []
     for spec in (None, spec_on_stand_in()):
-        draft = build_tiny_draft(runtime, SHAPE, spec=spec)
+        draft = build_tiny_draft(runtime, shape, spec=spec)
         groups = {"dp_cp_group": runtime.dp_group}
         sharded = draft.sharded_state_dict(metadata=groups)
         parts = {
@@ -98,9 +106,9 @@ def _parts(value):
     return [value]
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-def test_names_and_sharded_tensors_are_the_local_ones(pool, tp):
-    for local, engine in pool.run(what_a_checkpoint_holds, world=tp, tp=tp):
+@pytest.mark.parametrize("tp, shape", [(1, SHAPE), (2, SHAPE), (2, BIASED)])
+def test_names_and_sharded_tensors_are_the_local_ones(pool, tp, shape):
+    for local, engine in pool.run(what_a_checkpoint_holds, world=tp, tp=tp, shape=shape):
         assert engine == local
         names, _, parts = engine
         assert "layers.1.pre_mlp_layernorm.weight" in names and len(parts) > len(names) - 4

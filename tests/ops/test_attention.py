@@ -1,5 +1,6 @@
 """Both attention backends equal attention under a dense mask, and flex's tiles that mask's."""
 
+import itertools
 import math
 from typing import NamedTuple
 from unittest import mock
@@ -11,11 +12,13 @@ from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import flex_attention
 
 from dspark_megatron.config import LossConfig
+from dspark_megatron.config.attention import FULL, LayerAttention
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.ops.attention import flex
 from dspark_megatron.ops.attention.block_attention import block_attention, chosen_backend
 from dspark_megatron.ops.attention.flex import TILE, FlexBlockAttention
 from dspark_megatron.ops.transfer import ContextRanges
+from support.reference import context_mask
 from support.shapes import SHAPE
 from support.tiny_draft import build_tiny_draft, make_samples, sample_logits
 from support.tiny_target import tiny_config
@@ -56,24 +59,42 @@ CASES = {
 }
 
 
-def dense_mask(case):
-    """[n*k, t + n*k] bool, true is visible."""
+RULES = {
+    "full": FULL,
+    "causal": LayerAttention(causal=True),
+    "window": LayerAttention(300),
+    "narrow window": LayerAttention(7),
+    "window of the anchor": LayerAttention(9, "anchor"),
+    "causal window": LayerAttention(40, "slot", True),
+}
+"""Windows both wider and narrower than the samples of CASES."""
+
+
+def dense_mask(case, rule=FULL):
+    """[n*k, t + n*k] bool, true is visible: of each sample what `context_mask` says."""
     n, k, t = len(case.ranges), case.slots, case.context_length
     mask = torch.zeros(n * k, t + n * k, dtype=torch.bool)
-    for i, (start, end) in enumerate(case.ranges):
-        rows = slice(i * k, (i + 1) * k)
-        mask[rows, start:end] = True
-        mask[rows, t + i * k : t + (i + 1) * k] = True
+    row = 0
+    for i, anchors in enumerate(case.anchors):
+        own = context_mask(torch.tensor([*anchors]).long(), case.length, k, rule)
+        rows = slice(row, row + len(own))
+        mask[rows, i * case.length : (i + 1) * case.length] = own[:, : case.length]
+        mask[rows, t + rows.start : t + rows.stop] = own[:, case.length :]
+        row += len(own)
     return mask
 
 
-def dense_attention(case, query, context_kv, block_kv):
+def dense_attention(case, query, context_kv, block_kv, rule=FULL, sink=None):
     keys, values = (
         torch.cat([c, b.flatten(0, 1)]).repeat_interleave(case.heads // case.kv_heads, dim=1)
         for c, b in zip(context_kv, block_kv, strict=True)
     )
     scores = torch.einsum("qad,lad->aql", query.flatten(0, 1), keys) / math.sqrt(query.shape[-1])
-    probs = scores.masked_fill(~dense_mask(case), -torch.inf).softmax(dim=-1)
+    scores = scores.masked_fill(~dense_mask(case, rule), -torch.inf)
+    if sink is not None:
+        column = sink[:, None, None].expand(-1, scores.shape[1], 1)
+        scores = torch.cat([scores, column], dim=-1)
+    probs = scores.softmax(dim=-1)[..., : len(keys)]
     return torch.einsum("aql,lad->qad", probs, values).view_as(query)
 
 
@@ -86,24 +107,42 @@ def inputs(case):
     return [torch.randn(size, generator=generator).requires_grad_() for size in sizes]
 
 
-def attention(case, backend, group_size=32):
+def sink_of(case):
+    """A logit for each head, from one that takes little to one that takes nearly all."""
+    return torch.linspace(-3, 6, case.heads).requires_grad_()
+
+
+def attention(case, backend, group_size=32, rule=FULL):
     return block_attention(
         backend,
         ContextRanges.of(case.ranges, torch.device("cpu")),
         case.slots,
         case.context_length,
+        rule,
         head_dim=16,
         group_size=group_size,
     )
 
 
-@pytest.mark.parametrize("group_size", [1, 3, 64])
-@pytest.mark.parametrize("name", CASES)
-def test_groups_equal_the_dense_mask_in_value_and_gradient(name, group_size):
-    case = CASES[name]
+def with_rules(kinds):
+    """Every case with the rule of full attention and without sinks, and in turn with each other
+    rule and with sinks."""
+    others = list(itertools.product([name for name in RULES if name != "full"], (True, False)))
+    for i, name in enumerate(CASES):
+        for rule, sink in [("full", False), ("full", True), *others[i % 3 :: 3]]:
+            for kind in kinds[i % len(kinds) :] if rule != "full" else kinds:
+                yield name, rule, sink, kind
+
+
+@pytest.mark.parametrize("name, rule, sink, group_size", with_rules([64, 3, 1]))
+def test_groups_equal_the_dense_mask_in_value_and_gradient(name, rule, sink, group_size):
+    case, rule = CASES[name], RULES[rule]
     query, *sides = leaves = inputs(case)
-    got = attention(case, "sdpa", group_size)(query, tuple(sides[:2]), tuple(sides[2:]))
-    expected = dense_attention(case, query, sides[:2], sides[2:])
+    sink = sink_of(case) if sink else None
+    leaves += [sink] if sink is not None else []
+    attend = attention(case, "sdpa", group_size, rule)
+    got = attend(query, tuple(sides[:2]), tuple(sides[2:]), sink)
+    expected = dense_attention(case, query, sides[:2], sides[2:], rule, sink)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-6)
     upstream = torch.randn(got.shape, generator=torch.Generator().manual_seed(1))
     arguments = dict(grad_outputs=upstream, allow_unused=True, materialize_grads=True)
@@ -113,12 +152,13 @@ def test_groups_equal_the_dense_mask_in_value_and_gradient(name, group_size):
         torch.testing.assert_close(grad, plain, rtol=1e-4, atol=5e-6)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_flex_equals_the_dense_mask(name):
-    case = CASES[name]
+@pytest.mark.parametrize("name, rule, sink, _", with_rules([None]))
+def test_flex_equals_the_dense_mask(name, rule, sink, _):
+    case, rule = CASES[name], RULES[rule]
     query, *sides = (leaf.detach() for leaf in inputs(case))
-    got = attention(case, "flex")(query, tuple(sides[:2]), tuple(sides[2:]))
-    expected = dense_attention(case, query, sides[:2], sides[2:])
+    sink = sink_of(case).detach() if sink else None
+    got = attention(case, "flex", rule=rule)(query, tuple(sides[:2]), tuple(sides[2:]), sink)
+    expected = dense_attention(case, query, sides[:2], sides[2:], rule, sink)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-6)
 
 
@@ -130,11 +170,23 @@ def listed_tiles(counts, indices):
     return tiles
 
 
+def test_keys_of_a_group_are_those_of_its_windows():
+    """Of 2000 tokens in one sample: no group goes through more than twice what a block sees, and
+    what no block sees is in none."""
+    case = Case(2000, [[*range(100, 200, 5), 900, 905, 1800]])
+    groups = attention(case, "sdpa", 8, LayerAttention(41)).groups
+    assert sum(len(g.mask) for g in groups) == 23 * case.slots
+    assert [g.mask.shape[1] - len(g.mask) for g in groups] == [75, 75, 55, 45, 40]
+    whole = attention(case, "sdpa", 8).groups
+    assert [g.mask.shape[1] - len(g.mask) for g in whole] == [135, 175, 1800]
+
+
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.ranges])
-def test_the_tiles_are_those_of_the_dense_mask(name):
-    case = CASES[name]
-    dense = dense_mask(case)
-    mask = attention(case, "flex").mask
+def test_the_tiles_are_those_of_the_dense_mask(name, rule):
+    case, rule = CASES[name], RULES[rule]
+    dense = dense_mask(case, rule)
+    mask = attention(case, "flex", rule=rule).mask
     rows, keys = (torch.arange(size) for size in dense.shape)
     assert mask.shape == (1, 1, *dense.shape)
     assert torch.equal(mask.mask_mod(0, 0, rows[:, None], keys[None]), dense)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.planning.dry_run import describe_run
@@ -145,6 +145,27 @@ def test_llama_has_no_norms_of_queries_and_keys(tiny_run, tmp_path):
 def test_biases_have_no_place(tiny_run, tmp_path):
     report = report_of(tiny_run, make_family(tmp_path / "target", "qwen2"))
     assert "no place in the draft: self_attn.q_proj.bias, self_attn.k_proj.bias" in report
+
+
+def test_biases_are_taken_over_where_the_draft_has_them(pool, tiny_run, tmp_path):
+    """Qwen2 has none for the output; ours starts at zero there."""
+    path = make_family(tmp_path / "target", "qwen2")
+    tensors = load_file(path / "model.safetensors")
+    biases = {n: t + torch.randn(t.shape) for n, t in tensors.items() if n.endswith("bias")}
+    save_file({**tensors, **biases}, path / "model.safetensors", {"format": "pt"})
+    config = warm_config(tiny_run, path, model={"attention": {"biases": True}})
+    ranks = pool.run(untrained, world=2, tp=2, config=config)
+    found = assemble([rank[0] for rank in ranks], ranks[0][1])
+    report = ranks[0][2]
+    assert "no place" not in report and "has none: self_attn.q_norm, self_attn.k_norm" in report
+    assert report.endswith("self_attn.o_proj.bias")
+    for here, there in enumerate(IDS):
+        mine = f"layers.{here}.self_attention"
+        query, key, value = (biases[f"model.layers.{there}.self_attn.{x}_proj.bias"] for x in "qkv")
+        assert torch.equal(found[f"{mine}.linear_q.bias"], query)
+        fused = torch.stack([key.view(4, -1), value.view(4, -1)], dim=1).flatten()
+        assert torch.equal(found[f"{mine}.linear_kv.bias"], fused)
+        assert not found[f"{mine}.linear_proj.bias"].any()
 
 
 def test_experts_stay_where_they_are(tiny_run, tmp_path):

@@ -73,7 +73,9 @@ def step_on_meta(shape, tp, *, loss=None, dtype=torch.bfloat16, **options):
         groups |= dict(dp_group=runtime.dp_group, device=META)
         step = GradientStep(loss, wrapped, MetaTarget(shape, dtype), **groups)
         samples = make_samples(shape, lengths=(20, 13) * runtime.dp_group.size())
-        micro_batches = rank_micro_batches(runtime, samples, shape.num_draft_tokens, 1, loss)
+        reach = shape.attention.reach(shape.num_layers)
+        drafted = shape.num_draft_tokens
+        micro_batches = rank_micro_batches(runtime, samples, drafted, 1, loss, reach)
         metrics = MetricSums.zeros(shape.num_draft_tokens, META)
         step.run(micro_batches, metrics)  # a run's first call may move what it then keeps
         gradients = defaultdict(list)

@@ -22,6 +22,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
     apply_rotary_pos_emb,
 )
 
+from dspark_megatron.config.attention import FULL, LayerAttention
 from dspark_megatron.shape import DraftShape
 
 
@@ -122,14 +123,24 @@ def qwen3_config(shape: DraftShape) -> Qwen3Config:
     )
 
 
-def context_mask(anchors: Tensor, seq_length: int, block_size: int) -> Tensor:
-    """[n*k, s + n*k] bool, true is visible: context strictly before the anchor, own block."""
+def context_mask(
+    anchors: Tensor, seq_length: int, block_size: int, layer: LayerAttention = FULL
+) -> Tensor:
+    """[n*k, s + n*k] bool, true is visible: context strictly before the anchor, own block. With a
+    window of W, slot j of anchor a sees the context from a + j - W + 1 on, or, measured from the
+    anchor, from a - W on; a causal layer's slot does not see later ones."""
     n, k = len(anchors), block_size
     mask = torch.zeros(n * k, seq_length + n * k, dtype=torch.bool)
     for i, anchor in enumerate(anchors.tolist()):
-        rows = slice(i * k, (i + 1) * k)
-        mask[rows, :anchor] = True
-        mask[rows, seq_length + i * k : seq_length + (i + 1) * k] = True
+        for j in range(k):
+            row, first = mask[i * k + j], 0
+            if layer.window is not None:
+                first = anchor + j - layer.window + 1
+                if layer.window_origin == "anchor":
+                    first = anchor - layer.window
+            row[max(0, first) : anchor] = True
+            own = seq_length + i * k
+            row[own : own + (j + 1 if layer.causal else k)] = True
     return mask
 
 
@@ -140,12 +151,16 @@ class PlainAttention(nn.Module):
         self.share = shape.num_attention_heads // shape.num_key_value_heads
         q_width = shape.num_attention_heads * shape.head_dim
         kv_width = shape.num_key_value_heads * shape.head_dim
-        self.q_proj = nn.Linear(shape.hidden_size, q_width, bias=False)
-        self.k_proj = nn.Linear(shape.hidden_size, kv_width, bias=False)
-        self.v_proj = nn.Linear(shape.hidden_size, kv_width, bias=False)
-        self.o_proj = nn.Linear(q_width, shape.hidden_size, bias=False)
+        bias = shape.attention.biases
+        self.q_proj = nn.Linear(shape.hidden_size, q_width, bias=bias)
+        self.k_proj = nn.Linear(shape.hidden_size, kv_width, bias=bias)
+        self.v_proj = nn.Linear(shape.hidden_size, kv_width, bias=bias)
+        self.o_proj = nn.Linear(q_width, shape.hidden_size, bias=bias)
         self.q_norm = Qwen3RMSNorm(shape.head_dim, shape.rms_norm_eps)
         self.k_norm = Qwen3RMSNorm(shape.head_dim, shape.rms_norm_eps)
+        self.attention_sink_bias = None
+        if shape.attention.sink:
+            self.attention_sink_bias = nn.Parameter(torch.zeros(shape.num_attention_heads))
 
     def forward(
         self, hidden: Tensor, context: Tensor, mask: Tensor, rope: tuple[Tensor, Tensor]
@@ -166,7 +181,10 @@ class PlainAttention(nn.Module):
         """query [n*k, a, d], key and value [s + n*k, a, d] -> [n*k, a, d]."""
         scores = torch.einsum("qad,lad->aql", query, key) / math.sqrt(self.head_dim)
         scores = scores.float().masked_fill(~mask, -torch.inf)
-        probs = scores.softmax(dim=-1).to(value.dtype)
+        if self.attention_sink_bias is not None:
+            sink = self.attention_sink_bias[:, None, None].expand(-1, len(mask), 1)
+            scores = torch.cat([scores, sink], dim=-1)
+        probs = scores.softmax(dim=-1).to(value.dtype)[..., : len(value)]
         return torch.einsum("aql,lad->qad", probs, value)
 
     def _heads(self, states: Tensor) -> Tensor:
@@ -257,9 +275,10 @@ class PlainDraft(nn.Module):
         block_positions = anchors[:, None] + torch.arange(k)
         positions = torch.cat([torch.arange(s), block_positions.flatten()])
         cos, sin = self.rotary[0](hidden, positions[None])
-        mask = context_mask(anchors, s, k)
-        for layer in self.layers:
-            hidden = layer(hidden, context, mask, (cos[0], sin[0]))
+        rules = [self.shape.attention.of_layer(i) for i in range(len(self.layers))]
+        masks = {rule: context_mask(anchors, s, k, rule) for rule in dict.fromkeys(rules)}
+        for rule, layer in zip(rules, self.layers, strict=True):
+            hidden = layer(hidden, context, masks[rule], (cos[0], sin[0]))
         return self.norm(hidden).view(n, k, -1)
 
     def forward(self, taps: Tensor, input_ids: Tensor, anchors: Tensor) -> PlainOutput:
@@ -275,7 +294,8 @@ class PlainDraft(nn.Module):
             self.shape.block_size,
             sample_from_anchor=from_anchor,
         ).prev_token_ids
-        logits = self.lm_head(hidden)
+        transform = self.shape.logit_scale, self.shape.logit_softcapping
+        logits = plain_transform(self.lm_head(hidden), *transform)
         if self.shape.markov_rank:
             first = 0 if from_anchor else 1  # where the recurrence of the rnn head starts
             latents = self.markov_head.latents(prev[:, first:], hidden[:, first:])
@@ -329,6 +349,18 @@ def plain_loss(
     return {**sums, "loss_sum": loss_sum, "weight": weights.sum(), "accept_rate": accept_rate}
 
 
+def plain_transform(logits: Tensor, scale: float, softcapping: float | None) -> Tensor:
+    """A scale, then a soft cap."""
+    if scale != 1:
+        logits = logits * scale
+    return logits if softcapping is None else softcapping * torch.tanh(logits / softcapping)
+
+
+def precise(logits: Tensor) -> Tensor:
+    """fp32, or float64 where it is."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def plain_head_loss(
     hidden: Tensor,
     latent: Tensor | None,
@@ -342,24 +374,27 @@ def plain_head_loss(
     l1_alpha: float,
     kl_alpha: float = 0.0,
     labels_from_target: bool = False,
+    draft_transform: tuple[float, float | None] = (1.0, None),
+    target_transform: tuple[float, float | None] = (1.0, None),
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """`ops.head_loss.head_loss` on whole, unpadded matrices [v, h] and [v, r], by autograd.
     Returns the weighted loss [], and CE, raw L1 and KL of each row [n]; None for L1 without a
-    target and for KL without weight."""
-    logits = hidden @ lm_head.t()
+    target and for KL without weight. Transforms: scale and soft cap, of draft and target."""
+    logits = plain_transform(hidden @ lm_head.t(), *draft_transform)
     if latent is not None:
         logits = logits + latent @ markov_w2.t()
     l1 = kl = None
     if target_hidden is not None:
-        target_logits = (target_hidden @ lm_head.t()).float()
+        target_logits = plain_transform(target_hidden @ lm_head.t(), *target_transform)
+        target_logits = precise(target_logits)
         q = target_logits.softmax(dim=-1)
-        l1 = (logits.float().softmax(dim=-1) - q).abs().sum(dim=-1)
+        l1 = (precise(logits).softmax(dim=-1) - q).abs().sum(dim=-1)
         if labels_from_target:
             labels = target_logits.argmax(dim=-1)
     if kl_alpha > 0:
-        log_p, log_q = (x.float().log_softmax(dim=-1) for x in (logits, target_logits))
+        log_p, log_q = (precise(x).log_softmax(dim=-1) for x in (logits, target_logits))
         kl = F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(dim=-1)
-    ce = F.cross_entropy(logits.float(), labels, reduction="none")
+    ce = F.cross_entropy(precise(logits), labels, reduction="none")
     terms = ce_alpha * ce
     if l1_alpha > 0:
         terms = terms + l1_alpha * l1

@@ -89,11 +89,14 @@ def build_tiny_draft(runtime, shape, dtype=torch.float32, **options):
         **options,
     )
     model.init_weights(seed=5, std=0.2)
+    split = {name for name, (dim, _) in layout_of(model).items() if dim == 0}
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:  # norms and biases away from their special values
             noise = torch.Generator().manual_seed(sum(map(ord, name)))
+            parts = runtime.tp_group.size() if name in split else 1
+            whole = 0.1 * torch.randn(parts * len(parameter), generator=noise)
             with torch.no_grad():
-                parameter += 0.1 * torch.randn(parameter.shape, generator=noise).to(parameter)
+                parameter += whole.chunk(parts)[runtime.tp_group.rank() % parts].to(parameter)
     shard = model.vocab_shard
     rows = []
     for matrix in target_head(shape):
@@ -133,7 +136,7 @@ def one_collective_at_a_time():
         yield
 
 
-def rank_micro_batches(runtime, samples, num_draft_tokens, micro_batch_size, loss=None):
+def rank_micro_batches(runtime, samples, num_draft_tokens, micro_batch_size, loss=None, reach=None):
     """This data-parallel rank's share of all samples as one step."""
     from dspark_megatron.data.batch import MicroBatch
     from dspark_megatron.data.blocks import draft_blocks
@@ -145,7 +148,8 @@ def rank_micro_batches(runtime, samples, num_draft_tokens, micro_batch_size, los
         part = slice(start, start + micro_batch_size)
         ids, masks = samples.input_ids[part], samples.loss_masks[part]
         anchors = samples.anchors[part]
-        blocks = draft_blocks(ids, masks, anchors, num_draft_tokens, loss or LossConfig())
+        sizes = num_draft_tokens, loss or LossConfig()
+        blocks = draft_blocks(ids, masks, anchors, *sizes, reach=reach)
         out.append(MicroBatch.of(ids, blocks))
     return out
 
@@ -176,17 +180,18 @@ def assemble(shards, layout):
     return whole
 
 
-def sample_logits(draft, taps, ids, anchors):
+def sample_logits(draft, taps, ids, anchors, *, trimmed=True):
     """A fully supervised sample's blocks: hidden states [n, k, h], this rank's logits
-    [n, k, v/tp], confidence logits [n, k]."""
+    [n, k, v/tp], confidence logits [n, k]. trimmed: without context outside of all windows."""
     from dspark_megatron.data.blocks import draft_blocks
 
     mask = torch.ones(1, len(ids), dtype=torch.bool)
-    blocks = draft_blocks(ids[None], mask, [anchors], draft.shape.num_draft_tokens)
+    reach = draft.shape.attention.reach(draft.shape.num_layers) if trimmed else None
+    blocks = draft_blocks(ids[None], mask, [anchors], draft.shape.num_draft_tokens, reach=reach)
     with torch.no_grad():
         out = draft(taps[None], blocks.to(taps.device))
-        head = draft.head_weights()
-        logits = out.hidden @ head.lm_head.t()
-        if out.latents is not None:
-            logits = logits + out.latents @ head.markov_w2.t()
+        latents = None if out.latents is None else out.latents.flatten(0, 1)
+        logits = draft.draft_logits(out.hidden.flatten(0, 1), latents).view(
+            *out.hidden.shape[:2], -1
+        )
     return out.hidden, logits, out.confidence_logits

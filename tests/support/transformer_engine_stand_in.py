@@ -26,11 +26,16 @@ class TENorm:
 class _Linear(torch.nn.Module):
     """weight [out, in] of this rank; the state of fp8 kernels is there and empty."""
 
-    def __init__(self, config, size, dim, stride, tp_group):
+    def __init__(self, config, size, dim, stride, tp_group, bias=False):
         super().__init__()
         self.config, self.tp_group, self.dim = config, tp_group, dim
         self.weight = torch.nn.Parameter(torch.empty(size, dtype=config.params_dtype))
         set_tensor_model_parallel_attributes(self.weight, True, dim, stride)
+        self.bias = None
+        if bias:
+            self.bias = torch.nn.Parameter(torch.empty(size[0], dtype=config.params_dtype))
+            if dim == 1:
+                self.bias.sequence_parallel = config.sequence_parallel
 
     def get_extra_state(self):
         return torch.empty(0, dtype=torch.uint8)
@@ -40,7 +45,7 @@ class _Linear(torch.nn.Module):
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         groups = dict(tp_group=self.tp_group, dp_cp_group=metadata["dp_cp_group"])
         state = self.state_dict(prefix="", keep_vars=True)
-        axes = {"weight": self.dim}
+        axes = {"weight": 0, "bias": 0} if self.dim == 0 else {"weight": 1}
         return make_sharded_tensors_for_checkpoint(state, prefix, axes, sharded_offsets, **groups)
 
 
@@ -61,11 +66,11 @@ class TELinear(_Linear):
         symmetric_ar_type=None,
         tp_group=None,
     ):
-        assert parallel_mode == "duplicated" and tp_group is None and not bias
-        super().__init__(config, (output_size, input_size), 0, 1, None)
+        assert parallel_mode == "duplicated" and tp_group is None
+        super().__init__(config, (output_size, input_size), 0, 1, None, bias)
 
     def forward(self, x):
-        return F.linear(x, self.weight), None
+        return F.linear(x, self.weight, self.bias), None
 
 
 class TERowParallelLinear(_Linear):
@@ -84,14 +89,16 @@ class TERowParallelLinear(_Linear):
         tp_group=None,
         name=None,  # from Megatron-Core 0.19 on
     ):
-        assert input_is_parallel and not bias
-        super().__init__(config, (output_size, input_size // tp_group.size()), 1, 1, tp_group)
+        assert input_is_parallel
+        size = (output_size, input_size // tp_group.size())
+        super().__init__(config, size, 1, 1, tp_group, bias)
 
     def forward(self, x):
         leave = reduce_from_tensor_model_parallel_region
         if self.config.sequence_parallel:
             leave = reduce_scatter_to_sequence_parallel_region
-        return leave(F.linear(x, self.weight), group=self.tp_group), None
+        out = leave(F.linear(x, self.weight), group=self.tp_group)
+        return (out if self.bias is None else out + self.bias), None
 
 
 class TELayerNormColumnParallelLinear(_Linear):

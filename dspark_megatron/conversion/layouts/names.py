@@ -69,6 +69,23 @@ LAYER = tuple(
     for megatron, hugging_face, *rest in _LAYER
 )
 
+BIASES = tuple(
+    dataclasses.replace(
+        entry,
+        megatron=entry.megatron.replace(".weight", ".bias"),
+        hugging_face=tuple(name.replace(".weight", ".bias") for name in entry.hugging_face),
+        split=None if "linear_proj" in entry.megatron else 0,
+    )
+    for entry in LAYER
+    if "self_attention.linear" in entry.megatron
+)
+"""Of a layer's attention, where its shape has them."""
+SINK = NameMapping(
+    "layers.{i}.self_attention.attention_sink_bias",
+    ("layers.{i}.self_attn.attention_sink_bias",),
+    0,
+)
+
 
 def _same(*names: str, split: int | None = None, rule: Rule = Rule.COPY) -> tuple[NameMapping, ...]:
     return tuple(NameMapping(name, (name,), split, rule) for name in names)
@@ -91,11 +108,17 @@ EMBEDDING, LM_HEAD = "embed_tokens.weight", "lm_head.weight"
 """The target's own matrices: in exports, never in training checkpoints."""
 
 
+def layer_table(shape: DraftShape) -> list[NameMapping]:
+    """Of a layer, with `{i}` for its number."""
+    attention = shape.attention
+    return [*LAYER, *(BIASES if attention.biases else ()), *((SINK,) if attention.sink else ())]
+
+
 def name_table(shape: DraftShape) -> list[NameMapping]:
     """Of one draft, in the order of its export."""
     table = list(BACKBONE)
     for i in range(shape.num_layers):
-        table += [entry.of_layer(i) for entry in LAYER]
+        table += [entry.of_layer(i) for entry in layer_table(shape)]
     if shape.markov_rank:
         table += [*MARKOV, *LATENT[shape.markov_head_type]]
     if shape.enable_confidence_head:
@@ -230,6 +253,11 @@ def _shape_of(name: str, shape: DraftShape) -> tuple[int, ...]:
         "self_attn.k_proj.weight": (kv, h),
         "self_attn.v_proj.weight": (kv, h),
         "self_attn.o_proj.weight": (h, q),
+        "self_attn.q_proj.bias": (q,),
+        "self_attn.k_proj.bias": (kv,),
+        "self_attn.v_proj.bias": (kv,),
+        "self_attn.o_proj.bias": (h,),
+        "self_attn.attention_sink_bias": (shape.num_attention_heads,),
         "self_attn.q_norm.weight": (d,),
         "self_attn.k_norm.weight": (d,),
         "mlp.gate_proj.weight": (f, h),

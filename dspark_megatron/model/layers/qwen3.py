@@ -9,12 +9,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import checkpoint
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, is_grad_enabled
+from torch.nn import Parameter
 
 from dspark_megatron.model.token_split import TokenSplit, without_sequence_parallel
 from dspark_megatron.ops.attention.block_attention import BlockAttention
@@ -36,7 +40,9 @@ class ContextInjectionAttention(MegatronModule):
     """Queries from the block; keys and values from context and block with the same weights.
 
     `linear_kv` holds, for each key/value head, its key rows and then its value rows (as
-    Megatron-Core's CrossAttention), so a tensor-parallel split is a split of heads.
+    Megatron-Core's CrossAttention), so a tensor-parallel split is a split of heads. All linears
+    have biases where the config has `add_qkv_bias`; the output's is added once, behind the sum over
+    ranks. With the `softmax_type` learnable each query head has a sink.
     """
 
     def __init__(
@@ -53,7 +59,7 @@ class ContextInjectionAttention(MegatronModule):
         column = dict(
             config=without_sequence_parallel(config),
             init_method=config.init_method,
-            bias=False,
+            bias=config.add_qkv_bias,
             gather_output=False,
             skip_bias_add=False,
             disable_grad_reduce=True,
@@ -71,7 +77,7 @@ class ContextInjectionAttention(MegatronModule):
             hidden,
             config=config,
             init_method=config.output_layer_init_method,
-            bias=False,
+            bias=config.add_qkv_bias,
             input_is_parallel=True,
             skip_bias_add=False,
             is_expert=False,
@@ -80,6 +86,11 @@ class ContextInjectionAttention(MegatronModule):
         norm = dict(config=config, hidden_size=width, eps=config.layernorm_epsilon)
         self.q_layernorm = build_module(submodules.q_layernorm, **norm)
         self.k_layernorm = build_module(submodules.k_layernorm, **norm)
+        self.attention_sink_bias: Parameter | None = None
+        if config.softmax_type == "learnable":
+            heads = config.num_attention_heads // tp_group.size()
+            self.attention_sink_bias = Parameter(torch.empty(heads, dtype=config.params_dtype))
+            set_tensor_model_parallel_attributes(self.attention_sink_bias, True, 0, 1)
 
     def key_value(self, states: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Keys (normed, rotated) and values of [..., h] states at rope's positions, each
@@ -107,9 +118,25 @@ class ContextInjectionAttention(MegatronModule):
         query = query.unflatten(-1, (-1, self.head_dim))  # [n, k, a/tp, d]
         query = apply_rope(self.q_layernorm(query), *rope)
         block_kv = self.key_value(hidden, rope)
-        out = attend(query, context_kv, block_kv).flatten(-2).flatten(0, 1)  # [n*k, a*d/tp]
+        out = attend(query, context_kv, block_kv, self.attention_sink_bias)
+        out = out.flatten(-2).flatten(0, 1)  # [n*k, a*d/tp]
         out, _ = self.linear_proj(self.split.padded(out))
         return out
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.attention_sink_bias is not None:  # Megatron-Core takes it for whole
+            state |= make_sharded_tensors_for_checkpoint(
+                {"attention_sink_bias": self.attention_sink_bias},
+                prefix,
+                {"attention_sink_bias": 0},
+                sharded_offsets,
+                tp_group=self.split.tp_group,
+                dp_cp_group=(metadata or {})["dp_cp_group"],
+            )
+        return state
 
 
 @dataclass

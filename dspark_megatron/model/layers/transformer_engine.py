@@ -14,6 +14,7 @@ from megatron.core.extensions.transformer_engine import (
     TENorm,
     TERowParallelLinear,
 )
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -50,7 +51,8 @@ def transformer_engine_layer_spec() -> ModuleSpec:
 
 class ColumnShard(TELinear):
     """This rank's columns of a column-parallel linear and nothing more: `ColumnParallelLinear` with
-    `disable_grad_reduce`, which Transformer Engine's own cannot be told. weight [out/tp, in]."""
+    `disable_grad_reduce`, which Transformer Engine's own cannot be told. weight [out/tp, in], bias
+    [out/tp]."""
 
     def __init__(
         self,
@@ -77,14 +79,17 @@ class ColumnShard(TELinear):
             skip_weight_param_allocation=False,
         )
         self._shards = tp_group
+        if bias:
+            set_tensor_model_parallel_attributes(self.bias, True, 0, 1)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
+        names = [name for name, _ in self.named_parameters()]
         return make_sharded_tensors_for_checkpoint(
-            {"weight": self.weight},
+            {name: getattr(self, name) for name in names},
             prefix,
-            {"weight": 0},
+            dict.fromkeys(names, 0),
             sharded_offsets,
             tp_group=self._shards,
             dp_cp_group=(metadata or {})["dp_cp_group"],

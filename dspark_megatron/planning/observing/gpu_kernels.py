@@ -3,7 +3,8 @@
 - FlexAttention and SDPA keep queries, keys, values, the output and a log-sum-exp for each query;
   no scores. FlexAttention goes through the tiles of its mask that are not empty.
 - The compiled passes of the head loss hold two fp32 copies of a chunk's logits (measured on an
-  H200), read the logits once a pass and write what they change.
+  H200), read the logits once a pass and write what they change. The passes of a soft cap go number
+  by number and hold none.
 - AdamW is one kernel without temporary tensors.
 """
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
+from dspark_megatron.config.attention import FULL, LayerAttention
 from dspark_megatron.mcore import loadable_adam
 from dspark_megatron.ops import logit_terms
 from dspark_megatron.ops.attention import block_attention, flex
@@ -28,6 +30,8 @@ from dspark_megatron.planning.observing.observer import Observer
 aten = torch.ops.aten
 FUSED = 2
 """p and q of a whole chunk."""
+_BY_NUMBER = ("cap", "pull_back")
+_WRITING = ("gradient", "all_passes", *_BY_NUMBER)
 
 
 @contextlib.contextmanager
@@ -54,43 +58,44 @@ class _FlexOnPaper(FlexBlockAttention):
 
     watched: Observer
 
-    def __init__(self, context_ranges: ContextRanges, slots: int, context_length: int) -> None:
-        super().__init__(context_ranges, slots, context_length)
+    def __init__(
+        self,
+        context_ranges: ContextRanges,
+        slots: int,
+        context_length: int,
+        rule: LayerAttention = FULL,
+    ) -> None:
+        super().__init__(context_ranges, slots, context_length, rule)
         self.share = 0.0
         if context_ranges.on_host:
             # Not for the modes of a plan, which would have it on meta.
             with _disable_current_modes(), torch._C.DisableTorchFunction():
-                self.share = _visible_share(context_ranges.on_host, slots, context_length)
+                context = torch.tensor(context_ranges.on_host)
+                some, _ = flex._tiles(context, slots, context_length, rule)
+                self.share = some.double().mean().item()
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
+        return self.attend_with_sum(query, key, value)[0]
+
+    def attend_with_sum(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         return _FlexKernel.apply(query, key, value, self.share, self.watched)
-
-
-def _visible_share(ranges: list[tuple[int, int]], slots: int, context_length: int) -> float:
-    """Of all tiles."""
-    context = torch.tensor(ranges)
-    own_start = context_length + slots * torch.arange(len(ranges))
-    own = torch.stack([own_start, own_start + slots], dim=1)
-    keys = context_length + slots * len(ranges)
-    some, _ = flex._tiles(context, own, slots, keys)
-    return some.double().mean().item()
 
 
 class _FlexKernel(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, share: float, watched: Observer
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         out = torch.empty_like(query)
         log_sum_exp = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, log_sum_exp)
         ctx.share, ctx.watched = share, watched
         flops = sdpa_flop_count(query.shape, *_for_each_head(query, key, value))
         watched.add(int(share * flops), _bytes(query, key, value, out, log_sum_exp))
-        return out
+        return out, log_sum_exp
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, log_sum_exp = ctx.saved_tensors
         delta = torch.empty_like(log_sum_exp)
         grads = [torch.empty_like(x) for x in (query, key, value)]
@@ -149,11 +154,12 @@ def _fused(observer: Observer) -> Callable[[Callable], Callable]:
     def compiled(function: Callable) -> Callable:
         def run(*args: Any) -> Any:
             logits = [x for x in args[:2] if isinstance(x, Tensor)]
-            kept = [torch.empty_like(logits[0], dtype=torch.float32) for _ in range(FUSED)]
+            copies = 0 if function.__name__ in _BY_NUMBER else FUSED
+            kept = [torch.empty_like(logits[0], dtype=torch.float32) for _ in range(copies)]
             with _disable_current_modes(), torch.no_grad():
                 out = function(*args)
             observer.follow([] if out is None else [out])
-            written = logits[:1] if function.__name__ in ("gradient", "all_passes") else []
+            written = logits[:1] if function.__name__ in _WRITING else []
             observer.add(0, _bytes(*logits, *written, *kept, *kept))
             return out
 

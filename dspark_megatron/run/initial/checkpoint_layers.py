@@ -17,6 +17,7 @@ _STORED = {
         "pre_mlp_layernorm.weight",
     ),
     "self_attn.o_proj.weight": ("self_attention.linear_proj.weight",),
+    "self_attn.o_proj.bias": ("self_attention.linear_proj.bias",),
     "self_attn.q_norm.weight": ("self_attention.q_layernorm.weight",),
     "self_attn.k_norm.weight": ("self_attention.k_layernorm.weight",),
     "mlp.down_proj.weight": ("mlp.linear_fc2.weight",),

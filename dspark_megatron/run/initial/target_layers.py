@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dspark_megatron.conversion.layouts.names import (
-    LAYER,
     NameMapping,
     hugging_face_shapes,
+    layer_table,
     to_megatron,
 )
 from dspark_megatron.model.draft_model import DSparkDraftModel
@@ -87,7 +87,8 @@ def layer_copies(
     rows: list[NameMapping] = []
     report: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for i, layer in enumerate(ids):
-        for row in LAYER:
+        known = {name for row in layer_table(shape) for name in row.of_layer(layer).hugging_face}
+        for row in layer_table(shape):
             ours, theirs = row.of_layer(i).hugging_face, row.of_layer(layer).hugging_face
             shapes = [
                 (source.shape(there), wanted[here])
@@ -101,7 +102,7 @@ def layer_copies(
             for name in theirs:
                 report[obstacle or "copied"][_short(name)].append(i)
                 bias = name.removesuffix("weight") + "bias"
-                if source.shape(bias) is not None:
+                if bias not in known and source.shape(bias) is not None:
                     report["not copied, no place in the draft"][_short(bias)].append(i)
     lines = [_line(what, names, len(ids)) for what, names in report.items()]
     return LayerCopies(rows, lines)
