@@ -27,9 +27,8 @@ def step_gradients(runtime, shape, micro_batch_size, loss=None, dtype="float32",
     samples = make_samples(shape, loss=loss)
     step = make_step(runtime, model, samples, loss)
     metrics = MetricSums.zeros(shape.num_draft_tokens, runtime.device)
-    reach = shape.attention.reach(shape.num_layers)
-    sizes = shape.num_draft_tokens, micro_batch_size
-    batches = rank_micro_batches(runtime, samples, *sizes, loss, reach)
+    reach, drafted = shape.attention.reach(shape.num_layers), shape.num_draft_tokens
+    batches = rank_micro_batches(runtime, samples, drafted, micro_batch_size, loss, reach)
     step.run(batches, metrics)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     total = metrics.reduced(dp_group=runtime.dp_group)

@@ -76,7 +76,7 @@ def step_on_meta(shape, tp, *, loss=None, dtype=torch.bfloat16, **options):
         reach = shape.attention.reach(shape.num_layers)
         drafted = shape.num_draft_tokens
         micro_batches = rank_micro_batches(runtime, samples, drafted, 1, loss, reach)
-        metrics = MetricSums.zeros(shape.num_draft_tokens, META)
+        metrics = MetricSums.zeros(drafted, META)
         step.run(micro_batches, metrics)  # a run's first call may move what it then keeps
         gradients = defaultdict(list)
         for name, parameter in model.named_parameters():

@@ -148,8 +148,9 @@ def rank_micro_batches(runtime, samples, num_draft_tokens, micro_batch_size, los
         part = slice(start, start + micro_batch_size)
         ids, masks = samples.input_ids[part], samples.loss_masks[part]
         anchors = samples.anchors[part]
-        sizes = num_draft_tokens, loss or LossConfig()
-        blocks = draft_blocks(ids, masks, anchors, *sizes, reach=reach)
+        blocks = draft_blocks(
+            ids, masks, anchors, num_draft_tokens, loss or LossConfig(), reach=reach
+        )
         out.append(MicroBatch.of(ids, blocks))
     return out
 
@@ -191,7 +192,6 @@ def sample_logits(draft, taps, ids, anchors, *, trimmed=True):
     with torch.no_grad():
         out = draft(taps[None], blocks.to(taps.device))
         latents = None if out.latents is None else out.latents.flatten(0, 1)
-        logits = draft.draft_logits(out.hidden.flatten(0, 1), latents).view(
-            *out.hidden.shape[:2], -1
-        )
+        logits = draft.draft_logits(out.hidden.flatten(0, 1), latents)
+        logits = logits.view(*out.hidden.shape[:2], -1)
     return out.hidden, logits, out.confidence_logits

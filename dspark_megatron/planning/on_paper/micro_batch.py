@@ -16,8 +16,8 @@ def full_micro_batch(plan: RunPlan) -> MicroBatch:
     count, last = min(config.model.num_anchors, length - 1), max(length - 1 - drafted, 0)
     anchors = torch.arange(1, count + 1) * last // count
     ids, mask = torch.zeros(length, dtype=torch.int64), torch.ones(length, dtype=torch.bool)
-    reach = plan.shape.attention.reach(plan.shape.num_layers)
     parts = [ids] * samples, [mask] * samples, [anchors] * samples
+    reach = plan.shape.attention.reach(plan.shape.num_layers)
     blocks = draft_blocks(*parts, drafted, config.loss, reach=reach)
     return MicroBatch.of([ids] * samples, blocks, tuple(range(samples)))
 
