@@ -5,6 +5,7 @@ Calibration writes it beside a draft; conversion carries it along. The keys `ite
 """
 
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def _came_with(folder: Path, calibrated: NamedCheckpoint, checkpoint: NamedCheck
         calibrated.digest is None
         and here.parts[-2:] == there.parts[-2:]
         and here.absolute().parents[1] == folder.absolute()
-        and not there.exists()
+        and not os.path.exists(there)  # False for what no file can be called
     )
 
 
