@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dspark_megatron.conversion.layouts.names import (
     NameMapping,
+    Rule,
     hugging_face_shapes,
     layer_table,
     to_megatron,
@@ -118,9 +119,15 @@ def copy_layers(
 ) -> None:
     """Fill the draft's parameters of these rows; each rank reads its own slices. No collective."""
     parameters = dict(draft.named_parameters())
+    rank, size = tp_group.rank(), tp_group.size()
     for row in rows:
-        get = partial(source.part, dim=row.split, index=tp_group.rank(), count=tp_group.size())
-        for name, tensor in to_megatron(draft.shape, get, entries=[row]):
+        get = partial(source.part, dim=row.split, index=rank, count=size)
+        cut: dict[str, int] = {}
+        if row.rule is Rule.KV_HEADS and draft.shape.num_key_value_heads < size:
+            # A rank has a part of a head's keys and values together.
+            get = partial(source.part, dim=None, index=0, count=1)
+            cut = dict(tp_rank=rank, tp_size=size)
+        for name, tensor in to_megatron(draft.shape, get, entries=[row], **cut):
             parameters[name].copy_(tensor)
 
 
