@@ -6,10 +6,11 @@
 plain         `plain_head_loss` of the tests by autograd, on one rank
 recompute     the same on chunks of rows under torch.utils.checkpoint, on one rank
 head_loss     ours, on the first t ranks for each t of --tp
+capped        the same with a soft cap of draft and target (--softcap), within the same budget
 products      only the matrix products that no such loss can do without: the time to compare with
 
 Memory is what a rank takes at its highest above the inputs. The gradients of the first three are
-compared before anything is measured.
+compared before anything is measured, and those of `capped` with plain ones of the same cap.
 
 Shapes: n rows, h hidden, r Markov rank, v/t columns of a rank.
 """
@@ -28,7 +29,7 @@ from torch import Tensor
 from dspark_megatron.run.ranks.runtime import Runtime, launch, start
 
 NAMES = ("hidden", "latent", "w2")
-VARIANTS = ("plain", "recompute", "head_loss", "products in chunks", "products")
+VARIANTS = ("plain", "recompute", "head_loss", "capped", "products in chunks", "products")
 Case = tuple[str, int]
 """A variant and its tensor-parallel size."""
 FORMATS = {"variant": "", "tp": "d", "MiB per rank": ",.1f", "memory / plain": ".3f"}
@@ -52,13 +53,16 @@ def check_gradients(
 
 
 def plain_gradients(
-    runtime: Runtime, problem: Problem | None, args: argparse.Namespace
+    runtime: Runtime,
+    problem: Problem | None,
+    args: argparse.Namespace,
+    softcapping: float | None = None,
 ) -> list[Tensor]:
     """The gradients by `plain`, from the first rank to all. Three broadcasts."""
     dtype = benchmarking.DTYPES[args.dtype]
     shapes = [(args.rows, args.hidden), (args.rows, args.rank), (args.vocab, args.rank)]
     if runtime.is_main:
-        gradients = list(problem.plain())
+        gradients = list(problem.plain(softcapping))
     else:
         gradients = [torch.empty(shape, dtype=dtype, device=runtime.device) for shape in shapes]
     for gradient in gradients:
@@ -73,6 +77,7 @@ def make_calls(problems: dict[int, Problem], sizes: list[int], rows: int) -> dic
         problem = problems.get(tp)
         cases = {} if problem is None else {"head_loss": problem.head_loss}
         if problem is not None:
+            cases["capped"] = problem.capped
             cases["products in chunks"] = Products(problem, problem.chunk_rows)
             cases["products"] = Products(problem, rows)
             if tp == 1:
@@ -94,8 +99,10 @@ def measure(runtime: Runtime, args: argparse.Namespace) -> list[dict[str, Any]]:
     barrier = functools.partial(dist.barrier, group=waiting)
     problems = {t: Problem(args, groups[t], device) for t in sizes if runtime.rank < t}
     expected = plain_gradients(runtime, problems.get(1), args)
+    capped = plain_gradients(runtime, problems.get(1), args, args.softcap)
     for problem in problems.values():
         check_gradients(problem, problem.head_loss(), expected, args.dtype)
+        check_gradients(problem, problem.capped(), capped, args.dtype)
     if runtime.is_main:
         check_gradients(problems[1], problems[1].recompute(), expected, args.dtype)
     calls = make_calls(problems, sizes, args.rows)
@@ -136,6 +143,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tp", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--memory-budget-mb", type=int, default=256, help="as in a config")
     parser.add_argument("--chunk-rows", type=int, help="as in a config; before the budget")
+    parser.add_argument("--softcap", type=float, default=30.0, help="of `capped`")
     parser.add_argument("--compile", action="store_true", help="head_loss with torch.compile")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=1)

@@ -68,6 +68,7 @@ class Variants:
             config.loss,
             wrap_data_parallel(build_draft(plan, runtime), config.optimizer),
             self.target,
+            plan.target_transform,
             tp_group=runtime.tp_group,
             dp_group=runtime.dp_group,
             device=runtime.device,

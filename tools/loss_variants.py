@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from dspark_megatron.config import LossConfig
 from dspark_megatron.ops.chunk_budget import chunk_rows
 from dspark_megatron.ops.head_loss import HeadLoss, HeadWeights, Objective
+from dspark_megatron.ops.logit_transform import IDENTITY, LogitTransform
 from dspark_megatron.ops.vocab_parallel import VocabShard
 from support.reference import plain_head_loss
 
@@ -45,14 +46,17 @@ class Problem:
         self.w2 = normal(args.vocab, args.rank, args.rank**-0.5)[columns].clone().requires_grad_()
         self.output_weight = torch.cat([self.lm_head, self.w2.detach()], dim=1)
         loss = LossConfig(memory_budget_mb=args.memory_budget_mb, chunk_rows=args.chunk_rows)
-        self.chunk_rows = chunk_rows(loss, args.vocab // group.size(), dtype, with_target=True)
-        self.compile = args.compile
+        local = args.vocab // group.size(), dtype
+        self.chunk_rows = chunk_rows(loss, *local, with_target=True)
+        self.capped_rows = chunk_rows(loss, *local, with_target=True, capped=True)
+        self.compile, self.softcapping = args.compile, args.softcap
 
     def gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(loss, (self.hidden, self.latent, self.w2))
 
-    def plain(self) -> tuple[Tensor, ...]:
-        return self.gradients(self._plain_rows(slice(None), self.hidden, self.latent, self.w2))
+    def plain(self, softcapping: float | None = None) -> tuple[Tensor, ...]:
+        rows = slice(None), self.hidden, self.latent, self.w2
+        return self.gradients(self._plain_rows(*rows, softcapping))
 
     def recompute(self) -> tuple[Tensor, ...]:
         loss = self.hidden.new_zeros((), dtype=torch.float32)
@@ -63,13 +67,27 @@ class Problem:
             loss = loss + checkpoint(self._plain_rows, *inputs, **options)
         return self.gradients(loss)
 
-    def _plain_rows(self, part: slice, hidden: Tensor, latent: Tensor, w2: Tensor) -> Tensor:
+    def _plain_rows(
+        self,
+        part: slice,
+        hidden: Tensor,
+        latent: Tensor,
+        w2: Tensor,
+        softcapping: float | None = None,
+    ) -> Tensor:
         rows = hidden, latent, self.target_hidden[part], self.labels[part], self.weights[part]
-        return plain_head_loss(*rows, self.lm_head, w2, ce_alpha=CE, l1_alpha=L1)[0]
+        capped = dict.fromkeys(("draft_transform", "target_transform"), (1.0, softcapping))
+        return plain_head_loss(*rows, self.lm_head, w2, ce_alpha=CE, l1_alpha=L1, **capped)[0]
 
-    def head_loss(self) -> tuple[Tensor, ...]:
-        head = HeadWeights(self.output_weight, self.w2, self.shard)
-        how = self.chunk_rows, self.compile
+    def capped(self) -> tuple[Tensor, ...]:
+        """The head loss with a soft cap of both sides, in chunks of the same budget."""
+        return self.head_loss(LogitTransform(1.0, self.softcapping), self.capped_rows)
+
+    def head_loss(
+        self, transform: LogitTransform = IDENTITY, rows_of_chunk: int | None = None
+    ) -> tuple[Tensor, ...]:
+        head = HeadWeights(self.output_weight, self.w2, self.shard, transform)
+        how = rows_of_chunk or self.chunk_rows, self.compile, transform
         head_loss = HeadLoss(head, Objective(ce=CE, l1=L1), *how, tp_group=self.group)
         rows = self.hidden, self.latent, self.target_hidden, self.labels, self.weights
         return self.gradients(head_loss(*rows).loss)

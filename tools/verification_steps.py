@@ -75,7 +75,7 @@ class Verifier:
     def verify(self, cache: Any, input_ids: Tensor) -> Tensor:
         """Take new tokens [b, q] of every sequence, and forget them. -> logits [b, q, v/tp]."""
         hidden = self.target.extend(input_ids, cache).last_hidden  # [b, q, h]
-        logits = hidden.to(self.head.dtype) @ self.head.t()
+        logits = self.head.logits(hidden)
         self.target.forget(cache, [input_ids.shape[1]] * len(input_ids))
         return logits
 

@@ -72,7 +72,7 @@ def _results(
     shared: Callable[[str], Tensor],
     tp_group: dist.ProcessGroup,
 ) -> list[tuple[str, Tensor]]:
-    """Logits [n, k, v], and confidence logits [n, k] where there is a head."""
+    """Logits [n * k, v], and confidence logits [n, k] where there is a head."""
     draft = DSparkDraftModel(
         shape, tp_group=tp_group, params_dtype=torch.float32, device=torch.device("cpu")
     )
@@ -91,10 +91,7 @@ def _forward(draft: DSparkDraftModel) -> Iterator[tuple[str, Tensor]]:
     anchors = torch.tensor([1, TOKENS // 2, TOKENS])
     blocks = draft_blocks([ids], [torch.ones_like(ids)], [anchors], shape.block_size)
     out = draft(taps, blocks)
-    weights = draft.head_weights()
-    logits = out.hidden @ weights.lm_head.t()
-    if out.latents is not None and weights.markov_w2 is not None:
-        logits = logits + out.latents @ weights.markov_w2.t()
-    yield "logits", logits
+    latents = None if out.latents is None else out.latents.flatten(0, 1)
+    yield "logits", draft.draft_logits(out.hidden.flatten(0, 1), latents)
     if out.confidence_logits is not None:
         yield "confidence", out.confidence_logits

@@ -19,6 +19,7 @@ from dspark_megatron.evaluation.generation import Decoded, Generation, Round
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.model.drafting import Drafter, Proposal
 from dspark_megatron.ops.acceptance import judge, overlap, probabilities, sample
+from dspark_megatron.ops.logit_transform import TargetHead
 from dspark_megatron.ops.vocab_parallel import gather_vocab
 from dspark_megatron.targets.base import DecodingTarget
 
@@ -54,17 +55,17 @@ class Decoder:
         self,
         target: DecodingTarget,
         draft: DSparkDraftModel,
-        target_head: Tensor,
+        target_head: TargetHead,
         sampling: Sampling,
         *,
         batch_size: int,
         cut: Cut | None = None,
     ) -> None:
-        """target_head: this rank's [v/tp, h] rows of the target's LM head, in its dtype.
-        batch_size: sequences under way at one time. cut: None verifies whole drafts."""
+        """target_head: in the target's dtype. batch_size: sequences under way at one time. cut:
+        None verifies whole drafts."""
         self.target, self.draft, self.target_head = target, draft, target_head
         self.sampling, self.batch_size, self.cut = sampling, batch_size, cut
-        self.device, self.tp_group = target_head.device, draft.tp_group
+        self.device, self.tp_group = target_head.weight.device, draft.tp_group
 
     def speculative(
         self,
@@ -109,7 +110,7 @@ class Decoder:
 
     def target_logits(self, last_hidden: Tensor) -> Tensor:
         """[b, q, h] -> [b, q, v], whole on every rank. One all-gather of logits."""
-        logits = last_hidden.to(self.target_head.dtype) @ self.target_head.t()
+        logits = self.target_head.logits(last_hidden)
         return gather_vocab(logits, self.draft.shape.vocab_size, tp_group=self.tp_group)
 
     def target_probs(self, last_hidden: Tensor) -> Tensor:

@@ -20,8 +20,10 @@ from dspark_megatron.data.batch import Batch, padded
 from dspark_megatron.data.blocks import DraftBlocks, anchor_candidates, draft_blocks
 from dspark_megatron.data.conversation import Sample
 from dspark_megatron.model.draft_model import DSparkDraftModel
-from dspark_megatron.ops.acceptance import LogitFactors, accept_rates, round_starts, tau
+from dspark_megatron.ops.acceptance import accept_rates, round_starts, tau
 from dspark_megatron.ops.chunk_budget import chunk_rows
+from dspark_megatron.ops.logit_transform import LogitFactors, TargetHead
+from dspark_megatron.shape import DraftShape
 from dspark_megatron.targets.base import Target, TargetStates
 
 
@@ -64,7 +66,7 @@ def answer_sample(prompt: list[int], answer: list[int]) -> Sample:
 def estimate_acceptance(
     draft: DSparkDraftModel,
     target: Target,
-    target_head: Tensor,
+    target_head: TargetHead,
     samples: Sequence[Sample],
     settings: EstimateSettings,
     *,
@@ -73,11 +75,10 @@ def estimate_acceptance(
     """Expected figures of decoding these answers, the same on every rank; all ranks call it with
     the same samples, which data-parallel ranks share out.
 
-    target_head: this rank's [v/tp, h] rows of the target's LM head. `tau`, `accept_rate` and
-    `prefix_survival` mean what they mean of real decoding (`figures.acceptance`); `block_tau` is
-    the training metric `tau`: the mean over blocks, whether or not a round would start there. A
-    figure with nothing to count is null. One all-reduce of 3 + 3k doubles over dp_group, beside
-    what the passes of target and draft send.
+    `tau`, `accept_rate` and `prefix_survival` mean what they mean of real decoding
+    (`figures.acceptance`); `block_tau` is the training metric `tau`: the mean over blocks, whether
+    or not a round would start there. A figure with nothing to count is null. One all-reduce of
+    3 + 3k doubles over dp_group, beside what the passes of target and draft send.
     """
     sums = _Sums(draft.shape.block_size)
     for batch in _shares(samples, settings.micro_batch_size, dp_group):
@@ -85,13 +86,13 @@ def estimate_acceptance(
             if target.lockstep:  # others still need this rank's part of the weights
                 target.states(Batch(samples[0].input_ids[None]))
             continue
-        blocks = _every_block(batch, draft.shape.block_size)
+        blocks = _every_block(batch, draft.shape)
         states = target.states(Batch(padded([sample.input_ids for sample in batch])))
         rates = _accept_rates(draft, target_head, states, blocks, settings)
         for i in range(len(batch)):
             own = blocks.sample_index == i
             sums.add(rates[own], blocks.eval_mask[own], blocks.positions[own, 0])
-    return sums.figures(len(samples), target_head.device, dp_group=dp_group)
+    return sums.figures(len(samples), target_head.weight.device, dp_group=dp_group)
 
 
 def _shares(
@@ -103,15 +104,17 @@ def _shares(
         yield samples[first : first + size]
 
 
-def _every_block(batch: Sequence[Sample], block_size: int) -> DraftBlocks:
+def _every_block(batch: Sequence[Sample], shape: DraftShape) -> DraftBlocks:
     """The block of every anchor, by the rules of decoding whatever those of the loss are."""
     ids, masks = zip(*batch, strict=True)
-    return draft_blocks(ids, masks, [anchor_candidates(mask) for mask in masks], block_size)
+    anchors = [anchor_candidates(mask) for mask in masks]
+    reach = shape.attention.reach(shape.num_layers)
+    return draft_blocks(ids, masks, anchors, shape.block_size, reach=reach)
 
 
 def _accept_rates(
     draft: DSparkDraftModel,
-    target_head: Tensor,
+    target_head: TargetHead,
     states: TargetStates,
     blocks: DraftBlocks,
     settings: EstimateSettings,
@@ -132,16 +135,15 @@ def _accept_rates(
 
 
 def _logit_factors(
-    draft: DSparkDraftModel, target_head: Tensor, states: TargetStates, blocks: DraftBlocks
+    draft: DSparkDraftModel, target_head: TargetHead, states: TargetStates, blocks: DraftBlocks
 ) -> tuple[LogitFactors, LogitFactors]:
     """The draft's and the target's, of every supervised slot."""
     blocks = blocks.to(states.taps.device)
     output = draft(states.taps, blocks)
-    sources = [output.hidden] if output.latents is None else [output.hidden, output.latents]
-    features = torch.cat([blocks.supervised(source) for source in sources], dim=1)
-    target_hidden = blocks.target_of(states.hidden).to(target_head.dtype)
-    weight = draft.head_weights().updated_output_weight()
-    return LogitFactors(features, weight), LogitFactors(target_hidden, target_head)
+    head, of = draft.head_weights(), blocks.supervised
+    latents = None if output.latents is None else of(output.latents)
+    features = head.features(of(output.hidden), latents)
+    return head.factors(features), target_head.factors(blocks.target_of(states.hidden))
 
 
 class _Sums:

@@ -72,7 +72,7 @@ def _parting(
     both = logits[torch.tensor([ours[shared], own[shared]], device=logits.device)]
     gap = (logits.max() - both.min()).item()
     # As in the check of the target's logits: bf16 has 8 bits, fp32 differs by summation order.
-    share = 1e-4 if decoder.target_head.dtype == torch.float32 else 0.02
+    share = 1e-4 if decoder.target_head.weight.dtype == torch.float32 else 0.02
     return Parting(place, shared, gap, share * max(logits.abs().max().item(), 1.0))
 
 

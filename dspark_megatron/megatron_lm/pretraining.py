@@ -59,7 +59,12 @@ class DraftPretraining:
         agree(draft_facts(self.draft, runtime.tp_group.rank()))
         target = states_source(plan, runtime, self.dataset, self.draft)
         self._step = ForwardStep(
-            config.loss, self.draft, target, tp_group=runtime.tp_group, device=runtime.device
+            config.loss,
+            self.draft,
+            target,
+            plan.target_transform,
+            tp_group=runtime.tp_group,
+            device=runtime.device,
         )
         anchors = config.train.global_batch_size * config.model.num_anchors
         slots = slot_weights(plan.shape.block_size, config.loss.loss_decay_gamma)

@@ -35,6 +35,7 @@ from dspark_megatron.ops.attention.block_attention import (
     by_layer,
 )
 from dspark_megatron.ops.head_loss import HeadWeights
+from dspark_megatron.ops.logit_transform import LogitTransform
 from dspark_megatron.ops.rope import RotaryTable
 from dspark_megatron.ops.vocab_parallel import VocabShard
 from dspark_megatron.shape import DraftShape
@@ -98,6 +99,7 @@ class DSparkDraftModel(MegatronModule):
         self.attention_group_size = attention_group_size
         vocab = padded_vocab_size(shape.vocab_size, tp_size)
         self.vocab_shard = VocabShard.of_group(shape.vocab_size, vocab, tp_group)
+        self.logit_transform = LogitTransform(shape.logit_scale, shape.logit_softcapping)
         self.rotary = RotaryTable(
             shape.rope_parameters, shape.head_dim, shape.max_position_embeddings
         )
@@ -168,7 +170,7 @@ class DSparkDraftModel(MegatronModule):
     def head_weights(self) -> HeadWeights:
         """The vocabulary matrices for the head loss."""
         w2 = None if self.markov_head is None else self.markov_head.markov_w2.weight
-        return HeadWeights(self.output_head.weight, w2, self.vocab_shard)
+        return HeadWeights(self.output_head.weight, w2, self.vocab_shard, self.logit_transform)
 
     @property
     def lm_head(self) -> Tensor:
@@ -179,6 +181,19 @@ class DSparkDraftModel(MegatronModule):
     def layer_rules(self) -> list[LayerAttention]:
         """What the slots of a block see, for each layer."""
         return [self.shape.attention.of_layer(i) for i in range(self.shape.num_layers)]
+
+    def base_logits(self, hidden: Tensor) -> Tensor:
+        """`cap(scale * lm_head hidden)` of a few slots, outside the loss: [n, h] -> this rank's
+        [n, v/tp], padding included. No collective."""
+        return self.logit_transform.product(hidden, self.lm_head)
+
+    def draft_logits(self, hidden: Tensor, latents: Tensor | None) -> Tensor:
+        """Base logits and the Markov bias W2 z, which is neither scaled nor capped: [n, h] and
+        [n, r], or None without a Markov head -> [n, v/tp]. No collective."""
+        logits = self.base_logits(hidden)
+        if self.markov_head is not None and latents is not None:
+            logits.addmm_(latents, self.markov_head.markov_w2.weight.t())
+        return logits
 
     def encode_context(self, taps: Tensor, positions: Tensor) -> ContextKV:
         """Keys and values that every layer draws from the target's states (Eq. 2, 3).
@@ -194,6 +209,19 @@ class DSparkDraftModel(MegatronModule):
         rope = self.rotary(positions, context.dtype)
         layers: Any = self.layers
         return [layer.self_attention.key_value(context, rope) for layer in layers]
+
+    def attention_of(self, blocks: DraftBlocks) -> list[BlockAttention]:
+        """Of each layer over the context of the blocks."""
+        make = partial(
+            block_attention,
+            self.attention_backend,
+            blocks.context_ranges,
+            self.shape.block_size,
+            len(blocks.context_positions),
+            head_dim=self.shape.head_dim,
+            group_size=self.attention_group_size,
+        )
+        return by_layer(self.layer_rules, make)
 
     def backbone(
         self,
@@ -227,17 +255,7 @@ class DSparkDraftModel(MegatronModule):
         """Training pass over the n blocks of a micro-batch. taps [b, s, m*h]."""
         context = blocks.context_of(taps)  # [t, m*h]
         context_kv = self.encode_context(context, blocks.context_positions)
-        make = partial(
-            block_attention,
-            self.attention_backend,
-            blocks.context_ranges,
-            self.shape.block_size,
-            len(context),
-            head_dim=self.shape.head_dim,
-            group_size=self.attention_group_size,
-        )
-        attention = by_layer(self.layer_rules, make)
-        anchors = blocks.prev_token_ids[:, 0]
+        anchors, attention = blocks.prev_token_ids[:, 0], self.attention_of(blocks)
         hidden = self.backbone(anchors, blocks.positions, context_kv, attention)
         embeddings = latents = confidence_logits = None
         if self.markov_head is not None:

@@ -124,12 +124,11 @@ class Drafter:
         """One slot: previous tokens [b], hidden [b, h], Markov state -> whole logits [b, v],
         confidence logits [b] or None, and the next Markov state. One all-reduce (W1) and one
         all-gather of the logits."""
-        model, embedding = self.model, None
-        logits = hidden @ model.lm_head.t()  # [b, v/tp]
+        model, embedding, latent = self.model, None, None
         if model.markov_head is not None:
             embedding = model.markov_head.embed(prev_token_ids)
             latent, state = model.markov_head.step(embedding, hidden, state)
-            logits.addmm_(latent, model.markov_head.markov_w2.weight.t())
+        logits = model.draft_logits(hidden, latent)  # [b, v/tp]
         confidence_logits = None
         if model.confidence_head is not None:
             confidence_logits = model.confidence_head(hidden, embedding)

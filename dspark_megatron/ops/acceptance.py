@@ -2,10 +2,8 @@
 rates on a split vocabulary.
 
 Shapes: n slots (blocks in `tau` and `round_starts`), b drafts, k slots of a block, v vocabulary
-(unpadded), c slots of a chunk, f features, v/tp columns of this rank.
+(unpadded), c slots of a chunk, v/tp columns of this rank.
 """
-
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,6 +11,7 @@ from torch import Tensor
 
 from dspark_megatron.ops.chunk_budget import in_tiles
 from dspark_megatron.ops.logit_terms import exp_shifted, precise
+from dspark_megatron.ops.logit_transform import LogitFactors
 from dspark_megatron.ops.vocab_parallel import VocabShard, all_gather, all_reduce
 
 
@@ -101,15 +100,6 @@ def judge(
     return accepted, torch.where(replaced[:, None], residual, own)
 
 
-class LogitFactors(NamedTuple):
-    """Logits that are not made yet, `features @ weight^T`."""
-
-    features: Tensor
-    """[n, f]"""
-    weight: Tensor
-    """[v/tp, f] of this rank."""
-
-
 @torch.no_grad()
 def accept_rates(
     draft: LogitFactors,
@@ -136,9 +126,8 @@ def accept_rates(
     for start in range(0, n, chunk_rows):
         part = slice(start, min(start + chunk_rows, n))
         logits = [buffer[: part.stop - start] for buffer in buffers]  # [c, v/tp] each
-        for out, (features, weight) in zip(logits, sides, strict=True):
-            factors = features[part], weight[:real].t()
-            out.addmm_(*factors, beta=0, alpha=1 / (temperature or 1.0))  # scaled, then rounded
+        for out, side in zip(logits, sides, strict=True):
+            side.product(part, out, temperature=temperature or 1.0)
         if temperature == 0:
             rates.append(_agreement(logits, shard, tp_group))
         else:

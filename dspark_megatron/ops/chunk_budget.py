@@ -11,18 +11,28 @@ from dspark_megatron.config import LossConfig
 from dspark_megatron.errors import require
 
 
-def row_bytes(vocab_local: int, dtype: torch.dtype, *, with_target: bool) -> int:
-    """Bytes of logits for each row: the draft's and the target's."""
-    return vocab_local * dtype.itemsize * (1 + with_target)
+def row_bytes(
+    vocab_local: int, dtype: torch.dtype, *, with_target: bool, capped: bool = False
+) -> int:
+    """Bytes of logits for each row: the draft's, the target's, and the draft's before the Markov
+    bias where these are capped."""
+    return vocab_local * dtype.itemsize * (1 + with_target + capped)
 
 
-def chunk_rows(loss: LossConfig, vocab_local: int, dtype: torch.dtype, *, with_target: bool) -> int:
+def chunk_rows(
+    loss: LossConfig,
+    vocab_local: int,
+    dtype: torch.dtype,
+    *,
+    with_target: bool,
+    capped: bool = False,
+) -> int:
     """`loss.chunk_rows`, or what `loss.memory_budget_mb` holds: a multiple of 128 where that many
-    fit, as matrix products like it. Raises ConfigError when it does not hold
-    one row."""
+    fit, as matrix products like it. capped: whether the draft's logits are. Raises ConfigError when
+    it does not hold one row."""
     if loss.chunk_rows is not None:
         return loss.chunk_rows
-    one = row_bytes(vocab_local, dtype, with_target=with_target)
+    one = row_bytes(vocab_local, dtype, with_target=with_target, capped=capped)
     rows = loss.memory_budget_mb * 2**20 // one
     require(
         rows >= 1,

@@ -3,7 +3,9 @@
 Slots go through in chunks: two products with the vocabulary make the logits of draft and target,
 `logit_terms.py` turns them into the terms and, in place, into their gradient, and two products
 carry that back. So no [n, v/tp] tensor outlives its chunk, and the backward pass only scales
-gradients that are there.
+gradients that are there. A soft cap of the draft needs more: the product of [h z] falls into two,
+with the cap between them, and the capped logits are kept beside the others of their chunk, since
+the slope of the cap comes from them. They count in the chunk's budget, so the memory is the same.
 
 Shapes: n supervised slots, c slots of a chunk, h hidden, r Markov rank, v/tp vocabulary entries of
 this rank.
@@ -17,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dspark_megatron.ops.logit_terms import Objective, logit_terms, precise
+from dspark_megatron.ops.logit_transform import IDENTITY, LogitFactors, LogitTransform
 from dspark_megatron.ops.vocab_parallel import VocabShard, all_reduce
 
 
@@ -30,11 +33,16 @@ class HeadWeights:
     markov_w2: Tensor | None
     """[v/tp, r], trained; None without a Markov head."""
     shard: VocabShard
+    transform: LogitTransform = IDENTITY
+    """Of the base logits; the Markov bias is added after it."""
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.markov_w2 is None else self.markov_w2.shape[1]
 
     @property
     def hidden_size(self) -> int:
-        rank = 0 if self.markov_w2 is None else self.markov_w2.shape[1]
-        return self.output_weight.shape[1] - rank
+        return self.output_weight.shape[1] - self.rank
 
     @property
     def lm_head(self) -> Tensor:
@@ -47,6 +55,22 @@ class HeadWeights:
         if self.markov_w2 is not None:
             self.output_weight[:, self.hidden_size :] = self.markov_w2
         return self.output_weight
+
+    def features(self, hidden: Tensor, latent: Tensor | None) -> Tensor:
+        """[n, h] and [n, r] -> what `factors` takes, [n, h + r]. A scale without a cap is in it, so
+        that draft logits stay one product."""
+        if not self.is_capped and self.transform.scale != 1:
+            hidden = hidden * self.transform.scale
+        return hidden if latent is None else torch.cat([hidden, latent], dim=1)
+
+    def factors(self, features: Tensor) -> LogitFactors:
+        """Of draft logits, with `markov_w2` as it is now."""
+        transform = self.transform if self.is_capped else IDENTITY
+        return LogitFactors(features, self.updated_output_weight(), transform, self.rank)
+
+    @property
+    def is_capped(self) -> bool:
+        return self.transform.softcapping is not None
 
 
 @dataclass(frozen=True)
@@ -80,6 +104,8 @@ class HeadLoss:
     """Slots whose logits exist at one time."""
     compile: bool = False
     """Fuse what is done to logits."""
+    target_transform: LogitTransform = IDENTITY
+    """Of the target's logits."""
     _: KW_ONLY
     tp_group: dist.ProcessGroup
 
@@ -107,7 +133,7 @@ class HeadLoss:
                 "target_hidden is missing: the L1 and KL terms and labels from the target compare "
                 "with it; give the target's last hidden states or set these weights to 0"
             )
-        features = hidden if latent is None else torch.cat([hidden, latent], dim=1)
+        features = self.head.features(hidden, latent)
         loss, terms = _Gradients.apply(
             features, self.head.markov_w2, target_hidden, labels, weights, self
         )
@@ -121,9 +147,12 @@ class HeadLoss:
         """features [n, h + r] -> CE, L1 and KL [3, n], and the gradients of features and, in fp32,
         since many chunks add up in it, of markov_w2 [v/tp, r]."""
         head, real = self.head, self.head.shard.num_real  # padded entries come last, unused
-        output_weight, lm_head = head.updated_output_weight()[:real], head.lm_head[:real]
+        draft, target = head.factors(features), None
+        if target_hidden is not None:
+            target = LogitFactors(target_hidden, head.lm_head, self.target_transform)
         chunk = max(1, min(self.chunk_rows, len(features)))
-        workspace = output_weight.new_empty(1 + (target_hidden is not None), chunk, real)
+        buffers = 1 + (target is not None) + head.is_capped
+        workspace = draft.weight.new_empty(buffers, chunk, real)
         dtype = precise(features.dtype)
         terms = features.new_empty(3, len(features), dtype=dtype)
         grad_features, grad_w2 = torch.empty_like(features), None
@@ -132,11 +161,13 @@ class HeadLoss:
         for start in range(0, len(features), chunk):
             part = slice(start, start + chunk)
             own, weight = features[part], weights[part, None]
-            draft_logits = torch.mm(own, output_weight.t(), out=workspace[0, : len(own)])
+            base = workspace[-1, : len(own)] if head.is_capped else None
+            out = workspace[0, : len(own)]
+            draft_logits = draft.product(part, out, base, compile=self.compile)
             target_logits = None
-            if target_hidden is not None:
+            if target is not None:
                 out = workspace[1, : len(own)]
-                target_logits = torch.mm(target_hidden[part], lm_head.t(), out=out)
+                target_logits = target.product(part, out, compile=self.compile)
             terms[:, part] = logit_terms(
                 draft_logits,
                 target_logits,
@@ -147,11 +178,24 @@ class HeadLoss:
                 tp_group=self.tp_group,
             )
             gradient = draft_logits  # weights go to the narrow side of its products
-            torch.mm(gradient, output_weight, out=grad_features[part]).mul_(weight)
+            self._features_gradient(draft, gradient, base, grad_features[part]).mul_(weight)
             if grad_w2 is not None:
                 latents = (own[:, head.hidden_size :] * weight).to(own.dtype)
                 _add_product(grad_w2[:real], gradient.t(), latents)
         return terms, all_reduce(grad_features, tp_group=self.tp_group), grad_w2
+
+    def _features_gradient(
+        self, draft: LogitFactors, gradient: Tensor, base: Tensor | None, out: Tensor
+    ) -> Tensor:
+        """[c, h + r] in `out` from that of the logits [c, v/tp]. base: the capped logits, which
+        become the gradient before the cap."""
+        weight, h = draft.weight[: gradient.shape[1]], self.head.hidden_size
+        if base is None:
+            return torch.mm(gradient, weight, out=out)
+        before = draft.transform.pull_back_(base, gradient, compile=self.compile)
+        torch.mm(before, weight[:, :h], out=out[:, :h])
+        torch.mm(gradient, weight[:, h:], out=out[:, h:])
+        return out
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

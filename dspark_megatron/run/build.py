@@ -14,6 +14,7 @@ from dspark_megatron.errors import require
 from dspark_megatron.mcore import transformer_engine
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.model.layer_specs import chosen_layer_spec, user_code
+from dspark_megatron.ops.logit_transform import TargetHead
 from dspark_megatron.ops.vocab_parallel import VocabShard
 from dspark_megatron.run.check import RunPlan
 from dspark_megatron.run.ranks.places import at
@@ -63,28 +64,29 @@ def empty_draft(
     )
 
 
-def load_target_head(plan: RunPlan, draft: DSparkDraftModel, target: Target) -> Tensor:
-    """This rank's [v/tp, h] rows of the target's LM head in the target's own dtype; the draft's
-    replica when that is the same."""
+def load_target_head(plan: RunPlan, draft: DSparkDraftModel, target: Target) -> TargetHead:
+    """This rank's rows of the target's LM head in the target's own dtype; the draft's replica when
+    that is the same."""
     if draft.lm_head.dtype == target.dtype:
-        return draft.lm_head
+        return TargetHead(draft.lm_head, plan.target_transform)
     return _head_rows(plan, draft.vocab_shard, target)
 
 
 def read_target_head(
     plan: RunPlan, target: Target | PipelineTarget, *, tp_group: dist.ProcessGroup
-) -> tuple[Tensor, VocabShard]:
-    """This rank's [v/tp, h] rows of the target's LM head in the target's own dtype, and which they
-    are; for uses without a draft."""
+) -> tuple[TargetHead, VocabShard]:
+    """This rank's rows of the target's LM head in the target's own dtype, and which they are; for
+    uses without a draft."""
     vocab_size = plan.shape.vocab_size
     padded = padded_vocab_size(vocab_size, tp_group.size())
     shard = VocabShard.of_group(vocab_size, padded, tp_group)
     return _head_rows(plan, shard, target), shard
 
 
-def _head_rows(plan: RunPlan, shard: VocabShard, target: Target | PipelineTarget) -> Tensor:
+def _head_rows(plan: RunPlan, shard: VocabShard, target: Target | PipelineTarget) -> TargetHead:
     _, head = frozen_rows(plan, shard)
-    return head.to(device=target.device, dtype=target.dtype)
+    rows = head.to(device=target.device, dtype=target.dtype)
+    return TargetHead(rows, plan.target_transform)
 
 
 def frozen_rows(plan: RunPlan, shard: VocabShard) -> list[Tensor]:

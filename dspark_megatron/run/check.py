@@ -17,6 +17,7 @@ from dspark_megatron.errors import require
 from dspark_megatron.model.layer_specs import chosen_layer_spec
 from dspark_megatron.ops.attention.block_attention import FLEX_HEAD_DIMS, chosen_backend
 from dspark_megatron.ops.chunk_budget import chunk_rows
+from dspark_megatron.ops.logit_transform import LogitTransform
 from dspark_megatron.shape import DraftShape, check_special_tokens, draft_shape
 from dspark_megatron.shape.layout import (
     check_batch_size,
@@ -30,12 +31,12 @@ from dspark_megatron.storage.target_weights import weights_fingerprint
 from dspark_megatron.targets.family import (
     check_attention,
     check_decoding,
-    check_logits,
     check_pieces,
 )
 from dspark_megatron.targets.folder_check import check_weights_described
 from dspark_megatron.targets.huggingface.quantization import check_quantization
 from dspark_megatron.targets.huggingface.split import TargetSplit, check_target_split
+from dspark_megatron.targets.logits import check_logits, logit_transform
 from dspark_megatron.targets.megatron.source import check_gpt_target
 from dspark_megatron.targets.shared_pass import PassSize
 
@@ -74,6 +75,11 @@ class RunPlan:
         if target.checkpoint:
             return GPTCheckpoint(target.checkpoint).dtype
         return self.target_config.dtype or torch.float32
+
+    @property
+    def target_transform(self) -> LogitTransform:
+        """What the target does to the product of its head."""
+        return logit_transform(self.target_config)
 
     @property
     def target_split(self) -> TargetSplit:
@@ -133,6 +139,7 @@ def check(config: Config, world_size: int, *, use: Use | None = None) -> RunPlan
 def check_family(config: Config, target_config: PretrainedConfig) -> None:
     """ConfigError for a target whose family works otherwise than any use needs."""
     target = config.target
+    logit_transform(target_config)
     if config.needs_target_logits and target.check_logits:
         check_logits(target_config)
     if target.provider != "huggingface":
@@ -162,7 +169,13 @@ def _check_memory_budget(plan: RunPlan) -> None:
     """The head loss must be able to hold a row of logits."""
     config, tp_size = plan.config, plan.config.parallel.tensor_parallel
     vocab_local = padded_vocab_size(plan.shape.vocab_size, tp_size) // tp_size
-    chunk_rows(config.loss, vocab_local, plan.dtype, with_target=config.needs_target_logits)
+    chunk_rows(
+        config.loss,
+        vocab_local,
+        plan.dtype,
+        with_target=config.needs_target_logits,
+        capped=plan.shape.logit_softcapping is not None,
+    )
 
 
 def _check_batch_size(plan: RunPlan) -> None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from dspark_megatron.data.dataset import ConversationDataset
 from dspark_megatron.errors import ConfigError, printable
 from dspark_megatron.model.draft_model import DSparkDraftModel
+from dspark_megatron.ops.logit_transform import TargetHead
 from dspark_megatron.run.build import build_target, read_target_head
 from dspark_megatron.run.check import RunPlan
 from dspark_megatron.run.identity import clock_hint, template_day
@@ -60,7 +61,7 @@ def checked_target(
     target = build_target(plan, runtime, with_last_hidden=config.needs_target_logits)
     if config.target.check_logits and config.needs_target_logits:
         if draft is not None:
-            head, shard = draft.lm_head, draft.vocab_shard
+            head, shard = TargetHead(draft.lm_head, plan.target_transform), draft.vocab_shard
         else:
             head, shard = read_target_head(plan, target, tp_group=runtime.tp_group)
         first = dataset[0].input_ids[None]

@@ -134,7 +134,6 @@ def _refuse_unbuilt(model: ModelConfig) -> None:
     """Keys that are read and not computed yet."""
     unbuilt = {
         "sample_from_anchor": not model.sample_from_anchor,
-        "logit_scale": model.logit_scale != 1,
     }
     for name, given in unbuilt.items():
         require(not given, f"model.{name} cannot be chosen yet; leave it out")

@@ -1,23 +1,10 @@
-"""What a target's family does otherwise than a run can use: its attention, its logits, and what it
-keeps of a sequence from token to token. Known from its config and class alone, before any weight is
-read.
+"""What a target's family does otherwise than a run can use: its attention, and what it keeps of a
+sequence from token to token. Known from its config and class alone, before any weight is read.
 """
 
 import contextlib
-import copy
-import math
-import re
 
-import torch
-from torch import Tensor
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_MAPPING,
-    AutoModelForCausalLM,
-    DynamicCache,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import MODEL_MAPPING, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from dspark_megatron.errors import ConfigError, require
 
@@ -27,10 +14,6 @@ _CUT = _MOVED | {"DynamicIndexedLayer", "DummyLayer"}
 """And those that the last tokens can be cut from."""
 _FLAGS = {"sdpa": "_supports_sdpa", "flex_attention": "_supports_flex_attn"}
 """Of a class that has the attention."""
-_TRIAL_VOCABULARY = 64
-_TRIAL_PARAMETERS = 10**8
-"""Of a model that is tried, at most: a vision tower would be larger."""
-_LOGIT_KEYS = re.compile("^(final_)?logits?_|lm_head|dim_model_base")
 RECURRENT = (
     "falcon_h1",
     "granitemoehybrid",
@@ -109,67 +92,6 @@ def check_attention(target_config: PretrainedConfig, attention: str) -> None:
         f"the target's family ({target_config.model_type}) has no attention of the kind "
         f"{attention!r} in Transformers; set target.attention=eager",
     )
-
-
-def check_logits(target_config: PretrainedConfig) -> None:
-    """ConfigError where the family's logits are not `lm_head(last_hidden)`, as the loss makes them:
-    tried on its own class with random weights, no layers and a small vocabulary. A family whose
-    class cannot be tried so is left to the check of the loaded target."""
-    for config in (target_config.get_text_config(), target_config):
-        difference = _logit_difference(config)
-        if difference is not None:
-            break
-    settings = {
-        key: value
-        for key, value in target_config.get_text_config().to_dict().items()
-        if _LOGIT_KEYS.search(key) and value not in (None, False)
-    }
-    said = f" (its config has {settings})" if settings else ""
-    require(
-        difference is None or difference < 1e-3,
-        f"the target's family ({target_config.model_type}) does not make its logits as "
-        f"lm_head(last_hidden){said}, which is what a draft learns from and is decoded with: a "
-        "bias in the head, a logit scale and a soft cap are not supported; take another target",
-    )
-
-
-def _logit_difference(target_config: PretrainedConfig) -> float | None:
-    """Largest difference of the class's logits from its head's product, in units of the largest
-    logit; None where it cannot be told."""
-    if type(target_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return None
-    config = copy.deepcopy(target_config)
-    text = config.get_text_config()
-    text.vocab_size = _TRIAL_VOCABULARY
-    text.pad_token_id = text.bos_token_id = text.eos_token_id = None
-    try:
-        own, product = _logits_of_class(without_layers(config))
-    except Exception:  # a class may need whatever it needs
-        return None
-    difference = ((own - product).abs().max() / own.abs().max()).item()
-    return difference if math.isfinite(difference) else None
-
-
-@torch.no_grad()
-def _logits_of_class(config: PretrainedConfig) -> tuple[Tensor, Tensor]:
-    """Logits of a random model, and the product of its last hidden state and its head."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        size = sum(parameter.numel() for parameter in model.parameters())
-    if size > _TRIAL_PARAMETERS:
-        raise ValueError(f"{size} parameters are too many for a trial")
-    model = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
-    ).eval()
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.normal_(generator=generator)
-    states = []
-    base = model.get_decoder()
-    base = model.model if base is model else base
-    base.register_forward_hook(lambda *call: states.append(call[-1][0]))
-    logits = model(input_ids=torch.arange(_TRIAL_VOCABULARY)[None], use_cache=False).logits
-    return logits, states[0] @ model.get_output_embeddings().weight.t()
 
 
 def without_layers(config: PretrainedConfig) -> PretrainedConfig:

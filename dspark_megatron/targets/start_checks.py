@@ -17,6 +17,7 @@ from transformers import (
 
 from dspark_megatron.data.batch import Batch, padded
 from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.ops.logit_transform import TargetHead
 from dspark_megatron.ops.vocab_parallel import VocabShard
 from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.targets.base import DecodingTarget, TargetStates
@@ -37,18 +38,19 @@ _PIECES = ((0, 16, 0), (16, 17, 4), (17, 24, 2), (24, 25, 0), (25, 48, 1))
 def check_target_logits(
     target: Any,
     folder: str | Path,
-    lm_head: Tensor,
+    head: TargetHead,
     shard: VocabShard,
     input_ids: Tensor,
 ) -> None:
-    """Compare `lm_head(last_hidden)` with the target's own logits: a GPTModel's are those of its
-    output layer (`own_logits`), any other's those of the family's own language-model class.
+    """Compare the logits that we make from the last hidden states, with the scale and the soft cap
+    that the target's config says, with the target's own: a GPTModel's are those of its output layer
+    (`own_logits`), any other's those of the family's own language-model class.
 
     Transformers loads that class from the same folder with no decoder layer, and it turns the split
-    target's last layer output into logits: so wrong rows of the head, a head with a bias, a logit
-    scale or soft cap, and a final norm that is missing or doubled all show. Costs the embedding and
-    the head, whole, in host memory while it runs. lm_head [v/tp, h], input_ids [1, s], alike on
-    every tensor-parallel rank; each compares its own columns, without a collective of ours.
+    target's last layer output into logits: so wrong rows of the head, a head with a bias, another
+    logit scale or soft cap, and a final norm that is missing or doubled all show. Costs the
+    embedding and the head, whole, in host memory while it runs. input_ids [1, s], alike on every
+    tensor-parallel rank; each compares its own columns, without a collective of ours.
     Raises ConfigError when they differ by more than rounding.
     """
     input_ids = input_ids[:1, :_HEAD_TOKENS]
@@ -59,19 +61,19 @@ def check_target_logits(
     else:
         own, last_hidden = target.own_logits(input_ids)
     own = own.float().cpu()
-    ours = (last_hidden.to(lm_head.dtype) @ lm_head.t()).float().cpu()
+    ours = head.logits(last_hidden).float().cpu()
     real = slice(shard.vocab_start_index, min(shard.vocab_end_index, shard.vocab_size))
     own = own[..., real]
     difference = (own - ours[..., : own.shape[-1]]).abs().amax().item() if own.numel() else 0.0
     scale = own.abs().amax().item() if own.numel() else 0.0
     # bf16 rounds hidden states and logits to 2^-8 of themselves; fp32 differs by summation order.
-    exact = {lm_head.dtype, target.dtype} == {torch.float32}
+    exact = {head.weight.dtype, target.dtype} == {torch.float32}
     if not difference <= (1e-4 if exact else 0.02) * max(scale, 1.0):
         raise ConfigError(
-            f"the target's own logits are not lm_head(last_hidden): they differ by "
-            f"{difference:.3g} (largest logit {scale:.3g}). A target with a bias in its head, a "
-            "logit scale or a soft cap is not supported; else its final norm or head was not "
-            "loaded right"
+            f"the target's own logits are not {head.transform.describe()} of its last hidden "
+            f"states: they differ by {difference:.3g} (largest logit {scale:.3g}). A bias in its "
+            "head, or a scale or soft cap that its config does not say or its class does not "
+            "apply, is not supported; else its final norm or head was not loaded right"
         )
 
 

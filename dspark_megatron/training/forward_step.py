@@ -19,6 +19,7 @@ from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.ops.acceptance import tau
 from dspark_megatron.ops.chunk_budget import chunk_rows
 from dspark_megatron.ops.head_loss import HeadLoss, HeadLossOutput, Objective
+from dspark_megatron.ops.logit_transform import IDENTITY, LogitTransform
 from dspark_megatron.targets.base import StatesSource, TargetStates
 from dspark_megatron.training.metrics import MetricSums
 
@@ -52,10 +53,12 @@ class ForwardStep:
         loss: LossConfig,
         draft: DSparkDraftModel,
         target: StatesSource,
+        target_transform: LogitTransform = IDENTITY,
         *,
         tp_group: dist.ProcessGroup,
         device: torch.device,
     ) -> None:
+        """target_transform: of the target's logits."""
         self.target, self.device = target, device
         self.last: SlotTerms | None = None
         """Of the last micro-batch; None where nothing is learnt."""
@@ -65,9 +68,9 @@ class ForwardStep:
         # Wrappers and optimizers fill the parameters anew and never replace them.
         self.objective, head = Objective.of(loss), draft.head_weights()
         size = len(head.lm_head), head.lm_head.dtype
-        rows = chunk_rows(loss, *size, with_target=self.with_target)
-        compiled = loss.is_compiled(device.type)
-        self.head_loss = HeadLoss(head, self.objective, rows, compiled, tp_group=tp_group)
+        rows = chunk_rows(loss, *size, with_target=self.with_target, capped=head.is_capped)
+        how = rows, loss.is_compiled(device.type), target_transform
+        self.head_loss = HeadLoss(head, self.objective, *how, tp_group=tp_group)
 
     @property
     def term_weights(self) -> dict[str, float]:

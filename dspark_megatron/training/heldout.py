@@ -11,6 +11,7 @@ from dspark_megatron.data.files.sources import check_apart
 from dspark_megatron.errors import printable
 from dspark_megatron.evaluation.estimate import EstimateSettings, estimate_acceptance
 from dspark_megatron.model.draft_model import DSparkDraftModel
+from dspark_megatron.ops.logit_transform import TargetHead
 from dspark_megatron.run.check import RunPlan
 from dspark_megatron.run.checkpoints.state import BestEstimate, RunState
 from dspark_megatron.run.data import load_run_data
@@ -26,6 +27,7 @@ class HeldOut:
         settings = plan.config.evaluate
         assert settings.every is not None
         self.config, self.runtime, self.every = plan.config, runtime, settings.every
+        self.target_transform = plan.target_transform
         count = min(len(dataset), settings.heldout_samples or len(dataset))
         self.samples = [dataset[i] for i in range(count)]
         share = max(plan.config.train.micro_batch_size, math.ceil(count / plan.dp_size))
@@ -65,7 +67,7 @@ class HeldOut:
         figures = estimate_acceptance(
             draft,
             target,
-            draft.lm_head,
+            TargetHead(draft.lm_head, self.target_transform),
             self.samples,
             EstimateSettings.of(self.config, draft, samples_per_pass=self.samples_per_pass),
             dp_group=self.runtime.dp_group,

@@ -140,6 +140,7 @@ class Trainer:
             config.loss,
             self.model,
             self.target,
+            plan.target_transform,
             tp_group=runtime.tp_group,
             dp_group=runtime.dp_group,
             device=runtime.device,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dspark_megatron.config import LossConfig
 from dspark_megatron.data.batch import MicroBatch
+from dspark_megatron.ops.logit_transform import IDENTITY, LogitTransform
 from dspark_megatron.ops.transfer import to_device
 from dspark_megatron.targets.base import StatesSource
 from dspark_megatron.training.forward_step import ForwardStep, SlotTerms
@@ -35,18 +36,20 @@ class GradientStep:
         loss: LossConfig,
         model: Any,
         target: StatesSource,
+        target_transform: LogitTransform = IDENTITY,
         *,
         tp_group: dist.ProcessGroup,
         dp_group: dist.ProcessGroup,
         device: torch.device,
     ) -> None:
-        """model: the data-parallel wrapper of a DSparkDraftModel."""
+        """model: the data-parallel wrapper of a DSparkDraftModel. target_transform: of the target's
+        logits."""
         self.loss, self.model = loss, model
         self.slot_terms: list[SlotTerms] = []
         """Of the last step, by micro-batch that learnt something."""
         self.dp_group, self.device = dp_group, device
         self.forward_step = ForwardStep(
-            loss, model.module, target, tp_group=tp_group, device=device
+            loss, model.module, target, target_transform, tp_group=tp_group, device=device
         )
 
     def run(self, batches: list[MicroBatch], metrics: MetricSums) -> None:

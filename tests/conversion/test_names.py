@@ -12,7 +12,6 @@ from support.draft_folders import PADDED_VOCAB, trained_tensors
 from support.reference import PlainDraft
 from support.shapes import FOLDER_SHAPES, VANILLA
 
-
 BIASED = replace(VANILLA, attention=DraftAttention(sink=True, biases=True))
 
 

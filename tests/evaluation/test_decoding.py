@@ -3,6 +3,7 @@ target's distribution, at every tensor-parallel size."""
 
 import json
 import statistics
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from dspark_megatron.evaluation.generation import Decoded, Generation, Round
 from dspark_megatron.evaluation.report import table
 from dspark_megatron.ops.acceptance import judge, overlap, probabilities
 from support.decoded import PROMPTS, decode, two_sample_chi_square
+from support.target_families import SCALED_LOGITS, make_family
 from support.tiny_target import tiny_config
 
 
@@ -113,6 +115,46 @@ def test_sampling_keeps_the_targets_distribution():
     assert ((accepted > 0) & (lengths > 0)).sum() / (lengths > 0).sum() == pytest.approx(
         overlap(draft[0], target[0]).item(), abs=0.003
     )
+
+
+def answers_of_a_capped_target(runtime, config):
+    """Decoded answers, and the target's logits [1, s, v] of the prompt as the decoder has them."""
+    from dspark_megatron.evaluation.decoding import Decoder
+
+    seen, whole = [], Decoder.target_logits
+
+    def target_logits(self, last_hidden):
+        seen.append(whole(self, last_hidden))
+        return seen[-1]
+
+    with mock.patch.object(Decoder, "target_logits", target_logits):
+        answers = decode(runtime, config, PROMPTS[:1])
+    return answers, seen[0]
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_decoding_with_a_capped_target_is_lossless(pool, tiny_run, tmp_path, tp):
+    """The cap moves no argmax, so greedy answers alone would not show it: the logits that tokens
+    are drawn from are the class's own. The draft's scale moves no answer."""
+    from transformers import AutoModelForCausalLM
+
+    settings = SCALED_LOGITS["gemma2"][0] | {"initializer_range": 1.0}
+    path = make_family(tmp_path / "target", "gemma2", **settings)
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
+    sections = dict(
+        target={"path": str(path), "attention": "eager"},
+        parallel={"tensor_parallel": tp},
+        model={"logit_scale": 0.5},
+    )
+    config = tiny_config(tiny_run, **sections)
+    answers, seen = pool.run(answers_of_a_capped_target, world=tp, tp=tp, config=config)[0]
+    ids, fast, slow, _ = answers[0]
+    with torch.no_grad():
+        own = model(torch.tensor([ids])).logits[:, -1:]
+        expected = model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)
+    assert fast == slow == expected[0, len(ids) :].tolist()
+    torch.testing.assert_close(seen, own, rtol=1e-4, atol=1e-4)
+    assert seen.abs().max() > 2.9, "the cap should bend them"
 
 
 @pytest.mark.parametrize("cut", [None, "by_confidence"])

@@ -10,40 +10,51 @@ import torch
 
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.ops.acceptance import probabilities, round_starts
+from dspark_megatron.ops.logit_transform import LogitTransform, TargetHead
 from dspark_megatron.storage.checkpoints.tracker import BEST
 from dspark_megatron.storage.checkpoints.whole import iteration_folder
 from dspark_megatron.storage.training_checkpoint import find_checkpoint
 from support.decoded import PROMPTS
 from support.draft_steps import whole
 from support.head_loss_inputs import make_inputs, shard_of
-from support.reference import PlainDraft, plain_blocks, plain_candidates, plain_tau
+from support.reference import (
+    PlainDraft,
+    plain_blocks,
+    plain_candidates,
+    plain_tau,
+    plain_transform,
+)
 from support.shapes import SHAPE
 from support.tiny_draft import build_tiny_draft, layout_of, make_samples, target_head
 from support.tiny_target import make_chats, tiny_config
 from support.training_runs import curve, run_training, run_until_stopped
 
 
-def plain_accept_rates(inputs, temperature):
+def plain_accept_rates(inputs, temperature, transforms):
     """[n] from whole softmaxes, or one-hot ones of the argmax at temperature 0."""
-    draft = inputs["hidden"] @ inputs["lm_head"].t()
+    draft = plain_transform(inputs["hidden"] @ inputs["lm_head"].t(), *transforms[0])
     if inputs["latent"] is not None:
         draft = draft + inputs["latent"] @ inputs["markov_w2"].t()
-    target = inputs["target_hidden"] @ inputs["lm_head"].t()
+    target = plain_transform(inputs["target_hidden"] @ inputs["lm_head"].t(), *transforms[1])
     p, q = probabilities(draft, temperature), probabilities(target, temperature)
     return 1 - (p - q).abs().sum(dim=-1) / 2
 
 
-def split_accept_rates(runtime, inputs, temperature, chunk_rows=4):
-    from dspark_megatron.ops.acceptance import LogitFactors, accept_rates
+PLAIN = (1.0, None), (1.0, None)
+"""Scale and soft cap of the draft's base logits, and of the target's."""
+
+
+def split_accept_rates(runtime, inputs, temperature, transforms=PLAIN, chunk_rows=4):
+    from dspark_megatron.ops.acceptance import accept_rates
+    from dspark_megatron.ops.head_loss import HeadWeights
 
     shard, lm_head, markov_w2 = shard_of(inputs, runtime.tp_group)
-    features, weight = inputs["hidden"], lm_head
-    if markov_w2 is not None:
-        features = torch.cat([features, inputs["latent"]], dim=1)
-        weight = torch.cat([lm_head, markov_w2], dim=1)
+    weight = lm_head if markov_w2 is None else torch.cat([lm_head, markov_w2], dim=1)
+    of_draft, of_target = (LogitTransform(*one) for one in transforms)
+    head = HeadWeights(weight, markov_w2, shard, of_draft)
     return accept_rates(
-        LogitFactors(features, weight),
-        LogitFactors(inputs["target_hidden"], lm_head),
+        head.factors(head.features(inputs["hidden"], inputs["latent"])),
+        TargetHead(lm_head, of_target).factors(inputs["target_hidden"]),
         shard,
         temperature=temperature,
         chunk_rows=chunk_rows,
@@ -53,14 +64,16 @@ def split_accept_rates(runtime, inputs, temperature, chunk_rows=4):
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_accept_rates_equal_plain_ones(pool, tp):
-    """61 tokens, so the last shard ends in padding; also logits of thousands, and no row."""
+    """61 tokens, so the last shard ends in padding; also logits of thousands, and no row; and
+    logits that are scaled and capped before the temperature."""
     cases = [dict(), dict(kind="extreme"), dict(with_latent=False), dict(rows=0)]
-    for case in cases:
+    both = ((0.5, 1.5), (2.0, 4.0)), ((0.25, None), (1.0, 2.0))
+    for case, transforms in [(case, PLAIN) for case in cases] + [({}, one) for one in both]:
         inputs = make_inputs(61, torch.float32, **case)
         for temperature in (0.0, 0.7, 1.0):
-            arguments = dict(inputs=inputs, temperature=temperature)
+            arguments = dict(inputs=inputs, temperature=temperature, transforms=transforms)
+            expected = plain_accept_rates(**arguments)
             for got in pool.run(split_accept_rates, world=tp, tp=tp, **arguments):
-                expected = plain_accept_rates(inputs, temperature)
                 torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -130,7 +143,7 @@ def estimate(runtime, temperature, micro_batch_size, max_blocks, lockstep=False)
     figures = estimate_acceptance(
         draft,
         target,
-        draft.lm_head,
+        TargetHead(draft.lm_head),
         [Sample(*pair) for pair in zip(samples.input_ids, samples.loss_masks, strict=True)],
         EstimateSettings(temperature, micro_batch_size, max_blocks, chunk_rows=4),
         dp_group=runtime.dp_group,
@@ -331,7 +344,7 @@ def greedy(runtime, config):
     decoder = Decoder(
         target,
         draft,
-        draft.lm_head,
+        TargetHead(draft.lm_head),
         Sampling(0.0, 40, frozenset(stop_token_ids(config.target.path, plan.tokenizer))),
         batch_size=len(PROMPTS),
     )
@@ -341,7 +354,7 @@ def greedy(runtime, config):
     settings = EstimateSettings.of(config, draft)
     real = acceptance(answers, plan.shape.block_size)
     figures = estimate_acceptance(
-        draft, target, draft.lm_head, samples, settings, dp_group=runtime.dp_group
+        draft, target, decoder.target_head, samples, settings, dp_group=runtime.dp_group
     )
     return real, figures
 

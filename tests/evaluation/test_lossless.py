@@ -9,6 +9,7 @@ from dspark_megatron.errors import ConfigError
 from dspark_megatron.evaluation.generation import Decoded, Generation
 from dspark_megatron.evaluation.lossless import check_lossless
 from dspark_megatron.evaluation.run import FileResult
+from dspark_megatron.ops.logit_transform import TargetHead
 
 
 def check(logits, ours, own, dtype=torch.float32):
@@ -23,7 +24,7 @@ def check(logits, ours, own, dtype=torch.float32):
 
     decoder = SimpleNamespace(
         target=SimpleNamespace(states=states),
-        target_head=torch.zeros(1, dtype=dtype),
+        target_head=TargetHead(torch.zeros(1, dtype=dtype)),
         target_logits=lambda hidden: hidden,
         device=torch.device("cpu"),
     )

@@ -58,6 +58,10 @@ def test_with_windows_sinks_and_biases(layers):
     check(replace(SHAPE, attention=attention), sequence_parallel=True)
 
 
+def test_with_scaled_and_capped_logits():
+    check(replace(SHAPE, logit_scale=0.5, logit_softcapping=30.0))
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_with_recomputed_layers_under_sequence_parallelism(recompute):
     check(recompute_activations=recompute, sequence_parallel=True)

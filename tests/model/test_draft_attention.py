@@ -97,7 +97,10 @@ def drafted_and_trained(runtime, shape):
         if step:
             drafter.extend([taps[a:b] for taps, a, b in parts])
         tokens = torch.stack(
-            [ids[a : a + shape.block_size + 1] for ids, a in zip(samples.input_ids, ends)]
+            [
+                ids[a : a + shape.block_size + 1]
+                for ids, a in zip(samples.input_ids, ends, strict=True)
+            ]
         )
         logits = []
 

@@ -11,10 +11,13 @@ from dspark_megatron.errors import ConfigError
 from dspark_megatron.ops import logit_terms
 from dspark_megatron.ops.chunk_budget import chunk_rows
 from dspark_megatron.ops.head_loss import HeadLoss, HeadWeights, Objective
+from dspark_megatron.ops.logit_transform import LogitTransform
 from support.head_loss_inputs import HIDDEN, ROWS, make_inputs, shard_of
 from support.reference import plain_head_loss
 
-PAPER = Objective(ce=0.1, l1=0.9)
+PAPER, IDENTITY = Objective(ce=0.1, l1=0.9), LogitTransform()
+NEITHER = (1.0, None), (1.0, None)
+"""Scale and soft cap of the draft's base logits, and of the target's."""
 
 
 @pytest.fixture(scope="module", params=[1, 2, 4])
@@ -24,7 +27,7 @@ def tp(request):
     return request.param
 
 
-def plain(inputs, objective, upstream=1.0):
+def plain(inputs, objective, upstream=1.0, transforms=NEITHER):
     leaves = leaf_copies(inputs)
     loss, ce, l1, kl = plain_head_loss(
         leaves["hidden"],
@@ -38,6 +41,8 @@ def plain(inputs, objective, upstream=1.0):
         l1_alpha=objective.l1,
         kl_alpha=objective.kl,
         labels_from_target=objective.labels_from_target,
+        draft_transform=transforms[0],
+        target_transform=transforms[1],
     )
     (loss * upstream).backward()
     return results(loss, ce, l1, kl, leaves)
@@ -54,20 +59,23 @@ def results(loss, ce, l1, kl, leaves):
     return {**{n: None if x is None else x.detach() for n, x in terms.items()}, **grads}
 
 
-def head_of(shard, lm_head, markov_w2):
+def head_of(shard, lm_head, markov_w2, transform=IDENTITY):
     """What is in the columns for W2 must not matter."""
     weight = lm_head
     if markov_w2 is not None:
         weight = torch.cat([lm_head, torch.full_like(markov_w2, torch.nan)], dim=1)
-    return HeadWeights(weight, markov_w2, shard)
+    return HeadWeights(weight, markov_w2, shard, transform)
 
 
-def fused(runtime, inputs, objective, upstream=1.0, chunk_rows=4, compile=False):
+def fused(
+    runtime, inputs, objective, upstream=1.0, chunk_rows=4, compile=False, transforms=NEITHER
+):
     """One rank's part."""
+    of_draft, of_target = (LogitTransform(*one) for one in transforms)
     shard, lm_head, markov_w2 = shard_of(inputs, runtime.tp_group)
     leaves = leaf_copies({**inputs, "markov_w2": markov_w2})
-    head = head_of(shard, lm_head, leaves["markov_w2"])
-    head_loss = HeadLoss(head, objective, chunk_rows, compile, tp_group=runtime.tp_group)
+    head = head_of(shard, lm_head, leaves["markov_w2"], of_draft)
+    head_loss = HeadLoss(head, objective, chunk_rows, compile, of_target, tp_group=runtime.tp_group)
     rest = (inputs[name] for name in ("target_hidden", "labels", "weights"))
     result = head_loss(leaves["hidden"], leaves["latent"], *rest)
     (result.loss * upstream).backward()
@@ -117,6 +125,30 @@ def test_equals_the_plain_loss(pool, name, tp):
         compare(got, expected, 61, rtol=1e-5, atol=1e-6)
 
 
+TRANSFORMS = {
+    "scaled": ((0.25, None), (3.0, None)),
+    "capped": ((1.0, 2.0), (1.0, 3.0)),
+    "draft capped": ((1.0, 1.5), (1.0, None)),
+    "target scaled and capped": ((1.0, None), (0.5, 2.5)),
+    "both of both": ((0.5, 1.5), (2.0, 4.0)),
+}
+"""Of logits with a standard deviation of 2."""
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scaled_and_capped_logits_equal_the_plain_loss(pool, transform, dtype, tp):
+    """Every term, several chunkings, with and without a Markov head."""
+    exact = dict(rtol=1e-5, atol=1e-6) if dtype == torch.float32 else dict(rtol=1e-11, atol=1e-12)
+    transforms = TRANSFORMS[transform]
+    names = ["all", "all, target's labels"] if dtype == torch.float64 else ["CE", "L1", "all"]
+    for name, rows, with_latent in zip(names, (4, 100, 1), (True, False, True), strict=False):
+        inputs = make_inputs(61, dtype, with_latent=with_latent)
+        arguments = dict(objective=OBJECTIVES[name], upstream=0.37, transforms=transforms)
+        got = pool.run(fused, world=tp, tp=tp, inputs=inputs, chunk_rows=rows, **arguments)
+        compare(got, plain(inputs, **arguments), 61, **exact)
+
+
 INPUTS = {
     "no padding": dict(vocab_size=64),
     "no target": dict(vocab_size=61),
@@ -141,18 +173,21 @@ def whole_result(ranks, vocab_size):
     return {**ranks[0], "markov_w2": w2}
 
 
-@pytest.mark.parametrize("name", ["paper", "all"])
+@pytest.mark.parametrize("name", ["paper", "all", "capped"])
 def test_bfloat16(pool, name, tp):
     """Logits rounded to 8 bits move every result, and a sign of p - q where both are near: so the
     measure is the plain bf16 loss, which must not be nearer to the exact result by more than chance
     allows. 1.5: the two round at different places."""
-    inputs, objective = make_inputs(61, torch.bfloat16, rows=64), OBJECTIVES[name]
+    inputs, capped = make_inputs(61, torch.bfloat16, rows=64), name == "capped"
+    objective = OBJECTIVES["all" if capped else name]
+    transforms = TRANSFORMS["both of both"] if capped else NEITHER
     precise = {
         name: x.float() if torch.is_tensor(x) and x.is_floating_point() else x
         for name, x in inputs.items()
     }
-    exact, rounded = plain(precise, objective), plain(inputs, objective)
-    got = pool.run(fused, world=tp, tp=tp, inputs=inputs, objective=objective, chunk_rows=24)
+    arguments = dict(objective=objective, transforms=transforms)
+    exact, rounded = plain(precise, **arguments), plain(inputs, **arguments)
+    got = pool.run(fused, world=tp, tp=tp, inputs=inputs, chunk_rows=24, **arguments)
     for key, value in whole_result(got, 61).items():
         if value is None:
             continue
@@ -200,7 +235,7 @@ def test_identical_distributions_of_many_tokens(pool, tp):
         torch.testing.assert_close(got[0][name], torch.zeros(ROWS), rtol=0, atol=3e-6)
 
 
-def smooth_check(runtime, objective, leaves=("hidden", "latent")):
+def smooth_check(runtime, objective, leaves=("hidden", "latent"), transforms=NEITHER):
     """gradcheck of this rank's inputs; away from p = q, where L1 has no derivative."""
     inputs = make_inputs(61, torch.float64)
     shard, lm_head, markov_w2 = shard_of(inputs, runtime.tp_group)
@@ -208,13 +243,20 @@ def smooth_check(runtime, objective, leaves=("hidden", "latent")):
 
     def loss(*values):
         given = inputs | dict(zip(leaves, values, strict=True))
-        head = head_of(shard, lm_head, given["markov_w2"])
+        of_draft, of_target = (LogitTransform(*one) for one in transforms)
+        head = head_of(shard, lm_head, given["markov_w2"], of_draft)
         names = ("hidden", "latent", "target_hidden", "labels", "weights")
-        head_loss = HeadLoss(head, objective, 4, tp_group=runtime.tp_group)
+        head_loss = HeadLoss(head, objective, 4, False, of_target, tp_group=runtime.tp_group)
         return head_loss(*(given[name] for name in names)).loss
 
     values = [inputs[name].requires_grad_() for name in leaves]
     return torch.autograd.gradcheck(loss, values, eps=1e-7, atol=1e-6, rtol=1e-5)
+
+
+def test_gradcheck_of_capped_logits(pool):
+    """Of hidden and latents on one rank: the cap is between them."""
+    arguments = dict(objective=OBJECTIVES["all"], transforms=TRANSFORMS["both of both"])
+    assert pool.run(smooth_check, world=1, tp=1, **arguments) == [True]
 
 
 @pytest.mark.parametrize("name, size", [("CE", 1), ("L1", 1), ("KL", 1), ("all", 1), ("all", 2)])
@@ -234,6 +276,7 @@ COMPILED = {
     "target's labels": (OBJECTIVES["target's labels"], torch.float32),
     "no target": (OBJECTIVES["CE"], torch.float32),
     "bf16": (OBJECTIVES["all"], torch.bfloat16),
+    "capped": (OBJECTIVES["all"], torch.float32),
 }
 
 
@@ -246,6 +289,7 @@ COMPILED = {
         ("all", 2, 11),
         ("target's labels", 2, 11),
         ("bf16", 2, 11),
+        ("capped", 2, 4),
     ],
 )
 def test_compiled_passes(pool, name, size, chunk):
@@ -254,10 +298,12 @@ def test_compiled_passes(pool, name, size, chunk):
     inputs = make_inputs(61, dtype)
     if not objective.needs_target_logits:
         inputs["target_hidden"] = None
-    arguments = dict(inputs=inputs, objective=objective, chunk_rows=chunk)
+    transforms = TRANSFORMS["both of both"] if name == "capped" else NEITHER
+    arguments = dict(inputs=inputs, objective=objective, chunk_rows=chunk, transforms=transforms)
     got = pool.run(fused, world=size, tp=size, compile=True, **arguments)
     if dtype == torch.float32:
-        compare(got, plain(inputs, objective), 61, rtol=1e-5, atol=1e-6)
+        expected = plain(inputs, objective, transforms=transforms)
+        compare(got, expected, 61, rtol=1e-5, atol=1e-6)
         return
     eager = pool.run(fused, world=size, tp=size, **arguments)
     # One rounding of a bf16 gradient apart: the compiler may order the operations otherwise.
@@ -321,14 +367,16 @@ def test_no_accept_rate_without_a_target(pool):
         pool.run(accept_rate_without_target, world=1, tp=1)
 
 
-def rows_of(vocab_local, dtype=torch.float32, with_target=True, **loss):
-    return chunk_rows(LossConfig(**loss), vocab_local, dtype, with_target=with_target)
+def rows_of(vocab_local, dtype=torch.float32, with_target=True, capped=False, **loss):
+    how = dict(with_target=with_target, capped=capped)
+    return chunk_rows(LossConfig(**loss), vocab_local, dtype, **how)
 
 
 def test_chunk_rows_come_from_the_budget():
     assert rows_of(2**17, memory_budget_mb=256) == 256  # 1 MiB a row: draft and target in fp32
     assert rows_of(2**17, memory_budget_mb=256, with_target=False) == 512
     assert rows_of(2**17, memory_budget_mb=256, dtype=torch.bfloat16) == 512
+    assert rows_of(2**16, memory_budget_mb=384, capped=True) == 512, "three tensors of logits"
     assert rows_of(2**15, memory_budget_mb=256) == 1024
     assert rows_of(2**17, memory_budget_mb=200) == 128  # 200, in steps of 128
     assert rows_of(2**17, memory_budget_mb=100) == 100

@@ -5,6 +5,10 @@ from dataclasses import replace
 import benchmark_plan
 import pytest
 
+from dspark_megatron.config.attention import AttentionConfig
+from dspark_megatron.planning.observing.gpu_kernels import gpu_kernels
+from dspark_megatron.planning.on_paper.observation import observe_on_paper
+from dspark_megatron.shape.attention import DraftAttention
 from support.tool_runs import figures, run_tool
 from support.training_runs import torchrun
 
@@ -18,6 +22,8 @@ LAYOUTS = [
     (2, 1, "overlap"),
     (2, 2, "rnn head"),
     (2, 2, "sequence parallel, recompute"),
+    (1, 1, "windows"),
+    (2, 2, "one window, sinks, biases"),
     (4, 2, "KL"),
     (4, 2, "sequence parallel"),
     (4, 4, "gated head"),
@@ -37,6 +43,25 @@ def test_a_step_takes_and_sends_what_the_plan_says(pool, world, tp, variant):
     for real in pool.run(measured, world=world, tp=tp, variant=variant):
         benchmark_plan.check(plan, real, variant)
         assert (world > 1) == bool(real.sent)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+def test_the_work_of_attention_is_that_of_the_windows(backend):
+    """Of a draft's step with 256 anchors in 2,048 and in 4,096 tokens, projections included."""
+
+    def flops(tokens, window):
+        sizes = benchmark_plan.Sizes(128, 4096, tokens, 256)
+        plan = benchmark_plan.step_plan(sizes, 1, 1, "plain")
+        attention = AttentionConfig(window=window)
+        model = replace(plan.config.model, attention_backend=backend, attention=attention)
+        shape = replace(plan.shape, attention=DraftAttention.of(attention, plan.shape.num_layers))
+        plan = replace(plan, config=replace(plan.config, model=model), shape=shape)
+        return observe_on_paper(plan, gpu_kernels).micro_batch["draft"].flops
+
+    full, windowed, narrow = ([flops(n, w) for n in (2048, 4096)] for w in (None, 512, 128))
+    assert narrow[0] < windowed[0] < full[0] and narrow[1] < windowed[1] < full[1]
+    grown = [more - less for less, more in (full, windowed, narrow)]
+    assert max(grown[1:]) < grown[0] / 3
 
 
 def test_a_plan_that_is_not_what_happens_is_refused():
@@ -79,8 +104,8 @@ def test_the_peak_of_the_loss(tmp_path):
     rows = {(row["variant"], row["tp"]): row for row in figures(file)}
     assert all(name in text for name, _ in rows)
     assert set(rows) == {
-        *((name, 1) for name in ("plain", "recompute", "head_loss", "products")),
-        *((name, 2) for name in ("head_loss", "products")),
+        *((name, 1) for name in ("plain", "recompute", "head_loss", "capped", "products")),
+        *((name, 2) for name in ("head_loss", "capped", "products")),
     }
     for tp in (1, 2):
         measured = rows["head_loss", tp]

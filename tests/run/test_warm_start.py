@@ -161,9 +161,7 @@ def test_biases_are_taken_over_where_the_draft_has_them(pool, tiny_run, tmp_path
     assert report.endswith("self_attn.o_proj.bias")
     for here, there in enumerate(IDS):
         mine = f"layers.{here}.self_attention"
-        query, key, value = (
-            biases[f"model.layers.{there}.self_attn.{x}_proj.bias"] for x in "qkv"
-        )
+        query, key, value = (biases[f"model.layers.{there}.self_attn.{x}_proj.bias"] for x in "qkv")
         assert torch.equal(found[f"{mine}.linear_q.bias"], query)
         fused = torch.stack([key.view(4, -1), value.view(4, -1)], dim=1).flatten()
         assert torch.equal(found[f"{mine}.linear_kv.bias"], fused)

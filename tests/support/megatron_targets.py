@@ -62,12 +62,13 @@ def config_of(tiny_run, path, tp=1, ep=1, *, target=None, parallel=None, **secti
 
 def megatron_states(runtime, config):
     """States and cached taps of a target whose logits were checked."""
-    from dspark_megatron.run.build import build_draft, build_target
+    from dspark_megatron.run.build import build_draft, build_target, load_target_head
     from dspark_megatron.targets.start_checks import check_target_logits
 
     plan = check(config, runtime.world_size)
     target, draft = build_target(plan, runtime), build_draft(plan, runtime)
-    check_target_logits(target, config.target.path, draft.lm_head, draft.vocab_shard, IDS)
+    head = load_target_head(plan, draft, target)
+    check_target_logits(target, config.target.path, head, draft.vocab_shard, IDS)
     states = target.states(Batch(IDS))
     return states.taps, states.last_hidden, cached_taps(target)
 

@@ -259,7 +259,8 @@ class PlainDraft(nn.Module):
         hidden = self.backbone(taps, input_ids, anchors)
         everywhere = torch.ones_like(input_ids)
         prev = plain_blocks(input_ids, everywhere, anchors, self.shape.block_size).prev_token_ids
-        logits = self.lm_head(hidden)
+        transform = self.shape.logit_scale, self.shape.logit_softcapping
+        logits = plain_transform(self.lm_head(hidden), *transform)
         if self.shape.markov_rank:
             logits = logits + self.markov_head.markov_w2(self.markov_head.latents(prev, hidden))
         confidence_logits = None
@@ -307,6 +308,18 @@ def plain_loss(
     return {**sums, "loss_sum": loss_sum, "weight": weights.sum(), "accept_rate": accept_rate}
 
 
+def plain_transform(logits: Tensor, scale: float, softcapping: float | None) -> Tensor:
+    """A scale, then a soft cap."""
+    if scale != 1:
+        logits = logits * scale
+    return logits if softcapping is None else softcapping * torch.tanh(logits / softcapping)
+
+
+def precise(logits: Tensor) -> Tensor:
+    """fp32, or float64 where it is."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def plain_head_loss(
     hidden: Tensor,
     latent: Tensor | None,
@@ -320,24 +333,27 @@ def plain_head_loss(
     l1_alpha: float,
     kl_alpha: float = 0.0,
     labels_from_target: bool = False,
+    draft_transform: tuple[float, float | None] = (1.0, None),
+    target_transform: tuple[float, float | None] = (1.0, None),
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """`ops.head_loss.head_loss` on whole, unpadded matrices [v, h] and [v, r], by autograd.
     Returns the weighted loss [], and CE, raw L1 and KL of each row [n]; None for L1 without a
-    target and for KL without weight."""
-    logits = hidden @ lm_head.t()
+    target and for KL without weight. Transforms: scale and soft cap, of draft and target."""
+    logits = plain_transform(hidden @ lm_head.t(), *draft_transform)
     if latent is not None:
         logits = logits + latent @ markov_w2.t()
     l1 = kl = None
     if target_hidden is not None:
-        target_logits = (target_hidden @ lm_head.t()).float()
+        target_logits = plain_transform(target_hidden @ lm_head.t(), *target_transform)
+        target_logits = precise(target_logits)
         q = target_logits.softmax(dim=-1)
-        l1 = (logits.float().softmax(dim=-1) - q).abs().sum(dim=-1)
+        l1 = (precise(logits).softmax(dim=-1) - q).abs().sum(dim=-1)
         if labels_from_target:
             labels = target_logits.argmax(dim=-1)
     if kl_alpha > 0:
-        log_p, log_q = (x.float().log_softmax(dim=-1) for x in (logits, target_logits))
+        log_p, log_q = (precise(x).log_softmax(dim=-1) for x in (logits, target_logits))
         kl = F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(dim=-1)
-    ce = F.cross_entropy(logits.float(), labels, reduction="none")
+    ce = F.cross_entropy(precise(logits), labels, reduction="none")
     terms = ce_alpha * ce
     if l1_alpha > 0:
         terms = terms + l1_alpha * l1

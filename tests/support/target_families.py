@@ -21,13 +21,16 @@ SIZES = dict(
     bos_token_id=0,
     eos_token_id=1,
 )
-MLA = dict(
+LATENT = dict(
     q_lora_rank=16,
     kv_lora_rank=8,
     qk_rope_head_dim=4,
     qk_nope_head_dim=8,
     v_head_dim=8,
     num_key_value_heads=8,
+)
+MLA = dict(
+    **LATENT,
     n_routed_experts=8,
     n_shared_experts=1,
     num_experts_per_tok=2,
@@ -48,13 +51,34 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v3": MLA,
 }
 """What each family's config has beside or instead of SIZES."""
+GEMMA = dict(head_dim=8, sliding_window=64, final_logit_softcapping=3.0)
+SCALED_LOGITS: dict[str, tuple[dict[str, Any], tuple[float, float | None]]] = {
+    "granite": (dict(logits_scaling=4.0), (0.25, None)),
+    "granitemoe": (dict(logits_scaling=4.0), (0.25, None)),
+    "cohere": (dict(logit_scale=0.25), (0.25, None)),
+    "cohere2": (dict(logit_scale=0.25), (0.25, None)),
+    "gemma2": (GEMMA, (1.0, 3.0)),
+    "gemma3_text": (GEMMA, (1.0, 3.0)),
+    "gemma4_text": ({**GEMMA, "hidden_size_per_layer_input": 0}, (1.0, 3.0)),
+    "vaultgemma": (GEMMA, (1.0, 3.0)),
+    "recurrent_gemma": (dict(logits_soft_cap=3.0), (1.0, 3.0)),
+    "nanochat": (dict(final_logit_softcapping=3.0), (1.0, 3.0)),
+    "falcon_h1": (dict(lm_head_multiplier=0.5), (0.5, None)),
+    "minicpm3": ({**LATENT, "dim_model_base": 16}, (0.5, None)),
+    "hyperclovax": (dict(logits_scaling=0.5), (0.5, None)),
+    "inkling_text": (dict(logits_mup_width_multiplier=2.0), (0.5, None)),
+}
+"""Families whose logits are scaled or capped: what their config has beside SIZES, and the scale and
+the soft cap that it means."""
 
 
 def make_family(folder: Path, model_type: str, **overrides: Any) -> Path:
     """Save a random causal language model of 4 layers and the tokenizer; returns the folder."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(model_type, **{**SIZES, **FAMILIES[model_type], **overrides})
+    config = AutoConfig.for_model(
+        model_type, **{**SIZES, **FAMILIES.get(model_type, {}), **overrides}
+    )
     torch.manual_seed(0)
     return save_target(folder, AutoModelForCausalLM.from_config(config, dtype=torch.float32))
 

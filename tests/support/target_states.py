@@ -10,13 +10,14 @@ IDS = torch.arange(30).view(2, 15) + 40
 
 def tapped(runtime, config):
     """Taps, last hidden states and the check of the logits of a target at this layout."""
-    from dspark_megatron.run.build import build_draft, build_target
+    from dspark_megatron.run.build import build_draft, build_target, load_target_head
     from dspark_megatron.targets.start_checks import check_target_logits
 
     plan = check(config, runtime.world_size)
     target, draft = build_target(plan, runtime), build_draft(plan, runtime)
     states = target.states(Batch(IDS))
-    check_target_logits(target, config.target.path, draft.lm_head, draft.vocab_shard, IDS)
+    head = load_target_head(plan, draft, target)
+    check_target_logits(target, config.target.path, head, draft.vocab_shard, IDS)
     cached = cached_taps(target)
     embedding = draft.embed_tokens.weight
     return states.taps, states.last_hidden, cached, embedding, elements(target.model)

@@ -189,6 +189,6 @@ def sample_logits(draft, taps, ids, anchors, *, trimmed=True):
     blocks = draft_blocks(ids[None], mask, [anchors], draft.shape.block_size, reach=reach)
     with torch.no_grad():
         out = draft(taps[None], blocks.to(taps.device))
-        head = draft.head_weights()
-        logits = out.hidden @ head.lm_head.t() + out.latents @ head.markov_w2.t()
+        rows = out.hidden.flatten(0, 1), out.latents.flatten(0, 1)
+        logits = draft.draft_logits(*rows).view(*out.hidden.shape[:2], -1)
     return out.hidden, logits, out.confidence_logits

@@ -8,6 +8,7 @@ import benchmark_packing
 import benchmark_save
 import benchmark_step
 import benchmark_target_providers
+import benchmark_window
 import benchmarking
 import pytest
 import torch
@@ -94,6 +95,19 @@ def test_attention_curve(pool):
     curve, fit = tables.values()
     assert [row["anchors"] for row in curve] == [4, 4, 8, 8, 16, 16]
     assert [row["variant"] for row in fit] == ["ours", "dense mask"]
+
+
+def window_rows(runtime):
+    options = "--hidden 32 --heads 4 --kv-heads 2 --rounds 1 --seq-length 64 256 --windows 16"
+    args = benchmark_window.parse_arguments([*options.split(), "--answer", "32", "--anchors", "8"])
+    return benchmark_window.measure(runtime, args)
+
+
+def test_context_of_a_window_does_not_grow_with_the_sample(pool):
+    (rows,) = pool.run(window_rows, world=1, tp=1)
+    seen = {(row["tokens"], row["window"]): row["context"] for row in rows}
+    assert seen[64, "-"] < seen[64, "16"] + 32 and seen[256, "-"] > 200
+    assert seen[64, "16"] == seen[256, "16"] < 48
 
 
 def test_a_step_with_a_wrong_loss_is_not_measured():

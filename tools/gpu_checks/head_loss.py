@@ -100,7 +100,7 @@ def _speed(
     torch._dynamo.reset()
     rows, rank = (64, 16) if context.tiny else (ROWS, RANK)
     sizes = dict(rows=rows, rank=rank, hidden=hidden, vocab=vocab, chunk_rows=rows // 7)
-    options = dict(dtype="bfloat16", seed=1, memory_budget_mb=1, compile=False)
+    options = dict(dtype="bfloat16", seed=1, memory_budget_mb=1, compile=False, softcap=30.0)
     problem = Problem(Namespace(**sizes, **options), group, context.device)
     chunks = [rows // parts for parts in (14, 7, 3, 1)]
     calls: dict[str, Callable] = {

@@ -3,7 +3,8 @@
 - FlexAttention and SDPA keep queries, keys, values, the output and a log-sum-exp for each query;
   no scores. FlexAttention goes through the tiles of its mask that are not empty.
 - The compiled passes of the head loss hold two fp32 copies of a chunk's logits (measured on an
-  H200), read the logits once a pass and write what they change.
+  H200), read the logits once a pass and write what they change. The passes of a soft cap go number
+  by number and hold none.
 - AdamW is one kernel without temporary tensors.
 """
 
@@ -29,6 +30,8 @@ from dspark_megatron.planning.observing.observer import Observer
 aten = torch.ops.aten
 FUSED = 2
 """p and q of a whole chunk."""
+_BY_NUMBER = ("cap", "pull_back")
+_WRITING = ("gradient", "all_passes", *_BY_NUMBER)
 
 
 @contextlib.contextmanager
@@ -153,11 +156,12 @@ def _fused(observer: Observer) -> Callable[[Callable], Callable]:
     def compiled(function: Callable) -> Callable:
         def run(*args: Any) -> Any:
             logits = [x for x in args[:2] if isinstance(x, Tensor)]
-            kept = [torch.empty_like(logits[0], dtype=torch.float32) for _ in range(FUSED)]
+            copies = 0 if function.__name__ in _BY_NUMBER else FUSED
+            kept = [torch.empty_like(logits[0], dtype=torch.float32) for _ in range(copies)]
             with _disable_current_modes(), torch.no_grad():
                 out = function(*args)
             observer.follow([] if out is None else [out])
-            written = logits[:1] if function.__name__ in ("gradient", "all_passes") else []
+            written = logits[:1] if function.__name__ in _WRITING else []
             observer.add(0, _bytes(*logits, *written, *kept, *kept))
             return out
 

@@ -47,6 +47,7 @@ class DraftStep:
             plan.config.loss,
             self.model,
             _ObservedStates(FullStates(plan, runtime.device), observer),
+            plan.target_transform,
             **groups,
             device=runtime.device,
         )

@@ -154,12 +154,13 @@ def test_states_of_experts_spread_over_a_stage(pool):
 
 def checked_states(runtime, config):
     """After the check of the logits; and the bytes of this stage."""
-    from dspark_megatron.run.build import build_draft, build_target
+    from dspark_megatron.run.build import build_draft, build_target, load_target_head
     from dspark_megatron.targets.start_checks import check_target_logits
 
     plan = check(config, runtime.world_size)
     target, draft = build_target(plan, runtime), build_draft(plan, runtime)
-    check_target_logits(target, config.target.path, draft.lm_head, draft.vocab_shard, TOKENS)
+    head = load_target_head(plan, draft, target)
+    check_target_logits(target, config.target.path, head, draft.vocab_shard, TOKENS)
     states = target.states(Batch(TOKENS))
     held = sum(parameter.nbytes for parameter in target.model.parameters())
     return states.taps, states.last_hidden, held
