@@ -4,10 +4,11 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from dspark_megatron.config import ModelConfig
+from dspark_megatron.config.model import num_draft_tokens
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.shape.attention import DraftAttention
 from dspark_megatron.shape.gemma4 import (
-    check_gemma4_target,
+    check_gemma4,
     gemma4_heads,
     gemma4_rope,
     gemma4_softcapping,
@@ -57,7 +58,7 @@ class DraftShape:
     @property
     def num_draft_tokens(self) -> int:
         """Tokens that a block drafts."""
-        return self.block_size if self.sample_from_anchor else self.block_size - 1
+        return num_draft_tokens(self.block_size, self.sample_from_anchor)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -87,11 +88,10 @@ def draft_shape(model: ModelConfig, target_config: Any) -> DraftShape:
     Raises ConfigError when a rule between the config and the target does not hold.
     """
     text = target_config.get_text_config()
-    _refuse_unbuilt(model)
     _check_facts(text)
     gemma = model.architecture == "gemma4"
     if gemma:
-        check_gemma4_target(text)
+        check_gemma4(model, text)
     _check_layer_ids(model.target_layer_ids, text.num_hidden_layers)
     mask_token_id = _checked_mask_token(model.mask_token_id, text)
     heads, kv_heads, head_dim = _draft_heads(model, text)
@@ -128,15 +128,6 @@ def shape_rope(model: ModelConfig, text: Any) -> dict[str, Any]:
     """RoPE of the draft of this architecture. Raises ConfigError for one that it cannot have."""
     rope = gemma4_rope if model.architecture == "gemma4" else draft_rope
     return rope(model.rope_parameters, text)
-
-
-def _refuse_unbuilt(model: ModelConfig) -> None:
-    """Keys that are read and not computed yet."""
-    unbuilt = {
-        "sample_from_anchor": not model.sample_from_anchor,
-    }
-    for name, given in unbuilt.items():
-        require(not given, f"model.{name} cannot be chosen yet; leave it out")
 
 
 def _draft_heads(model: ModelConfig, text: Any) -> tuple[int, int, int]:

@@ -4,6 +4,8 @@ the soft cap of logits."""
 import math
 from typing import Any
 
+from dspark_megatron.config import ModelConfig
+from dspark_megatron.config.attention import AttentionConfig
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.shape.rope import draft_rope
 
@@ -14,8 +16,9 @@ PROPORTIONAL = "proportional"
 _PROPORTIONAL_KEYS = ("rope_type", "rope_theta", "partial_rotary_factor", "factor")
 
 
-def check_gemma4_target(text: Any) -> None:
-    """ConfigError for a text config whose layers a Gemma-4 draft is not built as."""
+def check_gemma4(model: ModelConfig, text: Any) -> None:
+    """ConfigError for a text config whose layers a Gemma-4 draft is not built as, and for keys that
+    no program which reads Gemma-4 drafts knows."""
     require(
         text.model_type in FAMILIES,
         f"model.architecture=gemma4 is for Gemma-4 targets, and this is a {text.model_type!r}; "
@@ -31,6 +34,14 @@ def check_gemma4_target(text: Any) -> None:
         not found,
         f"model.architecture=gemma4 has no layers with what this target's have: "
         f"{', '.join(found)}; leave it at qwen3, with model.num_attention_heads and the like",
+    )
+
+    attention = AttentionConfig(biases=model.attention.biases)
+    require(
+        model.attention == attention and model.logit_scale == 1,
+        "no program that reads a Gemma-4 draft (model.architecture=gemma4) knows windows, causal "
+        "blocks, sinks or a logit scale in it; leave out model.logit_scale and all keys of "
+        "model.attention but biases",
     )
 
 

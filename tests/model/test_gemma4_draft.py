@@ -4,16 +4,10 @@ key/value head; its checkpoints move between layouts, and it drafts as it was tr
 from dataclasses import replace
 
 import pytest
-import torch
 
-from dspark_megatron.conversion.layouts.names import check_megatron_tensors, to_hugging_face
-from dspark_megatron.model.drafting import Drafter
 from dspark_megatron.shape.attention import DraftAttention
-from dspark_megatron.storage.training_checkpoint import CheckpointReader
-from support.draft_steps import assert_plain_step, step_gradients, whole
-from support.gemma4_reference import Gemma4ClassesDraft, PlainGemma4Draft
-from support.shapes import GEMMA4, SHAPE, meta_of
-from support.tiny_draft import build_tiny_draft, make_samples, sample_logits, target_head
+from support.draft_steps import assert_plain_step, step_gradients
+from support.shapes import GEMMA4
 
 SHAPES = {
     "shared keys": GEMMA4,

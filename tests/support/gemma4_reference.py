@@ -1,4 +1,4 @@
-"""Plain twins of a Gemma-4 draft: one written from the formulas, and one of Transformers' own Gemma-4
+"""Plain twins of a Gemma-4 draft: one written from the formulas, and one of Transformers' own
 classes, as DeepSpec puts them together. All but the layers, norms, embedding and RoPE is
 `reference.PlainDraft`.
 """

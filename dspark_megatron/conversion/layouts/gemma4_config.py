@@ -1,4 +1,4 @@
-"""`config.json` of a Gemma-4 draft, as DeepSpec writes and vLLM reads it, and the draft back from one.
+"""`config.json` of a Gemma-4 draft, as DeepSpec writes and vLLM reads it, and the draft of one.
 
 It is a Gemma-4 text config of the draft's layers with DSpark's keys at the top level. There is no
 `dflash_config`: such a config always has a window, and beside that key mlx-dspark would use it.
@@ -16,7 +16,7 @@ from dspark_megatron.conversion.layouts.hf_config import (
     description_of_config,
 )
 from dspark_megatron.conversion.layouts.names import raise_if_any
-from dspark_megatron.errors import require
+from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.shape import DraftShape
 from dspark_megatron.shape.attention import DraftAttention
 from dspark_megatron.shape.gemma4 import ACTIVATION, FAMILIES, gemma4_heads, gemma4_rope
@@ -131,10 +131,7 @@ def gemma4_description(config: Config) -> DraftDescription:
     """The draft back from such a `config.json`; strict: ConfigError for keys that are missing, of
     another type or not known, and for what our draft does not have."""
     raise_if_any(list(_problems(config)), "config.json of a Gemma-4 draft")
-    from transformers import Gemma4TextConfig
-
-    text = Gemma4TextConfig(**{key: config[key] for key in _TEXT if config.get(key) is not None})
-    kv_heads, head_dim = gemma4_heads(text)
+    text, kv_heads, head_dim = _text_config(config)
     rope = config.get("rope_parameters")
     canonical = {
         **config,
@@ -156,6 +153,20 @@ def gemma4_description(config: Config) -> DraftDescription:
         logit_softcapping=None if cap is None else float(cap),
     )
     return replace(found, shape=shape)
+
+
+def _text_config(config: Config) -> tuple[Any, int, int]:
+    """As Transformers reads it, with the key/value heads and head width of its layers."""
+    from transformers import Gemma4TextConfig
+
+    try:
+        text = Gemma4TextConfig(
+            **{key: config[key] for key in _TEXT if config.get(key) is not None}
+        )
+        return text, *gemma4_heads(text)
+    except Exception as error:  # its class checks each key in its own way
+        said = " ".join(str(error).split())
+        raise ConfigError(f"Transformers cannot read config.json of this draft: {said}") from error
 
 
 def _problems(config: Config) -> Iterator[str]:
@@ -187,6 +198,6 @@ def check_layout_of_gemma4(layout: str) -> None:
     """ConfigError for a layout whose programs have no Gemma-4 drafts."""
     require(
         layout not in NOT_SAID,
-        f"a Gemma-4 draft (model.architecture=gemma4) cannot be written as {layout}: what reads that "
-        "layout has Qwen3-style layers only; use --layout hf, which DeepSpec and vLLM load",
+        f"a Gemma-4 draft (model.architecture=gemma4) cannot have layout {layout}: what reads it "
+        "has Qwen3-style layers only; use --layout hf, which DeepSpec and vLLM load",
     )
