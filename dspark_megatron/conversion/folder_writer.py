@@ -15,14 +15,13 @@ from torch import Tensor
 from dspark_megatron.conversion.draft_folder import read_config
 from dspark_megatron.conversion.engines.verdicts import engine_verdicts
 from dspark_megatron.conversion.layouts.foreign_configs import TargetFacts
-from dspark_megatron.conversion.layouts.hf_config import hugging_face_config
 from dspark_megatron.conversion.layouts.names import (
     EMBEDDING,
     LM_HEAD,
     hugging_face_shapes,
     raise_if_any,
 )
-from dspark_megatron.conversion.layouts.table import LAYOUTS, detect_layout
+from dspark_megatron.conversion.layouts.table import LAYOUTS, config_of_draft, detect_layout
 from dspark_megatron.conversion.model_card import check_name, is_unedited, model_card
 from dspark_megatron.conversion.sidecar import (
     SIDECAR,
@@ -82,8 +81,9 @@ def write_draft_folder(
     dtype = options.dtype or source.dtype()
     facts = TargetFacts.of(target_config, options.target_name or target_dir.resolve().name)
     check_name("the target (--target-name)", facts.name)
-    canonical = hugging_face_config(source.description, target_config=target_config, dtype=dtype)
-    config = layout.to_config(canonical, facts)
+    config = config_of_draft(
+        layout, source.description, target_config=target_config, facts=facts, dtype=dtype
+    )
     history = source.history()
     # Iteration 0 is an import, whose sidecar came with it.
     iteration = history.get("iterations") or None
