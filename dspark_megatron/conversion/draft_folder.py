@@ -22,6 +22,7 @@ from dspark_megatron.conversion.layouts.names import (
     hugging_face_shapes,
     raise_if_any,
 )
+from dspark_megatron.conversion.layouts.rope_config import chosen_rope, doubts
 from dspark_megatron.conversion.layouts.table import LAYOUTS, check_dspark, detect_layout
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.shape import DraftShape
@@ -35,10 +36,15 @@ class DraftFolder:
     """`description`, `layout`, and `tensor` by canonical name."""
 
     def __init__(
-        self, path: str | Path, layout: str = "auto", target: TargetFacts | None = None
+        self,
+        path: str | Path,
+        layout: str = "auto",
+        target: TargetFacts | None = None,
+        rope: dict[str, Any] | None = None,
     ) -> None:
-        """layout: one of LAYOUTS, or `auto`. target: for what the config leaves to it. Raises
-        ConfigError that lists every problem."""
+        """layout: one of LAYOUTS, or `auto`. target: for what the config leaves to it. rope: keys of
+        the RoPE that the user says otherwise than the config. Raises ConfigError that lists every
+        problem."""
         self.path = Path(path)
         self.config = read_config(self.path)
         check_schema(self.config, self.path / "config.json")
@@ -48,6 +54,8 @@ class DraftFolder:
             check_dspark(self.config, raw)
             self.layout = detect_layout(self.config, raw) if layout == "auto" else LAYOUTS[layout]
             canonical = self.layout.from_config(self.config, target)
+            if rope:
+                canonical["rope_parameters"] = chosen_rope(canonical, rope)
             unsupported = _unsupported(canonical, raw)
         except ConfigError:
             raise
@@ -58,6 +66,8 @@ class DraftFolder:
             ) from error
         raise_if_any(unsupported, f"the draft in {self.path}")
         self.description = description_of_config(canonical)
+        self.doubts = [] if rope else doubts(self.config, self.layout.name)
+        """Lines on what the config says and may not be so."""
         self._names = self._canonical_names(raw)
         self._check_tensors()
 

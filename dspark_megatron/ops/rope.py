@@ -1,4 +1,7 @@
-"""The target's rotary position embedding, in fp32, as the exported draft will compute it."""
+"""The draft's rotary position embedding, in fp32, as the exported draft will compute it.
+
+Shapes: d width of a head, w <= d the widths that are turned.
+"""
 
 from typing import Any
 
@@ -19,19 +22,22 @@ class RotaryTable:
     def __init__(
         self, rope_parameters: dict[str, Any], head_dim: int, max_position_embeddings: int
     ) -> None:
+        rope = dict(rope_parameters)
+        # Frequencies of a part of a head are those of a whole head as wide as the part.
+        width = int(head_dim * rope.pop("partial_rotary_factor", 1))
         config = Qwen3Config(
-            hidden_size=head_dim,
+            hidden_size=width,
             num_attention_heads=1,
-            head_dim=head_dim,
-            rope_parameters=dict(rope_parameters),
+            head_dim=width,
+            rope_parameters=rope,
             max_position_embeddings=max_position_embeddings,
         )
         rotary = Qwen3RotaryEmbedding(config)
-        self.inv_freq: Tensor = rotary.inv_freq.float()  # [d/2]
+        self.inv_freq: Tensor = rotary.inv_freq.float()  # [w/2]
         self.attention_scaling: float = rotary.attention_scaling
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """[...] int64 positions -> cos and sin [..., d], computed in fp32, cast once."""
+        """[...] int64 positions -> cos and sin [..., w], computed in fp32, cast once."""
         self.inv_freq = self.inv_freq.to(positions.device)
         angles = positions[..., None].float() * self.inv_freq
         angles = torch.cat([angles, angles], dim=-1)
@@ -40,7 +46,10 @@ class RotaryTable:
 
 
 def apply_rope(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate [..., a, d] by the cos and sin [..., d] of its positions (half-split layout)."""
-    first, second = states.chunk(2, dim=-1)
+    """Rotate the first w widths of [..., a, d] by the cos and sin [..., w] of its positions
+    (half-split layout); the others stay."""
+    turned, fixed = states[..., : cos.shape[-1]], states[..., cos.shape[-1] :]
+    first, second = turned.chunk(2, dim=-1)
     rotated = torch.cat([-second, first], dim=-1)
-    return states * cos[..., None, :] + rotated * sin[..., None, :]
+    turned = turned * cos[..., None, :] + rotated * sin[..., None, :]
+    return torch.cat([turned, fixed], dim=-1) if fixed.shape[-1] else turned
