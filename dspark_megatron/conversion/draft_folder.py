@@ -42,9 +42,9 @@ class DraftFolder:
         target: TargetFacts | None = None,
         rope: dict[str, Any] | None = None,
     ) -> None:
-        """layout: one of LAYOUTS, or `auto`. target: for what the config leaves to it. rope: keys of
-        the RoPE that the user says otherwise than the config. Raises ConfigError that lists every
-        problem."""
+        """layout: one of LAYOUTS, or `auto`. target: for what the config leaves to it. rope: keys
+        of the RoPE that the user says otherwise than the config. Raises ConfigError that lists
+        every problem."""
         self.path = Path(path)
         self.config = read_config(self.path)
         check_schema(self.config, self.path / "config.json")

@@ -83,7 +83,7 @@ def length_note(plan: RunPlan) -> list[str]:
     return [
         *notes,
         f"data.max_length ({length}) is more than the target's max_position_embeddings ({most}): "
-        "where samples are as long, the target is outside of what it was made for"
+        "where samples are as long, the target is outside of what it was made for",
     ]
 
 

@@ -104,10 +104,10 @@ def _own_rope(own: dict[str, Any], text: Any, longest: int | None) -> dict[str, 
 def _scaled_from(rope: dict[str, Any], of_target: int, longest: int | None) -> int:
     """The length that a RoPE is scaled from: the target's, as Transformers completes it, unless the
     draft says how long it gets by scaling."""
-    factor = rope.get("factor")
+    factor: Any = rope.get("factor")
     if longest is None or type(factor) not in (int, float) or not factor > 0:
         return of_target
-    length = longest / factor
+    length = longest / float(factor)
     require(
         length == int(length) and length > 0,
         f"model.max_position_embeddings ({longest}) must be a multiple of the factor ({factor}) of "
@@ -128,8 +128,10 @@ def check_rope_width(rope: dict[str, Any], head_dim: int) -> None:
 
 def beyond_yarn(rope: dict[str, Any], max_position_embeddings: int) -> str:
     """A line on positions that YaRN is not scaled to; empty where there are none."""
-    reach = rope.get(_ORIGINAL, 0) * rope.get("factor", 0)
-    if rope["rope_type"] != "yarn" or max_position_embeddings <= reach:
+    if rope["rope_type"] != "yarn":
+        return ""
+    reach = rope[_ORIGINAL] * rope["factor"]
+    if max_position_embeddings <= reach:
         return ""
     return (
         f"the draft's YaRN reaches {reach:g} positions ({rope['factor']:g} x {rope[_ORIGINAL]}), "
@@ -162,7 +164,7 @@ def computable(rope: dict[str, Any], where: str) -> dict[str, Any]:
         raise ConfigError(f"{where} a RoPE that cannot be computed: {rope} ({error})") from error
     require(finite, f"{where} a RoPE without finite frequencies: {rope}")
     for key, (holds, what) in _SENSE.items():
-        value = rope.get(key)
+        value: Any = rope.get(key)
         good = type(value) in (int, float) and math.isfinite(value) and holds(value)
         require(
             value is None or good, f"{where} a RoPE whose {key} ({value!r}) must be {what}: {rope}"

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from support.draft_folders import ROPES
+from support.draft_passes import drafted_and_trained
 from support.draft_steps import assert_plain_step, step_gradients
-
 from support.shapes import SHAPE
 
 SHAPES = {

@@ -149,7 +149,8 @@ def _scaling(config: Config, key: str) -> Config:
     left_out = (*NOT_APPLIED, ROPE_DIM, "type", "finetuned")
     rope = {k: v for k, v in given.items() if k not in left_out}
     rope.setdefault("rope_type", given.get("type", "default"))
-    width, whole = given.get(ROPE_DIM), config.get("head_dim")
+    width: Any = given.get(ROPE_DIM)
+    whole: Any = config.get("head_dim")
     if width is not None and width != whole:
         require(
             type(width) is int and type(whole) is int and 0 < width < whole,
