@@ -118,6 +118,8 @@ def _scaled_from(rope: dict[str, Any], of_target: int, longest: int | None) -> i
 
 def check_rope_width(rope: dict[str, Any], head_dim: int) -> None:
     """ConfigError for a RoPE that turns no even number of a head's widths."""
+    if rope["rope_type"] not in ROPE_TYPES:  # one that always turns the whole head
+        return
     width = int(head_dim * rope.get(PARTIAL, 1))
     require(
         width > 0 and width % 2 == 0,

@@ -12,6 +12,7 @@ import math
 from typing import Any
 
 from dspark_megatron.errors import require
+from dspark_megatron.shape import DraftShape
 from dspark_megatron.shape.rope import (
     NOT_APPLIED,
     PARTIAL,
@@ -41,13 +42,13 @@ def rope_spellings(rope: Config, head_dim: int) -> Config:
     return spelled
 
 
-def chosen_rope(config: Config, chosen: Config) -> Config:
-    """The complete RoPE of a canonical config, with keys that the user says otherwise."""
-    rope = {**config["rope_parameters"], **chosen}
+def chosen_rope(shape: DraftShape, chosen: Config) -> Config:
+    """The complete RoPE of a draft, with keys that the user says otherwise. ConfigError."""
+    rope = {**shape.rope_parameters, **chosen}
     theta = rope["rope_theta"]
     require(0 < theta < math.inf, f"--rope-theta ({theta}) must be a number > 0")
     rope = computable(rope, "with the chosen values the draft has")
-    check_rope_width(rope, config["head_dim"])
+    check_rope_width(rope, shape.head_dim)
     return rope
 
 
@@ -77,6 +78,8 @@ def doubts(config: Config, layout: str) -> list[str]:
 
 def way_back_to_modelopt(rope: Config) -> str:
     """What ModelOpt must be told to train on with a draft's RoPE."""
+    if PARTIAL in rope:
+        return "ModelOpt cannot train it on: its drafts turn whole heads, and this one a part"
     return (
         "to train it on in ModelOpt, set dflash_architecture_config.rope_parameters to "
         f"{json.dumps(rope)}: ModelOpt 0.47 makes the draft's RoPE from that alone on Transformers "
