@@ -5,6 +5,7 @@ kind is listed at once, before any tensor is read; so is every setting that this
 does not have, because taking such a draft for ours would change what it computes.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from dspark_megatron.conversion.layouts.names import (
     hugging_face_shapes,
     raise_if_any,
 )
+from dspark_megatron.conversion.layouts.rope_config import chosen_rope, doubts
 from dspark_megatron.conversion.layouts.table import LAYOUTS, check_dspark, detect_layout
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.shape import DraftShape
@@ -40,10 +42,15 @@ class DraftFolder:
     """`description`, `layout`, and `tensor` by canonical name."""
 
     def __init__(
-        self, path: str | Path, layout: str = "auto", target: TargetFacts | None = None
+        self,
+        path: str | Path,
+        layout: str = "auto",
+        target: TargetFacts | None = None,
+        rope: dict[str, Any] | None = None,
     ) -> None:
-        """layout: one of LAYOUTS, or `auto`. target: for what the config leaves to it. Raises
-        ConfigError that lists every problem."""
+        """layout: one of LAYOUTS, or `auto`. target: for what the config leaves to it. rope: keys
+        of the RoPE that the user says otherwise than the config. Raises ConfigError that lists
+        every problem."""
         self.path = Path(path)
         self.config = read_config(self.path)
         check_schema(self.config, self.path / "config.json")
@@ -60,6 +67,11 @@ class DraftFolder:
                 f"{self.path}/config.json cannot be read as a draft's: a key has a value of "
                 f"another kind than it must have ({error!r})"
             ) from error
+        if rope:
+            shape = replace(self.shape, rope_parameters=chosen_rope(self.shape, rope))
+            self.description = replace(self.description, shape=shape)
+        self.doubts = [] if rope else doubts(self.config, self.layout.name)
+        """Lines on what the config says and may not be so."""
         self._names = self._canonical_names(raw)
         self._check_tensors()
 
