@@ -84,6 +84,7 @@ def check_draft_split(shape: DraftShape, tp: int) -> None:
 def _draft_splits(shape: DraftShape) -> dict[str, int]:
     return {
         "query heads": shape.num_attention_heads,
+        "key/value heads": shape.num_key_value_heads,
         "rows of keys": shape.num_key_value_heads * shape.head_dim,
         "ffn_hidden_size": shape.ffn_hidden_size,
         "hidden_size": shape.hidden_size,
@@ -92,18 +93,18 @@ def _draft_splits(shape: DraftShape) -> dict[str, int]:
 
 def _check_splits(splits: dict[str, int], tp: int, most: int, kv_heads: int) -> None:
     """kv_heads: of the draft. Where there are fewer of them than ranks, ranks share them."""
+    shared = "key/value heads"
 
     def bad(n: int) -> list[str]:
-        uneven = [f"{name} ({size})" for name, size in splits.items() if size % n]
-        alone = kv_heads % n and n % kv_heads
-        return (
-            [*uneven, f"key/value heads ({kv_heads}), or a multiple of them,"] if alone else uneven
-        )
+        uneven = [name for name, size in splits.items() if size % n]
+        return [name for name in uneven if name != shared or n % kv_heads]
 
-    if numbers := bad(tp):
+    if names := bad(tp):
+        numbers = ", ".join(f"{name} ({splits[name]})" for name in names)
         good = [n for n in range(1, most + 1) if not bad(n)]
         raise ConfigError(
-            f"{', '.join(numbers)} must be divisible by parallel.tensor_parallel ({tp}); "
+            f"{numbers} must be divisible by parallel.tensor_parallel ({tp})"
+            f"{', or key/value heads divide it' * (shared in names)}; "
             f"sizes that work here: {good}"
         )
 

@@ -79,11 +79,11 @@ class LayerCopies:
 
 
 def layer_copies(
-    source: LayerSource, ids: Sequence[int], shape: DraftShape, *, same_heads: bool
+    source: LayerSource, ids: Sequence[int], shape: DraftShape, *, same_heads: Sequence[bool]
 ) -> LayerCopies:
     """For each draft layer the rows of its `ids` entry that fit. A row goes as a whole: keys with
-    values, gate with up. same_heads: whether both have the same numbers of heads and the same head
-    width; else attention does not fit, though a shape may."""
+    values, gate with up. same_heads: for each, whether both have the same numbers of heads and the
+    same head width; else attention does not fit, though a shape may."""
     wanted = hugging_face_shapes(shape, shared_weights=False)
     rows: list[NameMapping] = []
     report: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
@@ -96,7 +96,7 @@ def layer_copies(
                 for there, here in zip(theirs, ours, strict=True)
             ]
             obstacle = _obstacle(shapes)
-            if not obstacle and not same_heads and "self_attn" in theirs[0]:
+            if not obstacle and not same_heads[i] and "self_attn" in theirs[0]:
                 obstacle = "not copied, other heads than the draft's"
             if not obstacle:
                 rows.append(replace(row.of_layer(i), hugging_face=theirs))
