@@ -29,7 +29,7 @@ def saved_bytes(draft: torch.nn.Module, tokens: int, num_anchors: int) -> int:
     ids = torch.arange(tokens)[None] % shape.vocab_size
     anchors = torch.linspace(1, tokens - shape.block_size - 1, num_anchors).long()
     mask = torch.ones(1, tokens, dtype=torch.bool)
-    blocks = draft_blocks(ids, mask, [anchors], shape.block_size).to(device)
+    blocks = draft_blocks(ids, mask, [anchors], shape.num_draft_tokens).to(device)
     width = len(shape.target_layer_ids) * shape.hidden_size
     taps = torch.zeros(1, tokens, width, dtype=draft.config.params_dtype, device=device)
     weights = {p.untyped_storage().data_ptr() for p in draft.parameters()}

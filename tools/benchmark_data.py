@@ -36,7 +36,7 @@ from dspark_megatron.data.token_store import TokenStore, write_store
 from dspark_megatron.data.tokenizing.collecting import Streams, Tokenizing
 from dspark_megatron.data.tokenizing.encoding import LineEncoder
 
-RULES = SampleRules(max_length=4096, min_loss_tokens=14, block_size=7, loss=LossConfig())
+RULES = SampleRules(max_length=4096, min_loss_tokens=14, num_draft_tokens=7, loss=LossConfig())
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"

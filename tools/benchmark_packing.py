@@ -56,7 +56,7 @@ class Variants:
         from dspark_megatron.training.step import GradientStep
 
         plan = check(config, runtime.world_size)
-        self.block_size, self.device = plan.shape.block_size, runtime.device
+        self.drafted, self.device = plan.shape.num_draft_tokens, runtime.device
         dataset = load_run_data(plan, config.data.train_files, weights=config.data.weights)
         self.batches = {
             grouped: micro_batches(config, dataset, steps, grouped, runtime)
@@ -88,7 +88,7 @@ class Variants:
         from dspark_megatron.training.metrics import MetricSums
 
         self.target.packer = self.planner if packed else None
-        metrics = MetricSums.zeros(self.block_size, self.device)
+        metrics = MetricSums.zeros(self.drafted, self.device)
         self.step.run(self.batches[grouped], metrics)
         return metrics.means(self.step.forward_step.term_weights)
 

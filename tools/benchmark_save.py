@@ -88,11 +88,11 @@ class Run:
         samples = make_samples(shape, lengths=(args.seq_length,) * 2 * runtime.dp_group.size())
         samples.taps = [taps.bfloat16() for taps in samples.taps]
         samples.last_hidden = [last.bfloat16() for last in samples.last_hidden]
-        self.batches = rank_micro_batches(runtime, samples, shape.block_size, 1)
+        self.batches = rank_micro_batches(runtime, samples, shape.num_draft_tokens, 1)
         states = RandomStates(samples, runtime.device)
         groups = {"tp_group": runtime.tp_group, "dp_group": runtime.dp_group}
         self.step = GradientStep(loss, model, states, **groups, device=runtime.device)
-        self.metrics = MetricSums.zeros(shape.block_size, runtime.device)
+        self.metrics = MetricSums.zeros(shape.num_draft_tokens, runtime.device)
         meta = {"format": 1, "shape": shape.to_dict(), "num_anchors": 5, "initializer_range": 0.02}
         meta |= {"confidence_head_alpha": 1.0, "target_fingerprint": "none"}
         self.saves = {

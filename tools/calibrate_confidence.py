@@ -62,7 +62,7 @@ def _calibrate(args: argparse.Namespace) -> None:
     if args.config and not _evaluate(args):
         return
     records = load_records(args.records)
-    check_place(args.output, records.block_size, records.facts, args.force)
+    check_place(args.output, records.num_draft_tokens, records.facts, args.force)
     result = calibrate(records, settings)
     texts = {"calibration.json": json_text(result, indent=1) + "\n", SIDECAR: sidecar_json(result)}
     write_files(

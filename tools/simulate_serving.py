@@ -57,7 +57,7 @@ def simulate(args: argparse.Namespace) -> list[dict[str, Any]]:
     temperatures = None
     if args.temperatures:
         draft = records.facts.get("iteration"), records.facts.get("checkpoint")
-        temperatures = read_temperatures(args.temperatures, records.block_size, *draft)
+        temperatures = read_temperatures(args.temperatures, records.num_draft_tokens, *draft)
     settings = ServingSettings(
         temperatures=temperatures,
         thresholds=tuple(args.thresholds),

@@ -97,6 +97,12 @@ class Config:
             f"give exactly one of train.iterations ({train.iterations}) "
             f"and train.epochs ({train.epochs})",
         )
+        require(
+            self.model.sample_from_anchor or self.loss.slot_mask == "label",
+            f"loss.slot_mask ({self.loss.slot_mask!r}) must be 'label' with "
+            "model.sample_from_anchor=false: a slot's input stands where its label does; set "
+            "loss.slot_mask=label",
+        )
 
     def _check_passes(self) -> None:
         most, longest = self.target.max_tokens_per_forward, self.data.max_length
@@ -161,5 +167,5 @@ class Config:
 
     @property
     def min_loss_tokens(self) -> int:
-        """`data.min_loss_tokens`, or twice the block size (DeepSpec's default)."""
-        return self.data.min_loss_tokens or 2 * self.model.block_size
+        """`data.min_loss_tokens`, or twice the tokens that a block drafts (DeepSpec's default)."""
+        return self.data.min_loss_tokens or 2 * self.model.num_draft_tokens

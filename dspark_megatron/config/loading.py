@@ -39,9 +39,10 @@ def load_config(
     """
     raw = _with_new_names(_sections_of(path)) if path is not None else {}
     changes = _with_new_names(nested_overrides(overrides))
-    config = config_from_dict(merged_sections(raw, changes))
+    merged = merged_sections(raw, changes)
+    config = config_from_dict(merged)
     config.validate(trains=trains)
-    check_new_preset(raw, changes)
+    check_new_preset(raw, changes, merged)
     return config
 
 

@@ -38,7 +38,8 @@ class LossConfig:
     mask. `all`: also those after such a gap."""
     slot_mask: Literal["label", "input"] = "label"
     """Whether a slot is in the loss mask is decided by its `label`, or by its `input`, one token
-    before. With `input` one token past the end of an answer is learnt."""
+    before. With `input` one token past the end of an answer is learnt. With
+    `model.sample_from_anchor: false` input and label of a slot stand at one place: only `label`."""
     normalization: Literal["global_step", "deepspec", "local", "local_count"] = "global_step"
     """`global_step`: sums over all samples of the step, divided once by the sum of the weights.
     `deepspec`: the mean over micro-batches of their weighted means. `local`: the mean over

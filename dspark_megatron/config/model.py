@@ -8,6 +8,11 @@ from dspark_megatron.config.rules import not_negative, positive
 from dspark_megatron.errors import require
 
 
+def num_draft_tokens(block_size: int, sample_from_anchor: bool) -> int:
+    """Tokens that a block drafts: one for each slot, or for each but the anchor's."""
+    return block_size if sample_from_anchor else block_size - 1
+
+
 @dataclass(kw_only=True)
 class ModelConfig:
     """The draft model. A width that is null is the target's."""
@@ -79,6 +84,10 @@ class ModelConfig:
     attention_group_size: int = 16
     """Blocks that share one attention call of `sdpa`. This bounds the mask to the
     shape [group * k, context + group * k]."""
+
+    @property
+    def num_draft_tokens(self) -> int:
+        return num_draft_tokens(self.block_size, self.sample_from_anchor)
 
     def validate(self) -> None:
         positive("model", self, "num_layers", "block_size", "num_anchors", "attention_group_size")

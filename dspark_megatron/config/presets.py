@@ -27,22 +27,25 @@ def with_preset(raw: dict[str, Any]) -> dict[str, Any]:
     loss = raw.get("loss")
     if not isinstance(loss, dict):
         return raw
-    defaults = _values(loss.get("preset"))
+    defaults = _values(loss.get("preset"), raw)
     if any(name in loss for name in DISTANCES):
         defaults |= dict.fromkeys(DISTANCES, 0.0)
     return {**raw, "loss": {**defaults, **loss}}
 
 
-def check_new_preset(raw: dict[str, Any], changes: dict[str, dict[str, Any]]) -> None:
+def check_new_preset(
+    raw: dict[str, Any], changes: dict[str, dict[str, Any]], merged: dict[str, Any]
+) -> None:
     """ConfigError if an override of the preset would not change keys that the file gives. A saved
     config.yaml gives all keys, so it would change none."""
     new = changes.get("loss", {})
     if "preset" not in new:
         return
+    preset = _values(new["preset"], merged)
     standing = {
         name: value
         for name, value in (raw.get("loss") or {}).items()
-        if name not in new and value != _values(new["preset"]).get(name, value)
+        if name not in new and value != preset.get(name, value)
     }
     require(
         not standing,
@@ -52,8 +55,12 @@ def check_new_preset(raw: dict[str, Any], changes: dict[str, dict[str, Any]]) ->
     )
 
 
-def _values(preset: Any) -> dict[str, Any]:
-    """A value for every key that any preset sets: this preset's, or else the default."""
+def _values(preset: Any, raw: dict[str, Any]) -> dict[str, Any]:
+    """A value for every key that any preset sets: this preset's for such a draft, or else the
+    default."""
     own = LOSS_PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+    model = raw.get("model")
+    if isinstance(model, dict) and model.get("sample_from_anchor") is False:
+        own = {**own, "slot_mask": "label"}  # which stands at a slot's own position then
     names = {name for values in LOSS_PRESETS.values() for name in values}
     return {name: own.get(name, getattr(LossConfig(), name)) for name in sorted(names)}

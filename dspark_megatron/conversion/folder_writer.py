@@ -87,7 +87,9 @@ def write_draft_folder(
     # Iteration 0 is an import, whose sidecar came with it.
     iteration = history.get("iterations") or None
     checkpoint = source.path if iteration else None
-    with_temperatures = check_sidecar(source.neighbours(), shape.block_size, iteration, checkpoint)
+    with_temperatures = check_sidecar(
+        source.neighbours(), shape.num_draft_tokens, iteration, checkpoint
+    )
     names = hugging_face_shapes(shape, shared_weights=bool(shared))
     sizes = {layout.to_name(name): size for name, size in names.items()}
     shapes = {name: torch.empty(size, dtype=dtype, device="meta") for name, size in sizes.items()}

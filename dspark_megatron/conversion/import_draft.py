@@ -67,7 +67,7 @@ def import_folder(
     draft = open_draft_folder(input_dir, target_dir, layout, target_checkpoint=target_checkpoint)
     source, shape = FolderSource(draft), draft.shape
     check_draft_split(shape, tensor_parallel)
-    check_sidecar(draft.path, shape.block_size)
+    check_sidecar(draft.path, shape.num_draft_tokens)
     run = Path(output_dir).resolve()
     meta = {
         "format": FORMAT,

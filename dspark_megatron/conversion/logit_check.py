@@ -72,7 +72,7 @@ def _results(
     shared: Callable[[str], Tensor],
     tp_group: dist.ProcessGroup,
 ) -> list[tuple[str, Tensor]]:
-    """Logits [n * k, v], and confidence logits [n, k] where there is a head."""
+    """Logits [n * d, v], and confidence logits [n, d] where there is a head."""
     draft = DSparkDraftModel(
         shape, tp_group=tp_group, params_dtype=torch.float32, device=torch.device("cpu")
     )
@@ -86,10 +86,10 @@ def _forward(draft: DSparkDraftModel) -> Iterator[tuple[str, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     width = len(shape.target_layer_ids) * shape.hidden_size
     taps = torch.randn(1, TOKENS, width, generator=generator)
-    size = (TOKENS + 1 + shape.block_size,)
+    size = (TOKENS + 1 + shape.num_draft_tokens,)
     ids = torch.randint(0, shape.vocab_size, size, generator=generator)
     anchors = torch.tensor([1, TOKENS // 2, TOKENS])
-    blocks = draft_blocks([ids], [torch.ones_like(ids)], [anchors], shape.block_size)
+    blocks = draft_blocks([ids], [torch.ones_like(ids)], [anchors], shape.num_draft_tokens)
     out = draft(taps, blocks)
     latents = None if out.latents is None else out.latents.flatten(0, 1)
     yield "logits", draft.draft_logits(out.hidden.flatten(0, 1), latents)

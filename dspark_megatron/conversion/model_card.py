@@ -100,7 +100,7 @@ def _vllm_command(shape: DraftShape, target: str, folder: str) -> str:
     options = {
         "method": "dspark",
         "model": folder,
-        "num_speculative_tokens": shape.block_size,
+        "num_speculative_tokens": shape.num_draft_tokens,
         "attention_backend": "FLASH_ATTN",
         "draft_sample_method": "probabilistic",
     }

@@ -1,4 +1,4 @@
-"""`dspark_sts.json`: temperatures of the confidence head by slot, in SGLang's schema.
+"""`dspark_sts.json`: temperatures of the confidence head by draft token, in SGLang's schema.
 
 Calibration writes it beside a draft; conversion carries it along. The keys `iteration` and
 `checkpoint` say which draft it is of.
@@ -18,13 +18,13 @@ SIDECAR = "dspark_sts.json"
 
 def check_sidecar(
     folder: Path,
-    block_size: int,
+    num_draft_tokens: int,
     iteration: int | None = None,
     checkpoint: str | Path | None = None,
 ) -> bool:
     """Whether the folder has one. ConfigError when it cannot be used with this draft: SGLang wants
-    one positive temperature for each slot. iteration, checkpoint: of the draft, where known; a
-    sidecar that names another was calibrated for another."""
+    one positive temperature for each draft token. iteration, checkpoint: of the draft, where known;
+    a sidecar that names another was calibrated for another."""
     file = folder / SIDECAR
     if not file.is_file():
         return False
@@ -38,9 +38,9 @@ def check_sidecar(
         type(x) in (int, float) and 0 < x < math.inf for x in temperatures
     )
     require(
-        numbers and len(temperatures) == block_size,
-        f"{file} must hold one positive temperature for each of the {block_size} slots, has "
-        f"{temperatures}; calibrate again, or move the file away",
+        numbers and len(temperatures) == num_draft_tokens,
+        f"{file} must hold one positive temperature for each of the {num_draft_tokens} draft "
+        f"tokens, has {temperatures}; calibrate again, or move the file away",
     )
     require(
         own is None or iteration is None or own == iteration,
@@ -77,12 +77,12 @@ def is_of_same_draft(own: Path, other: Path) -> bool:
 
 def read_temperatures(
     folder: Path,
-    block_size: int,
+    num_draft_tokens: int,
     iteration: int | None = None,
     checkpoint: str | Path | None = None,
 ) -> list[float]:
-    """Temperature of each slot; ConfigError as in `check_sidecar`, and when there are none."""
-    found = check_sidecar(folder, block_size, iteration, checkpoint)
+    """Of each draft token; ConfigError as in `check_sidecar`, and when there are none."""
+    found = check_sidecar(folder, num_draft_tokens, iteration, checkpoint)
     require(found, f"{folder} must hold a {SIDECAR}; tools/calibrate_confidence.py makes one")
     return read_json(folder / SIDECAR)["temperatures"]
 
@@ -94,7 +94,7 @@ def carry_sidecar(source: Path, folder: Path) -> None:
 
 def sidecar_json(calibration: dict[str, Any]) -> str:
     """The sidecar's text. calibration: what `calibration.json` holds. The calibration errors are of
-    the survival, by slot, on the part held out; of numbers only, so none when a slot has none."""
+    the survival, by draft token, on the part held out; only numbers, so none when one has none."""
     errors = [calibration["survival"][when]["ece"] for when in ("before", "after")]
     before, after = errors if all(None not in by_slot for by_slot in errors) else ([], [])
     content = {
@@ -110,15 +110,15 @@ def sidecar_json(calibration: dict[str, Any]) -> str:
     return json_text(content, indent=2) + "\n"
 
 
-def check_place(folder: Path, block_size: int, facts: dict[str, Any], force: bool) -> None:
+def check_place(folder: Path, num_draft_tokens: int, facts: dict[str, Any], force: bool) -> None:
     """ConfigError when the sidecar of a draft would not belong into this folder, or would replace
     one that calibration of the same checkpoint did not write (allowed with `force`). facts: of the
     draft's records."""
-    own = _own_block_size(folder / "config.json")
+    own = _own_draft_tokens(folder / "config.json")
     require(
-        own in (None, block_size),
-        f"{folder} holds a draft of block_size {own}, the records are of {block_size}; choose the "
-        "folder of the draft that was evaluated",
+        not own or num_draft_tokens in own,
+        f"{folder} holds a draft of {own[-1] if own else 0} draft tokens a block, the records are "
+        f"of {num_draft_tokens}; choose the folder of the draft that was evaluated",
     )
     file = folder / SIDECAR
     if force or not file.exists():
@@ -141,11 +141,15 @@ def check_place(folder: Path, block_size: int, facts: dict[str, Any], force: boo
     )
 
 
-def _own_block_size(config_file: Path) -> int | None:
-    """Of the draft whose config this is; None when there is none or it does not say."""
+def _own_draft_tokens(config_file: Path) -> list[int]:
+    """Of the draft whose config this is; empty when there is none or it does not say. Layouts
+    differ in whether the block size counts an anchor that drafts nothing."""
     try:
         config = read_json(config_file)
-        nested = config.get("dflash_config") or {}
-        return config.get("block_size", nested.get("block_size"))
-    except (OSError, ValueError, AttributeError):
-        return None
+        own = {**(config.get("dflash_config") or {}), **config}
+        size, anchor = own.get("block_size"), own.get("sample_from_anchor")
+    except (OSError, ValueError, TypeError, AttributeError):
+        return []
+    if not isinstance(size, int):
+        return []
+    return [size, size - 1] if anchor is False else [size]

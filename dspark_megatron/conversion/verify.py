@@ -60,7 +60,7 @@ def verify_folder(
         problems += _source_problems(folder, source, target_config)
     with_temperatures = False
     try:
-        with_temperatures = check_sidecar(folder.path, shape.block_size)
+        with_temperatures = check_sidecar(folder.path, shape.num_draft_tokens)
     except ConfigError as error:
         problems.append(str(error))
     if dtype_name not in DTYPES:
@@ -70,7 +70,9 @@ def verify_folder(
     assert dtype_name is not None
     summary = _summary(folder, dtype_name)
     if with_temperatures:
-        summary.append(f"{SIDECAR}: a temperature for each of the {shape.block_size} slots")
+        summary.append(
+            f"{SIDECAR}: a temperature for each of the {shape.num_draft_tokens} draft tokens"
+        )
     sources: list[Iterable[tuple[str, Tensor]]] = []
     if target_dir is not None and folder.shared:
         sources.append(targets_shared(folder, target_dir, target_checkpoint))

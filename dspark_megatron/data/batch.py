@@ -102,5 +102,5 @@ class MicroBatches:
             for mask, ref in zip(masks, refs, strict=True)
         ]
         reach = model.attention.reach(model.num_layers)
-        blocks = draft_blocks(ids, masks, anchors, model.block_size, loss, reach=reach)
+        blocks = draft_blocks(ids, masks, anchors, model.num_draft_tokens, loss, reach=reach)
         return MicroBatch.of(ids, blocks, tuple(ref.sample_index for ref in refs))

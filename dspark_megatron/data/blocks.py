@@ -1,12 +1,16 @@
 """Anchors of a sample and the blocks they start.
 
-A block belongs to one anchor: slot k holds position `anchor + k` and predicts token
-`anchor + k + 1`. Blocks are made on the host, where the data is, from the data and a seed alone, so
-they are the same on every tensor-parallel rank and for every layout; a GPU would have to be waited
-for to count supervised slots.
+A block belongs to one anchor and drafts the tokens after it. Slots are counted here from the first
+that drafts: slot j follows the token at `anchor + j` and predicts that at `anchor + j + 1`. Whether
+the draft has one more before them, which only carries the anchor (`model.sample_from_anchor`), is
+known to its `backbone` alone.
 
-Shapes: b samples, s tokens, n blocks of the whole micro-batch (only real ones: no filler), k slots,
-t context tokens that some block sees, r supervised slots.
+Blocks are made on the host, where the data is, from the data and a seed alone, so they are the same
+on every tensor-parallel rank and for every layout; a GPU would have to be waited for to count
+supervised slots.
+
+Shapes: b samples, s tokens, n blocks of the whole micro-batch (only real ones: no filler), d slots
+that draft, t context tokens that some block sees, r supervised slots.
 """
 
 from collections.abc import Sequence
@@ -32,11 +36,12 @@ class DraftBlocks:
     sample_index: Tensor
     """[n] sample of the micro-batch that the block belongs to; ascending."""
     positions: Tensor
-    """[n, k] of each slot in its sample: `anchor + k`. Anchors ascend within a sample."""
+    """[n, d] of the token before each label, and of the target's state that predicts it:
+    `anchor + j`. Anchors ascend within a sample."""
     tokens: Tensor
-    """[n, k + 1] the anchor's and the ground-truth next ones; 0 past the end of the sample."""
+    """[n, d + 1] the anchor's and the ground-truth next ones; 0 past the end of the sample."""
     eval_mask: Tensor
-    """[n, k] bool: the supervised slots, at least one in each block."""
+    """[n, d] bool: the supervised slots, at least one in each block."""
     context_samples: Tensor
     """[t] sample of each context token: those that some block sees."""
     context_positions: Tensor
@@ -47,7 +52,7 @@ class DraftBlocks:
     bounds_on_host: list[tuple[int, int]]
     """The same numbers."""
     slot_index: Tensor
-    """[r] supervised slots of the flattened [n * k]."""
+    """[r] supervised slots of the flattened [n * d]."""
     labels: Tensor
     """[r] ground-truth next tokens."""
     target_samples: Tensor
@@ -121,7 +126,7 @@ class DraftBlocks:
 
     @property
     def prev_token_ids(self) -> Tensor:
-        """[n, k] token before each label; slot 0 sees the anchor."""
+        """[n, d] token before each label; slot 0 sees the anchor."""
         return self.tokens[:, :-1]
 
     @property
@@ -137,11 +142,11 @@ class DraftBlocks:
         return last_hidden[self.target_samples, self.target_positions]
 
     def supervised(self, by_slot: Tensor) -> Tensor:
-        """[n, k, ...] -> [r, ...]"""
+        """[n, d, ...] -> [r, ...]"""
         return by_slot.flatten(0, 1).index_select(0, self.slot_index)
 
     def by_slot(self, values: Tensor) -> Tensor:
-        """[r] -> [n, k]; 0 where a slot is not supervised."""
+        """[r] -> [n, d]; 0 where a slot is not supervised."""
         slots = values.new_zeros(self.eval_mask.numel())
         return slots.index_copy(0, self.slot_index, values).view(self.eval_mask.shape)
 
@@ -184,12 +189,12 @@ def anchor_candidates(loss_mask: Tensor, loss: LossConfig = DEFAULT_LOSS) -> Ten
     return allowed.nonzero().flatten()
 
 
-def has_block(loss_mask: Tensor, block_size: int, loss: LossConfig = DEFAULT_LOSS) -> bool:
+def has_block(loss_mask: Tensor, num_draft_tokens: int, loss: LossConfig = DEFAULT_LOSS) -> bool:
     """Whether some candidate of a sample starts a block with a supervised slot. [s] bool."""
     anchors = anchor_candidates(loss_mask, loss)
     if loss.anchor_rule == "label" or not len(anchors):
         return len(anchors) > 0  # slot 0 is supervised wherever both its tokens are in the mask
-    return bool(supervised_slots(loss_mask, anchors, block_size, loss).any())
+    return bool(supervised_slots(loss_mask, anchors, num_draft_tokens, loss).any())
 
 
 def anchor_seed(seed: int, epoch: int, sample_index: int) -> int:
@@ -211,7 +216,7 @@ def draft_blocks(
     input_ids: Sequence[Tensor],
     loss_masks: Sequence[Tensor],
     anchors: Sequence[Tensor],
-    block_size: int,
+    num_draft_tokens: int,
     loss: LossConfig = DEFAULT_LOSS,
     *,
     reach: int | None = None,
@@ -221,9 +226,9 @@ def draft_blocks(
     reach: tokens before an anchor that the draft sees at most; None: all."""
     parts = []
     for i, (ids, mask, own) in enumerate(zip(input_ids, loss_masks, anchors, strict=True)):
-        supervised = supervised_slots(mask, own, block_size, loss)
+        supervised = supervised_slots(mask, own, num_draft_tokens, loss)
         keep = supervised.any(dim=1)
-        positions = own[keep, None] + torch.arange(block_size + 1)  # [n, k + 1]
+        positions = own[keep, None] + torch.arange(num_draft_tokens + 1)  # [n, d + 1]
         tokens = ids[positions.clamp(max=len(ids) - 1)].where(positions < len(ids), 0)
         index = torch.full_like(positions[:, 0], i)
         parts.append((index, positions[:, :-1], tokens, supervised[keep]))
@@ -236,10 +241,10 @@ def draft_blocks(
 
 
 def supervised_slots(
-    loss_mask: Tensor, anchors: Tensor, block_size: int, loss: LossConfig
+    loss_mask: Tensor, anchors: Tensor, num_draft_tokens: int, loss: LossConfig
 ) -> Tensor:
-    """[n, k] bool of anchors [n] of a sample: the slots that are learnt."""
-    positions = anchors[:, None] + torch.arange(block_size + 1)  # [n, k + 1]
+    """[n, d] bool of anchors [n] of a sample: the slots that are learnt."""
+    positions = anchors[:, None] + torch.arange(num_draft_tokens + 1)  # [n, d + 1]
     in_mask = loss_mask.bool()[positions.clamp(max=len(loss_mask) - 1)]
     deciding = in_mask[:, 1:] if loss.slot_mask == "label" else in_mask[:, :-1]
     supervised = deciding & (positions[:, 1:] < len(loss_mask))
@@ -248,7 +253,7 @@ def supervised_slots(
     return supervised
 
 
-def slot_weights(block_size: int, loss_decay_gamma: float | None) -> Tensor:
-    """[k] loss weight of each slot: exp(-k / gamma), or ones (paper Eq. 9)."""
-    slots = torch.arange(block_size, dtype=torch.float32)
-    return torch.ones(block_size) if loss_decay_gamma is None else (-slots / loss_decay_gamma).exp()
+def slot_weights(num_draft_tokens: int, loss_decay_gamma: float | None) -> Tensor:
+    """[d] loss weight of each slot: exp(-j / gamma), or ones (paper Eq. 9)."""
+    slots = torch.arange(num_draft_tokens, dtype=torch.float32)
+    return torch.ones_like(slots) if loss_decay_gamma is None else (-slots / loss_decay_gamma).exp()

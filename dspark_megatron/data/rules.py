@@ -19,7 +19,8 @@ class SampleRules:
     """The most tokens that are kept of a sample."""
     min_loss_tokens: int
     """Supervised tokens that it needs then."""
-    block_size: int
+    num_draft_tokens: int
+    """Of a block."""
     loss: LossConfig
     """By these some anchor of it must start a block with something to learn."""
     reasoning_tags: tuple[str, str] | None = None
@@ -35,6 +36,7 @@ class SampleRules:
         """JSON of all that decides on the tokens of a sample and whether it is kept."""
         facts = asdict(self)
         del facts["skip_bad_lines"]  # decides whether a run begins
+        facts["block_size"] = facts.pop("num_draft_tokens")  # as older stores call it
         facts["answers"]["stop_ids"] = sorted(self.answers.stop_ids)
         facts["loss"] = {name: getattr(self.loss, name) for name in ANCHOR_RULES}
         return facts

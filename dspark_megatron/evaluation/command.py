@@ -71,7 +71,7 @@ def evaluate(job: Launch, config: Config) -> None:
     }
     if checkpoint is not None:
         check_checkpoint(plan, checkpoint, rank=job.rank)
-    cut = _scheduled_cut(settings, plan.shape.block_size, checkpoint)
+    cut = _scheduled_cut(settings, plan.shape.num_draft_tokens, checkpoint)
     output = _claim_outputs(config)
     runtime = start(job, config.parallel.tensor_parallel, uneven=True)
     if checkpoint is not None:  # a run that goes on may have saved another one meanwhile
@@ -83,7 +83,7 @@ def evaluate(job: Launch, config: Config) -> None:
     results = evaluate_prompts(
         decoder, files, settings, dp_group=runtime.dp_group, show_progress=runtime.is_main
     )
-    figures = all_figures(results, plan.shape.block_size)
+    figures = all_figures(results, plan.shape.num_draft_tokens)
     for name, count in _ties(decoder, files, results, settings).items():
         figures[name]["ties_with_plain"] = count
     facts = _facts(plan, checkpoint, iteration)
@@ -141,19 +141,19 @@ def _file_facts(settings: EvaluateConfig, checkpoint: Path | None) -> Facts:
 
 
 def _scheduled_cut(
-    settings: EvaluateConfig, block_size: int, checkpoint: Path | None
+    settings: EvaluateConfig, num_draft_tokens: int, checkpoint: Path | None
 ) -> ScheduledCut | None:
     """The scheduler of the settings, None without one; ConfigError if its files cannot be used."""
     if settings.scheduler == "none":
         return None
     sps = read_sps_table(settings.sps_table)
-    sps_of_step(sps, settings.batch_size, block_size)  # the largest step must be within it
+    sps_of_step(sps, settings.batch_size, num_draft_tokens)  # the largest step must be within it
     temperatures = None
     if settings.temperatures:
         iteration = read_meta(checkpoint)["iteration"] if checkpoint else 0
         folder = Path(settings.temperatures)
-        temperatures = read_temperatures(folder, block_size, iteration, checkpoint)
-    return ScheduledCut(settings.scheduler, sps, block_size, temperatures)
+        temperatures = read_temperatures(folder, num_draft_tokens, iteration, checkpoint)
+    return ScheduledCut(settings.scheduler, sps, num_draft_tokens, temperatures)
 
 
 def _claim_outputs(config: Config) -> Path:
@@ -215,6 +215,7 @@ def _facts(plan: RunPlan, checkpoint: Path | None, iteration: int) -> dict[str, 
         "checkpoint": str(checkpoint) if checkpoint else None,
         "iteration": iteration,
         "block_size": plan.shape.block_size,
+        "num_draft_tokens": plan.shape.num_draft_tokens,
         **{name: getattr(plan.config.evaluate, name) for name in names},
     }
 
@@ -228,6 +229,6 @@ def _write_records(
     if not settings.records:
         return
     counts = {"prompt_files": list(files), "prompts": [len(found) for found in files.values()]}
-    records = draft_records(results, facts["block_size"], facts | counts)
+    records = draft_records(results, facts["num_draft_tokens"], facts | counts)
     records.save(Path(settings.records))
     print(printable(f"wrote {settings.records}"), flush=True)

@@ -1,7 +1,7 @@
 """What was drafted and what became of it, round by round: the input of calibration, of the
 threshold sweep and of the serving simulation.
 
-Shapes: n rounds (of all prompts), k slots.
+Shapes: n rounds (of all prompts), k draft tokens of a block.
 """
 
 import json
@@ -43,23 +43,23 @@ class DraftRecords:
     prompt: Tensor
     """[n] int64: place of the prompt among all prompts of the evaluation."""
     facts: dict[str, Any]
-    """Of the evaluation: `block_size`, `temperature`, `target`, `checkpoint`, `iteration`,
-    `scheduler`, `prompt_files`, `prompts` (how many of each file), as in its JSON."""
+    """Of the evaluation: `block_size`, `num_draft_tokens`, `temperature`, `target`, `checkpoint`,
+    `iteration`, `scheduler`, `prompt_files`, `prompts` (how many of each file), as in its JSON."""
 
     def __len__(self) -> int:
         return len(self.accepted)
 
     @property
-    def block_size(self) -> int:
+    def num_draft_tokens(self) -> int:
         return self.confidence_logits.shape[1]
 
     def judged(self) -> Tensor:
         """[n, k] bool: slots of which it is known whether the draft survived them."""
-        return torch.arange(self.block_size) < self.proposed[:, None]
+        return torch.arange(self.num_draft_tokens) < self.proposed[:, None]
 
     def survived(self) -> Tensor:
         """[n, k] bool: the slot's token and all before it were kept."""
-        return torch.arange(self.block_size) < self.accepted[:, None]
+        return torch.arange(self.num_draft_tokens) < self.accepted[:, None]
 
     def require_whole_drafts(self, source: object) -> None:
         """ConfigError unless every draft was judged to its end, or to the stop token that ended the
@@ -68,7 +68,7 @@ class DraftRecords:
         ends = torch.ones(len(self), dtype=torch.bool)
         ends[:-1] = self.prompt[1:] != self.prompt[:-1]
         stopped = ends & (self.accepted == self.proposed)
-        cut = int(((self.proposed < self.block_size) & ~stopped).sum())
+        cut = int(((self.proposed < self.num_draft_tokens) & ~stopped).sum())
         require(
             scheduler == "none" and cut == 0,
             f"{source} must hold whole drafts, judged up to the last slot or an accepted stop "
@@ -98,6 +98,12 @@ class DraftRecords:
                 f"{path} must be the draft records of an evaluation (evaluate.records): {error}"
             ) from error
         return cls(**_checked(path, tensors, facts), facts=facts)
+
+
+def drafted_tokens(facts: dict[str, Any]) -> Any:
+    """How many a block drafts, by the facts of an evaluation. Older ones say the block size alone,
+    which was the same."""
+    return facts.get("num_draft_tokens", facts.get("block_size"))
 
 
 def _checked(path: str | Path, tensors: dict[str, Tensor], facts: Any) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ The target reads each answer once and the draft drafts from every anchor of it, 
 gives the accept rate of every slot, and with it the chance that a decoder which writes this answer
 starts a round at each anchor; figures are means over those rounds, as those of real decoding.
 
-Shapes: b samples of s tokens, n blocks, k slots.
+Shapes: b samples of s tokens, n blocks, d draft tokens of each.
 """
 
 from collections.abc import Iterator, Sequence
@@ -78,9 +78,9 @@ def estimate_acceptance(
     `tau`, `accept_rate` and `prefix_survival` mean what they mean of real decoding
     (`figures.acceptance`); `block_tau` is the training metric `tau`: the mean over blocks, whether
     or not a round would start there. A figure with nothing to count is null. One all-reduce of
-    3 + 3k doubles over dp_group, beside what the passes of target and draft send.
+    3 + 3d doubles over dp_group, beside what the passes of target and draft send.
     """
-    sums = _Sums(draft.shape.block_size)
+    sums = _Sums(draft.shape.num_draft_tokens)
     for batch in _shares(samples, settings.micro_batch_size, dp_group):
         if not batch:
             if target.lockstep:  # others still need this rank's part of the weights
@@ -109,7 +109,7 @@ def _every_block(batch: Sequence[Sample], shape: DraftShape) -> DraftBlocks:
     ids, masks = zip(*batch, strict=True)
     anchors = [anchor_candidates(mask) for mask in masks]
     reach = shape.attention.reach(shape.num_layers)
-    return draft_blocks(ids, masks, anchors, shape.block_size, reach=reach)
+    return draft_blocks(ids, masks, anchors, shape.num_draft_tokens, reach=reach)
 
 
 def _accept_rates(
@@ -119,7 +119,7 @@ def _accept_rates(
     blocks: DraftBlocks,
     settings: EstimateSettings,
 ) -> Tensor:
-    """[n, k] fp32 on the CPU; 0 in slots that are not supervised."""
+    """[n, d] fp32 on the CPU; 0 in slots that are not supervised."""
     rates = torch.zeros(blocks.eval_mask.shape)
     for start in range(0, len(rates), settings.max_blocks):
         part = blocks.part(slice(start, start + settings.max_blocks))
@@ -149,14 +149,14 @@ def _logit_factors(
 class _Sums:
     """Sums over the blocks of this rank, each weighted by the chance that a round starts there."""
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, num_draft_tokens: int) -> None:
         self.counts = torch.zeros(3, dtype=torch.float64)
         """Blocks, rounds, sum of the blocks' own tau."""
-        self.slots = torch.zeros(3, block_size, dtype=torch.float64)
+        self.slots = torch.zeros(3, num_draft_tokens, dtype=torch.float64)
         """Rounds in which the slot's token was kept; was reached; was proposed and judged."""
 
     def add(self, accept_rate: Tensor, eval_mask: Tensor, anchor_positions: Tensor) -> None:
-        """All blocks of one sample, [n, k], [n, k] and [n]."""
+        """All blocks of one sample, [n, d], [n, d] and [n]."""
         rate, mask = accept_rate.double(), eval_mask.double()
         starts = round_starts(accept_rate, eval_mask, anchor_positions)
         block_tau = tau(rate, eval_mask)

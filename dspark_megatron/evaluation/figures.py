@@ -16,7 +16,7 @@ RESAMPLES = 1000
 _QUANTILES = (0.025, 0.975)
 
 
-def acceptance(generations: Sequence[Generation], block_size: int) -> dict[str, Any]:
+def acceptance(generations: Sequence[Generation], num_draft_tokens: int) -> dict[str, Any]:
     """Figures over all prompts. A figure with nothing to count is null.
 
     `tau`: mean tokens of a round, bonus token included. `accept_rate[j]`: share of the tokens at
@@ -25,15 +25,17 @@ def acceptance(generations: Sequence[Generation], block_size: int) -> dict[str, 
     token that the target had to verify. `confidence_intervals`: of each of them, 95%, by resampling
     prompts; rounds of a prompt are not independent of one another. Null below two prompts.
     """
-    counts = torch.tensor([_parts(g.rounds, block_size) for g in generations], dtype=torch.float64)
-    parts, wholes = counts.reshape(-1, 2, 2 * block_size + 2).unbind(1)
-    values = _by_name(_ratios(parts.sum(0), wholes.sum(0)), block_size)
+    counts = torch.tensor(
+        [_parts(g.rounds, num_draft_tokens) for g in generations], dtype=torch.float64
+    )
+    parts, wholes = counts.reshape(-1, 2, 2 * num_draft_tokens + 2).unbind(1)
+    values = _by_name(_ratios(parts.sum(0), wholes.sum(0)), num_draft_tokens)
     return {
         "prompts": len(generations),
         "new_tokens": sum(len(g.token_ids) for g in generations),
         "rounds": sum(len(g.rounds) for g in generations),
         **values,
-        "confidence_intervals": _intervals(parts, wholes, block_size),
+        "confidence_intervals": _intervals(parts, wholes, num_draft_tokens),
     }
 
 
@@ -67,9 +69,9 @@ def comparison(
     }
 
 
-def _parts(rounds: Sequence[Round], block_size: int) -> list[list[int]]:
+def _parts(rounds: Sequence[Round], num_draft_tokens: int) -> list[list[int]]:
     """Numerators and denominators of one prompt's figures, in the order of `_by_name`: [2, f]."""
-    slots = range(block_size)
+    slots = range(num_draft_tokens)
     kept = [sum(r.accepted > j for r in rounds) for j in slots]
     offered = [sum(r.proposed > j for r in rounds) for j in slots]
     reached = [sum(r.proposed > j and r.accepted >= j for r in rounds) for j in slots]
@@ -77,7 +79,7 @@ def _parts(rounds: Sequence[Round], block_size: int) -> list[list[int]]:
     return [[gained, gained, *kept, *kept], [len(rounds), verified, *reached, *offered]]
 
 
-def _intervals(parts: Tensor, wholes: Tensor, block_size: int) -> dict[str, Any] | None:
+def _intervals(parts: Tensor, wholes: Tensor, num_draft_tokens: int) -> dict[str, Any] | None:
     prompts = len(parts)
     if prompts < 2:
         return None
@@ -87,7 +89,7 @@ def _intervals(parts: Tensor, wholes: Tensor, block_size: int) -> dict[str, Any]
     times.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
     ratios = _ratios(times @ parts, times @ wholes)  # [resamples, f]
     bounds = torch.tensor(_QUANTILES, dtype=torch.float64)
-    return _by_name(ratios.nanquantile(bounds, dim=0).t(), block_size)
+    return _by_name(ratios.nanquantile(bounds, dim=0).t(), num_draft_tokens)
 
 
 def _ratios(parts: Tensor, wholes: Tensor) -> Tensor:
@@ -95,14 +97,14 @@ def _ratios(parts: Tensor, wholes: Tensor) -> Tensor:
     return torch.where(wholes > 0, parts / wholes, torch.nan)
 
 
-def _by_name(values: Tensor, block_size: int) -> dict[str, Any]:
+def _by_name(values: Tensor, num_draft_tokens: int) -> dict[str, Any]:
     """values [f] or [f, 2] -> numbers or pairs by name; null for NaN."""
     numbers = [_none_for_nan(value) for value in values.tolist()]
     return {
         "tau": numbers[0],
         "verify_rate": numbers[1],
-        "accept_rate": numbers[2 : 2 + block_size],
-        "prefix_survival": numbers[2 + block_size :],
+        "accept_rate": numbers[2 : 2 + num_draft_tokens],
+        "prefix_survival": numbers[2 + num_draft_tokens :],
     }
 
 

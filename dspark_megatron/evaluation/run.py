@@ -36,8 +36,8 @@ class FileResult:
         assert self.plain is not None
         return _in_order(self.plain)
 
-    def figures(self, block_size: int) -> dict[str, Any]:
-        found = acceptance(self.generations, block_size)
+    def figures(self, num_draft_tokens: int) -> dict[str, Any]:
+        found = acceptance(self.generations, num_draft_tokens)
         return {**found, **comparison(self.speculative, self.plain)}
 
 
@@ -67,15 +67,15 @@ def evaluate_prompts(
     return results
 
 
-def all_figures(results: dict[str, FileResult], block_size: int) -> dict[str, dict[str, Any]]:
+def all_figures(results: dict[str, FileResult], num_draft_tokens: int) -> dict[str, dict[str, Any]]:
     """Figures by file name, and over several files under `all`."""
-    figures = {name: result.figures(block_size) for name, result in results.items()}
+    figures = {name: result.figures(num_draft_tokens) for name, result in results.items()}
     if len(results) > 1:
         parts = list(results.values())
         plain = [share for part in parts for share in part.plain or []]
         speculative = [share for part in parts for share in part.speculative]
         everything = [g for part in parts for g in part.generations]
-        figures["all"] = acceptance(everything, block_size)
+        figures["all"] = acceptance(everything, num_draft_tokens)
         figures["all"] |= comparison(speculative, plain or None)
     return figures
 
@@ -106,14 +106,14 @@ def estimates(
 
 
 def draft_records(
-    results: dict[str, FileResult], block_size: int, facts: dict[str, Any]
+    results: dict[str, FileResult], num_draft_tokens: int, facts: dict[str, Any]
 ) -> DraftRecords:
     """All rounds of all files as records; logits are NaN without a confidence head."""
     answers = [g for result in results.values() for g in result.generations]
     rounds = [(place, r) for place, g in enumerate(answers) for r in g.rounds]
     return DraftRecords(
-        confidence_logits=_padded([r.confidence_logits for _, r in rounds], block_size),
-        accept_rate=_padded([r.accept_rate for _, r in rounds], block_size),
+        confidence_logits=_padded([r.confidence_logits for _, r in rounds], num_draft_tokens),
+        accept_rate=_padded([r.accept_rate for _, r in rounds], num_draft_tokens),
         proposed=torch.tensor([r.proposed for _, r in rounds], dtype=torch.int64),
         accepted=torch.tensor([r.accepted for _, r in rounds], dtype=torch.int64),
         prompt=torch.tensor([place for place, _ in rounds], dtype=torch.int64),

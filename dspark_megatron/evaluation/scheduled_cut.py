@@ -18,12 +18,16 @@ class ScheduledCut:
     """A `Cut` of the decoder; both schedulers keep decoding lossless (ops/prefix_scheduler.py)."""
 
     def __init__(
-        self, scheduler: str, table: SpsTable, block_size: int, temperatures: list[float] | None
+        self,
+        scheduler: str,
+        table: SpsTable,
+        num_draft_tokens: int,
+        temperatures: list[float] | None,
     ) -> None:
         """scheduler: `early_stopping` or `lagged_budget`. temperatures: of the confidence head by
         slot; None takes the confidence as it is."""
-        self._temperatures = temperatures or [1.0] * block_size
-        self._sps_of = lru_cache(lambda sequences: sps_of_step(table, sequences, block_size))
+        self._temperatures = temperatures or [1.0] * num_draft_tokens
+        self._sps_of = lru_cache(lambda sequences: sps_of_step(table, sequences, num_draft_tokens))
         self._lengths: Callable[[Tensor], Tensor] = self._early_stopping
         if scheduler == "lagged_budget":
             self._lengths = LaggedBudget(self._sps_of, LAG)

@@ -67,7 +67,7 @@ class DraftPretraining:
             device=runtime.device,
         )
         anchors = config.train.global_batch_size * config.model.num_anchors
-        slots = slot_weights(plan.shape.block_size, config.loss.loss_decay_gamma)
+        slots = slot_weights(plan.shape.num_draft_tokens, config.loss.loss_decay_gamma)
         self._unit = tokens_per_weight(anchors * float(slots.sum()))
 
     def micro_batches(self, consumed_samples: int) -> Iterator[MicroBatch]:
@@ -83,7 +83,7 @@ class DraftPretraining:
 
     def forward_step(self, batch: MicroBatch, model: Any) -> tuple[Tensor, partial]:
         """The weighted sum of the loss [], and the function that makes Megatron's three of it."""
-        metrics = MetricSums.zeros(self.plan.shape.block_size, self.runtime.device)
+        metrics = MetricSums.zeros(self.plan.shape.num_draft_tokens, self.runtime.device)
         loss = self._step(batch, model, metrics)
         if loss is None:
             loss = torch.zeros((), device=self.runtime.device)

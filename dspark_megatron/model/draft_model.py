@@ -1,7 +1,7 @@
 """DSparkDraftModel: the parallel backbone and its heads, split over tensor-parallel ranks.
 
-Shapes: t context tokens (all samples of the micro-batch flattened), n blocks, k slots, m target
-layers, h hidden, r Markov rank, v padded vocabulary.
+Shapes: t context tokens (all samples of the micro-batch flattened), n blocks, k slots, d of them
+that draft a token, m target layers, h hidden, r Markov rank, v padded vocabulary.
 """
 
 from collections.abc import Sequence
@@ -55,14 +55,14 @@ not in training checkpoints."""
 
 @dataclass(frozen=True)
 class DraftOutput:
-    """What the loss needs. The vocabulary has not been touched yet."""
+    """What the loss needs, of the slots that draft. The vocabulary has not been touched yet."""
 
     hidden: Tensor
-    """[n, k, h] after the final norm."""
+    """[n, d, h] after the final norm."""
     latents: Tensor | None
-    """[n, k, r] z of the Markov bias W2 z; None without a Markov head."""
+    """[n, d, r] z of the Markov bias W2 z; None without a Markov head."""
     confidence_logits: Tensor | None
-    """[n, k] fp32; None without a confidence head."""
+    """[n, d] fp32; None without a confidence head."""
 
 
 class DSparkDraftModel(MegatronModule):
@@ -224,17 +224,19 @@ class DSparkDraftModel(MegatronModule):
     def backbone(
         self,
         anchor_token_ids: Tensor,
-        positions: Tensor,
+        anchor_positions: Tensor,
         context_kv: ContextKV,
         attention: Sequence[BlockAttention],
     ) -> Tensor:
-        """Hidden states of blocks. anchor_token_ids [n], positions [n, k], attention: of each
-        layer over the context that each block sees -> [n, k, h].
+        """Hidden states of the slots that draft: all k of a block, or all but the first.
+        anchor_token_ids, anchor_positions [n], attention: of each layer over the context that each
+        block sees -> [n, d, h].
 
         Forward: one all-reduce of [n + 1, h] for the embedding, those of the layers, and with
         sequence parallelism an all-gather of [n*k, h].
         """
-        n, k = positions.shape
+        n, k = len(anchor_token_ids), self.shape.block_size
+        positions = anchor_positions[:, None] + torch.arange(k, device=anchor_positions.device)
         mask_token = anchor_token_ids.new_full((1,), self.shape.mask_token_id)
         embedded = self.embed_tokens(torch.cat([anchor_token_ids, mask_token]))  # [n + 1, h]
         source = torch.full_like(positions, n)  # a slot's row of `embedded`
@@ -245,14 +247,15 @@ class DSparkDraftModel(MegatronModule):
         for layer, layer_kv, attend in zip(self.layers, context_kv, attention, strict=True):
             hidden = layer(hidden, layer_kv, attend, rope)
         hidden = self.final_layernorm(hidden)
-        return self.split.whole(hidden, n * k).view(n, k, -1)
+        whole = self.split.whole(hidden, n * k).view(n, k, -1)
+        return whole[:, k - self.shape.num_draft_tokens :]
 
     def forward(self, taps: Tensor, blocks: DraftBlocks) -> DraftOutput:
         """Training pass over the n blocks of a micro-batch. taps [b, s, m*h]."""
         context = blocks.context_of(taps)  # [t, m*h]
         context_kv = self.encode_context(context, blocks.context_positions)
-        anchors, attention = blocks.prev_token_ids[:, 0], self.attention_of(blocks)
-        hidden = self.backbone(anchors, blocks.positions, context_kv, attention)
+        anchors = blocks.prev_token_ids[:, 0], blocks.positions[:, 0]
+        hidden = self.backbone(*anchors, context_kv, self.attention_of(blocks))
         embeddings = latents = confidence_logits = None
         if self.markov_head is not None:
             embeddings = self.markov_head.embed(blocks.prev_token_ids)

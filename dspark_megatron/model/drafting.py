@@ -1,6 +1,6 @@
 """Drafting at inference: a block of tokens for each sequence, from its anchor and its context.
 
-Shapes: b sequences, k slots, v vocabulary (unpadded), m*h target features.
+Shapes: b sequences, d draft tokens of a block, v vocabulary (unpadded), m*h target features.
 """
 
 from collections.abc import Callable
@@ -24,11 +24,11 @@ class Proposal:
     """What the draft puts before the target."""
 
     tokens: Tensor
-    """[b, k] int64"""
+    """[b, d] int64"""
     probs: Tensor
-    """[b, k, v] fp32 distributions the tokens were drawn from."""
+    """[b, d, v] fp32 distributions the tokens were drawn from."""
     confidence_logits: Tensor | None
-    """[b, k] fp32; None without a confidence head."""
+    """[b, d] fp32; None without a confidence head."""
 
 
 class Drafter:
@@ -95,18 +95,17 @@ class Drafter:
     ) -> Proposal:
         """Draft a block for each sequence, whose anchors [b] follow its context. `pick` draws from
         logits [b, v]: tokens [b] and distributions [b, v], the same on every tensor-parallel
-        rank. Collectives: those of the backbone, and those of `step` for each slot."""
-        k, device = self.model.shape.block_size, anchor_token_ids.device
-        start = torch.tensor(self.lengths, device=device)[:, None]
-        positions = start + torch.arange(k, device=device)
+        rank. Collectives: those of the backbone, and those of `step` for each draft token."""
+        device = anchor_token_ids.device
+        positions = torch.tensor(self.lengths, device=device)
         attention = by_layer(self._rules, partial(self._attention, device))
         layers = zip(*self._contexts, strict=True)
         context_kv = [_joined(layer) for layer in layers]
         hidden = self.model.backbone(anchor_token_ids, positions, context_kv, attention)
         tokens, state = anchor_token_ids, None
         drawn, probs, confidence = [], [], []
-        for slot in range(k):
-            logits, confidence_logits, state = self.step(tokens, hidden[:, slot], state)
+        for own in hidden.unbind(1):
+            logits, confidence_logits, state = self.step(tokens, own, state)
             tokens, distributions = pick(logits)
             drawn.append(tokens)
             probs.append(distributions)

@@ -1,6 +1,8 @@
 """The two heads behind the backbone: the Markov head, the previous token's say in the next one
 (paper Eq. 5, 6), and the confidence head, the chance that the target keeps a draft token, as a
-logit (Eq. 7).
+logit (Eq. 7). Slot 0 is here the first that drafts a token, whose previous token is the anchor.
+
+Shapes: n blocks, d slots that draft, h hidden, r Markov rank, v padded vocabulary.
 """
 
 from collections.abc import Callable
@@ -47,7 +49,7 @@ class MarkovHead(MegatronModule):
         return self.markov_w1(prev_token_ids)
 
     def latents(self, embeddings: Tensor, hidden: Tensor) -> Tensor:
-        """embeddings [n, k, r], hidden [n, k, h] -> z [n, k, r], teacher forced. No collective."""
+        """embeddings [n, d, r], hidden [n, d, h] -> z [n, d, r], teacher forced. No collective."""
         state, steps = None, []
         for slot in range(hidden.shape[1]):
             z, state = self.step(embeddings[:, slot], hidden[:, slot], state)

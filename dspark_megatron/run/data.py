@@ -43,7 +43,7 @@ def sample_rules(config: Config) -> SampleRules:
         skip_bad_lines=data.skip_bad_lines,
         reasoning_tags=(opening, closing) if data.reasoning == "mask" else None,
         answers=AnswerRules(tags=tags, template_date=data.template_date),
-        block_size=config.model.block_size,
+        num_draft_tokens=config.model.num_draft_tokens,
         loss=config.loss,
     )
 

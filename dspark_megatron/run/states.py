@@ -84,7 +84,7 @@ def kept_facts(plan: RunPlan) -> dict[str, Any]:
     loss = plan.config.loss
     return {
         "last_hidden": "after the final norm" if plan.config.needs_target_logits else "none",
-        "block_size": plan.shape.block_size,
+        "block_size": plan.shape.num_draft_tokens,  # as older states call it
         "rules": {
             "anchor_rule": loss.anchor_rule,
             "supervised_slots": loss.supervised_slots,
@@ -174,7 +174,7 @@ def _wrong(plan: RunPlan, there: dict[str, Any]) -> list[str]:
     if not plan.config.needs_target_logits:
         del here["last_hidden"]
     if there.get("block_size", 0) >= here["block_size"]:
-        del here["block_size"]  # a smaller one needs fewer states
+        del here["block_size"]  # shorter blocks need fewer states
     return differences(there, {name: here[name] for name in here if name in there})
 
 

@@ -4,6 +4,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from dspark_megatron.config import ModelConfig
+from dspark_megatron.config.model import num_draft_tokens
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.shape.attention import DraftAttention
 from dspark_megatron.shape.rope import draft_rope
@@ -51,7 +52,7 @@ class DraftShape:
     @property
     def num_draft_tokens(self) -> int:
         """Tokens that a block drafts."""
-        return self.block_size if self.sample_from_anchor else self.block_size - 1
+        return num_draft_tokens(self.block_size, self.sample_from_anchor)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -117,7 +118,6 @@ def _refuse_unbuilt(model: ModelConfig) -> None:
     """Keys that are read and not computed yet."""
     unbuilt = {
         "architecture": model.architecture != "qwen3",
-        "sample_from_anchor": not model.sample_from_anchor,
     }
     for name, given in unbuilt.items():
         require(not given, f"model.{name} cannot be chosen yet; leave it out")

@@ -1,6 +1,6 @@
 """A micro-batch through target and draft to its loss: the same in our loop and in Megatron's.
 
-Shapes: n blocks, k slots of a block, r supervised slots, h hidden.
+Shapes: n blocks, r supervised slots, h hidden.
 """
 
 from collections.abc import Sequence

@@ -291,7 +291,7 @@ class Trainer:
         return self._new_metrics().continued(self.state.open_metrics if is_first else ())
 
     def _new_metrics(self) -> MetricSums:
-        return MetricSums.zeros(self.plan.shape.block_size, self.runtime.device)
+        return MetricSums.zeros(self.plan.shape.num_draft_tokens, self.runtime.device)
 
     def _reporter(self) -> Reporter | None:
         if not self.runtime.is_main:

@@ -34,16 +34,18 @@ class MetricSums:
 
     scalars: dict[str, Tensor]
     accept_sum: Tensor
-    """[k] sum of accept rates of supervised slots."""
+    """[d] sum of accept rates of supervised slots."""
     accept_count: Tensor
-    """[k] supervised slots."""
+    """[d] supervised slots."""
 
     @classmethod
-    def zeros(cls, block_size: int, device: torch.device) -> "MetricSums":
+    def zeros(cls, num_draft_tokens: int, device: torch.device) -> "MetricSums":
         def zeros(*size: int) -> Tensor:
             return torch.zeros(size, dtype=torch.float64, device=device)
 
-        return cls({name: zeros() for name in SCALARS}, zeros(block_size), zeros(block_size))
+        return cls(
+            {name: zeros() for name in SCALARS}, zeros(num_draft_tokens), zeros(num_draft_tokens)
+        )
 
     def add(self, **terms: Tensor | float) -> None:
         """Add to named scalars or to the per-slot sums."""
@@ -52,14 +54,14 @@ class MetricSums:
             total += value
 
     def reduced(self, *, dp_group: dist.ProcessGroup) -> "MetricSums":
-        """The sums over all data-parallel ranks: one all-reduce of 15 + 2k doubles."""
+        """The sums over all data-parallel ranks: one all-reduce of 15 + 2d doubles."""
         packed = self.packed()
         if dp_group.size() > 1:
             dist.all_reduce(packed, group=dp_group)
         return MetricSums.unpacked(packed)
 
     def packed(self) -> Tensor:
-        """All sums as one vector of 15 + 2k doubles, to travel or to be kept."""
+        """All sums as one vector of 15 + 2d doubles, to travel or to be kept."""
         scalars = torch.stack([self.scalars[name] for name in SCALARS])
         return torch.cat([scalars, self.accept_sum, self.accept_count])
 

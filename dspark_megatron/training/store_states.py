@@ -101,7 +101,7 @@ def _layout(plan: RunPlan, args: Namespace) -> DeepSpecLayout | SafetensorsLayou
         shape.hidden_size,
         len(shape.target_layer_ids),
         args.dtype,
-        shape.block_size,
+        shape.num_draft_tokens,
         config.loss,
         with_last_hidden=config.needs_target_logits,
     )

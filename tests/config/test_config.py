@@ -138,6 +138,24 @@ def test_both_names_of_the_distance_are_refused(tmp_path):
         load_config(write(tmp_path, MINIMAL), ["loss.tvd_loss_alpha=0.9", "loss.l1_loss_alpha=0.9"])
 
 
+def test_behind_the_anchor_a_slot_is_learnt_by_its_label_alone(tmp_path):
+    """The preset knows it, and a saved config of another layout does not."""
+    behind = ["model.sample_from_anchor=false", "model.block_size=8"]
+    preset = ["loss.preset=speculators"]
+    config = load_config(write(tmp_path, MINIMAL), behind + preset)
+    assert (config.loss.slot_mask, config.loss.anchor_rule) == ("label", "token")
+    assert config.min_loss_tokens == 14, "twice the tokens that a block drafts"
+    assert load_config(write(tmp_path, config.to_yaml()), preset) == config
+    with pytest.raises(
+        ConfigError, match="slot_mask .'input'. must be 'label'.*set loss.slot_mask"
+    ):
+        load_config(write(tmp_path, MINIMAL), [*behind, "loss.slot_mask=input"])
+    saved = write(tmp_path, load_config(write(tmp_path, MINIMAL), preset).to_yaml())
+    with pytest.raises(ConfigError, match="slot_mask"):
+        load_config(saved, behind)
+    assert load_config(saved, behind, trains=False), "what is not trained learns no slot"
+
+
 def test_a_preset_on_the_command_line_must_reach_its_keys(tmp_path):
     """A saved config gives every key, so another preset would change nothing."""
     assert load_config(write(tmp_path, MINIMAL), ["loss.preset=modelopt"]).loss.anchor_rule == (

@@ -26,7 +26,9 @@ def test_temperatures_are_carried_along(tmp_path, target, draft):
     (draft / "dspark_sts.json").write_text(json.dumps({"temperatures": [1.0, 0.0, 1.0]}))
     for bad in ([1.0, 0.0, 1.0], [1.0, float("inf"), 1.0], [1.0, True, 1.0], [1.0, 1.0]):
         (draft / "dspark_sts.json").write_text(json.dumps({"temperatures": bad}))
-        with pytest.raises(ConfigError, match="one positive temperature for each of the 3 slots"):
+        with pytest.raises(
+            ConfigError, match="one positive temperature for each of the 3 draft tokens"
+        ):
             convert_folder(draft, target, tmp_path / "third", WriteOptions())
 
 

@@ -1,11 +1,12 @@
 """Anchors, blocks and attention follow the reference semantics, slot by slot."""
 
+import math
 from itertools import product
 
 import pytest
 import torch
 
-from dspark_megatron.config import LossConfig
+from dspark_megatron.config import LossConfig, ModelConfig
 from dspark_megatron.config.loading import config_from_dict
 from dspark_megatron.data.batch import MicroBatch
 from dspark_megatron.data.blocks import (
@@ -79,6 +80,12 @@ def test_blocks_equal_the_plain_ones(anchor_rule, supervised_slots, slot_mask):
         assert torch.equal(blocks.labels[at], expected.labels[expected.eval_mask])
         assert torch.equal(blocks.weights[at], slots.expand(len(positions), 5)[expected.eval_mask])
         assert torch.equal(blocks.prev_token_ids[mine], expected.prev_token_ids[keep])
+        if slot_mask == "label":
+            behind = plain_blocks(
+                ids[i], masks[i], positions, 6, supervised_slots, sample_from_anchor=False
+            )
+            for same, with_anchor in zip(expected, behind, strict=True):
+                assert torch.equal(with_anchor[:, 1:], same), "slot 1 drafts what slot 0 did"
     assert blocks.candidates == sum(len(plain_candidates(m, anchor_rule)) for m in masks)
     assert torch.equal(blocks.positions, blocks.positions[:, :1] + torch.arange(5))
     assert blocks.weight == pytest.approx(blocks.weights.double().sum().item())
@@ -94,18 +101,40 @@ PRESET_BLOCKS = {
 """By preset: anchor and supervised slots of every block of MASK, with three slots."""
 
 
+BEHIND_ANCHOR = PRESET_BLOCKS | {"speculators": PRESET_BLOCKS["modelopt"]}
+"""With four slots, of which the first drafts nothing. Speculators asks for a slot's own position,
+as always, and there stands its label."""
+
+
 @pytest.mark.parametrize("preset", PRESET_BLOCKS)
-def test_the_blocks_of_a_preset(preset):
+@pytest.mark.parametrize("sample_from_anchor", [True, False])
+def test_the_blocks_of_a_preset(preset, sample_from_anchor):
     """Beside a longer sample, so that slot 2 of anchor 7 would have its label in the padding."""
-    loss = config_from_dict({"loss": {"preset": preset}}).loss
+    model = {"block_size": 3 if sample_from_anchor else 4, "sample_from_anchor": sample_from_anchor}
+    config = config_from_dict({"loss": {"preset": preset}, "model": model})
+    loss = config.loss
     masks = [MASK, torch.ones(14, dtype=torch.bool)]
     anchors = [sample_anchors(mask, 100, 0, loss) for mask in masks]
     ids = [torch.arange(len(mask)) for mask in masks]
-    blocks = draft_blocks(ids, masks, anchors, 3, loss)
+    blocks = draft_blocks(ids, masks, anchors, config.model.num_draft_tokens, loss)
     mine = blocks.sample_index == 0
     slots = ["".join("01"[flag] for flag in row) for row in blocks.eval_mask[mine].tolist()]
     got = dict(zip(blocks.positions[mine, 0].tolist(), slots, strict=True))
-    assert got == PRESET_BLOCKS[preset]
+    assert got == (PRESET_BLOCKS if sample_from_anchor else BEHIND_ANCHOR)[preset]
+
+
+def test_slots_behind_the_anchor_by_hand():
+    """Anchor 2, four slots, the first of them for the anchor alone. Slot 1 predicts token 3 from
+    the target's state at 2, slot 2 token 4 from that at 3, and token 5 lies past the answer."""
+    model = ModelConfig(block_size=4, sample_from_anchor=False)
+    mask = torch.tensor([0, 1, 1, 1, 1, 0], dtype=torch.bool)
+    anchors = [torch.tensor([2])]
+    blocks = draft_blocks([torch.arange(6) * 10], [mask], anchors, model.num_draft_tokens)
+    assert blocks.prev_token_ids.tolist() == [[20, 30, 40]]
+    assert blocks.labels.tolist() == [30, 40]
+    assert blocks.target_positions.tolist() == [2, 3]
+    assert blocks.weights.tolist() == pytest.approx([1.0, math.exp(-1 / 4)])
+    assert blocks.context_positions.tolist() == [0, 1]
 
 
 def test_a_block_without_a_supervised_slot_is_a_candidate_but_no_block():
@@ -184,7 +213,7 @@ def test_a_sample_without_candidates_makes_no_block():
     ids = torch.arange(12).view(2, 6)
     mask = torch.tensor([[0, 1, 0, 1, 0, 1], [0, 0, 1, 1, 1, 0]], dtype=torch.bool)
     anchors = [sample_anchors(row, 4, 0) for row in mask]
-    blocks = draft_blocks(ids, mask, anchors, block_size=3)
+    blocks = draft_blocks(ids, mask, anchors, num_draft_tokens=3)
     assert blocks.sample_index.tolist() == [1, 1]
     assert blocks.eval_mask.tolist() == [[True, True, False], [True, False, False]]
 

@@ -185,7 +185,7 @@ ROUNDS = [Round(3, 3, True), Round(3, 1, True), Round(2, 2, False), Round(3, 0, 
 
 def test_figures_of_known_rounds():
     answer = Generation(list(range(11)), ROUNDS)
-    figures = acceptance([answer], block_size=3)
+    figures = acceptance([answer], num_draft_tokens=3)
     assert figures["tau"] == (4 + 2 + 2 + 1) / 4
     assert figures["accept_rate"] == [3 / 4, 2 / 3, 1 / 1]
     assert figures["prefix_survival"] == [3 / 4, 2 / 4, 1 / 3]
@@ -196,7 +196,7 @@ def test_figures_of_known_rounds():
     assert figures["drafts_per_second"] == 2 and figures["plain_tokens_per_second"] == 2
     assert figures["speedup"] == 2.5 and figures["identical_to_plain"] == 1
     assert "2.250" in table({"file": figures}, greedy=True)
-    assert acceptance([], block_size=3)["tau"] is None
+    assert acceptance([], num_draft_tokens=3)["tau"] is None
 
 
 def test_confidence_intervals():
@@ -204,11 +204,11 @@ def test_confidence_intervals():
     all alike leave no doubt; a slot that no draft has stays null."""
     rng = torch.Generator().manual_seed(0)
     kept = torch.randint(0, 4, (200,), generator=rng).tolist()
-    figures = acceptance([Generation([0], [Round(3, n, True)]) for n in kept], block_size=4)
+    figures = acceptance([Generation([0], [Round(3, n, True)]) for n in kept], num_draft_tokens=4)
     mean, spread = statistics.mean(kept) + 1, statistics.stdev(kept)
     low, high = figures["confidence_intervals"]["tau"]
     assert low == pytest.approx(mean - 1.96 * spread / 200**0.5, abs=0.02)
     assert high == pytest.approx(mean + 1.96 * spread / 200**0.5, abs=0.02)
     assert figures["confidence_intervals"]["accept_rate"][3] is None
-    alike = acceptance([Generation([0], ROUNDS)] * 5, block_size=3)
+    alike = acceptance([Generation([0], ROUNDS)] * 5, num_draft_tokens=3)
     assert alike["confidence_intervals"]["tau"] == [2.25, 2.25]

@@ -352,7 +352,7 @@ def greedy(runtime, config):
     answers = decoder.speculative(prompts, [0] * len(prompts)).generations
     samples = [answer_sample(p, a.token_ids) for p, a in zip(prompts, answers, strict=True)]
     settings = EstimateSettings.of(config, draft)
-    real = acceptance(answers, plan.shape.block_size)
+    real = acceptance(answers, plan.shape.num_draft_tokens)
     figures = estimate_acceptance(
         draft, target, decoder.target_head, samples, settings, dp_group=runtime.dp_group
     )

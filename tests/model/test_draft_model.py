@@ -169,11 +169,11 @@ def micro_batch_without_blocks(runtime, shape, loss=None):
 
     model, samples = build_tiny_draft(runtime, shape), make_samples(shape, loss=loss)
     step = make_step(runtime, model, samples, loss)
-    batches = rank_micro_batches(runtime, samples, shape.block_size, 1, loss)
+    batches = rank_micro_batches(runtime, samples, shape.num_draft_tokens, 1, loss)
     ids = torch.zeros(1, 5, dtype=torch.long)
     empty = draft_blocks(ids, torch.zeros(1, 5), [torch.tensor([]).long()], 3)
     batches.insert(1, MicroBatch.of(ids, empty))
-    metrics = MetricSums.zeros(shape.block_size, runtime.device)
+    metrics = MetricSums.zeros(shape.num_draft_tokens, runtime.device)
     step.run(batches, metrics)
     return {n: p.main_grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 
@@ -217,8 +217,8 @@ def late_slots_only(runtime, shape, loss):
     model, samples = build_tiny_draft(runtime, shape), make_samples(shape, (9,))
     samples.loss_masks = [torch.tensor([0, 1, 0, 1, 0, 0, 0, 0, 0])]
     samples.anchors = [torch.tensor([1])]
-    batches = rank_micro_batches(runtime, samples, shape.block_size, 1, loss)
+    batches = rank_micro_batches(runtime, samples, shape.num_draft_tokens, 1, loss)
     assert batches[0].blocks.eval_mask.tolist() == [[False, True, False]]
     step = make_step(runtime, model, samples, loss)
-    step.run(batches, MetricSums.zeros(shape.block_size, runtime.device))
+    step.run(batches, MetricSums.zeros(shape.num_draft_tokens, runtime.device))
     return [p.main_grad.clone() for p in model.parameters() if p.requires_grad]

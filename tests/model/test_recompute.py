@@ -35,8 +35,8 @@ def gradients(runtime, recompute):
     model = build_tiny_draft(runtime, SHAPE, recompute_activations=recompute)
     counted, samples = Counted(model), make_samples(SHAPE)
     step = make_step(runtime, model, samples)
-    batches = rank_micro_batches(runtime, samples, SHAPE.block_size, 2)
-    step.run(batches, MetricSums.zeros(SHAPE.block_size, runtime.device))
+    batches = rank_micro_batches(runtime, samples, SHAPE.num_draft_tokens, 2)
+    step.run(batches, MetricSums.zeros(SHAPE.num_draft_tokens, runtime.device))
     grads = {n: p.main_grad.clone() for n, p in model.named_parameters() if p.requires_grad}
     return grads, counted.attended / len(batches)
 
@@ -62,7 +62,7 @@ def one_pass(runtime, recompute, with_grad):
     counted, samples = Counted(model), make_samples(SHAPE, lengths=(20,))
     ids, anchors = samples.input_ids[0], torch.arange(19)
     mask = torch.ones(1, len(ids), dtype=torch.bool)
-    blocks = draft_blocks(ids[None], mask, [anchors], SHAPE.block_size).to(runtime.device)
+    blocks = draft_blocks(ids[None], mask, [anchors], SHAPE.num_draft_tokens).to(runtime.device)
     with torch.set_grad_enabled(with_grad), counted.saving(), checkpoint as checkpointed:
         output = model(samples.taps[0][None], blocks)
     return output.hidden.detach(), counted.saved_bytes, checkpointed.call_count

@@ -15,6 +15,7 @@ from support.training_runs import curve, run_training
     "sections, message",
     [
         ({"model": {"block_size": 4}}, "shape.block_size: 3 there, 4 here"),
+        ({"model": {"sample_from_anchor": False}}, "shape.sample_from_anchor: True there, False"),
         ({"train": {"seed": 9}}, "seed: 1234 there, 9 here"),
         ({"data": {"max_length": 40}}, "data_fingerprint"),
         ({"data": {"weights": [2.0]}}, "data_fingerprint"),

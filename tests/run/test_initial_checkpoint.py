@@ -99,6 +99,11 @@ def test_another_block_size_may_start_from_it(pool, tiny_run, starts, tmp_path):
     [
         ("hf", {"model": {"markov_rank": 4}}, r"markov_rank \(8 there, 4 here\)"),
         ("run", {"model": {"target_layer_ids": [1, 2]}}, r"\[0, 2\] there, \[1, 2\] here"),
+        (
+            "hf",
+            {"model": {"sample_from_anchor": False}},
+            r"sample_from_anchor \(True there, False here\), which shifts what every slot drafts",
+        ),
         ("run", {"model": {"num_layers": 3}}, r"num_layers \(2 there, 3 here\); set the model"),
     ],
 )

@@ -26,9 +26,9 @@ def step_gradients(runtime, shape, micro_batch_size, loss=None, dtype="float32",
     model = build_tiny_draft(runtime, shape, getattr(torch, dtype), **options)
     samples = make_samples(shape, loss=loss)
     step = make_step(runtime, model, samples, loss)
-    metrics = MetricSums.zeros(shape.block_size, runtime.device)
-    reach = shape.attention.reach(shape.num_layers)
-    batches = rank_micro_batches(runtime, samples, shape.block_size, micro_batch_size, loss, reach)
+    metrics = MetricSums.zeros(shape.num_draft_tokens, runtime.device)
+    reach, drafted = shape.attention.reach(shape.num_layers), shape.num_draft_tokens
+    batches = rank_micro_batches(runtime, samples, drafted, micro_batch_size, loss, reach)
     step.run(batches, metrics)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     total = metrics.reduced(dp_group=runtime.dp_group)
@@ -55,7 +55,7 @@ def plain_terms(shape, weights, loss):
     embed, head = target_head(shape)
     twin.load_state_dict({**weights, "embed_tokens.weight": embed, "lm_head.weight": head})
     samples = make_samples(shape, loss=loss)
-    terms = []
+    terms, from_anchor = [], shape.sample_from_anchor
     for ids, mask, anchors, taps, last in zip(
         samples.input_ids,
         samples.loss_masks,
@@ -66,9 +66,18 @@ def plain_terms(shape, weights, loss):
     ):
         out = twin(taps, ids, anchors)
         blocks = plain_blocks(
-            ids, mask, anchors, shape.block_size, loss.supervised_slots, loss.slot_mask
+            ids,
+            mask,
+            anchors,
+            shape.block_size,
+            loss.supervised_slots,
+            loss.slot_mask,
+            from_anchor,
         )
-        at = (anchors[:, None] + torch.arange(shape.block_size)).clamp(max=len(ids) - 1)
+        at = anchors[:, None] + torch.arange(shape.block_size)
+        if not from_anchor:
+            at = at - 1  # the state before a slot's own position predicts its token
+        at = at.clamp(0, len(ids) - 1)
         target_logits = twin.lm_head(last[at])
         from_target = loss.ce_labels == "target_argmax"
         sums = plain_loss(
@@ -79,8 +88,9 @@ def plain_terms(shape, weights, loss):
             out.confidence_logits,
             GAMMA,
             (loss.ce_loss_alpha, loss.l1_weight, loss.confidence_head_alpha),
+            from_anchor,
         )
-        terms.append({**sums, "count": blocks.eval_mask.sum()})
+        terms.append({**sums, "eval_mask": blocks.eval_mask, "count": blocks.eval_mask.sum()})
     return twin, terms
 
 

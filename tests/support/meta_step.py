@@ -74,8 +74,9 @@ def step_on_meta(shape, tp, *, loss=None, dtype=torch.bfloat16, **options):
         step = GradientStep(loss, wrapped, MetaTarget(shape, dtype), **groups)
         samples = make_samples(shape, lengths=(20, 13) * runtime.dp_group.size())
         reach = shape.attention.reach(shape.num_layers)
-        micro_batches = rank_micro_batches(runtime, samples, shape.block_size, 1, loss, reach)
-        metrics = MetricSums.zeros(shape.block_size, META)
+        drafted = shape.num_draft_tokens
+        micro_batches = rank_micro_batches(runtime, samples, drafted, 1, loss, reach)
+        metrics = MetricSums.zeros(drafted, META)
         step.run(micro_batches, metrics)  # a run's first call may move what it then keeps
         gradients = defaultdict(list)
         for name, parameter in model.named_parameters():

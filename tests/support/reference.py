@@ -60,9 +60,14 @@ def plain_blocks(
     block_size: int,
     supervised_slots: str = "prefix",
     slot_mask: str = "label",
+    sample_from_anchor: bool = True,
 ) -> PlainBlocks:
     """Blocks of one sample, those without a supervised slot included. input_ids, loss_mask [s];
     anchors [n]."""
+    if not sample_from_anchor:
+        return _blocks_behind_the_anchor(
+            input_ids, loss_mask, anchors, block_size, supervised_slots
+        )
     prev, labels, mask = [], [], []
     for anchor in anchors.tolist():
         tokens = [
@@ -79,6 +84,29 @@ def plain_blocks(
         labels.append(tokens[1:])
         mask.append(row)
     return PlainBlocks(torch.tensor(prev), torch.tensor(labels), torch.tensor(mask))
+
+
+def _blocks_behind_the_anchor(
+    input_ids: Tensor, loss_mask: Tensor, anchors: Tensor, block_size: int, supervised_slots: str
+) -> PlainBlocks:
+    """Where slot 0 drafts nothing: it has no label and is never supervised. Slot j predicts the
+    token at its own position a + j, behind that at a + j - 1."""
+    s, n = len(input_ids), len(anchors)
+    prev = torch.zeros(n, block_size, dtype=torch.long)
+    labels = torch.zeros(n, block_size, dtype=torch.long)
+    mask = torch.zeros(n, block_size, dtype=torch.bool)
+    for i, a in enumerate(anchors.tolist()):
+        gap = False
+        prev[i, 0] = input_ids[a]
+        for j in range(1, block_size):
+            if a + j - 1 < s:
+                prev[i, j] = input_ids[a + j - 1]
+            if a + j < s:
+                labels[i, j] = input_ids[a + j]
+            learnt = a + j < s and bool(loss_mask[a + j])
+            gap = gap or not learnt
+            mask[i, j] = learnt and not (gap and supervised_slots == "prefix")
+    return PlainBlocks(prev, labels, mask)
 
 
 def qwen3_config(shape: DraftShape) -> Qwen3Config:
@@ -258,11 +286,21 @@ class PlainDraft(nn.Module):
         end)."""
         hidden = self.backbone(taps, input_ids, anchors)
         everywhere = torch.ones_like(input_ids)
-        prev = plain_blocks(input_ids, everywhere, anchors, self.shape.block_size).prev_token_ids
+        from_anchor = self.shape.sample_from_anchor
+        prev = plain_blocks(
+            input_ids,
+            everywhere,
+            anchors,
+            self.shape.block_size,
+            sample_from_anchor=from_anchor,
+        ).prev_token_ids
         transform = self.shape.logit_scale, self.shape.logit_softcapping
         logits = plain_transform(self.lm_head(hidden), *transform)
         if self.shape.markov_rank:
-            logits = logits + self.markov_head.markov_w2(self.markov_head.latents(prev, hidden))
+            first = 0 if from_anchor else 1  # where the recurrence of the rnn head starts
+            latents = self.markov_head.latents(prev[:, first:], hidden[:, first:])
+            bias = self.markov_head.markov_w2(latents)
+            logits = torch.cat([logits[:, :first], logits[:, first:] + bias], dim=1)
         confidence_logits = None
         if self.shape.enable_confidence_head:
             features = [hidden]
@@ -280,6 +318,7 @@ def plain_loss(
     confidence_logits: Tensor | None,
     gamma: float | None,
     alphas: tuple[float, float, float],
+    sample_from_anchor: bool = True,
 ) -> dict[str, Tensor]:
     """Weighted sums over all slots and their weight. logits, target_logits [n, k, v]; labels,
     eval_mask, confidence_logits [n, k]; alphas of CE, L1 and confidence. `loss_sum` is the
@@ -287,6 +326,8 @@ def plain_loss(
     [n, k], detached."""
     k = labels.shape[1]
     slots = torch.arange(k, dtype=torch.float32)
+    if not sample_from_anchor:
+        slots = slots - 1  # slot 0 is never in the mask
     decay = torch.ones(k) if gamma is None else torch.exp(-slots / gamma)
     weights = eval_mask * decay
     ce = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")

@@ -34,7 +34,7 @@ def sample_rules(max_length: int, min_loss_tokens: int, **rules: object) -> Samp
     return SampleRules(
         max_length=max_length,
         min_loss_tokens=min_loss_tokens,
-        block_size=4,
+        num_draft_tokens=4,
         loss=DEFAULT_LOSS,
         **rules,
     )

@@ -57,6 +57,8 @@ def with_every_head(shape: DraftShape) -> dict[str, DraftShape]:
 
 
 SHAPES = with_every_head(SHAPE)
+BEHIND_ANCHOR = with_every_head(replace(SHAPE, block_size=4, sample_from_anchor=False))
+"""Of drafts whose slot 0 drafts nothing."""
 FOLDER_SHAPES = with_every_head(VANILLA) | {"mha": replace(VANILLA, num_key_value_heads=4)}
 
 

@@ -136,7 +136,7 @@ def one_collective_at_a_time():
         yield
 
 
-def rank_micro_batches(runtime, samples, block_size, micro_batch_size, loss=None, reach=None):
+def rank_micro_batches(runtime, samples, num_draft_tokens, micro_batch_size, loss=None, reach=None):
     """This data-parallel rank's share of all samples as one step."""
     from dspark_megatron.data.batch import MicroBatch
     from dspark_megatron.data.blocks import draft_blocks
@@ -148,7 +148,9 @@ def rank_micro_batches(runtime, samples, block_size, micro_batch_size, loss=None
         part = slice(start, start + micro_batch_size)
         ids, masks = samples.input_ids[part], samples.loss_masks[part]
         anchors = samples.anchors[part]
-        blocks = draft_blocks(ids, masks, anchors, block_size, loss or LossConfig(), reach=reach)
+        blocks = draft_blocks(
+            ids, masks, anchors, num_draft_tokens, loss or LossConfig(), reach=reach
+        )
         out.append(MicroBatch.of(ids, blocks))
     return out
 
@@ -186,9 +188,10 @@ def sample_logits(draft, taps, ids, anchors, *, trimmed=True):
 
     mask = torch.ones(1, len(ids), dtype=torch.bool)
     reach = draft.shape.attention.reach(draft.shape.num_layers) if trimmed else None
-    blocks = draft_blocks(ids[None], mask, [anchors], draft.shape.block_size, reach=reach)
+    blocks = draft_blocks(ids[None], mask, [anchors], draft.shape.num_draft_tokens, reach=reach)
     with torch.no_grad():
         out = draft(taps[None], blocks.to(taps.device))
-        rows = out.hidden.flatten(0, 1), out.latents.flatten(0, 1)
-        logits = draft.draft_logits(*rows).view(*out.hidden.shape[:2], -1)
+        latents = None if out.latents is None else out.latents.flatten(0, 1)
+        logits = draft.draft_logits(out.hidden.flatten(0, 1), latents)
+        logits = logits.view(*out.hidden.shape[:2], -1)
     return out.hidden, logits, out.confidence_logits

@@ -51,7 +51,7 @@ def steps(runtime, overlap, idle=None, distributed=False, recompute=False):
     gradient_step = step.GradientStep(
         LossConfig(chunk_rows=4), wrapped, AnnouncedStates(samples), **place
     )
-    batches = rank_micro_batches(runtime, samples, SHAPE.block_size, 1)
+    batches = rank_micro_batches(runtime, samples, SHAPE.num_draft_tokens, 1)
     gradients, under_way = [], []
     start = step.GradientStep._start_reductions
 
@@ -64,7 +64,7 @@ def steps(runtime, overlap, idle=None, distributed=False, recompute=False):
             if number == 2:
                 for i in (idle or {}).get(runtime.dp_group.rank(), []):
                     batches[i] = replace(batches[i], blocks=batches[i].blocks.part(slice(0)))
-            gradient_step.run(batches, MetricSums.zeros(SHAPE.block_size, runtime.device))
+            gradient_step.run(batches, MetricSums.zeros(SHAPE.num_draft_tokens, runtime.device))
             assert not gradient_step.forward_step.target.expected
             gradients.append(reduced(wrapped))
     return gradients, under_way, len(wrapped.bucket_groups)

@@ -45,10 +45,10 @@ def step(runtime: Runtime, sequence_parallel: bool) -> dict[str, Any]:
 
     model = build_tiny_draft(runtime, SHAPE, sequence_parallel=sequence_parallel)
     samples = make_samples(SHAPE)
-    metrics = MetricSums.zeros(SHAPE.block_size, runtime.device)
+    metrics = MetricSums.zeros(SHAPE.num_draft_tokens, runtime.device)
     gradients = make_step(runtime, model, samples)
     with one_collective_at_a_time():
-        gradients.run(rank_micro_batches(runtime, samples, SHAPE.block_size, 2), metrics)
+        gradients.run(rank_micro_batches(runtime, samples, SHAPE.num_draft_tokens, 2), metrics)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return {
         "device": str(runtime.device),

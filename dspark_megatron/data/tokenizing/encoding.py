@@ -113,7 +113,7 @@ class LineEncoder:
         if loss_tokens < rules.min_loss_tokens:
             report.too_few_loss_tokens += 1
             return False
-        if not has_block(sample.loss_mask, rules.block_size, rules.loss):
+        if not has_block(sample.loss_mask, rules.num_draft_tokens, rules.loss):
             report.no_anchor += 1
             return False
         report.kept += 1

@@ -72,7 +72,7 @@ def calibrate(records: DraftRecords, settings: CalibrationSettings) -> dict[str,
     judge = GainJudge(held_out.confidence_logits, labels, held_out.prompt, settings.bins)
     chosen = choose_temperatures(fit.confidence_logits, fit_labels, grid, settings.bins, judge)
     temperatures = chosen.temperatures
-    ones = [1.0] * records.block_size
+    ones = [1.0] * records.num_draft_tokens
     result: dict[str, Any] = {
         **records.facts,
         "labels": settings.labels,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dspark_megatron.errors import require
-from dspark_megatron.evaluation.draft_records import DraftRecords
+from dspark_megatron.evaluation.draft_records import DraftRecords, drafted_tokens
 
 SAME = ("target", "checkpoint", "iteration", "block_size")
 """Facts that records of one draft share."""
@@ -71,10 +71,10 @@ def _check_same(path: Path, records: DraftRecords, first_path: Path, first: Draf
 def _check_usable(path: Path, records: DraftRecords) -> None:
     lacking = [key for key in (*SAME, *LISTED) if key not in records.facts]
     require(not lacking, f"{path} must say of which evaluation it is, lacks {', '.join(lacking)}")
-    own = records.facts["block_size"]
+    own = drafted_tokens(records.facts)
     require(
-        own == records.block_size,
-        f"{path} must have the {own} slots of its block_size, has {records.block_size}",
+        own == records.num_draft_tokens,
+        f"{path} must have the {own} draft tokens of its blocks, has {records.num_draft_tokens}",
     )
     logits, judged = records.confidence_logits, records.judged()
     require(

@@ -108,4 +108,4 @@ def _nearest_to_one(grid: Sequence[float], errors: Sequence[float]) -> float:
 
 def _reached(records: DraftRecords) -> Tensor:
     """[n, k] bool: every slot before was kept."""
-    return torch.arange(records.block_size) <= records.accepted[:, None]
+    return torch.arange(records.num_draft_tokens) <= records.accepted[:, None]

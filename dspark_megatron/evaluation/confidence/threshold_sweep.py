@@ -40,7 +40,7 @@ def _row(records: DraftRecords, per_slot: Tensor, threshold: float) -> dict[str,
     verified = length.minimum(records.proposed)
     accepted = length.minimum(records.accepted)
     # The target adds no token where an accepted stop token, the last that was judged, ends it.
-    stops = (records.accepted == records.proposed) & (records.proposed < records.block_size)
+    stops = (records.accepted == records.proposed) & (records.proposed < records.num_draft_tokens)
     gained = accepted + ~(stops & (length >= records.proposed))
     total = int(verified.sum())
     return {

@@ -5,6 +5,7 @@ from typing import Any
 
 from dspark_megatron.bounded_text import read_json
 from dspark_megatron.errors import require
+from dspark_megatron.evaluation.draft_records import drafted_tokens
 
 FIGURES = ("prompts", "tau", "accept_rate", "prefix_survival")
 """Without these a file of `evaluation.json` cannot be shown."""
@@ -30,7 +31,7 @@ def read_evaluation(path: Path) -> dict[str, Any]:
         "evaluation wrote (evaluate.output)",
     )
     files: Any = found.get("files")
-    slots: Any = found.get("block_size")
+    slots: Any = drafted_tokens(found)
     good = isinstance(files, dict) and bool(files) and type(slots) is int
     require(
         good and all(isinstance(figures, dict) for figures in files.values()),
@@ -54,7 +55,7 @@ def read_calibration(path: Path, evaluation: dict[str, Any]) -> dict[str, Any]:
         f"{', '.join(lacking)}",
     )
     _check_same_draft(path, found, evaluation)
-    slots = evaluation["block_size"]
+    slots = drafted_tokens(evaluation)
     times = [(found[key], when) for key in ("survival", "threshold_sweep") for when in WHEN]
     before, after, *swept = [_part(whole, when) for whole, when in times]
     require(

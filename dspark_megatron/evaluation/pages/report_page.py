@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
+from dspark_megatron.evaluation.draft_records import drafted_tokens
 from dspark_megatron.evaluation.pages.plots import (
     png,
     reliability_diagram,
@@ -18,8 +19,8 @@ from dspark_megatron.evaluation.pages.plots import (
 from dspark_megatron.evaluation.serving.serving_plot import serving_plot
 
 FACTS = (
-    *("target", "checkpoint", "iteration", "block_size", "temperature", "max_new_tokens"),
-    *("seed", "batch_size", "scheduler"),
+    *("target", "checkpoint", "iteration", "block_size", "num_draft_tokens", "temperature"),
+    *("max_new_tokens", "seed", "batch_size", "scheduler"),
 )
 FILE_COLUMNS = {
     "prompts": "prompts",
@@ -47,6 +48,7 @@ def report_page(
 ) -> str:
     """The page's HTML. Arguments: what `report_inputs` reads."""
     files = _short_names(evaluation["files"])
+    facts = {**evaluation, "num_draft_tokens": drafted_tokens(evaluation)}
     templates = Environment(
         loader=PackageLoader("dspark_megatron.evaluation", "pages"),
         autoescape=True,
@@ -56,7 +58,7 @@ def report_page(
     templates.filters |= {"shown": _shown, "base64": _base64}
     return templates.get_template("report.html.jinja").render(
         title=f"Evaluation of the draft of iteration {_shown(evaluation.get('iteration'))}",
-        facts=[[key.replace("_", " "), evaluation.get(key)] for key in FACTS],
+        facts=[[key.replace("_", " "), facts.get(key)] for key in FACTS],
         by_file=_by_file(files),
         with_intervals=any(map(_intervals, files.values())),
         slot_plot=slot_plot(files),

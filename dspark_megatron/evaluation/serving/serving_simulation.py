@@ -47,11 +47,11 @@ class ServingSettings:
     false: it reads the table as SGLang does."""
     seed: int = 0
 
-    def check(self, block_size: int) -> None:
-        temperatures = self.temperatures or [1.0] * block_size
+    def check(self, num_draft_tokens: int) -> None:
+        temperatures = self.temperatures or [1.0] * num_draft_tokens
         require(
-            len(temperatures) == block_size and all(0 < t < math.inf for t in temperatures),
-            f"temperatures must be {block_size} positive numbers, one for each slot of the "
+            len(temperatures) == num_draft_tokens and all(0 < t < math.inf for t in temperatures),
+            f"temperatures must be {num_draft_tokens} positive numbers, one for each slot of the "
             f"records, are {temperatures}",
         )
         require(
@@ -75,13 +75,15 @@ def simulate_serving(
     `tokens_per_second` of all requests and `per_request`, `tau` (tokens gained by a request in a
     step), `verified` (draft slots of a request in a step), `speedup` over no drafting.
     """
-    settings.check(records.block_size)
+    settings.check(records.num_draft_tokens)
     check_replayable(records)
     require(min(requests, default=0) >= 1, f"requests must be numbers >= 1, are {requests}")
     clock = interpolated(table)
     known = clock if settings.interpolate else table
-    costs = {r: [sps_of_step(t, r, records.block_size) for t in (known, clock)] for r in requests}
-    temperatures = settings.temperatures or [1.0] * records.block_size
+    costs = {
+        r: [sps_of_step(t, r, records.num_draft_tokens) for t in (known, clock)] for r in requests
+    }
+    temperatures = settings.temperatures or [1.0] * records.num_draft_tokens
     confidence = calibrated(records.confidence_logits, temperatures)  # [n, k]
     figures = []
     for count, (known_sps, sps) in costs.items():
@@ -90,7 +92,10 @@ def simulate_serving(
         rows = [
             _serve(policy, records, confidence, steps, sps, settings)
             for policy in verify_policies(
-                known_sps, records.block_size, thresholds=settings.thresholds, lag=settings.lag
+                known_sps,
+                records.num_draft_tokens,
+                thresholds=settings.thresholds,
+                lag=settings.lag,
             )
         ]
         plain = rows[0]["tokens_per_second"]
@@ -141,7 +146,7 @@ def tokens_gained(records: DraftRecords, rounds: Tensor, lengths: Tensor) -> Ten
     cannot be told from any other, so its round counts one token too many.
     """
     accepted, proposed = records.accepted[rounds], records.proposed[rounds]
-    stopped = (proposed < records.block_size) & (lengths >= proposed)
+    stopped = (proposed < records.num_draft_tokens) & (lengths >= proposed)
     return torch.minimum(lengths, accepted) + 1 - stopped.long()
 
 

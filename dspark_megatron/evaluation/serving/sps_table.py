@@ -106,18 +106,18 @@ class AdditiveSps:
 SpsTable = SampledSps | AdditiveSps
 
 
-def sps_of_step(table: SpsTable, requests: int, block_size: int) -> Tensor:
+def sps_of_step(table: SpsTable, requests: int, num_draft_tokens: int) -> Tensor:
     """SPS when R, R + 1, ..., R*(k + 1) tokens are verified, as ops/prefix_scheduler.py wants it.
     -> fp64 [R*k + 1]. ConfigError beyond the table: SGLang's look-up repeats the last point there,
     which would make all further tokens free."""
-    most = requests * (block_size + 1)
+    most = requests * (num_draft_tokens + 1)
     for what, wanted, end in (
         ("verified tokens", most, table.last_point),
         ("requests", requests, table.max_requests),
     ):
         require(
             wanted <= end,
-            f"{requests} requests of {block_size} slots need a table of steps per second for "
+            f"{requests} requests of {num_draft_tokens} slots need a table of steps per second for "
             f"{wanted} {what}, and it ends at {end}; measure more or take fewer requests",
         )
     return table.steps_per_second(torch.arange(requests, most + 1), requests)

@@ -32,7 +32,7 @@ class Policy:
 
 
 def verify_policies(
-    sps: Tensor, block_size: int, *, thresholds: Sequence[float], lag: int
+    sps: Tensor, num_draft_tokens: int, *, thresholds: Sequence[float], lag: int
 ) -> list[Policy]:
     """Those that are worth comparing, the one without drafts first.
 
@@ -44,7 +44,7 @@ def verify_policies(
         Policy("no drafting", partial(_fixed_lengths, length=0), drafts=False),
         *(
             Policy(f"fixed {n}", partial(_fixed_lengths, length=n))
-            for n in range(1, block_size + 1)
+            for n in range(1, num_draft_tokens + 1)
         ),
         *(Policy(name, lengths) for name, lengths in static),
         Policy("early stopping", partial(early_stopping_lengths, sps=sps)),

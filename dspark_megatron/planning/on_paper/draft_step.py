@@ -71,7 +71,7 @@ class DraftStep:
         self.run = _in_phase(observer, self._run, UPDATE, ONCE)
 
     def _run(self, batches: list[Any]) -> None:
-        metrics = MetricSums.zeros(self.plan.shape.block_size, self.device)
+        metrics = MetricSums.zeros(self.plan.shape.num_draft_tokens, self.device)
         self.optimizer.zero_grad()
         self.step.run(batches, metrics)
         self.judge.reason(metrics)

@@ -11,15 +11,14 @@ from dspark_megatron.targets.base import StatesSource, TargetStates
 
 def full_micro_batch(plan: RunPlan) -> MicroBatch:
     """On the host. Its tokens are all 0."""
-    config, k = plan.config, plan.shape.block_size
+    config, drafted = plan.config, plan.shape.num_draft_tokens
     samples, length = config.train.micro_batch_size, config.data.max_length
-    count, last = min(config.model.num_anchors, length - 1), max(length - 1 - k, 0)
+    count, last = min(config.model.num_anchors, length - 1), max(length - 1 - drafted, 0)
     anchors = torch.arange(1, count + 1) * last // count
     ids, mask = torch.zeros(length, dtype=torch.int64), torch.ones(length, dtype=torch.bool)
+    parts = [ids] * samples, [mask] * samples, [anchors] * samples
     reach = plan.shape.attention.reach(plan.shape.num_layers)
-    blocks = draft_blocks(
-        [ids] * samples, [mask] * samples, [anchors] * samples, k, config.loss, reach=reach
-    )
+    blocks = draft_blocks(*parts, drafted, config.loss, reach=reach)
     return MicroBatch.of([ids] * samples, blocks, tuple(range(samples)))
 
 

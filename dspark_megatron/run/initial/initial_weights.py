@@ -113,6 +113,8 @@ def _check_shape(found: DraftShape, wanted: DraftShape, path: Path) -> None:
         for key in here
         if key not in _FREE and there[key] != here[key]
     }
+    if "sample_from_anchor" in different:
+        different["sample_from_anchor"] += ", which shifts what every slot drafts by one token"
     require(
         not different,
         f"train.initial_checkpoint {path} is of another draft: {', '.join(different.values())}; "

@@ -42,12 +42,12 @@ def context_size(loss_mask: Tensor, loss: LossConfig) -> int:
     return max([1, *anchor_candidates(loss_mask, loss)[-1:].tolist()])
 
 
-def target_positions(loss_mask: Tensor, block_size: int, loss: LossConfig) -> Tensor:
+def target_positions(loss_mask: Tensor, num_draft_tokens: int, loss: LossConfig) -> Tensor:
     """Positions whose last hidden state some supervised slot compares with. [s] -> ascending [u].
-    Those of a smaller block size are among them."""
+    Those of shorter blocks are among them."""
     anchors = anchor_candidates(loss_mask, loss)
-    supervised = supervised_slots(loss_mask, anchors, block_size, loss)
-    return (anchors[:, None] + torch.arange(block_size))[supervised].unique()
+    supervised = supervised_slots(loss_mask, anchors, num_draft_tokens, loss)
+    return (anchors[:, None] + torch.arange(num_draft_tokens))[supervised].unique()
 
 
 def to_float8(taps: Tensor, num_taps: int) -> tuple[Tensor, Tensor]:
@@ -86,7 +86,7 @@ class SafetensorsLayout:
     hidden_size: int
     num_taps: int
     dtype: str
-    block_size: int
+    num_draft_tokens: int
     loss: LossConfig
     with_last_hidden: bool = True
     index: ClassVar[str] = _INDEX
@@ -149,7 +149,7 @@ class SafetensorsLayout:
     def _positions(self, sample: Sample) -> Tensor:
         if not self.with_last_hidden:
             return torch.empty(0, dtype=torch.long)
-        return target_positions(sample.loss_mask, self.block_size, self.loss)
+        return target_positions(sample.loss_mask, self.num_draft_tokens, self.loss)
 
 
 class SafetensorsStates:

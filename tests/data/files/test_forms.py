@@ -201,7 +201,7 @@ def test_rules_of_samples_are_the_rules_of_training(tiny_run):
         return {
             name
             for name, mask in masks.items()
-            if has_block(torch.tensor(mask).bool(), rules.block_size, rules.loss)
+            if has_block(torch.tensor(mask).bool(), rules.num_draft_tokens, rules.loss)
         }
 
     token = {"anchor_rule": "token"}

@@ -26,7 +26,7 @@ def run(tmp_path, *options, edit=lambda records: None, **changes):
 def test_everything_is_written(tmp_path, capsys):
     folder = run(tmp_path, "--labels", "expected", "--bins", "10")
     assert sorted(path.name for path in folder.iterdir()) == WRITTEN
-    assert check_sidecar(folder, block_size=3, iteration=100)
+    assert check_sidecar(folder, num_draft_tokens=3, iteration=100)
     sidecar = json.loads((folder / "dspark_sts.json").read_text())
     result = json.loads((folder / "calibration.json").read_text())
     assert sidecar["temperatures"] == result["temperatures"] == result["fitted_temperatures"]
@@ -104,7 +104,7 @@ def test_what_cannot_be_done_is_said(tmp_path):
     (tmp_path / "export").mkdir()
     config = {"dflash_config": {"block_size": 7}}
     (tmp_path / "export" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SystemExit, match="block_size 7, the records are of 3"):
+    with pytest.raises(SystemExit, match="7 draft tokens a block, the records are of 3"):
         run(tmp_path, "--force")
     (tmp_path / "export" / "config.json").unlink()
     (tmp_path / "export").rmdir()

@@ -298,7 +298,7 @@ def test_records_that_cannot_be_calibrated_are_refused(tmp_path):
         (lambda r: r.confidence_logits[0].fill_(math.inf), "2 of .* that are not"),
         (cut, "1 of 6 that were cut"),
         (lambda r: r.facts.update(scheduler="early_stopping"), "scheduler: early_stopping"),
-        (lambda r: r.facts.update(block_size=7), "the 7 slots of its block_size, has 2"),
+        (lambda r: r.facts.update(block_size=7), "the 7 draft tokens of its blocks, has 2"),
         (lambda r: r.facts.pop("prompt_files"), "lacks prompt_files"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -100,7 +100,7 @@ def test_the_page_holds_everything(tmp_path):
 
 def test_a_file_of_one_prompt(tmp_path):
     """It has no intervals, which evaluation writes as null."""
-    figures = acceptance([Generation([1, 2], [Round(3, 1, True)])], block_size=3)
+    figures = acceptance([Generation([1, 2], [Round(3, 1, True)])], num_draft_tokens=3)
     page = report(tmp_path, EVALUATION | {"files": {"one.jsonl": figures}})
     assert "2.000" in cells(page) and "interval" not in page
 

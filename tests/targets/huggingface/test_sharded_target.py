@@ -72,12 +72,12 @@ def calls_without_blocks(runtime, lockstep):
 
     shape = SHAPES["vanilla"]
     model, samples = build_tiny_draft(runtime, shape), make_samples(shape, (9,))
-    (batch,) = rank_micro_batches(runtime, samples, shape.block_size, 1)
+    (batch,) = rank_micro_batches(runtime, samples, shape.num_draft_tokens, 1)
     batch = dataclasses.replace(batch, blocks=dataclasses.replace(batch.blocks, weight=0.0))
     step = make_step(runtime, model, samples)
     target = step.forward_step.target = CountedStates(samples)
     target.lockstep = lockstep
-    step.run([batch], MetricSums.zeros(shape.block_size, runtime.device))
+    step.run([batch], MetricSums.zeros(shape.num_draft_tokens, runtime.device))
     return target.calls
 
 
