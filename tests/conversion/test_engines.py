@@ -731,6 +731,16 @@ REMARKS = {
     "block_size in SGLang": (drop_keys("block_size"), {SGLANG}, "takes 7"),
     "window": (SLIDING, {DEEPSPEC}, "no window in its training mask"),
     "rope": (set_rope(partial_rotary_factor=0.5), {SGLANG, TRT, LLAMA}, "partial_rotary_factor"),
+    "block_size of drafts": (
+        set_keys(sample_from_anchor=False, num_speculative_tokens=3),
+        {MLX},
+        "one token less",
+    ),
+    "block_size of drafts in llama.cpp": (
+        set_keys(sample_from_anchor=False, num_speculative_tokens=3),
+        {LLAMA},
+        "leaves the Markov bias out",
+    ),
     "window that stands": (
         all_of(SLIDING, set_keys(is_causal=False)),
         {MLX_VLM},

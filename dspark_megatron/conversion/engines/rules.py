@@ -3,7 +3,7 @@ Those of attention, RoPE, anchors and logits are in `variant_rules.py`. A new ru
 asks for is a fact of `facts.py` or `variant_facts.py`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dspark_megatron.conversion.engines.table import (
     ALL,
@@ -29,8 +29,8 @@ class Rule(NamedTuple):
     """The version that it was read in, where that is another than the engine's."""
 
 
-def rows(*given: tuple[str, ...] | tuple[tuple[str, ...], str, str]) -> tuple[Rule, ...]:
-    return tuple(Rule(*row) for row in given)  # type: ignore[arg-type]
+def rows(*given: tuple[Any, ...]) -> tuple[Rule, ...]:
+    return tuple(Rule(*row) for row in given)
 
 
 UNKNOWN_CAPTURE = "may not capture target_layer_ids {}: its source was not read for that"

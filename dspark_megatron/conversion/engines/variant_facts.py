@@ -55,10 +55,15 @@ def _anchor_facts(r: Reading) -> dict[str, Any]:
     said = (r.get("sample_from_anchor"), r.get("dflash_config.sample_from_anchor"))
     anchor = next((x for x in said if x is not None), None)
     bonus, no_anchor = r.get("dspark_bonus_anchor"), anchor is False
+    tokens, size = r.get("num_speculative_tokens"), r.values["block_size"]
+    of_drafts = no_anchor and tokens is not None and tokens == size
+    of_slots = no_anchor and not of_drafts
     return {
         "no anchor": no_anchor,
-        "no anchor, not speculators": no_anchor and not r.speculators,
-        "no anchor without dspark_bonus_anchor": no_anchor and bonus is not True,
+        "block_size counts drafts": of_drafts,
+        "block_size counts slots": of_slots,
+        "block_size counts slots, not speculators": of_slots and not r.speculators,
+        "block_size counts slots, unsaid": of_slots and bonus is not True,
         "contradicting anchors": isinstance(bonus, bool) and bonus is (anchor is not False),
         "speculators without sample_from_anchor": r.speculators and anchor is None,
     }
@@ -84,9 +89,8 @@ def _rope_facts(r: Reading) -> dict[str, Any]:
 
 def _mscale(rope: dict[str, Any]) -> str:
     """Where mscale keys give YaRN another attention factor than its formula."""
-    one, two, factor = (rope.get(key) for key in ("mscale", "mscale_all_dim", "factor"))
-    numbers = all(type(x) in (int, float) and x > 0 for x in (one, two, factor))
-    if not numbers or rope.get("attention_factor") is not None or factor <= 1:
+    one, two, factor = (_positive(rope, key) for key in ("mscale", "mscale_all_dim", "factor"))
+    if not (one and two and factor > 1) or rope.get("attention_factor") is not None:
         return ""
     found = (0.1 * one * math.log(factor) + 1) / (0.1 * two * math.log(factor) + 1)
     usual = 0.1 * math.log(factor) + 1
@@ -94,11 +98,15 @@ def _mscale(rope: dict[str, Any]) -> str:
 
 
 def _own_factor(rope: dict[str, Any]) -> str:
-    found, factor = rope.get("attention_factor"), rope.get("factor")
-    if not all(type(x) in (int, float) and x > 0 for x in (found, factor)):
-        return ""
+    found, factor = _positive(rope, "attention_factor"), _positive(rope, "factor")
     usual = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
-    return "" if math.isclose(found, usual, rel_tol=1e-6) else str(found)
+    return "" if not found or math.isclose(found, usual, rel_tol=1e-6) else str(found)
+
+
+def _positive(rope: dict[str, Any], key: str) -> float:
+    """0 for any junk."""
+    value: Any = rope.get(key)
+    return float(value) if type(value) in (int, float) and 0 < value < math.inf else 0.0
 
 
 def _logit_facts(r: Reading) -> dict[str, Any]:

@@ -93,11 +93,22 @@ VARIANT_WARNINGS: tuple[Rule, ...] = rows(
         "partial rotary",
         "{} in rope_parameters comes from the target; delete it",
     ),
-    ((VLLM,), "no anchor, not speculators", f"{ONE_TOO_MANY}; give num_speculative_tokens"),
-    ((SGLANG,), "no anchor", ONE_TOO_MANY),
+    (
+        (VLLM,),
+        "block_size counts slots, not speculators",
+        f"{ONE_TOO_MANY}; give num_speculative_tokens",
+    ),
+    ((SGLANG,), "block_size counts slots", ONE_TOO_MANY),
+    ((MLX,), "block_size counts drafts", "counts the anchor in block_size: drafts one token less"),
+    (
+        (LLAMA,),
+        "block_size counts drafts",
+        "leaves the Markov bias out of blocks of block_size tokens, as it counts the anchor: give "
+        "--spec-draft-n-max one less",
+    ),
     (
         (MLX_VLM,),
-        "no anchor without dspark_bonus_anchor",
+        "block_size counts slots, unsaid",
         "takes block_size for the drafts of a block without dspark_bonus_anchor: one too many",
     ),
     ((VLLM,), "scale", BIASED_ONCE.format("scales")),
