@@ -14,7 +14,12 @@ from torch import Tensor
 from dspark_megatron.bounded_text import read_json
 from dspark_megatron.conversion.engines.table import AUX
 from dspark_megatron.conversion.layouts.foreign_configs import TargetFacts
-from dspark_megatron.conversion.layouts.hf_config import description_of_config
+from dspark_megatron.conversion.layouts.gemma4_config import (
+    check_layout_of_gemma4,
+    gemma4_description,
+    is_gemma4,
+)
+from dspark_megatron.conversion.layouts.hf_config import DraftDescription, description_of_config
 from dspark_megatron.conversion.layouts.names import (
     EMBEDDING,
     LM_HEAD,
@@ -47,8 +52,7 @@ class DraftFolder:
         try:
             check_dspark(self.config, raw)
             self.layout = detect_layout(self.config, raw) if layout == "auto" else LAYOUTS[layout]
-            canonical = self.layout.from_config(self.config, target)
-            unsupported = _unsupported(canonical, raw)
+            self.description = self._read_description(target)
         except ConfigError:
             raise
         except (TypeError, ValueError, AttributeError, KeyError) as error:
@@ -56,10 +60,16 @@ class DraftFolder:
                 f"{self.path}/config.json cannot be read as a draft's: a key has a value of "
                 f"another kind than it must have ({error!r})"
             ) from error
-        raise_if_any(unsupported, f"the draft in {self.path}")
-        self.description = description_of_config(canonical)
         self._names = self._canonical_names(raw)
         self._check_tensors()
+
+    def _read_description(self, target: TargetFacts | None) -> DraftDescription:
+        if is_gemma4(self.config):
+            check_layout_of_gemma4(self.layout.name)
+            return gemma4_description(self.config)
+        canonical = self.layout.from_config(self.config, target)
+        raise_if_any(_unsupported(canonical, self.files.shapes), f"the draft in {self.path}")
+        return description_of_config(canonical)
 
     @property
     def shape(self) -> DraftShape:

@@ -44,6 +44,7 @@ from dspark_megatron.run.ranks.facts import (
 )
 from dspark_megatron.run.ranks.places import at, set_time_limit
 from dspark_megatron.run.ranks.runtime import Launch, Runtime, main_ranks_folder, start
+from dspark_megatron.storage.checkpoints.named import NamedCheckpoint
 from dspark_megatron.storage.checkpoints.whole import check_whole
 from dspark_megatron.storage.target_folder import stop_token_ids
 from dspark_megatron.storage.training_checkpoint import read_meta
@@ -152,7 +153,8 @@ def _scheduled_cut(
     if settings.temperatures:
         iteration = read_meta(checkpoint)["iteration"] if checkpoint else 0
         folder = Path(settings.temperatures)
-        temperatures = read_temperatures(folder, num_draft_tokens, iteration, checkpoint)
+        named = NamedCheckpoint.at(checkpoint) if checkpoint else None
+        temperatures = read_temperatures(folder, num_draft_tokens, iteration, named)
     return ScheduledCut(settings.scheduler, sps, num_draft_tokens, temperatures)
 
 
@@ -212,7 +214,7 @@ def _facts(plan: RunPlan, checkpoint: Path | None, iteration: int) -> dict[str, 
     names = ("temperature", "max_new_tokens", "seed", "batch_size", "scheduler")
     return {
         "target": plan.config.target.path,
-        "checkpoint": str(checkpoint) if checkpoint else None,
+        **(NamedCheckpoint.at(checkpoint).facts() if checkpoint else {"checkpoint": None}),
         "iteration": iteration,
         "block_size": plan.shape.block_size,
         "num_draft_tokens": plan.shape.num_draft_tokens,

@@ -13,6 +13,8 @@ from dspark_megatron.storage.training_checkpoint import CheckpointReader
 from support.draft_steps import assert_plain_step, step_gradients, whole
 from support.shapes import SHAPE, meta_of
 from support.tiny_draft import build_tiny_draft, layout_of, make_samples, sample_logits
+from support.tiny_target import tiny_config
+from support.training_runs import assert_same_curve, curve, run_training
 
 BOTH = (0, 1)
 ATTENTION = {
@@ -183,3 +185,24 @@ def fresh(runtime, shape):
     model = DSparkDraftModel(shape, **place, params_dtype=torch.float32)
     model.init_weights(seed=1, std=0.1)
     return {n: p.detach() for n, p in model.named_parameters() if "self_attention" in n}
+
+
+def test_a_run_is_the_same_at_every_layout_and_resumes(pool, tiny_run, tmp_path):
+    attention = {"window": 6, "sliding_layers": [1], "causal": "sliding", "sink": True}
+
+    def run(output, tp, minutes_ago=(), **changed):
+        config = tiny_config(
+            tiny_run,
+            model={"attention": {**attention, "biases": True, **changed}},
+            train={"output_dir": str(output), "iterations": 3, "exit_duration_minutes": 1},
+            parallel={"tensor_parallel": tp, "sequence_parallel": tp > 1},
+        )
+        pool.run(run_training, world=2, tp=tp, config=config, minutes_ago=minutes_ago)
+        return curve(output)
+
+    unbroken = run(tmp_path / "unbroken", 1)
+    stopped = run(tmp_path / "stopped", 2, minutes_ago=[2, 2])
+    assert_same_curve(stopped, unbroken[:1])
+    assert_same_curve(run(tmp_path / "stopped", 2), unbroken)
+    with pytest.raises(AssertionError, match="'window': 6.*'window': 7"):
+        run(tmp_path / "stopped", 2, window=7)
