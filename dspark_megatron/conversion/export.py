@@ -1,6 +1,6 @@
 """Drafts to folders: a training checkpoint, or a folder of one layout to that of another."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from dspark_megatron.conversion.folder_writer import WriteOptions, write_draft_folder
@@ -39,14 +39,20 @@ def convert_folder(
     options: WriteOptions,
     *,
     layout: str = "auto",
+    allow_unknown: Collection[str] = (),
 ) -> Path:
-    """Write the draft of a folder in another layout. layout: that of the input."""
+    """Write the draft of a folder in another layout. layout: that of the input. allow_unknown: as
+    DraftFolder has it."""
     require(
         Path(input_dir).resolve() != Path(output_dir).resolve(),
         f"{output_dir} is the input itself; choose another folder for the output",
     )
     draft = open_draft_folder(
-        input_dir, target_dir, layout, target_checkpoint=options.target_checkpoint
+        input_dir,
+        target_dir,
+        layout,
+        target_checkpoint=options.target_checkpoint,
+        allow_unknown=allow_unknown,
     )
     source = FolderSource(draft)
     return write_draft_folder(source, Path(target_dir), Path(output_dir), options)

@@ -1,6 +1,6 @@
 """Whether a draft can work at all, and with a given target."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ def open_draft_folder(
     layout: str = "auto",
     *,
     target_checkpoint: str | Path = "",
+    allow_unknown: Collection[str] = (),
 ) -> DraftFolder:
-    """A draft folder that belongs to this target; ConfigError that lists what speaks against it."""
+    """A draft folder that belongs to this target; ConfigError that lists what speaks against it.
+    allow_unknown: as DraftFolder has it."""
     target_config = load_target_config(target_dir)
     facts = TargetFacts.of(target_config, Path(target_dir).resolve().name)
-    folder = DraftFolder(path, layout, facts)
+    folder = DraftFolder(path, layout, facts, allow_unknown=allow_unknown)
     problems = shape_problems(folder.shape) + target_problems(folder.shape, target_config)
     raise_if_any(problems, f"the draft in {folder.path}")
     raise_if_any(shared_problems(folder, target_dir, target_checkpoint), str(folder.path))
