@@ -133,7 +133,7 @@ def measured(runtime: Runtime, plan: RunPlan) -> Figures:
     observer = Observer(runtime.device, group_words(runtime))
 
     def build() -> DraftStep:
-        draft = empty_draft(plan, runtime, local_layer_spec())
+        draft = empty_draft(plan, runtime, local_layer_spec(plan.shape.architecture))
         draft.init_weights(seed=1, std=0.02)
         draft.load_frozen_replicas(*(torch.zeros_like(draft.lm_head) for _ in range(2)))
         return DraftStep(plan, runtime, draft, observer)

@@ -5,6 +5,7 @@ kind is listed at once, before any tensor is read; so is every setting that this
 does not have, because taking such a draft for ours would change what it computes.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,12 @@ from torch import Tensor
 from dspark_megatron.bounded_text import read_json
 from dspark_megatron.conversion.engines.table import AUX
 from dspark_megatron.conversion.layouts.foreign_configs import TargetFacts
-from dspark_megatron.conversion.layouts.hf_config import description_of_config
+from dspark_megatron.conversion.layouts.gemma4_config import (
+    check_layout_of_gemma4,
+    gemma4_description,
+    is_gemma4,
+)
+from dspark_megatron.conversion.layouts.hf_config import DraftDescription, description_of_config
 from dspark_megatron.conversion.layouts.names import (
     EMBEDDING,
     LM_HEAD,
@@ -22,6 +28,7 @@ from dspark_megatron.conversion.layouts.names import (
     hugging_face_shapes,
     raise_if_any,
 )
+from dspark_megatron.conversion.layouts.rope_config import chosen_rope, doubts
 from dspark_megatron.conversion.layouts.table import LAYOUTS, check_dspark, detect_layout
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.shape import DraftShape
@@ -35,10 +42,15 @@ class DraftFolder:
     """`description`, `layout`, and `tensor` by canonical name."""
 
     def __init__(
-        self, path: str | Path, layout: str = "auto", target: TargetFacts | None = None
+        self,
+        path: str | Path,
+        layout: str = "auto",
+        target: TargetFacts | None = None,
+        rope: dict[str, Any] | None = None,
     ) -> None:
-        """layout: one of LAYOUTS, or `auto`. target: for what the config leaves to it. Raises
-        ConfigError that lists every problem."""
+        """layout: one of LAYOUTS, or `auto`. target: for what the config leaves to it. rope: keys
+        of the RoPE that the user says otherwise than the config. Raises ConfigError that lists
+        every problem."""
         self.path = Path(path)
         self.config = read_config(self.path)
         check_schema(self.config, self.path / "config.json")
@@ -47,8 +59,7 @@ class DraftFolder:
         try:
             check_dspark(self.config, raw)
             self.layout = detect_layout(self.config, raw) if layout == "auto" else LAYOUTS[layout]
-            canonical = self.layout.from_config(self.config, target)
-            unsupported = _unsupported(canonical, raw)
+            self.description = self._read_description(target)
         except ConfigError:
             raise
         except (TypeError, ValueError, AttributeError, KeyError) as error:
@@ -56,10 +67,21 @@ class DraftFolder:
                 f"{self.path}/config.json cannot be read as a draft's: a key has a value of "
                 f"another kind than it must have ({error!r})"
             ) from error
-        raise_if_any(unsupported, f"the draft in {self.path}")
-        self.description = description_of_config(canonical)
+        if rope:
+            shape = replace(self.shape, rope_parameters=chosen_rope(self.shape, rope))
+            self.description = replace(self.description, shape=shape)
+        self.doubts = [] if rope else doubts(self.config, self.layout.name)
+        """Lines on what the config says and may not be so."""
         self._names = self._canonical_names(raw)
         self._check_tensors()
+
+    def _read_description(self, target: TargetFacts | None) -> DraftDescription:
+        if is_gemma4(self.config):
+            check_layout_of_gemma4(self.layout.name)
+            return gemma4_description(self.config)
+        canonical = self.layout.from_config(self.config, target)
+        raise_if_any(_unsupported(canonical, self.files.shapes), f"the draft in {self.path}")
+        return description_of_config(canonical)
 
     @property
     def shape(self) -> DraftShape:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from dspark_megatron.conversion.folder_writer import WriteOptions, write_draft_folder
 from dspark_megatron.conversion.sources import CheckpointSource, FolderSource
@@ -39,14 +40,16 @@ def convert_folder(
     options: WriteOptions,
     *,
     layout: str = "auto",
+    rope: dict[str, Any] | None = None,
 ) -> Path:
-    """Write the draft of a folder in another layout. layout: that of the input."""
+    """Write the draft of a folder in another layout. layout: that of the input. rope: keys of the
+    RoPE that the draft was trained with, where the input's config says otherwise."""
     require(
         Path(input_dir).resolve() != Path(output_dir).resolve(),
         f"{output_dir} is the input itself; choose another folder for the output",
     )
     draft = open_draft_folder(
-        input_dir, target_dir, layout, target_checkpoint=options.target_checkpoint
+        input_dir, target_dir, layout, target_checkpoint=options.target_checkpoint, rope=rope
     )
     source = FolderSource(draft)
     return write_draft_folder(source, Path(target_dir), Path(output_dir), options)

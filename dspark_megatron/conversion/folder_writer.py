@@ -15,14 +15,13 @@ from torch import Tensor
 from dspark_megatron.conversion.draft_folder import read_config
 from dspark_megatron.conversion.engines.verdicts import engine_verdicts
 from dspark_megatron.conversion.layouts.foreign_configs import TargetFacts
-from dspark_megatron.conversion.layouts.hf_config import hugging_face_config
 from dspark_megatron.conversion.layouts.names import (
     EMBEDDING,
     LM_HEAD,
     hugging_face_shapes,
     raise_if_any,
 )
-from dspark_megatron.conversion.layouts.table import LAYOUTS, detect_layout
+from dspark_megatron.conversion.layouts.table import LAYOUTS, config_of_draft, detect_layout
 from dspark_megatron.conversion.model_card import check_name, is_unedited, model_card
 from dspark_megatron.conversion.sidecar import (
     SIDECAR,
@@ -34,6 +33,7 @@ from dspark_megatron.conversion.sources import DraftSource
 from dspark_megatron.conversion.target_match import not_finite, shape_problems, target_problems
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.shape import DraftShape
+from dspark_megatron.storage.checkpoints.named import NamedCheckpoint
 from dspark_megatron.storage.new_folder import new_folder
 from dspark_megatron.storage.safetensors_folder import (
     INDEX,
@@ -81,12 +81,13 @@ def write_draft_folder(
     dtype = options.dtype or source.dtype()
     facts = TargetFacts.of(target_config, options.target_name or target_dir.resolve().name)
     check_name("the target (--target-name)", facts.name)
-    canonical = hugging_face_config(source.description, target_config=target_config, dtype=dtype)
-    config = layout.to_config(canonical, facts)
+    config = config_of_draft(
+        layout, source.description, target_config=target_config, facts=facts, dtype=dtype
+    )
     history = source.history()
     # Iteration 0 is an import, whose sidecar came with it.
     iteration = history.get("iterations") or None
-    checkpoint = source.path if iteration else None
+    checkpoint = NamedCheckpoint.at(source.path) if iteration else None
     with_temperatures = check_sidecar(
         source.neighbours(), shape.num_draft_tokens, iteration, checkpoint
     )

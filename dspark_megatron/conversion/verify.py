@@ -11,8 +11,8 @@ from torch import Tensor
 from dspark_megatron.conversion.draft_folder import DraftFolder
 from dspark_megatron.conversion.engines.verdicts import Verdict, engine_verdicts
 from dspark_megatron.conversion.layouts.foreign_configs import TargetFacts
-from dspark_megatron.conversion.layouts.hf_config import hugging_face_config
 from dspark_megatron.conversion.layouts.names import raise_if_any
+from dspark_megatron.conversion.layouts.table import config_of_draft
 from dspark_megatron.conversion.sidecar import SIDECAR, check_sidecar
 from dspark_megatron.conversion.sources import CheckpointSource
 from dspark_megatron.conversion.target_match import (
@@ -126,8 +126,10 @@ def _source_problems(
     if target_config is None or folder.config.get("dtype") not in DTYPES:
         return problems
     dtype = DTYPES[folder.config["dtype"]]
-    canonical = hugging_face_config(source.description, target_config=target_config, dtype=dtype)
-    wanted = folder.layout.to_config(canonical, TargetFacts.of(target_config, ""))
+    facts = TargetFacts.of(target_config, "")
+    wanted = config_of_draft(
+        folder.layout, source.description, target_config=target_config, facts=facts, dtype=dtype
+    )
     return problems + list(_different_keys(wanted, folder.config, "config.json: "))
 
 

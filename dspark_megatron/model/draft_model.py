@@ -103,7 +103,9 @@ class DSparkDraftModel(MegatronModule):
         self.rotary = RotaryTable(
             shape.rope_parameters, shape.head_dim, shape.max_position_embeddings
         )
-        norm = dict(config=config, hidden_size=shape.hidden_size, eps=shape.rms_norm_eps)
+        norm: dict[str, Any] = dict(
+            config=config, hidden_size=shape.hidden_size, eps=shape.rms_norm_eps
+        )
         self.embed_tokens = VocabParallelEmbedding(
             vocab,
             shape.hidden_size,
@@ -122,7 +124,7 @@ class DSparkDraftModel(MegatronModule):
             tp_group=tp_group,
         )
         self.hidden_norm = RMSNorm(**norm)
-        spec = spec or local_layer_spec()
+        spec = spec or local_layer_spec(shape.architecture)
         build = dict(config=config, tp_group=tp_group, recompute_activations=recompute_activations)
         self.layers = torch.nn.ModuleList(
             build_module(spec, **build) for _ in range(shape.num_layers)
@@ -239,6 +241,8 @@ class DSparkDraftModel(MegatronModule):
         positions = anchor_positions[:, None] + torch.arange(k, device=anchor_positions.device)
         mask_token = anchor_token_ids.new_full((1,), self.shape.mask_token_id)
         embedded = self.embed_tokens(torch.cat([anchor_token_ids, mask_token]))  # [n + 1, h]
+        if self.shape.architecture == "gemma4":  # whose scale is rounded to the weights' type
+            embedded = embedded * embedded.new_full((), self.shape.hidden_size**0.5)
         source = torch.full_like(positions, n)  # a slot's row of `embedded`
         source[:, 0] = torch.arange(n, device=positions.device)
         own = self.split.local(source.flatten())  # [R], n*k slots or this rank's part

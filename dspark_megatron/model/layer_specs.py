@@ -15,6 +15,11 @@ from dspark_megatron.config import ModelConfig
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.mcore import transformer_engine
 from dspark_megatron.mcore.rms_norm import RMSNorm
+from dspark_megatron.model.layers.gemma4 import (
+    Gemma4Attention,
+    Gemma4DraftLayer,
+    Gemma4DraftLayerSubmodules,
+)
 from dspark_megatron.model.layers.qwen3 import (
     ContextInjectionAttention,
     ContextInjectionAttentionSubmodules,
@@ -23,11 +28,16 @@ from dspark_megatron.model.layers.qwen3 import (
 )
 
 
-def layer_spec(backend: str) -> ModuleSpec:
-    """The draft layer of `model.backend`. Raises ConfigError where Transformer Engine is asked for
-    by name and cannot run."""
-    if backend == "local":
-        return local_layer_spec()
+def layer_spec(backend: str, architecture: str = "qwen3") -> ModuleSpec:
+    """The draft layer of `model.backend` and `model.architecture`. Raises ConfigError where
+    Transformer Engine is asked for by name and cannot run."""
+    require(
+        architecture == "qwen3" or backend != "transformer_engine",
+        f"model.backend 'transformer_engine' has no layers of model.architecture={architecture}; "
+        "set model.backend=local",
+    )
+    if backend == "local" or architecture != "qwen3":
+        return local_layer_spec(architecture)
     usable = transformer_engine.is_usable()
     found = f"{torch.cuda.is_available()} and {transformer_engine.is_installed()}"
     require(
@@ -43,8 +53,9 @@ def layer_spec(backend: str) -> ModuleSpec:
     return transformer_engine_layer_spec()
 
 
-def local_layer_spec() -> ModuleSpec:
+def local_layer_spec(architecture: str = "qwen3") -> ModuleSpec:
     """Megatron-Core's own parallel linears and PyTorch's RMSNorm: runs on any device."""
+    gemma = architecture == "gemma4"
     attention = ContextInjectionAttentionSubmodules(
         linear_q=ColumnParallelLinear,
         linear_kv=ColumnParallelLinear,
@@ -53,13 +64,18 @@ def local_layer_spec() -> ModuleSpec:
         k_layernorm=RMSNorm,
     )
     mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    layer = DraftLayerSubmodules(
+    attention_class = Gemma4Attention if gemma else ContextInjectionAttention
+    parts = dict(
         input_layernorm=RMSNorm,
-        self_attention=ModuleSpec(module=ContextInjectionAttention, submodules=attention),
+        self_attention=ModuleSpec(module=attention_class, submodules=attention),
         pre_mlp_layernorm=RMSNorm,
         mlp=ModuleSpec(module=MLP, submodules=mlp),
     )
-    return ModuleSpec(module=DraftLayer, submodules=layer)
+    if not gemma:
+        return ModuleSpec(module=DraftLayer, submodules=DraftLayerSubmodules(**parts))
+    more = dict(post_self_attn_layernorm=RMSNorm, post_mlp_layernorm=RMSNorm)
+    layer = Gemma4DraftLayerSubmodules(**parts, **more)
+    return ModuleSpec(module=Gemma4DraftLayer, submodules=layer)
 
 
 def user_layer_spec(words: Sequence[str]) -> ModuleSpec:
@@ -94,4 +110,6 @@ def user_code(words: Sequence[str]) -> Iterator[None]:
 
 def chosen_layer_spec(model: ModelConfig) -> ModuleSpec:
     """The user's own layer where the config names one, else that of `model.backend`."""
-    return user_layer_spec(model.layer_spec) if model.layer_spec else layer_spec(model.backend)
+    if model.layer_spec:
+        return user_layer_spec(model.layer_spec)
+    return layer_spec(model.backend, model.architecture)

@@ -7,7 +7,13 @@ from dspark_megatron.config import ModelConfig
 from dspark_megatron.config.model import num_draft_tokens
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.shape.attention import DraftAttention
-from dspark_megatron.shape.rope import draft_rope
+from dspark_megatron.shape.gemma4 import (
+    check_gemma4,
+    gemma4_heads,
+    gemma4_rope,
+    gemma4_softcapping,
+)
+from dspark_megatron.shape.rope import check_rope_width, draft_rope
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """What families call the number of their experts."""
@@ -82,12 +88,16 @@ def draft_shape(model: ModelConfig, target_config: Any) -> DraftShape:
     Raises ConfigError when a rule between the config and the target does not hold.
     """
     text = target_config.get_text_config()
-    _refuse_unbuilt(model)
     _check_facts(text)
+    gemma = model.architecture == "gemma4"
+    if gemma:
+        check_gemma4(model, text)
     _check_layer_ids(model.target_layer_ids, text.num_hidden_layers)
     mask_token_id = _checked_mask_token(model.mask_token_id, text)
     heads, kv_heads, head_dim = _draft_heads(model, text)
     with_markov = model.enable_confidence_head and model.confidence_head_with_markov
+    rope = shape_rope(model, text)
+    check_rope_width(rope, head_dim)
     return DraftShape(
         hidden_size=text.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size or _dense_width(text),
@@ -97,7 +107,7 @@ def draft_shape(model: ModelConfig, target_config: Any) -> DraftShape:
         head_dim=head_dim,
         vocab_size=text.vocab_size,
         rms_norm_eps=getattr(text, "rms_norm_eps", 1e-6),
-        rope_parameters=draft_rope(model.rope_parameters, text),
+        rope_parameters=rope,
         max_position_embeddings=model.max_position_embeddings or text.max_position_embeddings,
         num_target_layers=text.num_hidden_layers,
         target_layer_ids=tuple(model.target_layer_ids),
@@ -110,17 +120,16 @@ def draft_shape(model: ModelConfig, target_config: Any) -> DraftShape:
         architecture=model.architecture,
         attention=DraftAttention.of(model.attention, model.num_layers),
         sample_from_anchor=model.sample_from_anchor,
+        shared_key_value=gemma and text.attention_k_eq_v,
         logit_scale=model.logit_scale,
+        logit_softcapping=gemma4_softcapping(text) if gemma else None,
     )
 
 
-def _refuse_unbuilt(model: ModelConfig) -> None:
-    """Keys that are read and not computed yet."""
-    unbuilt = {
-        "architecture": model.architecture != "qwen3",
-    }
-    for name, given in unbuilt.items():
-        require(not given, f"model.{name} cannot be chosen yet; leave it out")
+def shape_rope(model: ModelConfig, text: Any) -> dict[str, Any]:
+    """RoPE of the draft of this architecture. Raises ConfigError for one that it cannot have."""
+    rope = gemma4_rope if model.architecture == "gemma4" else draft_rope
+    return rope(model.rope_parameters, text, model.max_position_embeddings)
 
 
 def _draft_heads(model: ModelConfig, text: Any) -> tuple[int, int, int]:
@@ -128,6 +137,9 @@ def _draft_heads(model: ModelConfig, text: Any) -> tuple[int, int, int]:
     such heads."""
     names = ("num_attention_heads", "num_key_value_heads", "head_dim")
     chosen = [getattr(model, name) for name in names]
+    if model.architecture == "gemma4":
+        own = (text.num_attention_heads, *gemma4_heads(text))
+        return _divided(*(mine or theirs for mine, theirs in zip(chosen, own, strict=True)))
     several = [name for name in names if len(layer_values(text, name)) > 1]
     why = ""
     if has_latent_attention(text):

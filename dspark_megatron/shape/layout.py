@@ -22,7 +22,7 @@ def check_layout(config: Config, shape: DraftShape, target_config: Any, world_si
     if not config.target.is_stored:  # else no rank has the target
         splits |= _target_splits(config.target, text)
         target_shards(config.target, world_size // tp)
-    _check_splits(splits, tp, world_size)
+    _check_splits(splits, tp, world_size, shape.num_key_value_heads)
     _check_vocabulary(shape, tp)
     return world_size // tp
 
@@ -77,7 +77,7 @@ def check_draft_split(shape: DraftShape, tp: int) -> None:
     """Check that a draft alone can be split over tp ranks."""
     most = MOST["parallel.tensor_parallel"]
     require(1 <= tp <= most, f"the tensor-parallel size ({tp}) must be from 1 to {most:,}")
-    _check_splits(_draft_splits(shape), tp, max(tp, 64))
+    _check_splits(_draft_splits(shape), tp, max(tp, 64), shape.num_key_value_heads)
     _check_vocabulary(shape, tp)
 
 
@@ -85,18 +85,26 @@ def _draft_splits(shape: DraftShape) -> dict[str, int]:
     return {
         "query heads": shape.num_attention_heads,
         "key/value heads": shape.num_key_value_heads,
+        "rows of keys": shape.num_key_value_heads * shape.head_dim,
         "ffn_hidden_size": shape.ffn_hidden_size,
         "hidden_size": shape.hidden_size,
     }
 
 
-def _check_splits(splits: dict[str, int], tp: int, most: int) -> None:
-    bad = {name: size for name, size in splits.items() if size % tp}
-    if bad:
-        numbers = ", ".join(f"{name} ({size})" for name, size in bad.items())
-        good = [n for n in range(1, most + 1) if not any(s % n for s in splits.values())]
+def _check_splits(splits: dict[str, int], tp: int, most: int, kv_heads: int) -> None:
+    """kv_heads: of the draft. Where there are fewer of them than ranks, ranks share them."""
+    shared = "key/value heads"
+
+    def bad(n: int) -> list[str]:
+        uneven = [name for name, size in splits.items() if size % n]
+        return [name for name in uneven if name != shared or n % kv_heads]
+
+    if names := bad(tp):
+        numbers = ", ".join(f"{name} ({splits[name]})" for name in names)
+        good = [n for n in range(1, most + 1) if not bad(n)]
         raise ConfigError(
-            f"{numbers} must be divisible by parallel.tensor_parallel ({tp}); "
+            f"{numbers} must be divisible by parallel.tensor_parallel ({tp})"
+            f"{', or key/value heads divide it' * (shared in names)}; "
             f"sizes that work here: {good}"
         )
 

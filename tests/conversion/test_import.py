@@ -268,8 +268,8 @@ def test_an_import_never_writes_over_anything(tmp_path, target, draft):
         import_(draft, target, taken)
     with pytest.raises(ConfigError, match="is the input itself"):
         convert_folder(draft, target, draft, WriteOptions(force=True))
-    with pytest.raises(ConfigError, match=r"must be divisible by parallel.tensor_parallel \(4\)"):
-        import_(draft, target, tmp_path / "four", tensor_parallel=4)
+    with pytest.raises(ConfigError, match=r"must be divisible by parallel.tensor_parallel \(8\)"):
+        import_(draft, target, tmp_path / "eight", tensor_parallel=8)
     assert [path.name for path in taken.iterdir()] == ["mine"]
 
 

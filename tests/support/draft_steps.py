@@ -5,6 +5,7 @@ import torch
 
 from dspark_megatron.config import LossConfig
 from dspark_megatron.conversion.layouts.names import to_hugging_face
+from support.gemma4_reference import PlainGemma4Draft
 from support.reference import PlainDraft, plain_blocks, plain_loss
 from support.tiny_draft import (
     assemble,
@@ -17,6 +18,7 @@ from support.tiny_draft import (
 )
 
 GAMMA = 4.0
+TWINS = {"qwen3": PlainDraft, "gemma4": PlainGemma4Draft}
 
 
 def step_gradients(runtime, shape, micro_batch_size, loss=None, dtype="float32", **options):
@@ -31,11 +33,12 @@ def step_gradients(runtime, shape, micro_batch_size, loss=None, dtype="float32",
     batches = rank_micro_batches(runtime, samples, drafted, micro_batch_size, loss, reach)
     step.run(batches, metrics)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    fixed = {n: p for n, p in model.named_parameters() if n.endswith("layer_scalar.value")}
     total = metrics.reduced(dp_group=runtime.dp_group)
     return {
-        "weights": {n: p.detach().clone() for n, p in trained.items()},
+        "weights": {n: p.detach().clone() for n, p in {**trained, **fixed}.items()},
         "grads": {n: p.main_grad.clone() for n, p in trained.items()},
-        "layout": layout_of(model),
+        "layout": {**layout_of(model), **dict.fromkeys(fixed, (None, 1))},
         "metrics": total.means(step.forward_step.term_weights),
         "tp_rank": runtime.tp_group.rank(),
         "dp_rank": runtime.dp_group.rank(),
@@ -45,13 +48,14 @@ def step_gradients(runtime, shape, micro_batch_size, loss=None, dtype="float32",
 def whole(ranks, what, shape):
     """Tensors under Hugging Face names from the ranks of the first data-parallel replica."""
     replica = sorted((r for r in ranks if r["dp_rank"] == 0), key=lambda r: r["tp_rank"])
-    full = assemble([r[what] for r in replica], replica[0]["layout"])
-    return dict(to_hugging_face(shape, full.__getitem__))
+    layout = {n: split for n, split in replica[0]["layout"].items() if n in replica[0][what]}
+    full = assemble([r[what] for r in replica], layout)
+    return {name: x for name, x in to_hugging_face(shape, full.get) if x is not None}
 
 
 def plain_terms(shape, weights, loss):
     """The plain twin and, for each of the same samples, its weighted sums."""
-    twin = PlainDraft(shape)
+    twin = TWINS[shape.architecture](shape)
     embed, head = target_head(shape)
     twin.load_state_dict({**weights, "embed_tokens.weight": embed, "lm_head.weight": head})
     samples = make_samples(shape, loss=loss)

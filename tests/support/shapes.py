@@ -26,6 +26,21 @@ SHAPE = DraftShape(
 )
 """Of drafts that are trained."""
 
+GEMMA4 = replace(
+    SHAPE,
+    num_key_value_heads=1,
+    head_dim=16,
+    rope_parameters={
+        "rope_type": "proportional",
+        "rope_theta": 1e6,
+        "partial_rotary_factor": 0.25,
+    },
+    architecture="gemma4",
+    shared_key_value=True,
+    logit_softcapping=3.0,
+)
+"""As of a large Gemma-4 target: one key/value head, whose keys are the values."""
+
 VANILLA = replace(
     SHAPE,
     hidden_size=16,

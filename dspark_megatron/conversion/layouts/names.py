@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,26 +61,15 @@ _LAYER = (
     ("mlp.linear_fc1", ("mlp.gate_proj", "mlp.up_proj"), 0, Rule.STACK),
     ("mlp.linear_fc2", ("mlp.down_proj",), 1),
 )
-LAYER = tuple(
-    NameMapping(
-        f"layers.{{i}}.{megatron}.weight",
-        tuple(f"layers.{{i}}.{name}.weight" for name in hugging_face),
-        *rest,
-    )
-    for megatron, hugging_face, *rest in _LAYER
+_SHARED_KEYS = ("self_attention.linear_kv", ("self_attn.k_proj",), 0)
+"""In place of keys and values, where values are the keys."""
+_GEMMA4 = (
+    ("post_self_attn_layernorm", ("post_attention_layernorm",), None),
+    ("pre_mlp_layernorm", ("pre_feedforward_layernorm",), None),
+    ("post_mlp_layernorm", ("post_feedforward_layernorm",), None),
 )
-
-BIASES = tuple(
-    dataclasses.replace(
-        entry,
-        megatron=entry.megatron.replace(".weight", ".bias"),
-        hugging_face=tuple(name.replace(".weight", ".bias") for name in entry.hugging_face),
-        split=None if "linear_proj" in entry.megatron else 0,
-    )
-    for entry in LAYER
-    if "self_attention.linear" in entry.megatron
-)
-"""Of a layer's attention, where its shape has them."""
+"""In place of the norm between attention and MLP."""
+LAYER_SCALAR = NameMapping("layers.{i}.layer_scalar.value", ("layers.{i}.layer_scalar",), None)
 SINK = NameMapping(
     "layers.{i}.self_attention.attention_sink_bias",
     ("layers.{i}.self_attn.attention_sink_bias",),
@@ -110,8 +100,31 @@ EMBEDDING, LM_HEAD = "embed_tokens.weight", "lm_head.weight"
 
 def layer_table(shape: DraftShape) -> list[NameMapping]:
     """Of a layer, with `{i}` for its number."""
-    attention = shape.attention
-    return [*LAYER, *(BIASES if attention.biases else ()), *((SINK,) if attention.sink else ())]
+    attention, gemma = shape.attention, shape.architecture == "gemma4"
+    table = []
+    for row in _LAYER:
+        if shape.shared_key_value and row[0] == _SHARED_KEYS[0]:
+            row = _SHARED_KEYS
+        replaced = _GEMMA4 if gemma and row[0] == "pre_mlp_layernorm" else (row,)
+        table += [_layer_entry(*own) for own in replaced]
+    if attention.biases:
+        table += [_bias(entry) for entry in table if "self_attention.linear" in entry.megatron]
+    return [*table, *((SINK,) if attention.sink else ()), *((LAYER_SCALAR,) if gemma else ())]
+
+
+def _layer_entry(megatron: str, hugging_face: tuple[str, ...], *rest: Any) -> NameMapping:
+    names = tuple(f"layers.{{i}}.{name}.weight" for name in hugging_face)
+    return NameMapping(f"layers.{{i}}.{megatron}.weight", names, *rest)
+
+
+def _bias(entry: NameMapping) -> NameMapping:
+    """Of a linear of attention."""
+    return dataclasses.replace(
+        entry,
+        megatron=entry.megatron.replace(".weight", ".bias"),
+        hugging_face=tuple(name.replace(".weight", ".bias") for name in entry.hugging_face),
+        split=None if "linear_proj" in entry.megatron else 0,
+    )
 
 
 def name_table(shape: DraftShape) -> list[NameMapping]:
@@ -153,10 +166,14 @@ def to_megatron(
             part = get(name)
             if entry.rule is Rule.VOCAB and padding:
                 part = torch.cat([part, part.new_zeros(padding, part.shape[1])])
-            if entry.split is not None:
+            # Where ranks share a key/value head, each has a part of its keys and values together.
+            if entry.split is not None and entry.rule is not Rule.KV_HEADS:
                 part = part.chunk(tp_size, dim=entry.split)[tp_rank]
             parts.append(part)
-        yield entry.megatron, _join(parts, entry, shape)
+        joined = _join(parts, entry, shape)
+        if entry.rule is Rule.KV_HEADS:
+            joined = joined.chunk(tp_size)[tp_rank]
+        yield entry.megatron, joined
 
 
 def hugging_face_shapes(
@@ -249,6 +266,9 @@ def _shape_of(name: str, shape: DraftShape) -> tuple[int, ...]:
         "norm.weight": (h,),
         "input_layernorm.weight": (h,),
         "post_attention_layernorm.weight": (h,),
+        "pre_feedforward_layernorm.weight": (h,),
+        "post_feedforward_layernorm.weight": (h,),
+        "layer_scalar": (1,),
         "self_attn.q_proj.weight": (q, h),
         "self_attn.k_proj.weight": (kv, h),
         "self_attn.v_proj.weight": (kv, h),

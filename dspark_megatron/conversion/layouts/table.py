@@ -9,7 +9,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from dspark_megatron.conversion.layouts import foreign_configs
+from dspark_megatron.conversion.layouts.gemma4_config import check_layout_of_gemma4, gemma4_config
+from dspark_megatron.conversion.layouts.hf_config import DraftDescription, hugging_face_config
 from dspark_megatron.errors import ConfigError, require
 
 Config = dict[str, Any]
@@ -67,6 +71,22 @@ LAYOUTS = {
         Layout("specforge", foreign_configs.to_specforge, foreign_configs.lifted),
     )
 }
+
+
+def config_of_draft(
+    layout: Layout,
+    description: DraftDescription,
+    *,
+    target_config: Any,
+    facts: foreign_configs.TargetFacts,
+    dtype: torch.dtype,
+) -> Config:
+    """The `config.json` of a draft in a layout. ConfigError where the layout cannot say it."""
+    if description.shape.architecture == "gemma4":
+        check_layout_of_gemma4(layout.name)
+        return gemma4_config(description, target_config=target_config, dtype=dtype)
+    canonical = hugging_face_config(description, target_config=target_config, dtype=dtype)
+    return layout.to_config(canonical, facts)
 
 
 def check_dspark(config: Config, names: Iterable[str]) -> None:

@@ -2,6 +2,7 @@
 attention is context-injected (Eq. 3): queries of a block over the target's context and the block.
 
 Shapes: n blocks, k slots, t context tokens, a/tp query heads, g/tp key/value heads, d head width,
+w <= d widths that RoPE turns,
 R slots that a rank has between the linears: n*k, or with sequence parallelism 1/tp of them.
 """
 
@@ -13,14 +14,15 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import checkpoint
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, is_grad_enabled
 from torch.nn import Parameter
 
+from dspark_megatron.model.key_value_heads import KeyValueHeads
 from dspark_megatron.model.token_split import TokenSplit, without_sequence_parallel
+from dspark_megatron.model.transformer_config import DraftTransformerConfig
 from dspark_megatron.ops.attention.block_attention import BlockAttention
 from dspark_megatron.ops.rope import apply_rope
 
@@ -40,21 +42,25 @@ class ContextInjectionAttention(MegatronModule):
     """Queries from the block; keys and values from context and block with the same weights.
 
     `linear_kv` holds, for each key/value head, its key rows and then its value rows (as
-    Megatron-Core's CrossAttention), so a tensor-parallel split is a split of heads. All linears
-    have biases where the config has `add_qkv_bias`; the output's is added once, behind the sum over
+    Megatron-Core's CrossAttention), so a tensor-parallel split is a split of heads; with the
+    config's `shared_key_value` key rows alone, whose product is the values, too. All linears have
+    biases where the config has `add_qkv_bias`; the output's is added once, behind the sum over
     ranks. With the `softmax_type` learnable each query head has a sink.
     """
 
     def __init__(
         self,
-        config: TransformerConfig,
+        config: DraftTransformerConfig,
         submodules: ContextInjectionAttentionSubmodules,
         *,
         tp_group: dist.ProcessGroup,
     ) -> None:
         super().__init__(config)
         self.split = TokenSplit(config, tp_group=tp_group)
+        self.kv_heads = KeyValueHeads(config.num_query_groups, tp_group=tp_group)
         self.head_dim = config.kv_channels
+        self.shared_key_value = config.shared_key_value
+        self.scale: float | None = config.softmax_scale
         hidden, width = config.hidden_size, config.kv_channels
         column = dict(
             config=without_sequence_parallel(config),
@@ -68,9 +74,8 @@ class ContextInjectionAttention(MegatronModule):
         self.linear_q = build_module(
             submodules.linear_q, hidden, config.num_attention_heads * width, **column
         )
-        self.linear_kv = build_module(
-            submodules.linear_kv, hidden, 2 * config.num_query_groups * width, **column
-        )
+        rows = config.num_query_groups * width * (1 if config.shared_key_value else 2)
+        self.linear_kv = build_module(submodules.linear_kv, hidden, rows, **column)
         self.linear_proj = build_module(
             submodules.linear_proj,
             config.num_attention_heads * width,
@@ -94,11 +99,20 @@ class ContextInjectionAttention(MegatronModule):
 
     def key_value(self, states: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Keys (normed, rotated) and values of [..., h] states at rope's positions, each
-        [..., g/tp, d]. No collective: the caller has already made `states` the input of linears
+        [..., g/tp, d], or with fewer heads than ranks [..., 1, d]. Collectives: those of
+        `KeyValueHeads.own`. The caller has already made `states` the input of linears
         (`TokenSplit.to_linears`), once for all users of it."""
-        mixed, _ = self.linear_kv(states)
-        key, value = mixed.unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)
+        key, value = self.projected_key_value(states)
         return apply_rope(self.k_layernorm(key), *rope), value
+
+    def projected_key_value(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of [..., h] states before norm and RoPE."""
+        mixed, _ = self.linear_kv(states)
+        heads = self.kv_heads.own(mixed)
+        if self.shared_key_value:
+            return heads, heads
+        key, value = heads.chunk(2, dim=-1)
+        return key, value
 
     def forward(
         self,
@@ -107,7 +121,7 @@ class ContextInjectionAttention(MegatronModule):
         attend: BlockAttention,
         rope: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """hidden [R, h], context_kv each [t, g/tp, d], rope cos/sin [n, k, d] -> [R, h].
+        """hidden [R, h], context_kv each [t, g/tp, d], rope cos/sin [n, k, w] -> [R, h].
 
         Forward: one all-reduce of [n*k, h]. Backward: one of the same size. With sequence
         parallelism an all-gather and a reduce-scatter in place of each.
@@ -118,7 +132,7 @@ class ContextInjectionAttention(MegatronModule):
         query = query.unflatten(-1, (-1, self.head_dim))  # [n, k, a/tp, d]
         query = apply_rope(self.q_layernorm(query), *rope)
         block_kv = self.key_value(hidden, rope)
-        out = attend(query, context_kv, block_kv, self.attention_sink_bias)
+        out = attend(query, context_kv, block_kv, self.attention_sink_bias, scale=self.scale)
         out = out.flatten(-2).flatten(0, 1)  # [n*k, a*d/tp]
         out, _ = self.linear_proj(self.split.padded(out))
         return out
@@ -155,7 +169,7 @@ class DraftLayer(MegatronModule):
 
     def __init__(
         self,
-        config: TransformerConfig,
+        config: DraftTransformerConfig,
         submodules: DraftLayerSubmodules,
         *,
         tp_group: dist.ProcessGroup,

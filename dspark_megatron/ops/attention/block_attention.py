@@ -33,10 +33,12 @@ class BlockAttention(Protocol):
         context_kv: tuple[Tensor, Tensor],
         block_kv: tuple[Tensor, Tensor],
         sink: Tensor | None = None,
+        *,
+        scale: float | None = None,
     ) -> Tensor:
         """query [n, k, a/tp, d]; context_kv: key and value [t, g/tp, d]; block_kv: key and value
-        [n, k, g/tp, d]; sink [a/tp]: a logit of each head without a value. Returns
-        [n, k, a/tp, d]. No collective."""
+        [n, k, g/tp, d]; sink [a/tp]: a logit of each head without a value; scale: of
+        scores, None: 1 / sqrt(d). Returns [n, k, a/tp, d]. No collective."""
 
 
 def chosen_backend(backend: str, device_type: str, head_dim: int) -> str:

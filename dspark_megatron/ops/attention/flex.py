@@ -47,6 +47,8 @@ class FlexBlockAttention:
         context_kv: tuple[Tensor, Tensor],
         block_kv: tuple[Tensor, Tensor],
         sink: Tensor | None = None,
+        *,
+        scale: float | None = None,
     ) -> Tensor:
         if self.mask is None:
             return query
@@ -56,9 +58,9 @@ class FlexBlockAttention:
         )
         rows = query.flatten(0, 1).transpose(0, 1)[None]  # [1, a/tp, n*k, d]
         if sink is None:
-            out = self.attend(rows, key, value)
+            out = self.attend(rows, key, value, scale=scale)
         else:
-            out = scaled_by_sink(*self.attend_with_sum(rows, key, value), sink)
+            out = scaled_by_sink(*self.attend_with_sum(rows, key, value, scale=scale), sink)
         return out[0].transpose(0, 1).reshape(query.shape)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
@@ -66,9 +68,12 @@ class FlexBlockAttention:
         attend: Any = compiled_flex() if query.is_cuda else flex_attention
         return attend(query, key, value, block_mask=self.mask, enable_gqa=True, **options)
 
-    def attend_with_sum(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def attend_with_sum(
+        self, query: Tensor, key: Tensor, value: Tensor, **options: Any
+    ) -> tuple[Tensor, Tensor]:
         """And the log-sum-exp of each query's scores, [1, a/tp, n*k] fp32."""
-        out, known = self.attend(query, key, value, return_aux=AuxRequest(lse=True))
+        options |= {"return_aux": AuxRequest(lse=True)}
+        out, known = self.attend(query, key, value, **options)
         return out, known.lse
 
 

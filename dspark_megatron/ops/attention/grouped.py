@@ -74,15 +74,18 @@ class GroupedBlockAttention:
         context_kv: tuple[Tensor, Tensor],
         block_kv: tuple[Tensor, Tensor],
         sink: Tensor | None = None,
+        *,
+        scale: float | None = None,
     ) -> Tensor:
         if not self.groups:
             return query
         width = query.shape[-1]
+        scale = scale or 1 / math.sqrt(width)
         sinks: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] = (), ()
         if sink is not None:
             query, context_kv = with_sink(query, sink), widened(context_kv)
             block_kv = widened(block_kv)
-            sinks = sink_kv(block_kv)
+            sinks = sink_kv(block_kv, scale)
         pieces = [context.split(self.piece_sizes) for context in context_kv]
         own = [block.flatten(0, 1).split(self.row_counts) for block in block_kv]
         queries = query.flatten(0, 1).split(self.row_counts)
@@ -94,7 +97,7 @@ class GroupedBlockAttention:
                     for context, block, last in zip(pieces, own, sinks, strict=True)
                 )
                 mask = group.mask if sink is None else F.pad(group.mask, (0, 1), value=True)
-                outputs.append(_attend(queries[i], key, value, mask, 1 / math.sqrt(width)))
+                outputs.append(_attend(queries[i], key, value, mask, scale))
         return torch.cat(outputs).view_as(query)[..., :width]
 
 

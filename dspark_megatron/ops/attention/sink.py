@@ -30,15 +30,15 @@ def widened(key_value: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return key, value
 
 
-def sink_kv(key_value: tuple[Tensor, Tensor]) -> tuple[tuple[Tensor], tuple[Tensor]]:
-    """The sink's own key and value, [1, g/tp, D] each, beside widened ones. Scores are divided by
-    sqrt(d); its first 8 bits and the rest hold it to 16, in bf16 too."""
+def sink_kv(key_value: tuple[Tensor, Tensor], scale: float) -> tuple[tuple[Tensor], tuple[Tensor]]:
+    """The sink's own key and value, [1, g/tp, D] each, beside widened ones. What undoes the scale
+    of scores is held to 16 bits, in bf16 too: by its first 8 bits and the rest."""
     like = key_value[0]
     width = like.shape[-1] - WIDENED
     key, value = (like.new_zeros(1, *like.shape[-2:]) for _ in range(2))
-    fraction, exponent = math.frexp(math.sqrt(width))
+    fraction, exponent = math.frexp(1 / scale)
     first = math.ldexp(round(math.ldexp(fraction, 8)), exponent - 8)
-    key[..., width], key[..., width + 1] = first, math.sqrt(width) - first
+    key[..., width], key[..., width + 1] = first, 1 / scale - first
     return (key,), (value,)
 
 

@@ -77,7 +77,9 @@ class _FlexOnPaper(FlexBlockAttention):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
         return self.attend_with_sum(query, key, value)[0]
 
-    def attend_with_sum(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def attend_with_sum(
+        self, query: Tensor, key: Tensor, value: Tensor, **options: Any
+    ) -> tuple[Tensor, Tensor]:
         return _FlexKernel.apply(query, key, value, self.share, self.watched)
 
 

@@ -112,7 +112,7 @@ def observe_on_paper(
         observer = Observer(META, group_words(runtime))
         with EverythingOnMeta(), HostAnswers(), kernels(observer), observer:
             with META, observer.phase("being built", kind=WEIGHTS):
-                draft = empty_draft(plan, runtime, local_layer_spec())
+                draft = empty_draft(plan, runtime, local_layer_spec(plan.shape.architecture))
                 step = DraftStep(plan, runtime, draft, observer)
             return _observe(step, observer, plan)
 

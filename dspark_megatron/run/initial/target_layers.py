@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dspark_megatron.conversion.layouts.names import (
     NameMapping,
+    Rule,
     hugging_face_shapes,
     layer_table,
     to_megatron,
@@ -78,11 +79,11 @@ class LayerCopies:
 
 
 def layer_copies(
-    source: LayerSource, ids: Sequence[int], shape: DraftShape, *, same_heads: bool
+    source: LayerSource, ids: Sequence[int], shape: DraftShape, *, same_heads: Sequence[bool]
 ) -> LayerCopies:
     """For each draft layer the rows of its `ids` entry that fit. A row goes as a whole: keys with
-    values, gate with up. same_heads: whether both have the same numbers of heads and the same head
-    width; else attention does not fit, though a shape may."""
+    values, gate with up. same_heads: for each, whether both have the same numbers of heads and the
+    same head width; else attention does not fit, though a shape may."""
     wanted = hugging_face_shapes(shape, shared_weights=False)
     rows: list[NameMapping] = []
     report: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
@@ -95,7 +96,7 @@ def layer_copies(
                 for there, here in zip(theirs, ours, strict=True)
             ]
             obstacle = _obstacle(shapes)
-            if not obstacle and not same_heads and "self_attn" in theirs[0]:
+            if not obstacle and not same_heads[i] and "self_attn" in theirs[0]:
                 obstacle = "not copied, other heads than the draft's"
             if not obstacle:
                 rows.append(replace(row.of_layer(i), hugging_face=theirs))
@@ -118,9 +119,15 @@ def copy_layers(
 ) -> None:
     """Fill the draft's parameters of these rows; each rank reads its own slices. No collective."""
     parameters = dict(draft.named_parameters())
+    rank, size = tp_group.rank(), tp_group.size()
     for row in rows:
-        get = partial(source.part, dim=row.split, index=tp_group.rank(), count=tp_group.size())
-        for name, tensor in to_megatron(draft.shape, get, entries=[row]):
+        get = partial(source.part, dim=row.split, index=rank, count=size)
+        cut: dict[str, int] = {}
+        if row.rule is Rule.KV_HEADS and draft.shape.num_key_value_heads < size:
+            # A rank has a part of a head's keys and values together.
+            get = partial(source.part, dim=None, index=0, count=1)
+            cut = dict(tp_rank=rank, tp_size=size)
+        for name, tensor in to_megatron(draft.shape, get, entries=[row], **cut):
             parameters[name].copy_(tensor)
 
 

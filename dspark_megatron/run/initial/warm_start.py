@@ -18,7 +18,7 @@ from dspark_megatron.run.initial.target_layers import (
     copy_layers,
     layer_copies,
 )
-from dspark_megatron.shape import draft_shape
+from dspark_megatron.shape import draft_shape, gemma4
 from dspark_megatron.storage.gpt_checkpoint import GPTCheckpoint
 from dspark_megatron.targets.huggingface.quantization import quantization_method
 
@@ -40,7 +40,9 @@ class WarmStart:
         if not ids:
             return None
         source = layer_source(plan)
-        copies = layer_copies(source, ids, plan.shape, same_heads=_has_targets_heads(plan))
+        own = _has_targets_heads(plan)
+        same_heads = [own and _has_drafts_heads(plan, i) for i in ids]
+        copies = layer_copies(source, ids, plan.shape, same_heads=same_heads)
         require(
             any(row.split is not None for row in copies.rows),
             f"model.initialize_from_target_layers {ids}: no matrix of these layers fits the draft; "
@@ -92,14 +94,16 @@ def check_warm_start(plan: RunPlan) -> None:
         all(0 <= i <= last for i in ids),
         f"{name} {ids} must lie in [0, {last}]: the target has {last + 1} layers (0-based)",
     )
+    gemma = plan.shape.architecture == "gemma4"
+    families = gemma4.FAMILIES if gemma else FAMILIES
     require(
-        text.model_type in FAMILIES,
+        text.model_type in families,
         f"{name}: layers of {text.model_type!r} are not built as the draft's are; set it to []. "
-        f"Families that are: {', '.join(FAMILIES)}",
+        f"Families that are: {', '.join(families)}",
     )
     activation = getattr(text, "hidden_act", "silu")
     require(
-        activation == "silu",
+        gemma or activation == "silu",
         f"{name}: the target's MLP has the activation {activation!r}, and the draft's has 'silu'; "
         "set it to []",
     )
@@ -109,6 +113,12 @@ def check_warm_start(plan: RunPlan) -> None:
         f"{name}: the target is quantized ({method}), and the draft's weights are not; set it to "
         "[], or save the target dequantized and set target.path to that folder",
     )
+
+
+def _has_drafts_heads(plan: RunPlan, layer: int) -> bool:
+    """False for layers of a Gemma-4 target that slide: their heads are others."""
+    text = plan.target_config.get_text_config()
+    return plan.shape.architecture != "gemma4" or text.layer_types[layer] == "full_attention"
 
 
 def _has_targets_heads(plan: RunPlan) -> bool:
