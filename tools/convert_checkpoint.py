@@ -18,10 +18,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from dspark_megatron.conversion.draft_folder import read_config
 from dspark_megatron.conversion.export import convert_folder, export_checkpoint
 from dspark_megatron.conversion.folder_writer import WriteOptions
 from dspark_megatron.conversion.import_draft import import_folder
 from dspark_megatron.conversion.layouts.foreign_configs import TargetFacts
+from dspark_megatron.conversion.layouts.rope_config import rope_of_config, way_back_to_modelopt
 from dspark_megatron.conversion.layouts.table import LAYOUTS
 from dspark_megatron.conversion.verify import verify_folder
 from dspark_megatron.errors import ConfigError, print_error, printable, require
@@ -60,6 +62,7 @@ def export(args: argparse.Namespace) -> Iterator[str]:
     )
     args.input = output
     yield f"wrote {output}"
+    yield from way_back(args)
     yield from verify(args)
 
 
@@ -72,13 +75,28 @@ def import_(args: argparse.Namespace) -> list[str]:
         target_checkpoint=args.target_checkpoint,
         layout=args.layout,
         tensor_parallel=args.tensor_parallel,
+        rope=trained_rope(args),
     )
     return [f"wrote {checkpoint}", f"start a run from it: train.initial_checkpoint={args.output}"]
 
 
+def trained_rope(args: argparse.Namespace) -> dict[str, float]:
+    """What the user says of the draft's RoPE, where its config does not."""
+    said = {
+        "rope_theta": args.rope_theta,
+        "partial_rotary_factor": args.partial_rotary_factor,
+    }
+    return {key: value for key, value in said.items() if value is not None}
+
+
 def convert(args: argparse.Namespace) -> list[str]:
     output = convert_folder(
-        args.input, args.target, args.output, options(args), layout=args.from_layout
+        args.input,
+        args.target,
+        args.output,
+        options(args),
+        layout=args.from_layout,
+        rope=trained_rope(args),
     )
     lines = verify_folder(
         output,
@@ -86,7 +104,14 @@ def convert(args: argparse.Namespace) -> list[str]:
         target_dir=args.target,
         target_checkpoint=args.target_checkpoint,
     )
-    return [f"wrote {output}", *lines]
+    return [f"wrote {output}", *way_back(args), *lines]
+
+
+def way_back(args: argparse.Namespace) -> list[str]:
+    """What the program of a layout must be told to train the draft on."""
+    if args.layout != "modelopt":
+        return []
+    return [way_back_to_modelopt(rope_of_config(read_config(args.output)))]
 
 
 def verify(args: argparse.Namespace) -> Iterator[str]:
@@ -156,12 +181,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     command.add_argument(
         "--tensor-parallel", type=int, default=1, help="size to check and pad for; loads at others"
     )
+    _add_rope(command)
 
     command = commands.add_parser("convert", help="folder to another layout, then verify")
     command.set_defaults(run=convert)
     command.add_argument("--input", type=Path, required=True)
     command.add_argument("--from-layout", choices=["auto", *LAYOUTS], default="auto")
     _add_output_options(command, dtype="same")
+    _add_rope(command)
 
     command = commands.add_parser("verify", help="check a folder and judge the engines")
     command.set_defaults(run=verify)
@@ -201,6 +228,22 @@ def _add_target(command: argparse.ArgumentParser, *, required: bool) -> None:
         "--target-checkpoint",
         default="",
         help="the Megatron-LM checkpoint with its weights, where training had target.checkpoint",
+    )
+
+
+def _add_rope(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--rope-theta",
+        type=float,
+        metavar="X",
+        help="that the draft was trained with, where its config.json says another (ModelOpt)",
+    )
+    command.add_argument(
+        "--partial-rotary-factor",
+        type=float,
+        metavar="X",
+        help="share of each head that the draft was trained to turn; without it only a config.json "
+        "with a rope_dim has one",
     )
 
 
