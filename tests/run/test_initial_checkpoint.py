@@ -102,7 +102,7 @@ def test_another_block_size_may_start_from_it(pool, tiny_run, starts, tmp_path):
         (
             "hf",
             {"model": {"sample_from_anchor": False}},
-            r"sample_from_anchor \(True there, False here\), which shifts what every slot drafts",
+            r"sample_from_anchor \(true there, false here\), which shifts what every slot drafts",
         ),
         (
             "run",
