@@ -20,6 +20,7 @@ from dspark_megatron.conversion.engines.table import (
     VLLM,
 )
 from dspark_megatron.conversion.engines.verdicts import engine_verdicts
+from dspark_megatron.conversion.layouts.gemma4_config import gemma4_config
 from dspark_megatron.conversion.layouts.hf_config import DraftDescription, hugging_face_config
 from dspark_megatron.conversion.layouts.names import EMBEDDING, LM_HEAD, hugging_face_shapes
 from support.shapes import VANILLA
@@ -265,9 +266,9 @@ def test_superset_under_specforges_class():
     assert "#52197" in found[VLLM].warnings[0] and not found[SGLANG].warnings
 
 
-def test_speculators_loads_in_vllm_only():
+def test_speculators_loads_in_vllm_and_gives_modelopt_its_weights():
     found = verdicts(SPECULATORS, trained(), target_config=TARGET)
-    assert {name for name, v in found.items() if not v.loads} == ALL - {VLLM}
+    assert {name for name, v in found.items() if v.loads} == {VLLM, MODELOPT}
     assert not found[VLLM].warnings
     assert len(found[MLX].problems) == 1 and "one layer late" in found[MLX].problems[0]
     for name in (DEEPSPEC, SGLANG, TRT):
@@ -707,6 +708,55 @@ def test_speculators_windows_move_with_the_slot_in_vllm():
 def test_speculators_without_sample_from_anchor_runs_wrongly_in_vllm():
     config = {key: value for key, value in SPECULATORS.items() if key != "sample_from_anchor"}
     assert "sample_from_anchor" in verdicts(config, trained())[VLLM].problems[0]
+
+
+# Gemma-4 drafts.
+
+
+def gemma(**changes):
+    shape = dataclasses.replace(
+        VANILLA,
+        architecture="gemma4",
+        shared_key_value=True,
+        num_key_value_heads=1,
+        logit_softcapping=30.0,
+        rope_parameters={
+            "rope_type": "proportional",
+            "rope_theta": 1e6,
+            "partial_rotary_factor": 0.25,
+        },
+    )
+    description = DraftDescription(shape=shape)
+    config = gemma4_config(description, target_config=TARGET, dtype=torch.bfloat16)
+    return {**copy.deepcopy(config), **changes}, hugging_face_shapes(shape)
+
+
+def test_gemma_drafts_are_for_deepspec_vllm_and_mlx_dspark():
+    config, tensors = gemma()
+    found = verdicts(config, tensors, target_config=TARGET)
+    assert {name for name, v in found.items() if v.loads} == {DEEPSPEC, VLLM, MLX}
+    assert "caps the Markov bias" in found[VLLM].warnings[0]
+    assert found[MLX_VLM].problems == ("leaves out the norm of values, without an error",)
+    assert found[SGLANG].problems == ("has no Gemma-4 drafts",)
+
+
+@pytest.mark.parametrize(
+    "change, engine, words",
+    [
+        (drop_tensors(LM_HEAD), VLLM, "takes no matrices from the target, the file lacks lm_head"),
+        (drop_tensors(EMBEDDING), MLX_VLM, "the file lacks embed_tokens.weight"),
+        (set_keys(attention_k_eq_v=False), VLLM, "needs attention_k_eq_v"),
+        (set_keys(sample_from_anchor=False), MLX, "reads no sample_from_anchor"),
+        (set_keys(draft_vocab_size=20), VLLM, "needs the whole vocabulary"),
+        (set_tensors(extra__weight=(1,)), VLLM, "passes over extra.weight in silence"),
+    ],
+)
+def test_traps_of_gemma_drafts(change, engine, words):
+    config, tensors = gemma()
+    before = verdicts(config, tensors)[engine].problems
+    change(config, tensors)
+    found = verdicts(config, tensors)[engine].problems
+    assert any(words in line for line in found) and not any(words in line for line in before)
 
 
 # What loads, but deserves a word.

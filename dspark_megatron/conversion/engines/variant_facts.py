@@ -117,6 +117,7 @@ def _logit_facts(r: Reading) -> dict[str, Any]:
         "scale": scale != 1.0,
         "unread cap": cap is not None and cap != _number(r, r.engine.softcap, None) and f"{cap}",
         "cap": cap is not None,
+        "gemma": r.gemma,
         "own values": r.gemma and r.get("attention_k_eq_v") is False,
     }
 

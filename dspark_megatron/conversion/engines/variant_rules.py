@@ -68,6 +68,7 @@ VARIANT_PROBLEMS: tuple[Rule, ...] = rows(
 GEMMA_PROBLEMS: tuple[Rule, ...] = rows(
     ((VLLM, MLX_VLM), "no own matrices", "takes no matrices from the target, the file lacks {}"),
     ((VLLM,), "own values", "needs attention_k_eq_v"),
+    ((MLX_VLM,), "gemma", "leaves out the norm of values, without an error"),
     ((MLX,), "no anchor", "reads no sample_from_anchor of a Gemma-4 draft: drafts from the anchor"),
     ((VLLM,), "reduced vocabulary", "needs the whole vocabulary, found {}"),
 )
