@@ -5,11 +5,13 @@
     import    folder -> training checkpoint to start a run from
     convert   folder of one layout -> folder of another, then verify
     verify    check a folder; say which engines load it
+    engines   what each engine reads, by version
 
 --checkpoint is a run folder, its checkpoints/ folder or one iter_* folder.
 """
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from dspark_megatron.conversion.draft_folder import read_config
+from dspark_megatron.conversion.engines.listing import engine_lines, engine_record, find_engines
 from dspark_megatron.conversion.export import convert_folder, export_checkpoint
 from dspark_megatron.conversion.folder_writer import WriteOptions
 from dspark_megatron.conversion.import_draft import import_folder
@@ -133,6 +136,15 @@ def verify(args: argparse.Namespace) -> Iterator[str]:
         yield from compare(args)
 
 
+def engines(args: argparse.Namespace) -> Iterator[str]:
+    found = find_engines(args.engine)
+    if args.json:
+        yield json.dumps([engine_record(engine) for engine in found], indent=2)
+        return
+    for engine in found:
+        yield from engine_lines(engine)
+
+
 def compare(args: argparse.Namespace) -> list[str]:
     """The logits of both sides; needs Megatron-Core and room for one whole draft in fp32."""
     from dspark_megatron.mcore.prepare import prepare_megatron
@@ -163,7 +175,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(required=True, metavar="export|import|convert|verify")
+    commands = parser.add_subparsers(required=True, metavar="export|import|convert|verify|engines")
 
     command = commands.add_parser("export", help="training checkpoint to folder, then verify")
     command.set_defaults(run=export)
@@ -198,6 +210,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     _add_target(command, required=False)
     command.add_argument("--iteration", type=iteration, help=ITERATION_HELP)
     _add_skip_logits(command)
+
+    command = commands.add_parser("engines", help="what each engine reads, by version")
+    command.set_defaults(run=engines)
+    command.add_argument("--engine", help="only this one")
+    command.add_argument("--json", action="store_true")
     return parser.parse_args(argv)
 
 

@@ -5,6 +5,7 @@ kind is listed at once, before any tensor is read; so is every setting that this
 does not have, because taking such a draft for ours would change what it computes.
 """
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor
 
 from dspark_megatron.bounded_text import read_json
-from dspark_megatron.conversion.engines.table import AUX
 from dspark_megatron.conversion.layouts.foreign_configs import TargetFacts
 from dspark_megatron.conversion.layouts.gemma4_config import (
     check_layout_of_gemma4,
@@ -21,6 +21,7 @@ from dspark_megatron.conversion.layouts.gemma4_config import (
     is_gemma4,
 )
 from dspark_megatron.conversion.layouts.hf_config import DraftDescription, description_of_config
+from dspark_megatron.conversion.layouts.known_keys import key_problems, without_unknown
 from dspark_megatron.conversion.layouts.names import (
     EMBEDDING,
     LM_HEAD,
@@ -30,6 +31,7 @@ from dspark_megatron.conversion.layouts.names import (
 )
 from dspark_megatron.conversion.layouts.rope_config import chosen_rope, doubts
 from dspark_megatron.conversion.layouts.table import LAYOUTS, check_dspark, detect_layout
+from dspark_megatron.conversion.other_files import unread_weights
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.shape import DraftShape
 from dspark_megatron.storage.safetensors_folder import SafetensorsFolder
@@ -46,11 +48,14 @@ class DraftFolder:
         path: str | Path,
         layout: str = "auto",
         target: TargetFacts | None = None,
+        *,
         rope: dict[str, Any] | None = None,
+        allow_unknown: Collection[str] = (),
     ) -> None:
         """layout: one of LAYOUTS, or `auto`. target: for what the config leaves to it. rope: keys
-        of the RoPE that the user says otherwise than the config. Raises ConfigError that lists
-        every problem."""
+        of the RoPE that the user says otherwise than the config. allow_unknown: keys of config.json
+        that are to be passed over though they are not known. Raises ConfigError that lists every
+        problem."""
         self.path = Path(path)
         self.config = read_config(self.path)
         check_schema(self.config, self.path / "config.json")
@@ -59,7 +64,7 @@ class DraftFolder:
         try:
             check_dspark(self.config, raw)
             self.layout = detect_layout(self.config, raw) if layout == "auto" else LAYOUTS[layout]
-            self.description = self._read_description(target)
+            self.description = self._read_description(target, tuple(allow_unknown))
         except ConfigError:
             raise
         except (TypeError, ValueError, AttributeError, KeyError) as error:
@@ -75,13 +80,21 @@ class DraftFolder:
         self._names = self._canonical_names(raw)
         self._check_tensors()
 
-    def _read_description(self, target: TargetFacts | None) -> DraftDescription:
+    def _read_description(
+        self, target: TargetFacts | None, allow_unknown: tuple[str, ...]
+    ) -> DraftDescription:
+        where, files = f"the draft in {self.path}", set(self.files.files.values())
+        unread = unread_weights(self.path, files)
         if is_gemma4(self.config):
             check_layout_of_gemma4(self.layout.name)
+            raise_if_any(unread, where)
             return gemma4_description(self.config)
-        canonical = self.layout.from_config(self.config, target)
-        raise_if_any(_unsupported(canonical, self.files.shapes), f"the draft in {self.path}")
-        return description_of_config(canonical)
+        config = without_unknown(self.config, self.layout.name, allow_unknown)
+        problems = key_problems(config, self.layout.name) + unread
+        problems += _unsupported(config, self.files.shapes)
+        raise_if_any(problems, where)
+        canonical = self.layout.from_config(config, target)
+        return description_of_config(canonical, self.layout.meaning)
 
     @property
     def shape(self) -> DraftShape:
@@ -144,54 +157,23 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _unsupported(config: dict[str, Any], names: Any) -> list[str]:
-    """Settings of other drafts that ours would not compute."""
+    """Values of known keys, and tensors, that only other drafts have."""
+    backbone = {**(config.get("transformer_layer_config") or {}), **config}
     nested = config.get("dflash_config") or {}
-    windows = {x for x in config.get("layer_types") or () if x != "full_attention"}
     reduced = [name for name in names if name in ("d2t", "t2d")]
-    vocab = config.get("vocab_size")
-    ids, aux = config.get("target_layer_ids"), config.get(AUX)
+    vocab = backbone.get("vocab_size")
+    kind, activation = backbone.get("model_type", "qwen3"), backbone.get("hidden_act", "silu")
     rules = {
-        "a quantized draft (quantization_config)": config.get("quantization_config"),
-        f"attention layers {sorted(windows)}": windows,
-        "sliding-window attention (use_sliding_window, use_swa)": config.get("use_sliding_window")
-        or nested.get("use_swa"),
-        "causal attention within a block (is_causal, dflash_config.causal)": config.get("is_causal")
-        or nested.get("causal")
-        or config.get("dflash_query_causal"),
-        "attention biases (attention_bias)": config.get("attention_bias"),
-        "blocks whose anchor is not drafted from (sample_from_anchor false)": False
-        in (config.get("sample_from_anchor"), nested.get("sample_from_anchor")),
         "labels shifted by one position (dflash_config.shift_label false)": nested.get(
             "shift_label"
         )
         is False,
-        **_scales(config, nested),
-        "interleaved RoPE (is_neox_style false)": False
-        in (config.get("is_neox_style"), config.get("rope_is_neox_style")),
-        "attention sinks (attention_sink_bias)": config.get("attention_sink_bias")
-        or nested.get("attention_sink_bias"),
-        f"two sets of target layers: {AUX} {aux} counts the embedding, so it is not "
-        f"target_layer_ids {ids}": ids and aux is not None and aux != [i + 1 for i in ids],
         "a draft vocabulary of its own (draft_vocab_size, d2t, t2d)": reduced
-        or config.get("draft_vocab_size") not in (None, vocab),
-        f"the activation {config.get('hidden_act')!r}": config.get("hidden_act", "silu") != "silu",
-        f"model_type {config.get('model_type')!r} instead of 'qwen3'": config.get(
-            "model_type", "qwen3"
-        )
-        != "qwen3",
-        "blocks whose anchor is not drafted from (dspark_bonus_anchor)": config.get(
-            "dspark_bonus_anchor"
-        ),
+        or backbone.get("draft_vocab_size") not in (None, vocab),
+        f"the activation {activation!r}": activation != "silu",
+        f"model_type {kind!r} instead of 'qwen3'": kind != "qwen3",
     }
     return [f"{rule}: not supported, and not to be left out" for rule, hit in rules.items() if hit]
-
-
-def _scales(config: dict[str, Any], nested: dict[str, Any]) -> dict[str, bool]:
-    return {
-        f"{key} {value!r} instead of 1": value not in (None, 1)
-        for key in ("logit_scale", "attention_value_scale")
-        for value in (config.get(key), nested.get(key))
-    }
 
 
 def _confidence(shape: DraftShape) -> str:

@@ -1,6 +1,6 @@
 """Drafts to folders: a training checkpoint, or a folder of one layout to that of another."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +41,21 @@ def convert_folder(
     *,
     layout: str = "auto",
     rope: dict[str, Any] | None = None,
+    allow_unknown: Collection[str] = (),
 ) -> Path:
-    """Write the draft of a folder in another layout. layout: that of the input. rope: keys of the
-    RoPE that the draft was trained with, where the input's config says otherwise."""
+    """Write the draft of a folder in another layout. layout: that of the input. rope,
+    allow_unknown: as DraftFolder has them."""
     require(
         Path(input_dir).resolve() != Path(output_dir).resolve(),
         f"{output_dir} is the input itself; choose another folder for the output",
     )
     draft = open_draft_folder(
-        input_dir, target_dir, layout, target_checkpoint=options.target_checkpoint, rope=rope
+        input_dir,
+        target_dir,
+        layout,
+        target_checkpoint=options.target_checkpoint,
+        rope=rope,
+        allow_unknown=allow_unknown,
     )
     source = FolderSource(draft)
     return write_draft_folder(source, Path(target_dir), Path(output_dir), options)

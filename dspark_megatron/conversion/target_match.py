@@ -1,7 +1,7 @@
 """Whether a draft can work at all, and with a given target."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,14 @@ def open_draft_folder(
     *,
     target_checkpoint: str | Path = "",
     rope: dict[str, Any] | None = None,
+    allow_unknown: Collection[str] = (),
 ) -> DraftFolder:
     """A draft folder that belongs to this target; ConfigError that lists what speaks against it.
-    What may be otherwise than its config says is logged."""
+    rope, allow_unknown: as DraftFolder has them. What may be otherwise than its config says is
+    logged."""
     target_config = load_target_config(target_dir)
     facts = TargetFacts.of(target_config, Path(target_dir).resolve().name)
-    folder = DraftFolder(path, layout, facts, rope)
+    folder = DraftFolder(path, layout, facts, rope=rope, allow_unknown=allow_unknown)
     for line in folder.doubts:
         _logger.warning(line)
     problems = shape_problems(folder.shape) + target_problems(folder.shape, target_config)

@@ -131,7 +131,7 @@ def test_a_sink_is_its_own_score_in_bf16(width):
     logit = torch.tensor([1.0], dtype=torch.bfloat16)
     query = with_sink(torch.zeros(1, width, dtype=torch.bfloat16), logit)
     rows = torch.zeros(1, 1, width, dtype=torch.bfloat16)
-    [key], [value] = sink_kv(widened((rows, rows)))
+    [key], [value] = sink_kv(widened((rows, rows)), 1 / math.sqrt(width))
     score = (query.double() * key[0].double()).sum() / math.sqrt(width)
     assert not value.any() and abs(score - 1) < 2**-15
 

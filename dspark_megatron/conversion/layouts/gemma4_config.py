@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dspark_megatron.config.attention import AttentionConfig
+from dspark_megatron.conversion.layouts.anchor_slot import block_keys
 from dspark_megatron.conversion.layouts.hf_config import (
     DraftDescription,
     description_of_config,
@@ -39,7 +40,7 @@ _SWITCHES = {
 _DSPARK = """
     target_layer_ids mask_token_id num_anchors enable_confidence_head confidence_head_with_markov
     confidence_head_alpha markov_rank markov_head_type block_size num_target_layers
-    sample_from_anchor dspark_target_layer_ids
+    sample_from_anchor num_speculative_tokens dspark_target_layer_ids
 """.split()
 _TEXT = """
     vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
@@ -83,8 +84,7 @@ def gemma4_config(
         "bos_token_id": text.bos_token_id,
         "eos_token_id": text.eos_token_id,
         "pad_token_id": text.pad_token_id,
-        "block_size": shape.block_size,
-        "sample_from_anchor": shape.sample_from_anchor,
+        **block_keys(shape),
         "num_target_layers": shape.num_target_layers,
         "num_anchors": description.num_anchors,
         "mask_token_id": shape.mask_token_id,
@@ -149,7 +149,6 @@ def gemma4_description(config: Config) -> DraftDescription:
         architecture="gemma4",
         shared_key_value=bool(config.get("attention_k_eq_v")),
         attention=DraftAttention.of(attention, found.shape.num_layers),
-        sample_from_anchor=config.get("sample_from_anchor", True),
         logit_softcapping=None if cap is None else float(cap),
     )
     return replace(found, shape=shape)

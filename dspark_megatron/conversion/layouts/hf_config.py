@@ -4,12 +4,21 @@ DSpark's own keys stand twice, at the top level and in `dflash_config`, because 
 where they look; `verify.py` checks that the two agree.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from dspark_megatron.config import LossConfig, ModelConfig
+from dspark_megatron.conversion.layouts.anchor_slot import block_keys, block_of_config
+from dspark_megatron.conversion.layouts.attention_config import (
+    PLAIN,
+    Meaning,
+    attention_keys,
+    attention_of_config,
+    lookup,
+)
 from dspark_megatron.conversion.layouts.names import LATENT, raise_if_any
 from dspark_megatron.conversion.layouts.rope_config import rope_spellings
 from dspark_megatron.errors import require
@@ -46,18 +55,20 @@ def hugging_face_config(
     special tokens."""
     shape, text = description.shape, target_config.get_text_config()
     dtype_name = str(dtype).removeprefix("torch.")
+    attention, nested_attention = attention_keys(shape)
     return {
         "architectures": [ARCHITECTURE],
         "model_type": "qwen3",
         "dtype": dtype_name,
         "torch_dtype": dtype_name,
         **_backbone(shape, description.initializer_range),
+        **attention,
         **rope_spellings(shape.rope_parameters, shape.head_dim),
         "bos_token_id": text.bos_token_id,
         "eos_token_id": text.eos_token_id,
         "pad_token_id": text.pad_token_id,
-        "block_size": shape.block_size,
-        "sample_from_anchor": True,
+        **block_keys(shape),
+        **({} if shape.logit_scale == 1 else {"logit_scale": shape.logit_scale}),
         "num_target_layers": shape.num_target_layers,
         "num_anchors": description.num_anchors,
         **_shared_keys(shape),
@@ -65,6 +76,7 @@ def hugging_face_config(
             "projector_type": "dspark",
             "attention_mode": _attention_mode(shape),
             **_shared_keys(shape),
+            **nested_attention,
             "confidence_head_alpha": description.confidence_head_alpha,
         },
     }
@@ -93,9 +105,9 @@ SHAPE_KEYS = {
 """Key and type in `config.json` of each field of a DraftShape."""
 
 
-def description_of_config(config: dict[str, Any]) -> DraftDescription:
+def description_of_config(config: dict[str, Any], meaning: Meaning = PLAIN) -> DraftDescription:
     """The draft back from such a `config.json`. Raises ConfigError that lists the keys that are
-    missing or of another type."""
+    missing or of another type. meaning: what the writer's programs take for granted."""
     missing = [key for key, _ in SHAPE_KEYS.values() if config.get(key) is None]
     require(
         not missing,
@@ -104,6 +116,14 @@ def description_of_config(config: dict[str, Any]) -> DraftDescription:
     )
     raise_if_any(_type_problems(config), "config.json")
     shape = DraftShape.from_dict({field: config[key] for field, (key, _) in SHAPE_KEYS.items()})
+    block_size, from_anchor = block_of_config(config)
+    shape = replace(
+        shape,
+        block_size=block_size,
+        sample_from_anchor=from_anchor,
+        attention=attention_of_config(config, shape.num_layers, block_size, meaning),
+        logit_scale=_logit_scale(config),
+    )
     found = {**(config.get("dflash_config") or {}), **config}
     facts = DraftDescription(shape=shape).facts()
     facts |= {key: found[key] for key in facts if found.get(key) is not None}
@@ -114,6 +134,17 @@ def description_of_config(config: dict[str, Any]) -> DraftDescription:
     ]
     raise_if_any(problems, "config.json")
     return DraftDescription(shape=shape, **facts)
+
+
+def _logit_scale(config: dict[str, Any]) -> float:
+    places = ("logit_scale", "dflash_config.logit_scale")
+    values = [value for place in places if (value := lookup(config, place)) is not None]
+    for value in values:
+        require(
+            type(value) in (int, float) and 0 < value < math.inf and value == values[0],
+            f"logit_scale must be one number > 0, is {' and '.join(map(repr, values))}",
+        )
+    return float(values[0]) if values else 1.0
 
 
 def _type_problems(config: dict[str, Any]) -> list[str]:
@@ -151,15 +182,9 @@ def _backbone(shape: DraftShape, initializer_range: float) -> dict[str, Any]:
         "head_dim": shape.head_dim,
         "hidden_act": "silu",
         "rms_norm_eps": shape.rms_norm_eps,
-        "attention_bias": False,
         "attention_dropout": 0.0,
         "initializer_range": initializer_range,
         "max_position_embeddings": shape.max_position_embeddings,
-        "layer_types": ["full_attention"] * shape.num_layers,
-        # Null, not absent: a window together with dflash_config makes mlx-dspark use it.
-        "sliding_window": None,
-        "use_sliding_window": False,
-        "max_window_layers": shape.num_layers,
         "tie_word_embeddings": False,
         "use_cache": True,
     }

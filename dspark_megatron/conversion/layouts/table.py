@@ -12,8 +12,11 @@ from typing import Any
 import torch
 
 from dspark_megatron.conversion.layouts import foreign_configs
-from dspark_megatron.conversion.layouts.gemma4_config import check_layout_of_gemma4, gemma4_config
+from dspark_megatron.conversion.layouts.attention_config import PLAIN, Meaning
+from dspark_megatron.conversion.layouts.gemma4_config import gemma4_config
 from dspark_megatron.conversion.layouts.hf_config import DraftDescription, hugging_face_config
+from dspark_megatron.conversion.layouts.names import raise_if_any
+from dspark_megatron.conversion.layouts.variants import unsayable
 from dspark_megatron.errors import ConfigError, require
 
 Config = dict[str, Any]
@@ -30,6 +33,8 @@ class Layout:
     """Whether the target's embedding and LM head belong to it."""
     renames: tuple[tuple[str, str], ...] = ()
     """Canonical beginnings of tensor names, and what the layout has instead."""
+    meaning: Meaning = PLAIN
+    """What its programs take for granted of attention."""
 
     def to_name(self, canonical: str) -> str:
         return _renamed(canonical, self.renames)
@@ -55,7 +60,12 @@ LAYOUTS = {
     layout.name: layout
     for layout in (
         Layout("hf", foreign_configs.same, foreign_configs.lifted, shared_weights=True),
-        Layout("speculators", foreign_configs.to_speculators, foreign_configs.from_speculators),
+        Layout(
+            "speculators",
+            foreign_configs.to_speculators,
+            foreign_configs.from_speculators,
+            meaning=Meaning(window_origin="anchor"),
+        ),
         Layout(
             "modelopt",
             foreign_configs.to_modelopt,
@@ -67,6 +77,7 @@ LAYOUTS = {
                 ("markov_head.joint_proj.", "joint_proj."),
                 ("confidence_head.proj.", "confidence_proj."),
             ),
+            meaning=Meaning(absent_causal=None),
         ),
         Layout("specforge", foreign_configs.to_specforge, foreign_configs.lifted),
     )
@@ -82,8 +93,8 @@ def config_of_draft(
     dtype: torch.dtype,
 ) -> Config:
     """The `config.json` of a draft in a layout. ConfigError where the layout cannot say it."""
+    raise_if_any(unsayable(layout.name, description.shape), "the draft")
     if description.shape.architecture == "gemma4":
-        check_layout_of_gemma4(layout.name)
         return gemma4_config(description, target_config=target_config, dtype=dtype)
     canonical = hugging_face_config(description, target_config=target_config, dtype=dtype)
     return layout.to_config(canonical, facts)

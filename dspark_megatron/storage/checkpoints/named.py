@@ -30,9 +30,9 @@ class NamedCheckpoint:
     def of_facts(cls, facts: dict[str, Any]) -> "NamedCheckpoint | None":
         """What a result says of itself; None where it names none."""
         path, digest = facts.get("checkpoint"), facts.get("checkpoint_digest")
-        if not isinstance(path, str):
+        if path is None:
             return None
-        return cls(path, digest if isinstance(digest, str) else None)
+        return cls(str(path), digest if isinstance(digest, str) else None)
 
     def facts(self) -> dict[str, Any]:
         return {"checkpoint": self.path, "checkpoint_digest": self.digest}
