@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dspark_megatron.config.attention import FULL, LayerAttention
 from dspark_megatron.ops.attention.block_attention import block_attention
 from dspark_megatron.ops.transfer import ContextRanges
 from dspark_megatron.shape import DraftShape
@@ -30,7 +31,7 @@ FIT_FORMATS = {"variant": "", "time ~ A^": ".2f", "memory ~ A^": ".2f", "R2 of t
 class AttentionInputs:
     """Queries, keys and values of evenly spread anchors, as the model has them."""
 
-    NAMES = "query", "context key", "context value", "block key", "block value"
+    NAMES = "query", "context key", "context value", "block key", "block value", "sink"
 
     def __init__(
         self,
@@ -41,6 +42,8 @@ class AttentionInputs:
         device: torch.device,
         *,
         dtype: torch.dtype = torch.float32,
+        rule: LayerAttention = FULL,
+        with_sink: bool = False,
         **options: Any,
     ) -> None:
         """heads: how many of queries, how many of keys and values, and their width. options: which
@@ -54,17 +57,19 @@ class AttentionInputs:
         self.query = normal(anchors, slots, query_heads, heads[-1])
         self.context_kv = normal(context, *kv), normal(context, *kv)
         self.block_kv = normal(anchors, slots, *kv), normal(anchors, slots, *kv)
+        self.sink = normal(query_heads) if with_sink else None
         positions = (torch.arange(anchors) * context) // anchors + 1
         ranges = [(0, position) for position in positions.tolist()]
-        sizes = dict(slots=slots, context_length=context, head_dim=heads[-1])
+        sizes = dict(slots=slots, context_length=context, head_dim=heads[-1], rule=rule)
         ranges = ContextRanges.of(ranges, device)
         self.attention = partial(block_attention, context_ranges=ranges, **sizes, **options)
-        self.mask = context_mask(positions, context, slots).to(device)  # [A*B, S + A*B]
+        self.mask = context_mask(positions, context, slots, rule).to(device)  # [A*B, S + A*B]
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
         """By NAMES."""
-        return self.query, *self.context_kv, *self.block_kv
+        sink = () if self.sink is None else (self.sink,)
+        return self.query, *self.context_kv, *self.block_kv, *sink
 
     def in_fp32(self) -> "AttentionInputs":
         """The same numbers."""
@@ -73,21 +78,31 @@ class AttentionInputs:
         twin.context_kv, twin.block_kv = (
             tuple(x.detach().float().requires_grad_() for x in pair) for pair in pairs
         )
+        if self.sink is not None:
+            twin.sink = self.sink.detach().float().requires_grad_()
         return twin
 
     def ours(self) -> tuple[Tensor, ...]:
         """Output and gradients. Its masks included: they are made once for all layers."""
-        return self._backward(self.attention()(self.query, self.context_kv, self.block_kv))
+        out = self.attention()(self.query, self.context_kv, self.block_kv, self.sink)
+        return self._backward(out)
 
     def dense(self) -> tuple[Tensor, ...]:
-        """One call over all blocks; the mask is there already."""
+        """One call over all blocks; the mask is there already. A sink is one more key of zeros,
+        whose score the mask brings."""
         share = self.query.shape[2] // self.block_kv[0].shape[2]
         keys, values = (
             torch.cat([context, block.flatten(0, 1)]).repeat_interleave(share, dim=1)
             for context, block in zip(self.context_kv, self.block_kv, strict=True)
         )  # [S + A*B, a, d]
+        mask = self.mask
+        if self.sink is not None:
+            keys, values = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (keys, values))
+            hidden = torch.zeros_like(mask, dtype=keys.dtype).masked_fill(~mask, -math.inf)
+            column = self.sink[:, None, None].expand(-1, len(mask), 1)
+            mask = torch.cat([hidden.expand(len(self.sink), -1, -1), column], dim=-1)[None]
         sides = (x.transpose(0, 1)[None] for x in (self.query.flatten(0, 1), keys, values))
-        out = F.scaled_dot_product_attention(*sides, attn_mask=self.mask)
+        out = F.scaled_dot_product_attention(*sides, attn_mask=mask)
         return self._backward(out[0].transpose(0, 1).reshape(self.query.shape))
 
     def _backward(self, out: Tensor) -> tuple[Tensor, ...]:

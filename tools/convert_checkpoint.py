@@ -5,11 +5,13 @@
     import    folder -> training checkpoint to start a run from
     convert   folder of one layout -> folder of another, then verify
     verify    check a folder; say which engines load it
+    engines   what each engine reads, by version
 
 --checkpoint is a run folder, its checkpoints/ folder or one iter_* folder.
 """
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -18,10 +20,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from dspark_megatron.conversion.draft_folder import read_config
+from dspark_megatron.conversion.engines.listing import engine_lines, engine_record, find_engines
 from dspark_megatron.conversion.export import convert_folder, export_checkpoint
 from dspark_megatron.conversion.folder_writer import WriteOptions
 from dspark_megatron.conversion.import_draft import import_folder
 from dspark_megatron.conversion.layouts.foreign_configs import TargetFacts
+from dspark_megatron.conversion.layouts.rope_config import rope_of_config, way_back_to_modelopt
 from dspark_megatron.conversion.layouts.table import LAYOUTS
 from dspark_megatron.conversion.verify import verify_folder
 from dspark_megatron.errors import ConfigError, print_error, printable, require
@@ -60,6 +65,7 @@ def export(args: argparse.Namespace) -> Iterator[str]:
     )
     args.input = output
     yield f"wrote {output}"
+    yield from way_back(args)
     yield from verify(args)
 
 
@@ -73,8 +79,18 @@ def import_(args: argparse.Namespace) -> list[str]:
         layout=args.layout,
         tensor_parallel=args.tensor_parallel,
         allow_unknown=args.allow_unknown,
+        rope=trained_rope(args),
     )
     return [f"wrote {checkpoint}", f"start a run from it: train.initial_checkpoint={args.output}"]
+
+
+def trained_rope(args: argparse.Namespace) -> dict[str, float]:
+    """What the user says of the draft's RoPE, where its config does not."""
+    said = {
+        "rope_theta": args.rope_theta,
+        "partial_rotary_factor": args.partial_rotary_factor,
+    }
+    return {key: value for key, value in said.items() if value is not None}
 
 
 def convert(args: argparse.Namespace) -> list[str]:
@@ -85,6 +101,7 @@ def convert(args: argparse.Namespace) -> list[str]:
         options(args),
         layout=args.from_layout,
         allow_unknown=args.allow_unknown,
+        rope=trained_rope(args),
     )
     lines = verify_folder(
         output,
@@ -92,7 +109,14 @@ def convert(args: argparse.Namespace) -> list[str]:
         target_dir=args.target,
         target_checkpoint=args.target_checkpoint,
     )
-    return [f"wrote {output}", *lines]
+    return [f"wrote {output}", *way_back(args), *lines]
+
+
+def way_back(args: argparse.Namespace) -> list[str]:
+    """What the program of a layout must be told to train the draft on."""
+    if args.layout != "modelopt":
+        return []
+    return [way_back_to_modelopt(rope_of_config(read_config(args.output)))]
 
 
 def verify(args: argparse.Namespace) -> Iterator[str]:
@@ -113,6 +137,15 @@ def verify(args: argparse.Namespace) -> Iterator[str]:
     )
     if with_logits:
         yield from compare(args)
+
+
+def engines(args: argparse.Namespace) -> Iterator[str]:
+    found = find_engines(args.engine)
+    if args.json:
+        yield json.dumps([engine_record(engine) for engine in found], indent=2)
+        return
+    for engine in found:
+        yield from engine_lines(engine)
 
 
 def compare(args: argparse.Namespace) -> list[str]:
@@ -147,7 +180,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(required=True, metavar="export|import|convert|verify")
+    commands = parser.add_subparsers(required=True, metavar="export|import|convert|verify|engines")
 
     command = commands.add_parser("export", help="training checkpoint to folder, then verify")
     command.set_defaults(run=export)
@@ -166,6 +199,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--tensor-parallel", type=int, default=1, help="size to check and pad for; loads at others"
     )
     _add_allow_unknown(command)
+    _add_rope(command)
 
     command = commands.add_parser("convert", help="folder to another layout, then verify")
     command.set_defaults(run=convert)
@@ -173,6 +207,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     command.add_argument("--from-layout", choices=["auto", *LAYOUTS], default="auto")
     _add_allow_unknown(command)
     _add_output_options(command, dtype="same")
+    _add_rope(command)
 
     command = commands.add_parser("verify", help="check a folder and judge the engines")
     command.set_defaults(run=verify)
@@ -183,6 +218,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     _add_target(command, required=False)
     command.add_argument("--iteration", type=iteration, help=ITERATION_HELP)
     _add_skip_logits(command)
+
+    command = commands.add_parser("engines", help="what each engine reads, by version")
+    command.set_defaults(run=engines)
+    command.add_argument("--engine", help="only this one")
+    command.add_argument("--json", action="store_true")
     return parser.parse_args(argv)
 
 
@@ -223,6 +263,22 @@ def _add_allow_unknown(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         help="a key of the input's config.json that is not known and means nothing for the draft",
+    )
+
+
+def _add_rope(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--rope-theta",
+        type=float,
+        metavar="X",
+        help="that the draft was trained with, where its config.json says another (ModelOpt)",
+    )
+    command.add_argument(
+        "--partial-rotary-factor",
+        type=float,
+        metavar="X",
+        help="share of each head that the draft was trained to turn; without it only a config.json "
+        "with a rope_dim has one",
     )
 
 

@@ -22,6 +22,7 @@ from dspark_megatron.evaluation.pages.plots import png
 from dspark_megatron.evaluation.serving.serving_plot import serving_plot
 from dspark_megatron.evaluation.serving.serving_simulation import ServingSettings, simulate_serving
 from dspark_megatron.evaluation.serving.sps_table import read_sps_table
+from dspark_megatron.storage.checkpoints.named import NamedCheckpoint
 from dspark_megatron.storage.writing import json_text, write_files
 
 FORMATS = {"requests": "d", "policy": "", "tokens_per_second": ",.1f", "per_request": ",.1f"}
@@ -56,7 +57,7 @@ def simulate(args: argparse.Namespace) -> list[dict[str, Any]]:
     table = read_sps_table(args.sps)
     temperatures = None
     if args.temperatures:
-        draft = records.facts.get("iteration"), records.facts.get("checkpoint")
+        draft = records.facts.get("iteration"), NamedCheckpoint.of_facts(records.facts)
         temperatures = read_temperatures(args.temperatures, records.num_draft_tokens, *draft)
     settings = ServingSettings(
         temperatures=temperatures,

@@ -106,7 +106,7 @@ class PlainStep:
         self.twin.zero_grad(set_to_none=False)
         slots, real = self.twin.shape.block_size, len(item.anchors)
         made = plain_inputs(item, self.num_anchors, slots, self.device)
-        ready = dict(plain_blocks=lambda *_: made.blocks, context_mask=lambda *_: made.mask)
+        ready = dict(plain_blocks=lambda *_, **__: made.blocks, context_mask=lambda *_: made.mask)
         # The twin makes its positions on the device it is told, and these in Python loops.
         with torch.device(self.device), mock.patch.multiple(reference, **ready):
             loss = self._loss(

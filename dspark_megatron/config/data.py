@@ -34,8 +34,8 @@ class DataConfig:
     max_length: int = 4096
     """The most tokens of a sample. The rest is cut off."""
     min_loss_tokens: int | None = None
-    """Supervised tokens that a sample must have after it is cut. Null means twice the
-    tokens that a block drafts."""
+    """Supervised tokens that a sample must have after it is cut. Null means twice the tokens that a
+    block drafts."""
     skip_bad_lines: float = 0.0
     """The share of lines that may be left out because they cannot be used (malformed, or not
     rendered whole by the chat template), for example 0.01. They are counted and listed by reason.

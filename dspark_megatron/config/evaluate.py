@@ -32,6 +32,11 @@ class EvaluateConfig:
     place."""
     compare_plain: bool = True
     """Decode the same prompts without the draft as well, to report the speed-up."""
+    context_edges: list[int] = field(
+        default_factory=lambda: [4096, 8192, 16384, 32768, 65536, 131072]
+    )
+    """Where the lengths of context are parted by which acceptance is also given: each round counts
+    by the tokens before its anchor."""
     scheduler: Literal["none", "early_stopping", "lagged_budget"] = "none"
     """How much of each draft is verified. `none` verifies all of it. The others decide by the
     confidence head and `sps_table`: `early_stopping` is Algorithm 1, `lagged_budget` is what
@@ -80,6 +85,11 @@ class EvaluateConfig:
         )
         positive("evaluate", self, "max_new_tokens", "max_prompt_length", "batch_size")
         positive("evaluate", self, "max_prompts", "heldout_samples", "every")
+        edges = self.context_edges
+        require(
+            all(a < b for a, b in zip([0, *edges], edges, strict=False)),
+            f"evaluate.context_edges ({edges}) must be lengths > 0, strictly increasing",
+        )
         require(
             (self.scheduler == "none") != bool(self.sps_table),
             f"evaluate.scheduler ({self.scheduler!r}) and evaluate.sps_table ({self.sps_table!r}) "

@@ -61,10 +61,13 @@ class ModelConfig:
     """Standard deviation of the initial weights. Biases start at zero, norms at one."""
     rope_parameters: dict[str, Any] | None = None
     """RoPE of the draft in Transformers' format, for example `{rope_theta: 10000.0}`. `rope_type`
-    may be `default`, `linear`, `llama3` or `yarn`. Null takes the target's, if it is one of
-    these."""
+    may be `default`, `linear`, `llama3` or `yarn`. With `partial_rotary_factor` the first
+    `int(head_dim * factor)` widths of each head are turned. Null takes the target's, if it is of
+    one of these types, without a partial factor of the target."""
     max_position_embeddings: int | None = None
-    """Positions that the export says its RoPE is made for. Null takes the target's."""
+    """Positions that the export says the draft is made for. Null takes the target's. If it is set,
+    a scaled RoPE without `original_max_position_embeddings` is scaled from it divided by the
+    factor."""
     initialize_from_target_layers: list[int] = field(default_factory=list)
     """The target's layer (counted from 0) that each draft layer starts from. Attention, MLP and
     norms are copied where the shapes agree. Empty means random weights. A run that continues

@@ -58,6 +58,9 @@ class TrainConfig:
     initial_checkpoint: str = ""
     """Weights to start from, with a fresh optimizer: a run, its checkpoint, an import, or the
     folder of a draft in any layout. A run that continues ignores this."""
+    initial_rope: Literal["same", "other"] = "same"
+    """Whether the RoPE of `initial_checkpoint` must be this run's. With `other` it may differ, and
+    the run trains and exports its own: the second stage of a draft for long contexts."""
     max_skipped_steps: int = 10
     """Of the last 100 steps of a start, how many may be skipped because their gradients or loss are
     not finite, or their gradient norm is above the next key. One more ends the run with an error,

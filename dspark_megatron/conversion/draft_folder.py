@@ -6,6 +6,7 @@ does not have, because taking such a draft for ours would change what it compute
 """
 
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from dspark_megatron.conversion.layouts.names import (
     raise_if_any,
 )
 from dspark_megatron.conversion.layouts.other_files import unread_weights
+from dspark_megatron.conversion.layouts.rope_config import chosen_rope, doubts
 from dspark_megatron.conversion.layouts.table import LAYOUTS, check_dspark, detect_layout
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.shape import DraftShape
@@ -47,11 +49,13 @@ class DraftFolder:
         layout: str = "auto",
         target: TargetFacts | None = None,
         *,
+        rope: dict[str, Any] | None = None,
         allow_unknown: Collection[str] = (),
     ) -> None:
-        """layout: one of LAYOUTS, or `auto`. target: for what the config leaves to it.
-        allow_unknown: keys of config.json that are to be passed over though they are not known.
-        Raises ConfigError that lists every problem."""
+        """layout: one of LAYOUTS, or `auto`. target: for what the config leaves to it. rope: keys
+        of the RoPE that the user says otherwise than the config. allow_unknown: keys of config.json
+        that are to be passed over though they are not known. Raises ConfigError that lists every
+        problem."""
         self.path = Path(path)
         self.config = read_config(self.path)
         check_schema(self.config, self.path / "config.json")
@@ -68,6 +72,11 @@ class DraftFolder:
                 f"{self.path}/config.json cannot be read as a draft's: a key has a value of "
                 f"another kind than it must have ({error!r})"
             ) from error
+        if rope:
+            shape = replace(self.shape, rope_parameters=chosen_rope(self.shape, rope))
+            self.description = replace(self.description, shape=shape)
+        self.doubts = [] if rope else doubts(self.config, self.layout.name)
+        """Lines on what the config says and may not be so."""
         self._names = self._canonical_names(raw)
         self._check_tensors()
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 from dspark_megatron.conversion.folder_writer import WriteOptions, write_draft_folder
 from dspark_megatron.conversion.sources import CheckpointSource, FolderSource
@@ -39,10 +40,11 @@ def convert_folder(
     options: WriteOptions,
     *,
     layout: str = "auto",
+    rope: dict[str, Any] | None = None,
     allow_unknown: Collection[str] = (),
 ) -> Path:
-    """Write the draft of a folder in another layout. layout: that of the input. allow_unknown: as
-    DraftFolder has it."""
+    """Write the draft of a folder in another layout. layout: that of the input. rope,
+    allow_unknown: as DraftFolder has them."""
     require(
         Path(input_dir).resolve() != Path(output_dir).resolve(),
         f"{output_dir} is the input itself; choose another folder for the output",
@@ -52,6 +54,7 @@ def convert_folder(
         target_dir,
         layout,
         target_checkpoint=options.target_checkpoint,
+        rope=rope,
         allow_unknown=allow_unknown,
     )
     source = FolderSource(draft)

@@ -33,6 +33,7 @@ from dspark_megatron.conversion.sources import DraftSource
 from dspark_megatron.conversion.target_match import not_finite, shape_problems, target_problems
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.shape import DraftShape
+from dspark_megatron.storage.checkpoints.named import NamedCheckpoint
 from dspark_megatron.storage.new_folder import new_folder
 from dspark_megatron.storage.safetensors_folder import (
     INDEX,
@@ -86,7 +87,7 @@ def write_draft_folder(
     history = source.history()
     # Iteration 0 is an import, whose sidecar came with it.
     iteration = history.get("iterations") or None
-    checkpoint = source.path if iteration else None
+    checkpoint = NamedCheckpoint.at(source.path) if iteration else None
     with_temperatures = check_sidecar(
         source.neighbours(), shape.num_draft_tokens, iteration, checkpoint
     )

@@ -56,20 +56,22 @@ def import_folder(
     layout: str = "auto",
     tensor_parallel: int = 1,
     target_checkpoint: str | Path = "",
+    rope: dict[str, Any] | None = None,
     allow_unknown: Collection[str] = (),
 ) -> Path:
     """Write run folder output_dir with one checkpoint, of iteration 0, and return that.
 
     tensor_parallel: the size that it is meant for: checked, and the vocabulary is padded as such a
-    run does it; the checkpoint loads at other sizes, too. allow_unknown: as DraftFolder has it.
-    Raises ConfigError, before anything is written, for a folder that is no draft of this target,
-    and when output_dir holds anything but an import of the same draft.
+    run does it; the checkpoint loads at other sizes, too. rope, allow_unknown: as DraftFolder has
+    them. Raises ConfigError, before anything is written, for a folder that is no draft of this
+    target, and when output_dir holds anything but an import of the same draft.
     """
     draft = open_draft_folder(
         input_dir,
         target_dir,
         layout,
         target_checkpoint=target_checkpoint,
+        rope=rope,
         allow_unknown=allow_unknown,
     )
     source, shape = FolderSource(draft), draft.shape

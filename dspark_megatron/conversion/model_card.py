@@ -13,6 +13,7 @@ from markupsafe import Markup
 from dspark_megatron.conversion.engines.table import SGLANG, VLLM
 from dspark_megatron.conversion.layouts.hf_config import DraftDescription
 from dspark_megatron.errors import require
+from dspark_megatron.ops.logit_transform import LogitTransform
 from dspark_megatron.shape import DraftShape
 
 WHOSE = {
@@ -56,8 +57,10 @@ def model_card(
         trim_blocks=True,
         undefined=StrictUndefined,
     )
+    transform = LogitTransform(shape.logit_scale, shape.logit_softcapping)
     text = templates.get_template("model_card.md.jinja").render(
         shape=shape,
+        base_logits="" if transform.is_identity else transform.describe(),
         markov=markov,
         confidence=confidence,
         target=target,

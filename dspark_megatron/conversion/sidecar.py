@@ -1,16 +1,18 @@
 """`dspark_sts.json`: temperatures of the confidence head by draft token, in SGLang's schema.
 
-Calibration writes it beside a draft; conversion carries it along. The keys `iteration` and
-`checkpoint` say which draft it is of.
+Calibration writes it beside a draft; conversion carries it along. The keys `iteration`,
+`checkpoint` and `checkpoint_digest` say which draft it is of.
 """
 
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from dspark_megatron.bounded_text import read_json
 from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.storage.checkpoints.named import NamedCheckpoint, is_same_checkpoint
 from dspark_megatron.storage.writing import json_text
 
 SIDECAR = "dspark_sts.json"
@@ -20,7 +22,7 @@ def check_sidecar(
     folder: Path,
     num_draft_tokens: int,
     iteration: int | None = None,
-    checkpoint: str | Path | None = None,
+    checkpoint: NamedCheckpoint | None = None,
 ) -> bool:
     """Whether the folder has one. ConfigError when it cannot be used with this draft: SGLang wants
     one positive temperature for each draft token. iteration, checkpoint: of the draft, where known;
@@ -31,7 +33,7 @@ def check_sidecar(
     try:
         found: Any = read_json(file)
         temperatures, own = found["temperatures"], found.get("iteration")
-        calibrated = found.get("checkpoint")
+        calibrated = NamedCheckpoint.of_facts(found)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{file} must be JSON with a list `temperatures` ({error!r})") from error
     numbers = isinstance(temperatures, list) and all(
@@ -48,17 +50,26 @@ def check_sidecar(
         "again, or move the file away",
     )
     require(
-        calibrated is None or checkpoint is None or same_checkpoint(calibrated, checkpoint),
-        f"{file} was calibrated for {calibrated}, this draft is {checkpoint}; calibrate again, or "
-        "move the file away",
+        calibrated is None
+        or checkpoint is None
+        or calibrated.is_same(checkpoint)
+        or _came_with(folder, calibrated, checkpoint),
+        f"{file} was calibrated for {calibrated and calibrated.path}, this draft is "
+        f"{checkpoint and checkpoint.path}; calibrate again, or move the file away",
     )
     return True
 
 
-def same_checkpoint(first: str | Path, second: str | Path) -> bool:
-    """Whether two paths are of one checkpoint. Runs are moved, so by the names of run, checkpoints
-    and checkpoint."""
-    return Path(first).parts[-3:] == Path(second).parts[-3:]
+def _came_with(folder: Path, calibrated: NamedCheckpoint, checkpoint: NamedCheckpoint) -> bool:
+    """Whether an older sidecar, which has no digest, lies in the checkpoint's own run and names a
+    checkpoint of such a number that is gone: the run has another name now."""
+    there, here = Path(calibrated.path), Path(checkpoint.path)
+    return (
+        calibrated.digest is None
+        and here.parts[-2:] == there.parts[-2:]
+        and here.absolute().parents[1] == folder.absolute()
+        and not os.path.exists(there)  # False for what no file can be called
+    )
 
 
 def is_of_same_draft(own: Path, other: Path) -> bool:
@@ -68,10 +79,10 @@ def is_of_same_draft(own: Path, other: Path) -> bool:
         return True
     try:
         one, two = map(read_json, (own, other))
-        return one["iteration"] == two["iteration"] and same_checkpoint(
-            one["checkpoint"], two["checkpoint"]
-        )
-    except (ValueError, KeyError, TypeError):
+        first, second = map(NamedCheckpoint.of_facts, (one, two))
+        same = first is not None and is_same_checkpoint(first, second)
+        return same and one["iteration"] == two["iteration"]
+    except (ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
@@ -79,7 +90,7 @@ def read_temperatures(
     folder: Path,
     num_draft_tokens: int,
     iteration: int | None = None,
-    checkpoint: str | Path | None = None,
+    checkpoint: NamedCheckpoint | None = None,
 ) -> list[float]:
     """Of each draft token; ConfigError as in `check_sidecar`, and when there are none."""
     found = check_sidecar(folder, num_draft_tokens, iteration, checkpoint)
@@ -105,6 +116,7 @@ def sidecar_json(calibration: dict[str, Any]) -> str:
         "ece_after": after,
         "iteration": calibration["iteration"],
         "checkpoint": calibration["checkpoint"],
+        "checkpoint_digest": calibration.get("checkpoint_digest"),
         "note": calibration["verdict"],
     }
     return json_text(content, indent=2) + "\n"
@@ -123,21 +135,18 @@ def check_place(folder: Path, num_draft_tokens: int, facts: dict[str, Any], forc
     file = folder / SIDECAR
     if force or not file.exists():
         return
+    same, of = False, "not of a calibration"
     try:
         found = read_json(file)
-        there = (found["iteration"], found["checkpoint"])
+        of = f"of iteration {found['iteration']} of {found['checkpoint']}"
+        named = map(NamedCheckpoint.of_facts, (found, facts))
+        same = found["iteration"] == facts["iteration"] and is_same_checkpoint(*named)
     except (OSError, ValueError, KeyError, TypeError):
-        there = None
-    iteration, checkpoint = facts["iteration"], facts["checkpoint"]
-    same, of = False, "not of a calibration"
-    if there is not None:
-        same = there[0] == iteration
-        same = same and same_checkpoint(there[1] or "", checkpoint or "")  # none when untrained
-        of = f"of iteration {there[0]} of {there[1]}"
+        pass
     require(
         same,
-        f"{file} is {of}, the records are of iteration {iteration} of {checkpoint}; give --force "
-        "to replace it, or choose another --output",
+        f"{file} is {of}, the records are of iteration {facts['iteration']} of "
+        f"{facts['checkpoint']}; give --force to replace it, or choose another --output",
     )
 
 

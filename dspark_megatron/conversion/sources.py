@@ -17,8 +17,8 @@ from dspark_megatron.conversion.layouts.names import (
     hugging_face_shapes,
     to_hugging_face,
 )
-from dspark_megatron.conversion.sidecar import same_checkpoint
 from dspark_megatron.errors import ConfigError
+from dspark_megatron.storage.checkpoints.named import NamedCheckpoint, is_same_checkpoint
 from dspark_megatron.storage.checkpoints.whole import check_whole
 from dspark_megatron.storage.training_checkpoint import CheckpointReader, find_checkpoint
 
@@ -78,7 +78,8 @@ class CheckpointSource:
             return None
         try:
             found: Any = read_json(file)
-            evaluated = same_checkpoint(found["checkpoint"] or "", self.path)
+            named = NamedCheckpoint.of_facts(found)
+            evaluated = is_same_checkpoint(named, NamedCheckpoint.at(self.path))
             figures = {
                 name: {"prompts": int(x["prompts"]), "tau": x["tau"] and float(x["tau"])}
                 for name, x in found["files"].items()

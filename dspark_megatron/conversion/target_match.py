@@ -1,5 +1,6 @@
 """Whether a draft can work at all, and with a given target."""
 
+import logging
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from dspark_megatron.shape import DraftShape
 from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.storage.target_weights import shared_matrices
 
+_logger = logging.getLogger(__name__)
+
 
 def open_draft_folder(
     path: str | Path,
@@ -21,13 +24,17 @@ def open_draft_folder(
     layout: str = "auto",
     *,
     target_checkpoint: str | Path = "",
+    rope: dict[str, Any] | None = None,
     allow_unknown: Collection[str] = (),
 ) -> DraftFolder:
     """A draft folder that belongs to this target; ConfigError that lists what speaks against it.
-    allow_unknown: as DraftFolder has it."""
+    rope, allow_unknown: as DraftFolder has them. What may be otherwise than its config says is
+    logged."""
     target_config = load_target_config(target_dir)
     facts = TargetFacts.of(target_config, Path(target_dir).resolve().name)
-    folder = DraftFolder(path, layout, facts, allow_unknown=allow_unknown)
+    folder = DraftFolder(path, layout, facts, rope=rope, allow_unknown=allow_unknown)
+    for line in folder.doubts:
+        _logger.warning(line)
     problems = shape_problems(folder.shape) + target_problems(folder.shape, target_config)
     raise_if_any(problems, f"the draft in {folder.path}")
     raise_if_any(shared_problems(folder, target_dir, target_checkpoint), str(folder.path))

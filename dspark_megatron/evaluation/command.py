@@ -16,7 +16,7 @@ from dspark_megatron.errors import printable, require
 from dspark_megatron.evaluation.decoding import Decoder, Sampling
 from dspark_megatron.evaluation.estimate import EstimateSettings
 from dspark_megatron.evaluation.lossless import check_lossless
-from dspark_megatron.evaluation.report import table
+from dspark_megatron.evaluation.report import context_table, table
 from dspark_megatron.evaluation.run import (
     FileResult,
     all_figures,
@@ -44,6 +44,7 @@ from dspark_megatron.run.ranks.facts import (
 )
 from dspark_megatron.run.ranks.places import at, set_time_limit
 from dspark_megatron.run.ranks.runtime import Launch, Runtime, main_ranks_folder, start
+from dspark_megatron.storage.checkpoints.named import NamedCheckpoint
 from dspark_megatron.storage.checkpoints.whole import check_whole
 from dspark_megatron.storage.target_folder import stop_token_ids
 from dspark_megatron.storage.training_checkpoint import read_meta
@@ -83,7 +84,7 @@ def evaluate(job: Launch, config: Config) -> None:
     results = evaluate_prompts(
         decoder, files, settings, dp_group=runtime.dp_group, show_progress=runtime.is_main
     )
-    figures = all_figures(results, plan.shape.num_draft_tokens)
+    figures = all_figures(results, plan.shape.num_draft_tokens, settings.context_edges)
     for name, count in _ties(decoder, files, results, settings).items():
         figures[name]["ties_with_plain"] = count
     facts = _facts(plan, checkpoint, iteration)
@@ -98,6 +99,7 @@ def evaluate(job: Launch, config: Config) -> None:
     if runtime.is_main:
         write_json(output, {**facts, "files": figures})
         print(printable(table(figures, greedy=settings.temperature == 0)), flush=True)
+        print(printable(context_table(figures, settings.context_edges)), flush=True)
         print(printable(f"wrote {output}"), flush=True)
 
 
@@ -152,7 +154,8 @@ def _scheduled_cut(
     if settings.temperatures:
         iteration = read_meta(checkpoint)["iteration"] if checkpoint else 0
         folder = Path(settings.temperatures)
-        temperatures = read_temperatures(folder, num_draft_tokens, iteration, checkpoint)
+        named = NamedCheckpoint.at(checkpoint) if checkpoint else None
+        temperatures = read_temperatures(folder, num_draft_tokens, iteration, named)
     return ScheduledCut(settings.scheduler, sps, num_draft_tokens, temperatures)
 
 
@@ -209,10 +212,13 @@ def _ties(
 
 def _facts(plan: RunPlan, checkpoint: Path | None, iteration: int) -> dict[str, Any]:
     """What was evaluated and how."""
-    names = ("temperature", "max_new_tokens", "seed", "batch_size", "scheduler")
+    names = (
+        *("temperature", "max_new_tokens", "seed", "batch_size", "scheduler"),
+        "context_edges",
+    )
     return {
         "target": plan.config.target.path,
-        "checkpoint": str(checkpoint) if checkpoint else None,
+        **(NamedCheckpoint.at(checkpoint).facts() if checkpoint else {"checkpoint": None}),
         "iteration": iteration,
         "block_size": plan.shape.block_size,
         "num_draft_tokens": plan.shape.num_draft_tokens,

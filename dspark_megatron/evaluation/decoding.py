@@ -201,7 +201,7 @@ class _Drafted(_Batch):
         self.drafter.keep(sequences)
 
     def round(self) -> None:
-        anchors = self._anchors()
+        anchors, contexts = self._anchors(), list(self.drafter.lengths)
         proposal = self.drafter.propose(anchors, self._pick)
         lengths = self._lengths(proposal)  # [b]
         width = int(lengths.max())
@@ -218,6 +218,8 @@ class _Drafted(_Batch):
         self.drafter.extend([taps[: n + 1] for taps, n in zip(states.taps, kept, strict=True)])
         rates = overlap(probs, target_probs[:, :-1])
         self._commit(proposal, lengths.tolist(), kept, token.tolist(), rates)
+        for answer, context in zip(self.answers, contexts, strict=True):
+            answer.generation.rounds[-1].context = context
 
     def _pick(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         probs = probabilities(logits, self.sampling.temperature)

@@ -5,6 +5,7 @@ Shapes: n rounds (of all prompts), k draft tokens of a block.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.storage.checkpoints.named import NamedCheckpoint, is_same_checkpoint
 from dspark_megatron.storage.safetensors_folder import write_tensors
 
 _KINDS = {
@@ -98,6 +100,25 @@ class DraftRecords:
                 f"{path} must be the draft records of an evaluation (evaluate.records): {error}"
             ) from error
         return cls(**_checked(path, tensors, facts), facts=facts)
+
+
+SAME_DRAFT = ("target", "checkpoint", "iteration", "block_size")
+"""Facts that results of one draft share."""
+
+
+def check_same_draft(
+    facts: dict[str, Any], others: dict[str, Any], said: Callable[[str, Any, Any], str]
+) -> None:
+    """ConfigError with what `said` makes of the first fact that differs and its two values.
+    Checkpoints are compared by their digests, where both are known: a run may have moved."""
+    named = map(NamedCheckpoint.of_facts, (facts, others))
+    is_same = is_same_checkpoint(*named)
+    for key in SAME_DRAFT:
+        if key == "checkpoint" and not is_same and facts.get(key) == others.get(key):
+            key = "checkpoint_digest"
+        mine, wanted = facts.get(key), others.get(key)
+        same = is_same if key.startswith("checkpoint") else mine == wanted
+        require(same, said(key, mine, wanted))
 
 
 def drafted_tokens(facts: dict[str, Any]) -> Any:

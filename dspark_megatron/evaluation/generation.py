@@ -13,6 +13,8 @@ class Round:
     """Draft tokens that the target kept."""
     bonus: bool
     """Whether the target added a token of its own."""
+    context: int = 0
+    """Tokens that the draft was made from, all before its anchor."""
     confidence_logits: list[float] = field(default_factory=list)
     """Of every slot that was drafted, also where the draft was cut; empty without the head."""
     accept_rate: list[float] = field(default_factory=list)

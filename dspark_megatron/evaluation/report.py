@@ -1,6 +1,9 @@
 """Acceptance figures as a table on the console."""
 
+from collections.abc import Sequence
 from typing import Any
+
+from dspark_megatron.evaluation.context_lengths import spans
 
 SLOTS = 3
 """Accept rates that are shown; the JSON has all."""
@@ -8,23 +11,54 @@ SLOTS = 3
 
 def table(rows: dict[str, dict[str, Any]], greedy: bool) -> str:
     """Figures of several prompt files, one line each."""
-    lines = [_cells(name, figures, greedy) for name, figures in rows.items()]
+    return _aligned([_cells(name, figures, greedy) for name, figures in rows.items()])
+
+
+def _aligned(lines: list[dict[str, str]]) -> str:
+    """Lines by heading, under the headings."""
     columns = [[head, *(line[head] for line in lines)] for head in lines[0]]
     padded = [_padded(column, left=i == 0) for i, column in enumerate(columns)]
     return "\n".join("  ".join(line) for line in zip(*padded, strict=True))
 
 
+def context_table(rows: dict[str, dict[str, Any]], edges: Sequence[int]) -> str:
+    """Acceptance by length of context: a line for each file and length that has rounds."""
+    found = [(name, part) for name, figures in rows.items() for part in figures["by_context"]]
+    used = {(part["from"], part["to"]) for _, part in found}
+    unused = [_span(*span) for span in spans(edges) if span not in used]
+    lines = [
+        {
+            "file": name,
+            "context": _span(part["from"], part["to"]),
+            "rounds": str(part["rounds"]),
+            "tau": _show(part["tau"]),
+            **_rates(part),
+        }
+        for name, part in found
+    ]
+    without = [f"no rounds with a context of {', '.join(unused)} tokens"] if unused else []
+    return "\n".join([*([_aligned(lines)] if lines else []), *without])
+
+
+def _span(start: int, end: int | None) -> str:
+    return f"{start:,} or more" if end is None else f"{start:,}-{end - 1:,}"
+
+
+def _rates(figures: dict[str, Any]) -> dict[str, str]:
+    rates = [*figures["accept_rate"], *[None] * SLOTS][:SLOTS]
+    return {f"accept@{slot}": _show(rate) for slot, rate in enumerate(rates)}
+
+
 def _cells(name: str, figures: dict[str, Any], greedy: bool) -> dict[str, str]:
     """A line by heading."""
     interval = (figures["confidence_intervals"] or {}).get("tau")
-    rates = [*figures["accept_rate"], *[None] * SLOTS][:SLOTS]
     cells = {
         "file": name,
         "prompts": str(figures["prompts"]),
         "tau": _show(figures["tau"]),
         "95%": "{:.2f}-{:.2f}".format(*interval) if interval else "-",
         "estimate": _show(figures.get("estimate", {}).get("tau")),
-        **{f"accept@{slot}": _show(rate) for slot, rate in enumerate(rates)},
+        **_rates(figures),
         "verify rate": _show(figures["verify_rate"]),
         "tok/s": _show(figures.get("tokens_per_second"), 1),
         "plain tok/s": _show(figures.get("plain_tokens_per_second"), 1),

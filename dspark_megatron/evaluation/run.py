@@ -1,5 +1,6 @@
 """Evaluate a draft on prompt files: decode every prompt, count, report."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from tqdm import tqdm
 
 from dspark_megatron.config import EvaluateConfig
 from dspark_megatron.data.prompts.chat_prompts import Prompt
+from dspark_megatron.evaluation.context_lengths import by_context
 from dspark_megatron.evaluation.decoding import Decoder
 from dspark_megatron.evaluation.draft_records import DraftRecords
 from dspark_megatron.evaluation.estimate import EstimateSettings, answer_sample, estimate_acceptance
@@ -36,9 +38,24 @@ class FileResult:
         assert self.plain is not None
         return _in_order(self.plain)
 
-    def figures(self, num_draft_tokens: int) -> dict[str, Any]:
-        found = acceptance(self.generations, num_draft_tokens)
-        return {**found, **comparison(self.speculative, self.plain)}
+    def figures(self, num_draft_tokens: int, context_edges: Sequence[int]) -> dict[str, Any]:
+        return _figures(
+            self.generations, self.speculative, self.plain, num_draft_tokens, context_edges
+        )
+
+
+def _figures(
+    generations: list[Generation],
+    speculative: list[Decoded],
+    plain: list[Decoded] | None,
+    num_draft_tokens: int,
+    context_edges: Sequence[int],
+) -> dict[str, Any]:
+    return {
+        **acceptance(generations, num_draft_tokens),
+        **comparison(speculative, plain),
+        "by_context": by_context(generations, num_draft_tokens, context_edges),
+    }
 
 
 def evaluate_prompts(
@@ -67,16 +84,18 @@ def evaluate_prompts(
     return results
 
 
-def all_figures(results: dict[str, FileResult], num_draft_tokens: int) -> dict[str, dict[str, Any]]:
+def all_figures(
+    results: dict[str, FileResult], num_draft_tokens: int, context_edges: Sequence[int] = ()
+) -> dict[str, dict[str, Any]]:
     """Figures by file name, and over several files under `all`."""
-    figures = {name: result.figures(num_draft_tokens) for name, result in results.items()}
+    how = num_draft_tokens, context_edges
+    figures = {name: result.figures(*how) for name, result in results.items()}
     if len(results) > 1:
         parts = list(results.values())
         plain = [share for part in parts for share in part.plain or []]
         speculative = [share for part in parts for share in part.speculative]
         everything = [g for part in parts for g in part.generations]
-        figures["all"] = acceptance(everything, num_draft_tokens)
-        figures["all"] |= comparison(speculative, plain or None)
+        figures["all"] = _figures(everything, speculative, plain or None, *how)
     return figures
 
 

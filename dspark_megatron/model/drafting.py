@@ -82,7 +82,7 @@ class Drafter:
 
     def _attention(self, device: torch.device, rule: LayerAttention) -> BlockAttention:
         """One block behind each context: nothing that flex could do better."""
-        reach = max(self.lengths) if rule.reach is None else rule.reach
+        reach = max(self.lengths, default=0) if rule.reach is None else rule.reach
         ends = list(accumulate((min(n, reach) for n in self.lengths), initial=0))
         ranges = ContextRanges.of(list(pairwise(ends)), device)
         return GroupedBlockAttention(

@@ -1,4 +1,7 @@
-"""The target's rotary position embedding, in fp32, as the exported draft will compute it."""
+"""The draft's rotary position embedding, in fp32, as the exported draft will compute it.
+
+Shapes: d width of a head, w <= d the widths that are turned.
+"""
 
 from typing import Any
 
@@ -23,11 +26,11 @@ class RotaryTable:
         of_gemma = rope_parameters["rope_type"] == "proportional"
         frequencies = _gemma4_frequencies if of_gemma else _qwen3_frequencies
         inv_freq, scaling = frequencies(dict(rope_parameters), **sizes)
-        self.inv_freq: Tensor = inv_freq.float()  # [d/2]
+        self.inv_freq: Tensor = inv_freq.float()  # [w/2]
         self.attention_scaling: float = scaling
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """[...] int64 positions -> cos and sin [..., d], computed in fp32, cast once."""
+        """[...] int64 positions -> cos and sin [..., w], computed in fp32, cast once."""
         self.inv_freq = self.inv_freq.to(positions.device)
         angles = positions[..., None].float() * self.inv_freq
         angles = torch.cat([angles, angles], dim=-1)
@@ -36,10 +39,13 @@ class RotaryTable:
 
 
 def _qwen3_frequencies(rope_parameters: dict[str, Any], **sizes: int) -> tuple[Tensor, float]:
-    """[d/2], and the scale of cos and sin."""
+    """[w/2], and the scale of cos and sin."""
+    # Frequencies of a part of a head are those of a whole head as wide as the part.
+    width = int(sizes.pop("head_dim") * rope_parameters.pop("partial_rotary_factor", 1))
     config = Qwen3Config(
-        hidden_size=sizes["head_dim"],
+        hidden_size=width,
         num_attention_heads=1,
+        head_dim=width,
         rope_parameters=rope_parameters,
         **sizes,
     )
@@ -66,7 +72,10 @@ def _gemma4_frequencies(rope_parameters: dict[str, Any], **sizes: int) -> tuple[
 
 
 def apply_rope(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate [..., a, d] by the cos and sin [..., d] of its positions (half-split layout)."""
-    first, second = states.chunk(2, dim=-1)
+    """Rotate the first w widths of [..., a, d] by the cos and sin [..., w] of its positions
+    (half-split layout); the others stay."""
+    turned, fixed = states[..., : cos.shape[-1]], states[..., cos.shape[-1] :]
+    first, second = turned.chunk(2, dim=-1)
     rotated = torch.cat([-second, first], dim=-1)
-    return states * cos[..., None, :] + rotated * sin[..., None, :]
+    turned = turned * cos[..., None, :] + rotated * sin[..., None, :]
+    return torch.cat([turned, fixed], dim=-1) if fixed.shape[-1] else turned

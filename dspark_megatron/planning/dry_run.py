@@ -18,6 +18,7 @@ from dspark_megatron.planning.work import StepWork, step_work
 from dspark_megatron.run.check import RunPlan, check
 from dspark_megatron.run.initial.initial_weights import InitialWeights
 from dspark_megatron.run.initial.warm_start import check_warm_start
+from dspark_megatron.shape.rope import beyond_yarn
 from dspark_megatron.storage.checkpoints.tracker import latest_iteration
 
 GIB = 2**30
@@ -73,12 +74,16 @@ def pipeline_note(plan: RunPlan) -> list[str]:
 
 
 def length_note(plan: RunPlan) -> list[str]:
-    most, length = plan.shape.max_position_embeddings, plan.config.data.max_length
+    text = plan.target_config.get_text_config()
+    most, length = text.max_position_embeddings, plan.config.data.max_length
+    unreached = beyond_yarn(plan.shape.rope_parameters, plan.shape.max_position_embeddings)
+    notes = [unreached] if unreached else []
     if length <= most:
-        return []
+        return notes
     return [
+        *notes,
         f"data.max_length ({length}) is more than the target's max_position_embeddings ({most}): "
-        "where samples are as long, the target is outside of what it was made for"
+        "where samples are as long, the target is outside of what it was made for",
     ]
 
 

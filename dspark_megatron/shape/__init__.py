@@ -13,7 +13,7 @@ from dspark_megatron.shape.gemma4 import (
     gemma4_rope,
     gemma4_softcapping,
 )
-from dspark_megatron.shape.rope import draft_rope
+from dspark_megatron.shape.rope import check_rope_width, draft_rope
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """What families call the number of their experts."""
@@ -96,6 +96,8 @@ def draft_shape(model: ModelConfig, target_config: Any) -> DraftShape:
     mask_token_id = _checked_mask_token(model.mask_token_id, text)
     heads, kv_heads, head_dim = _draft_heads(model, text)
     with_markov = model.enable_confidence_head and model.confidence_head_with_markov
+    rope = shape_rope(model, text)
+    check_rope_width(rope, head_dim)
     return DraftShape(
         hidden_size=text.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size or _dense_width(text),
@@ -105,7 +107,7 @@ def draft_shape(model: ModelConfig, target_config: Any) -> DraftShape:
         head_dim=head_dim,
         vocab_size=text.vocab_size,
         rms_norm_eps=getattr(text, "rms_norm_eps", 1e-6),
-        rope_parameters=shape_rope(model, text),
+        rope_parameters=rope,
         max_position_embeddings=model.max_position_embeddings or text.max_position_embeddings,
         num_target_layers=text.num_hidden_layers,
         target_layer_ids=tuple(model.target_layer_ids),
@@ -127,7 +129,7 @@ def draft_shape(model: ModelConfig, target_config: Any) -> DraftShape:
 def shape_rope(model: ModelConfig, text: Any) -> dict[str, Any]:
     """RoPE of the draft of this architecture. Raises ConfigError for one that it cannot have."""
     rope = gemma4_rope if model.architecture == "gemma4" else draft_rope
-    return rope(model.rope_parameters, text)
+    return rope(model.rope_parameters, text, model.max_position_embeddings)
 
 
 def _draft_heads(model: ModelConfig, text: Any) -> tuple[int, int, int]:

@@ -54,7 +54,9 @@ def gemma4_heads(text: Any) -> tuple[int, int]:
     return shared or text.num_key_value_heads, text.global_head_dim
 
 
-def gemma4_rope(own: dict[str, Any] | None, text: Any) -> dict[str, Any]:
+def gemma4_rope(
+    own: dict[str, Any] | None, text: Any, max_position_embeddings: int | None = None
+) -> dict[str, Any]:
     """`model.rope_parameters` if given, else that of the target's full-attention layers, complete;
     beside what any draft may have also Gemma 4's proportional one. Raises ConfigError."""
     found = own
@@ -62,7 +64,7 @@ def gemma4_rope(own: dict[str, Any] | None, text: Any) -> dict[str, Any]:
         said = dict(text.rope_parameters or {})
         found = said.get("full_attention", said)
     if found.get("rope_type") != PROPORTIONAL:
-        return draft_rope(own, text)
+        return draft_rope(own, text, max_position_embeddings)
     return proportional_rope(found, "model.rope_parameters" if own else "the target's config")
 
 

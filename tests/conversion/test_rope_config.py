@@ -78,12 +78,52 @@ def test_yarn_without_its_original_length_takes_the_configs(draft):
     assert torch.equal(theirs.inv_freq, table.inv_freq)
 
 
+@pytest.mark.parametrize("layout", ["hf", "speculators", "modelopt", "specforge"])
+@pytest.mark.parametrize("kind", ["default", "yarn"])
+def test_a_part_of_each_head_survives_every_layout(tmp_path, target, kind, layout):
+    rope = {**ROPES[kind], "partial_rotary_factor": 0.4}
+    shape = dataclasses.replace(VANILLA, rope_parameters=rope)
+    run = write_checkpoint(tmp_path / "run", shape)
+    draft = export_fp32(run, target, tmp_path / "draft", layout)
+    config = json.loads((draft / "config.json").read_text())
+    said = config.get("transformer_layer_config", config)["rope_parameters"]
+    assert (said["partial_rotary_factor"], said["rope_dim"]) == (0.4, 2)
+    facts = TargetFacts.of(load_target_config(target), "target")
+    read = DraftFolder(draft, target=facts)
+    assert read.shape.rope_parameters == rope
+    assert not any("leftover" in line for line in read.doubts)
+
+
+def test_a_part_that_nothing_says_the_width_of_is_left_over(draft):
+    places = lambda c: (c, c["rope_parameters"])  # noqa: E731
+    for place in range(2):
+        reconfigure(draft, lambda c, p=place: places(c)[p].update(partial_rotary_factor=0.5))
+        read = DraftFolder(draft)
+        assert "partial_rotary_factor" not in read.shape.rope_parameters
+        [line] = read.doubts
+        assert "leftover of the target's" in line and "--partial-rotary-factor 0.5" in line
+    chosen = DraftFolder(draft, rope={"partial_rotary_factor": 0.4})
+    assert chosen.shape.rope_parameters["partial_rotary_factor"] == 0.4
+
+
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
 
 BAD_ROPE = {
     "rope_type': 'default'} and rope_scaling {'rope_type': 'yarn'": {"rope_scaling": YARN},
     "rope_theta is 5.0 at the top level and 10000.0 in rope_parameters": {"rope_theta": 5.0},
+    "keys of which it is not known what they do (['rope_interleaved'])": {
+        "rope_parameters": {"rope_theta": 10000.0, "rope_interleaved": True}
+    },
+    "rope_dim (8) must be at most the head_dim (6)": {
+        "rope_parameters": {"rope_theta": 10000.0, "rope_dim": 8}
+    },
+    "must turn an even number of a head's 6 widths, and turns 3": {
+        "rope_parameters": {"rope_theta": 10000.0, "rope_dim": 3}
+    },
+    "factor (0.5) must be at least 1": {
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 0.5}
+    },
     "rope_type ('foo') must be one of default, linear, llama3, yarn": {
         "rope_parameters": {"rope_type": "foo", "rope_theta": 10000.0}
     },

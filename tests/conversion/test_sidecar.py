@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from dspark_megatron.conversion.export import convert_folder
 from dspark_megatron.conversion.folder_writer import WriteOptions
 from dspark_megatron.errors import ConfigError
+from dspark_megatron.storage.checkpoints.named import NamedCheckpoint
+from dspark_megatron.storage.checksums import write_checksums
 from support.draft_folders import export_fp32, import_, write_checkpoint
 from support.shapes import FOLDER_SHAPES, VANILLA
 
@@ -122,3 +124,45 @@ def test_the_card_has_what_is_known(tmp_path, target):
         (run / "evaluation.json").write_text(json.dumps(malformed))
         with pytest.raises(ConfigError, match="evaluation.json is not as evaluation writes it"):
             export_fp32(run, target, tmp_path / "third")
+
+
+def calibrated_run(folder, seed=0, with_digest=True):
+    """A run with temperatures for its checkpoint and an evaluation of it."""
+    run = write_checkpoint(folder, VANILLA, seed=seed)
+    checkpoint = (run / "checkpoints" / "iter_0000100").absolute()
+    write_checksums(checkpoint)
+    of = {"iteration": 100, **NamedCheckpoint.at(checkpoint).facts()}
+    if not with_digest:  # as an older version wrote it
+        del of["checkpoint_digest"]
+    (run / "dspark_sts.json").write_text(json.dumps({"temperatures": [1.0, 0.5, 2.0], **of}))
+    files = {"heldout.jsonl": {"prompts": 5, "tau": 3.25}}
+    (run / "evaluation.json").write_text(json.dumps({**of, "temperature": 0.0, "files": files}))
+    return run
+
+
+@pytest.mark.parametrize("with_digest", [True, False])
+def test_a_run_under_another_name_exports_its_temperatures(
+    tmp_path, target, monkeypatch, with_digest
+):
+    run = calibrated_run(tmp_path / "runs" / "x", with_digest=with_digest)
+    moved = tmp_path / "archive" / "y"
+    moved.parent.mkdir()
+    run.rename(moved)
+    out = export_fp32(moved, target, tmp_path / "out")
+    assert json.loads((out / "dspark_sts.json").read_text())["temperatures"] == [1.0, 0.5, 2.0]
+    assert ("| heldout.jsonl | 5 | 3.250 |" in (out / "README.md").read_text()) == with_digest
+    monkeypatch.chdir(moved)
+    export_fp32(".", target, tmp_path / "from within")
+
+
+@pytest.mark.parametrize("with_digest", [True, False])
+def test_temperatures_of_another_run_are_refused(tmp_path, target, with_digest):
+    """Under the same name, where a digest tells them apart; without one, while the run that they
+    name is there."""
+    run = calibrated_run(tmp_path / "runs" / "x", with_digest=with_digest)
+    other = calibrated_run(tmp_path / "others" / ("x" if with_digest else "y"), seed=1)
+    shutil.copyfile(run / "dspark_sts.json", other / "dspark_sts.json")
+    if with_digest:
+        shutil.rmtree(run)
+    with pytest.raises(ConfigError, match="was calibrated for .*runs/x/.*, this draft is .*others"):
+        export_fp32(other, target, tmp_path / "out")

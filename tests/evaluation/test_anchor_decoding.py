@@ -82,6 +82,7 @@ def taught_to_count(runtime, shape):
     """Answers of two prompts and their rounds, by a draft that was taught on a few counts."""
     from dspark_megatron.data.blocks import draft_blocks
     from dspark_megatron.evaluation.decoding import Decoder, Sampling
+    from dspark_megatron.ops.logit_transform import TargetHead
 
     draft, target = build_tiny_draft(runtime, shape), Counting(shape)
     ids = torch.arange(30) % PERIOD
@@ -99,7 +100,7 @@ def taught_to_count(runtime, shape):
     head = torch.zeros(shape.vocab_size, shape.hidden_size)
     head[:PERIOD, :PERIOD] = torch.eye(PERIOD)
     sampling = Sampling(0.0, 21, frozenset())
-    decoder = Decoder(target, draft.eval(), head, sampling, batch_size=2)
+    decoder = Decoder(target, draft.eval(), TargetHead(head), sampling, batch_size=2)
     prompts, seeds = [[0, 1, 2], [3, 4, 0, 1]], [0, 1]
     fast, slow = decoder.speculative(prompts, seeds), decoder.plain(prompts, seeds)
     return (

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from dspark_megatron.errors import ConfigError
-from dspark_megatron.evaluation.draft_records import DraftRecords
+from dspark_megatron.evaluation.draft_records import DraftRecords, check_same_draft
 
 
 def records(**changes):
@@ -63,3 +63,30 @@ def test_other_files_are_refused(tmp_path):
     for name in ("model.safetensors", "text.txt", "missing", "empty.safetensors"):
         with pytest.raises(ConfigError, match=name):
             DraftRecords.load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "different"),
+    [
+        ({}, None),
+        ({"checkpoint": "archive/y/checkpoints/iter_0000007"}, None),
+        ({"checkpoint_digest": "b"}, ("checkpoint_digest", "b", "a")),
+        ({"checkpoint": "z", "checkpoint_digest": None}, ("checkpoint", "z", "runs/x/i")),
+        ({"checkpoint": None}, ("checkpoint", None, "runs/x/i")),
+        ({"iteration": 8}, ("iteration", 8, 7)),
+    ],
+)
+def test_a_draft_is_known_by_the_digest_of_its_checkpoint(changes, different):
+    """Under whatever name; by its name where an older version wrote no digest."""
+    facts = {"target": "t", "checkpoint": "runs/x/i", "iteration": 7, "block_size": 2}
+    facts |= {"checkpoint_digest": "a"}
+
+    def said(*of):
+        return repr(of)
+
+    if different is None:
+        check_same_draft(facts | changes, facts, said)
+        return
+    with pytest.raises(ConfigError) as error:
+        check_same_draft(facts | changes, facts, said)
+    assert str(error.value) == repr(different)

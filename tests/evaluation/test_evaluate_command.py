@@ -115,6 +115,8 @@ def test_target_prompts_and_a_checkpoint_are_all_it_needs(pool, wanted, tmp_path
     (figures,) = found["files"].values()
     assert figures["prompts"] == figures["identical_to_plain"] == 2
     assert figures["ties_with_plain"] == 0 and figures["tau"] >= 1
+    (short,) = figures["by_context"]
+    assert (short["to"], short["tau"]) == (found["context_edges"][0], figures["tau"])
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,13 @@
 """Drafts whose slot 0 only carries the anchor (`model.sample_from_anchor: false`): the split draft
 equals its plain twin, which is written slot by slot from the layout's own table."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from dspark_megatron.config import LossConfig
+from dspark_megatron.shape.attention import DraftAttention
 from support.draft_steps import (
     assert_plain_step,
     assert_same_gradients,
@@ -33,6 +36,16 @@ def test_a_step_equals_the_plain_twin(pool, kind, world, tp, micro_batch_size, s
     )
     assert_plain_step(ranks, shape)
     assert len(ranks[0]["metrics"]["accept_rate"]) == shape.num_draft_tokens == 3
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_windows_causal_blocks_and_capped_logits_equal_the_plain_twin(pool, tp):
+    """A window counts from a slot's own position, that of slot 0 included."""
+    attention = DraftAttention(window=5, sliding_layers=(0, 1), causal_layers=(0,), sink=True)
+    changes = dict(attention=attention, logit_scale=0.7, logit_softcapping=3.0)
+    shape = replace(BEHIND_ANCHOR["gated"], **changes)
+    arguments = dict(shape=shape, micro_batch_size=2)
+    assert_plain_step(pool.run(step_gradients, world=tp, tp=tp, **arguments), shape)
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,11 @@ import torch
 from dspark_megatron.config import LossConfig
 from dspark_megatron.shape.attention import DraftAttention
 from support.meta_step import META, step_on_meta
-from support.shapes import SHAPES
+from support.shapes import BEHIND_ANCHOR, SHAPES
 
 TENSOR_PARALLEL = 1, 2, 8
-HEADS = {name: replace(shape, num_key_value_heads=8) for name, shape in SHAPES.items()}
+DRAFTS = SHAPES | {"slot 0 drafts nothing": BEHIND_ANCHOR["rnn"]}
+HEADS = {name: replace(shape, num_key_value_heads=8) for name, shape in DRAFTS.items()}
 SHAPE = HEADS["vanilla"]
 MICRO_BATCHES = 2
 

@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from dspark_megatron.conversion.layouts.names import check_megatron_tensors
-from dspark_megatron.model.drafting import Drafter
 from dspark_megatron.shape.attention import DraftAttention
 from dspark_megatron.storage.training_checkpoint import CheckpointReader
+from support.draft_passes import drafted_and_trained
 from support.draft_steps import assert_plain_step, step_gradients, whole
 from support.shapes import SHAPE, meta_of
 from support.tiny_draft import build_tiny_draft, layout_of, make_samples, sample_logits
+from support.tiny_target import tiny_config
+from support.training_runs import assert_same_curve, curve, run_training
 
 BOTH = (0, 1)
 ATTENTION = {
@@ -80,45 +82,6 @@ def test_context_outside_of_all_windows_is_not_needed(pool):
     torch.testing.assert_close(seen, everything, rtol=1e-6, atol=1e-6)
 
 
-def drafted_and_trained(runtime, shape):
-    """Logits of the blocks of two sequences by the drafter, which takes in context a few tokens at
-    a time, and by a training pass; and the most tokens that the drafter's layers held."""
-    from dspark_megatron.ops.vocab_parallel import gather_vocab
-
-    lengths, first = (20, 15), (6, 2)
-    samples = make_samples(shape, lengths=lengths)
-    draft = build_tiny_draft(runtime, shape).eval()
-    drafter, found, wanted, held = Drafter(draft), [], [], 0
-    for taps, end in zip(samples.taps, first, strict=True):
-        drafter.add(taps[:end])
-    for step in (0, 1, 4, 3):
-        ends = [n + step for n in drafter.lengths]
-        parts = zip(samples.taps, drafter.lengths, ends, strict=True)
-        if step:
-            drafter.extend([taps[a:b] for taps, a, b in parts])
-        tokens = torch.stack(
-            [
-                ids[a : a + shape.block_size + 1]
-                for ids, a in zip(samples.input_ids, ends, strict=True)
-            ]
-        )
-        logits = []
-
-        def forced(of_slot, logits=logits, tokens=tokens):
-            logits.append(of_slot)
-            return tokens[:, len(logits)], of_slot
-
-        drafter.propose(tokens[:, 0], forced)
-        found.append(torch.stack(logits, dim=1))
-        passes = []
-        for ids, taps, a in zip(samples.input_ids, samples.taps, ends, strict=True):
-            own = sample_logits(draft, taps, ids, torch.tensor([a]))[1]
-            passes.append(gather_vocab(own, shape.vocab_size, tp_group=runtime.tp_group)[0])
-        wanted.append(torch.stack(passes))
-        held = max(held, *(len(k) for context in drafter._contexts for k, _ in context))
-    return torch.stack(found), torch.stack(wanted), held
-
-
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("tp", [1, 2])
 def test_logits_of_decoding_are_those_of_training(pool, name, tp):
@@ -183,3 +146,24 @@ def fresh(runtime, shape):
     model = DSparkDraftModel(shape, **place, params_dtype=torch.float32)
     model.init_weights(seed=1, std=0.1)
     return {n: p.detach() for n, p in model.named_parameters() if "self_attention" in n}
+
+
+def test_a_run_is_the_same_at_every_layout_and_resumes(pool, tiny_run, tmp_path):
+    attention = {"window": 6, "sliding_layers": [1], "causal": "sliding", "sink": True}
+
+    def run(output, tp, minutes_ago=(), **changed):
+        config = tiny_config(
+            tiny_run,
+            model={"attention": {**attention, "biases": True, **changed}},
+            train={"output_dir": str(output), "iterations": 3, "exit_duration_minutes": 1},
+            parallel={"tensor_parallel": tp, "sequence_parallel": tp > 1},
+        )
+        pool.run(run_training, world=2, tp=tp, config=config, minutes_ago=minutes_ago)
+        return curve(output)
+
+    unbroken = run(tmp_path / "unbroken", 1)
+    stopped = run(tmp_path / "stopped", 2, minutes_ago=[2, 2])
+    assert_same_curve(stopped, unbroken[:1])
+    assert_same_curve(run(tmp_path / "stopped", 2), unbroken)
+    with pytest.raises(AssertionError, match="'window': 6.*'window': 7"):
+        run(tmp_path / "stopped", 2, window=7)

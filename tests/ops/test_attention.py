@@ -17,6 +17,7 @@ from dspark_megatron.errors import ConfigError
 from dspark_megatron.ops.attention import flex
 from dspark_megatron.ops.attention.block_attention import block_attention, chosen_backend
 from dspark_megatron.ops.attention.flex import TILE, FlexBlockAttention
+from dspark_megatron.ops.attention.sink import sink_kv, widened, with_sink
 from dspark_megatron.ops.transfer import ContextRanges
 from support.reference import context_mask
 from support.shapes import SHAPE
@@ -122,6 +123,17 @@ def attention(case, backend, group_size=32, rule=FULL):
         head_dim=16,
         group_size=group_size,
     )
+
+
+@pytest.mark.parametrize("width", [16, 64, 80, 128, 192, 256, 512])
+def test_a_sink_is_its_own_score_in_bf16(width):
+    """Though no number of the type is the root of 80 or of 128."""
+    logit = torch.tensor([1.0], dtype=torch.bfloat16)
+    query = with_sink(torch.zeros(1, width, dtype=torch.bfloat16), logit)
+    rows = torch.zeros(1, 1, width, dtype=torch.bfloat16)
+    [key], [value] = sink_kv(widened((rows, rows)), 1 / math.sqrt(width))
+    score = (query.double() * key[0].double()).sum() / math.sqrt(width)
+    assert not value.any() and abs(score - 1) < 2**-15
 
 
 def with_rules(kinds):

@@ -102,7 +102,13 @@ def test_another_block_size_may_start_from_it(pool, tiny_run, starts, tmp_path):
         (
             "hf",
             {"model": {"sample_from_anchor": False}},
-            r"sample_from_anchor \(True there, False here\), which shifts what every slot drafts",
+            r"sample_from_anchor \(true there, false here\), which shifts what every slot drafts",
+        ),
+        (
+            "run",
+            {"model": {"attention": {"window": 8, "causal": "all"}}},
+            r"model.attention.window \(null there, 8 here\), model.attention.causal \(none there, "
+            r"all here\); set the model section",
         ),
         ("run", {"model": {"num_layers": 3}}, r"num_layers \(2 there, 3 here\); set the model"),
     ],

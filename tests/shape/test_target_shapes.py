@@ -6,6 +6,7 @@ from dspark_megatron.errors import ConfigError
 from dspark_megatron.ops.rope import RotaryTable
 from dspark_megatron.shape import draft_shape
 from dspark_megatron.shape.layout import check_layout
+from dspark_megatron.shape.rope import beyond_yarn
 from support.target_families import FAMILIES, SIZES
 from support.tiny_target import tiny_config
 
@@ -60,6 +61,34 @@ def test_deepseeks_yarn(tiny_run):
     assert scaled.attention_scaling == 1.0
     assert scaled.inv_freq[0] == plain.inv_freq[0]
     assert scaled.inv_freq[-1] == pytest.approx(plain.inv_freq[-1].item() / 40)
+
+
+def test_yarn_is_scaled_from_the_length_that_the_draft_leaves(tiny_run):
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 16}
+
+    def original(**model):
+        config = tiny_config(tiny_run, model={"rope_parameters": yarn, **model}).model
+        return draft_shape(config, target("llama")).rope_parameters[
+            "original_max_position_embeddings"
+        ]
+
+    assert original() == target("llama").max_position_embeddings
+    assert original(max_position_embeddings=65536) == 4096
+    given = {**yarn, "original_max_position_embeddings": 64}
+    assert original(max_position_embeddings=1000, rope_parameters=given) == 64
+    with pytest.raises(ConfigError, match=r"\(1000\) must be a multiple of the factor \(16\)"):
+        original(max_position_embeddings=1000)
+    assert "reaches 1024 positions (16 x 64)" in beyond_yarn(given, 1025)
+    assert not beyond_yarn(given, 1024)
+
+
+def test_a_partial_factor_of_the_target_is_not_taken_over(tiny_run):
+    of_target = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    glm = target("llama", rope_parameters=of_target)
+    plain = {"rope_type": "default", "rope_theta": 1e4}
+    assert draft_shape(tiny_config(tiny_run).model, glm).rope_parameters == plain
+    own = tiny_config(tiny_run, model={"rope_parameters": of_target}).model
+    assert draft_shape(own, glm).rope_parameters == of_target
 
 
 def test_layers_with_positions_of_their_own(tiny_run):

@@ -14,13 +14,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
-from transformers.models.qwen3.modeling_qwen3 import (
-    Qwen3MLP,
-    Qwen3RMSNorm,
-    Qwen3RotaryEmbedding,
+from transformers.models.glm4_moe.configuration_glm4_moe import Glm4MoeConfig
+from transformers.models.glm4_moe.modeling_glm4_moe import (
+    Glm4MoeRotaryEmbedding,
     apply_rotary_pos_emb,
 )
+from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
 from dspark_megatron.config.attention import FULL, LayerAttention
 from dspark_megatron.shape import DraftShape
@@ -144,6 +144,19 @@ def context_mask(
     return mask
 
 
+def plain_rotary(shape: DraftShape) -> nn.Module:
+    """Transformers' Qwen3 has no RoPE of a part of each head, its GLM-4.5 has."""
+    if "partial_rotary_factor" not in shape.rope_parameters:
+        return Qwen3RotaryEmbedding(qwen3_config(shape))
+    return Glm4MoeRotaryEmbedding(
+        Glm4MoeConfig(
+            head_dim=shape.head_dim,
+            rope_parameters=dict(shape.rope_parameters),
+            max_position_embeddings=shape.max_position_embeddings,
+        )
+    )
+
+
 class PlainAttention(nn.Module):
     def __init__(self, shape: DraftShape) -> None:
         super().__init__()
@@ -263,7 +276,7 @@ class PlainDraft(nn.Module):
         for frozen in (self.embed_tokens, self.lm_head):
             frozen.requires_grad_(False)
         # Outside the module tree: a cast of the draft must not round the frequencies.
-        self.rotary = (Qwen3RotaryEmbedding(qwen3_config(shape)),)
+        self.rotary = (plain_rotary(shape),)
 
     def backbone(self, taps: Tensor, input_ids: Tensor, anchors: Tensor) -> Tensor:
         """taps [s, m*h], input_ids [s], anchors [n] -> [n, k, h] after the final norm."""

@@ -3,7 +3,7 @@ and what is not known is refused."""
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from dspark_megatron.data.batch import Batch
 from dspark_megatron.errors import ConfigError
@@ -29,6 +29,52 @@ def test_the_transform_of_a_family_is_what_its_class_does(model_type):
     config = config_of(model_type)
     assert logit_transform(config) == LogitTransform(*SCALED_LOGITS[model_type][1])
     check_logits(config)
+
+
+MORE = {
+    "beam": dict(final_logit_softcapping=3.0),
+    "cohere2_moe": dict(logit_scale=0.25),
+    "gemma3n_text": dict(final_logit_softcapping=3.0),
+    "gemma4_unified_text": dict(final_logit_softcapping=3.0),
+    "granite_swa": dict(logits_scaling=4.0),
+    "granitemoe_swa": dict(logits_scaling=4.0),
+    "granitemoeshared": dict(logits_scaling=4.0),
+    "inkling2_text": dict(final_logit_softcapping=3.0, unpadded_vocab_size=VOCAB_SIZE),
+}
+
+
+@pytest.mark.parametrize("model_type", MORE)
+def test_more_families_do_what_is_known_of_them(monkeypatch, model_type):
+    config = AutoConfig.for_model(model_type, **SIZES, **MORE[model_type])
+    check_logits(config)
+    monkeypatch.setattr(logits, "logit_transform", lambda _: LogitTransform())
+    with pytest.raises(ConfigError, match="they differ by"):
+        check_logits(config)
+
+
+IMAGES = {
+    "muse_glimmer": dict(output_multiplier=0.5, final_logit_softcapping=3.0),
+    "granite_docling": dict(logits_scaling=4.0),
+    "hyperclovax_vision_v2": dict(logits_scaling=0.5),
+}
+
+
+@pytest.mark.parametrize("model_type", IMAGES)
+def test_classes_of_images_and_text_do_so_too(model_type):
+    """Their check on the loaded target compares the same."""
+    tower = dict(num_hidden_layers=1, hidden_size=32, intermediate_size=48, num_attention_heads=4)
+    config = AutoConfig.for_model(model_type)
+    sizes = {**SIZES, **IMAGES[model_type], "head_dim": 8, "num_hidden_layers": 1}
+    for part, own in ((config.get_text_config(), sizes), (config.vision_config, tower)):
+        for key in own.keys() & part.to_dict().keys():
+            setattr(part, key, own[key])
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+    states = []
+    model.model.register_forward_hook(lambda *call: states.append(call[-1][0]))
+    with torch.no_grad():
+        own = model(input_ids=IDS, use_cache=False).logits
+        ours = logit_transform(config).apply_(states[0] @ model.get_output_embeddings().weight.t())
+    torch.testing.assert_close(ours, own, rtol=1e-5, atol=1e-5)
 
 
 def teacher_logits(runtime, config, wrong=None):

@@ -3,17 +3,24 @@
 import time
 from functools import partial
 from statistics import median
+from typing import Any
 
 import benchmarking
 import torch
 from attention_curve import AttentionInputs
 from torch._dynamo.utils import counters
 
+from dspark_megatron.config.attention import LayerAttention
 from gpu_checks.context import Context, check_close
 
 BACKENDS = "sdpa", "flex"
 # Another order of sums, and bf16 scores that are rounded before the softmax.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+VARIANTS = {
+    "full": {},
+    "causal window, sink": dict(rule=LayerAttention(64, "slot", True), with_sink=True),
+    "window of the anchor": dict(rule=LayerAttention(200, "anchor")),
+}
 MOST_COMPILATIONS = 3
 """Of FlexAttention, forward and backward, over all lengths."""
 
@@ -22,7 +29,8 @@ def check(context: Context) -> None:
     for backend in BACKENDS:
         for dtype in TOLERANCE:
             for context_length in (40, 333) if context.tiny else (300, 1024, 2050):
-                _check_values(context, backend, dtype, context_length)
+                for variant in VARIANTS:
+                    _check_values(context, backend, dtype, context_length, variant)
     lengths = (64, 128) if context.tiny else (1024, 4096, 16384)
     for length in lengths:
         context.figures[f"speed, context {length}"] = _speed(context, length)
@@ -45,21 +53,29 @@ def _trains(context: Context, backend: str) -> bool:
 
 
 def _inputs(
-    context: Context, backend: str, context_length: int, dtype: torch.dtype, anchors: int
+    context: Context,
+    backend: str,
+    context_length: int,
+    dtype: torch.dtype,
+    anchors: int,
+    **options: Any,
 ) -> AttentionInputs:
     heads = (4, 2, 16) if context.tiny else (32, 8, 128)
-    options = dict(backend=backend, group_size=16, dtype=dtype)
+    options |= dict(backend=backend, group_size=16, dtype=dtype)
     return AttentionInputs(heads, 7, anchors, context_length, context.device, **options)
 
 
-def _check_values(context: Context, backend: str, dtype: torch.dtype, context_length: int) -> None:
-    inputs = _inputs(context, backend, context_length, dtype, anchors=32)
+def _check_values(
+    context: Context, backend: str, dtype: torch.dtype, context_length: int, variant: str
+) -> None:
+    options = VARIANTS[variant]
+    inputs = _inputs(context, backend, context_length, dtype, anchors=32, **options)
     expected = inputs.in_fp32().dense()
     for leaf in inputs.leaves:
         leaf.requires_grad_(_trains(context, backend))
     found = inputs.ours()
     for name, got, want in zip(("output", *inputs.NAMES), found, expected, strict=False):
-        label = f"{name} ({backend}, {str(dtype)[6:]}, context {context_length})"
+        label = f"{name} ({variant}, {backend}, {str(dtype)[6:]}, context {context_length})"
         check_close(context, label, got, want, TOLERANCE[dtype])
 
 

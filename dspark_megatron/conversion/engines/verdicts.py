@@ -1,12 +1,30 @@
 """Which engines load a folder with a DSpark draft, each as it would read the folder, and why not: a
-verdict is a reading of loaders, by the tables in `table.py`."""
+verdict is a reading of loaders, by the rows of `servers.py` and `local.py` and the rules."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 from dspark_megatron.conversion.engines.facts import facts
-from dspark_megatron.conversion.engines.reading import Reading, resolve, tensor_problems, unfolded
-from dspark_megatron.conversion.engines.table import ENGINES, HF, PROBLEMS, WARNINGS, Engine
+from dspark_megatron.conversion.engines.local import LOCAL
+from dspark_megatron.conversion.engines.reading import (
+    Reading,
+    renamed,
+    resolve,
+    tensor_problems,
+    unfolded,
+)
+from dspark_megatron.conversion.engines.rules import PROBLEMS, WARNINGS, Rule
+from dspark_megatron.conversion.engines.servers import SERVERS
+from dspark_megatron.conversion.engines.table import GEMMA, HF, Engine
+from dspark_megatron.conversion.engines.variant_rules import (
+    GEMMA_PROBLEMS,
+    GEMMA_WARNINGS,
+    VARIANT_PROBLEMS,
+    VARIANT_WARNINGS,
+)
+
+ENGINES = (*SERVERS, *LOCAL)
 
 
 @dataclass(frozen=True)
@@ -38,18 +56,34 @@ def engine_verdicts(
     return [_verdict(engine, config, tensors, folder_name, target) for engine in ENGINES]
 
 
+def problem_rules(gemma: bool) -> tuple[Rule, ...]:
+    return (*PROBLEMS, *VARIANT_PROBLEMS, *(GEMMA_PROBLEMS if gemma else ()))
+
+
+def warning_rules(gemma: bool) -> tuple[Rule, ...]:
+    return (*WARNINGS, *VARIANT_WARNINGS, *(GEMMA_WARNINGS if gemma else ()))
+
+
 def _verdict(
     engine: Engine, raw: dict[str, Any], tensors: Any, folder_name: str, target: Any
 ) -> Verdict:
     speculators = "speculators_config" in raw and "model_type" not in raw
     if speculators and not engine.speculators_ids:
         return Verdict(engine.name, (f"does not read the speculators format; {HF}",), ())
-    config = unfolded(engine, raw, speculators)
-    values, lines = resolve(engine, config)
-    reading = Reading(engine, config, values, tensors, folder_name, target, speculators)
+    gemma = raw.get("architectures") == [GEMMA]
+    if gemma and engine.gemma is None:
+        return Verdict(engine.name, ("has no Gemma-4 drafts",), ())
+    engine = dataclasses.replace(engine, **(engine.gemma or {})) if gemma else engine
+    config, tensors = unfolded(engine, raw, speculators), renamed(engine, tensors)
+    values, lines = resolve(engine, config, tensors)
+    reading = Reading(engine, config, values, tensors, folder_name, target, speculators, gemma)
     found = facts(reading)
     problems, warnings = (
-        [line.format(found[x]) for names, x, line in rules if engine.name in names and found[x]]
-        for rules in (PROBLEMS, WARNINGS)
+        [rule.line.format(found[rule.fact]) for rule in rules if _holds(rule, engine, found)]
+        for rules in (problem_rules(gemma), warning_rules(gemma))
     )
     return Verdict(engine.name, (*lines, *problems, *tensor_problems(reading)), tuple(warnings))
+
+
+def _holds(rule: Rule, engine: Engine, found: dict[str, Any]) -> bool:
+    return engine.name in rule.engines and bool(found[rule.fact])

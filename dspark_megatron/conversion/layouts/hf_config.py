@@ -20,6 +20,7 @@ from dspark_megatron.conversion.layouts.attention_config import (
     lookup,
 )
 from dspark_megatron.conversion.layouts.names import LATENT, raise_if_any
+from dspark_megatron.conversion.layouts.rope_config import rope_spellings
 from dspark_megatron.errors import require
 from dspark_megatron.shape import DraftShape
 
@@ -62,7 +63,7 @@ def hugging_face_config(
         "torch_dtype": dtype_name,
         **_backbone(shape, description.initializer_range),
         **attention,
-        **_rope(shape),
+        **rope_spellings(shape.rope_parameters, shape.head_dim),
         "bos_token_id": text.bos_token_id,
         "eos_token_id": text.eos_token_id,
         "pad_token_id": text.pad_token_id,
@@ -187,16 +188,6 @@ def _backbone(shape: DraftShape, initializer_range: float) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "use_cache": True,
     }
-
-
-def _rope(shape: DraftShape) -> dict[str, Any]:
-    """Both spellings: `rope_parameters` (Transformers 5) and what came before it."""
-    parameters = dict(shape.rope_parameters)
-    rope = {"rope_theta": parameters["rope_theta"], "rope_parameters": parameters}
-    if parameters["rope_type"] != "default":
-        scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
-        rope["rope_scaling"] = scaling
-    return rope
 
 
 def _shared_keys(shape: DraftShape) -> dict[str, Any]:

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from dspark_megatron.errors import require
-from dspark_megatron.evaluation.draft_records import DraftRecords, drafted_tokens
+from dspark_megatron.evaluation.draft_records import (
+    SAME_DRAFT,
+    DraftRecords,
+    check_same_draft,
+    drafted_tokens,
+)
 
-SAME = ("target", "checkpoint", "iteration", "block_size")
-"""Facts that records of one draft share."""
 LISTED = ("temperature", "prompt_files")
 """Facts in which they may differ."""
 
@@ -33,7 +36,8 @@ def load_records(paths: Sequence[str | Path]) -> DraftRecords:
     prompts = _prompts_counted_through([*files.values()])
     names = ("confidence_logits", "accept_rate", "proposed", "accepted")
     tensors = {name: torch.cat([getattr(r, name) for r in files.values()]) for name in names}
-    facts = {key: first.facts[key] for key in SAME}
+    facts = {key: first.facts[key] for key in SAME_DRAFT}
+    facts["checkpoint_digest"] = first.facts.get("checkpoint_digest")
     for key in LISTED:
         values = [r.facts[key] for r in files.values()]
         flat = [x for value in values for x in (value if isinstance(value, list) else [value])]
@@ -59,17 +63,18 @@ def split_by_prompt(
 
 
 def _check_same(path: Path, records: DraftRecords, first_path: Path, first: DraftRecords) -> None:
-    for key in SAME:
-        mine, wanted = records.facts[key], first.facts[key]
-        require(
-            mine == wanted,
+    check_same_draft(
+        records.facts,
+        first.facts,
+        lambda key, mine, wanted: (
             f"records must be of one draft: {key} is {mine!r} in {path} and {wanted!r} in "
-            f"{first_path}; calibrate each draft by itself",
-        )
+            f"{first_path}; calibrate each draft by itself"
+        ),
+    )
 
 
 def _check_usable(path: Path, records: DraftRecords) -> None:
-    lacking = [key for key in (*SAME, *LISTED) if key not in records.facts]
+    lacking = [key for key in (*SAME_DRAFT, *LISTED) if key not in records.facts]
     require(not lacking, f"{path} must say of which evaluation it is, lacks {', '.join(lacking)}")
     own = drafted_tokens(records.facts)
     require(

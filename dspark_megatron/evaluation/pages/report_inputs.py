@@ -5,7 +5,7 @@ from typing import Any
 
 from dspark_megatron.bounded_text import read_json
 from dspark_megatron.errors import require
-from dspark_megatron.evaluation.draft_records import drafted_tokens
+from dspark_megatron.evaluation.draft_records import check_same_draft, drafted_tokens
 
 FIGURES = ("prompts", "tau", "accept_rate", "prefix_survival")
 """Without these a file of `evaluation.json` cannot be shown."""
@@ -16,8 +16,6 @@ BINNED = ("bin_count", "bin_predicted", "bin_observed")
 WHEN, COUNTED = ("before", "after"), ("rounds", "prompts")
 SWEPT = ("threshold", "verified_tokens", "accepted_tokens", "rejected_tokens", "acceptance", "tau")
 SIMULATED = {"policy", "requests", "tokens_per_second", "per_request", "tau", "verified", "speedup"}
-SAME = ("target", "checkpoint", "iteration", "block_size")
-"""What an evaluation and a calibration of one draft share."""
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:
@@ -103,13 +101,14 @@ def _is_sweep(figures: dict[str, Any]) -> bool:
 
 
 def _check_same_draft(path: Path, found: dict[str, Any], evaluation: dict[str, Any]) -> None:
-    for key in SAME:
-        mine, wanted = found.get(key), evaluation.get(key)
-        require(
-            mine == wanted,
+    check_same_draft(
+        found,
+        evaluation,
+        lambda key, mine, wanted: (
             f"{path} is of another draft than the evaluation: {key} is {mine!r} and {wanted!r}; "
-            "give one of the evaluated draft",
-        )
+            "give one of the evaluated draft"
+        ),
+    )
 
 
 def read_simulation(path: Path, evaluation: dict[str, Any]) -> list[dict[str, Any]]:

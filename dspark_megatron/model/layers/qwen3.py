@@ -2,6 +2,7 @@
 attention is context-injected (Eq. 3): queries of a block over the target's context and the block.
 
 Shapes: n blocks, k slots, t context tokens, a/tp query heads, g/tp key/value heads, d head width,
+w <= d widths that RoPE turns,
 R slots that a rank has between the linears: n*k, or with sequence parallelism 1/tp of them.
 """
 
@@ -120,7 +121,7 @@ class ContextInjectionAttention(MegatronModule):
         attend: BlockAttention,
         rope: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """hidden [R, h], context_kv each [t, g/tp, d], rope cos/sin [n, k, d] -> [R, h].
+        """hidden [R, h], context_kv each [t, g/tp, d], rope cos/sin [n, k, w] -> [R, h].
 
         Forward: one all-reduce of [n*k, h]. Backward: one of the same size. With sequence
         parallelism an all-gather and a reduce-scatter in place of each.

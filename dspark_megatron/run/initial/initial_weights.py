@@ -1,8 +1,10 @@
 """Weights to start a run from: another run's checkpoint, an import, or a draft folder as it is."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -23,6 +25,13 @@ from dspark_megatron.storage.training_checkpoint import CheckpointReader, find_c
 
 _FREE = ("block_size", "max_position_embeddings")
 """What a run may choose otherwise than the draft that it starts from: no tensor depends on it."""
+_ROPE = "rope_parameters"
+_ATTENTION = "model.attention."
+_MEANING = {
+    "sample_from_anchor": "which shifts what every slot drafts by one token",
+    "architecture": "whose layers have other norms, values and scores",
+}
+"""What a change means for weights that would fit."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,7 @@ class InitialWeights:
         if is_draft_folder(path):
             facts = TargetFacts.of(plan.target_config, plan.config.target.path)
             folder = DraftFolder(path, target=facts)
-            _check_shape(folder.shape, plan.shape, path)
+            _check_shape(folder.shape, plan, path)
             if _reads_values():
                 target = plan.config.target
                 problems = shared_problems(folder, target.path, target.checkpoint)
@@ -59,14 +68,15 @@ class InitialWeights:
         verify = plan.config.storage.verify if _reads_values() else "size"
         check_whole(reader.path, verify)
         check_megatron_tensors(reader.shape, reader.names(), str(reader.path))
-        _check_shape(reader.shape, plan.shape, reader.path)
+        _check_shape(reader.shape, plan, reader.path)
         if _reads_values():
             _check_target(reader.meta["target_fingerprint"], plan.target_fingerprint, reader.path)
             raise_if_any(_bad_values(reader.names(), reader.tensor), str(reader.path))
         return cls(reader.path, None)
 
     def describe(self) -> str:
-        return f"starting from the weights of {self.path}"
+        doubts = self.folder.doubts if self.folder else []
+        return "\n".join([f"starting from the weights of {self.path}", *doubts])
 
     def load(self, draft: DSparkDraftModel, *, tp_group: dist.ProcessGroup) -> None:
         """Fill the draft's trained parameters; its embedding and LM head stay the target's. From a
@@ -106,24 +116,49 @@ def _check_target(found: str, wanted: str, path: Path) -> None:
     )
 
 
-def _check_shape(found: DraftShape, wanted: DraftShape, path: Path) -> None:
-    there, here = found.to_dict(), wanted.to_dict()
-    different = {
-        key: f"{key} ({there[key]} there, {here[key]} here)"
-        for key in here
-        if key not in _FREE and there[key] != here[key]
-    }
-    if "sample_from_anchor" in different:
-        different["sample_from_anchor"] += ", which shifts what every slot drafts by one token"
+def _check_shape(found: DraftShape, plan: RunPlan, path: Path) -> None:
+    rope_is_free = plan.config.train.initial_rope == "other"
+    free = (*_FREE, _ROPE) if rope_is_free else _FREE
+    there, here = _told_apart(found), _told_apart(plan.shape)
+    names = [key for key in {**here, **there} if key not in free]
+    different = {key: (there.get(key), here.get(key)) for key in names}
+    different = {key: both for key, both in different.items() if both[0] != both[1]}
+    told = ", ".join(_difference(key, *both) for key, both in different.items())
     require(
         not different,
-        f"train.initial_checkpoint {path} is of another draft: {', '.join(different.values())}; "
-        f"{_way_out(different)}, or start without it",
+        f"train.initial_checkpoint {path} is of another draft: {told}; {_way_out(different)}, or "
+        "start without it",
     )
 
 
-def _way_out(different: Iterable[str]) -> str:
-    of_target = sorted(set(different) - {field.name for field in fields(ModelConfig)})
+def _told_apart(shape: DraftShape) -> dict[str, Any]:
+    """By the keys that a user sets: of attention each by itself."""
+    keys = shape.to_dict()
+    attention = keys.pop("attention")
+    chosen = shape.attention.config(shape.num_layers)
+    attention = attention if chosen is None else asdict(chosen)
+    return {**keys, **{f"{_ATTENTION}{key}": value for key, value in attention.items()}}
+
+
+def _difference(key: str, there: Any, here: Any) -> str:
+    both = f"{key} ({_shown(there)} there, {_shown(here)} here)"
+    return f"{both}, {_MEANING[key]}" if key in _MEANING else both
+
+
+def _shown(value: Any) -> str:
+    """As a YAML file has it."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+
+
+def _way_out(different: Mapping[str, tuple[Any, Any]]) -> str:
+    if set(different) == {_ROPE}:
+        there, _ = different[_ROPE]
+        return (
+            f"keep its RoPE with model.rope_parameters='{json.dumps(there)}', or go on with this "
+            "run's, as the second stage for long contexts does, with train.initial_rope=other"
+        )
+    own = {field.name for field in fields(ModelConfig)}
+    of_target = sorted(key for key in different if key not in own and _ATTENTION not in key)
     if of_target:
         return f"the target gives {', '.join(of_target)}, so use the one that it was trained for"
     return "set the model section to its values"

@@ -8,6 +8,8 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
+from dspark_megatron.errors import require
+
 
 class FrozenGPT:
     """What providers of whole models and of stages have in common."""
@@ -22,6 +24,11 @@ class FrozenGPT:
     ) -> None:
         """with_last_hidden: false keeps no decoder layer above the last tap. with_output_layer:
         false frees what only `own_logits` needs."""
+        require(
+            not getattr(model.config, "use_mup", False),
+            "a GPTModel with use_mup scales its logits by mup_output_mult, and this project makes "
+            "the logits of a GPTModel without a scale; take a target without use_mup",
+        )
         self.model = model.eval().requires_grad_(False)
         self.model.post_process = False  # the forward pass then ends with the final norm
         weight = next(model.parameters())

@@ -1,6 +1,7 @@
 """Provider `megatron` gives the states of provider `huggingface` on the same weights."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from dspark_megatron.planning.target.plan import target_pass, target_weights
 from dspark_megatron.planning.target.target_pass import OUTPUTS
 from dspark_megatron.run.check import check
 from dspark_megatron.targets.megatron.gpt_shape import gpt_shape_of
+from dspark_megatron.targets.megatron.target import MegatronTarget
 from support.megatron_targets import (
     DRAFT,
     LLAMA3,
@@ -35,6 +37,12 @@ def test_states_are_those_of_transformers(pool, tiny_run, target, name, tp):
     path = target(name)
     ranks = pool.run(megatron_states, world=tp, tp=tp, config=config_of(tiny_run, path, tp))
     assert_states(ranks, path)
+
+
+def test_a_model_that_scales_its_logits_is_refused():
+    model = SimpleNamespace(config=SimpleNamespace(use_mup=True))
+    with pytest.raises(ConfigError, match="use_mup scales its logits"):
+        MegatronTarget(model, (0,))
 
 
 SPREAD = [("experts", *layout) for layout in [(2, 1, 2), (2, 2, 2), (4, 2, 2), (4, 4, 2)]]
