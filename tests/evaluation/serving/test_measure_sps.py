@@ -37,7 +37,7 @@ def steps(runtime, config):
     command = "--batch-tokens", "4", "1", "2", "--requests", "3", "1"
     return (
         twice,
-        whole.last_hidden[:, -3:] @ verifier.head.t(),
+        verifier.head.logits(whole.last_hidden[:, -3:]),
         verification_steps.measure(plan, runtime, arguments(*command)),
     )
 
