@@ -78,6 +78,7 @@ def import_(args: argparse.Namespace) -> list[str]:
         target_checkpoint=args.target_checkpoint,
         layout=args.layout,
         tensor_parallel=args.tensor_parallel,
+        allow_unknown=args.allow_unknown,
         rope=trained_rope(args),
     )
     return [f"wrote {checkpoint}", f"start a run from it: train.initial_checkpoint={args.output}"]
@@ -99,6 +100,7 @@ def convert(args: argparse.Namespace) -> list[str]:
         args.output,
         options(args),
         layout=args.from_layout,
+        allow_unknown=args.allow_unknown,
         rope=trained_rope(args),
     )
     lines = verify_folder(
@@ -131,6 +133,7 @@ def verify(args: argparse.Namespace) -> Iterator[str]:
         target_dir=args.target,
         iteration=args.iteration,
         target_checkpoint=args.target_checkpoint,
+        allow_unknown=getattr(args, "allow_unknown", ()),
     )
     if with_logits:
         yield from compare(args)
@@ -159,7 +162,9 @@ def compare(args: argparse.Namespace) -> list[str]:
     try:
         source = CheckpointSource(args.checkpoint, args.iteration)
         facts = TargetFacts.of(load_target_config(args.target), args.target.resolve().name)
-        folder = DraftFolder(args.input, args.layout, facts)
+        folder = DraftFolder(
+            args.input, args.layout, facts, allow_unknown=getattr(args, "allow_unknown", ())
+        )
         return compare_logits(
             folder,
             source,
@@ -193,12 +198,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     command.add_argument(
         "--tensor-parallel", type=int, default=1, help="size to check and pad for; loads at others"
     )
+    _add_allow_unknown(command)
     _add_rope(command)
 
     command = commands.add_parser("convert", help="folder to another layout, then verify")
     command.set_defaults(run=convert)
     command.add_argument("--input", type=Path, required=True)
     command.add_argument("--from-layout", choices=["auto", *LAYOUTS], default="auto")
+    _add_allow_unknown(command)
     _add_output_options(command, dtype="same")
     _add_rope(command)
 
@@ -207,6 +214,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     command.add_argument("--input", type=Path, required=True)
     command.add_argument("--layout", choices=["auto", *LAYOUTS], default="auto")
     command.add_argument("--checkpoint", type=Path, help="compare tensors and logits")
+    _add_allow_unknown(command)
     _add_target(command, required=False)
     command.add_argument("--iteration", type=iteration, help=ITERATION_HELP)
     _add_skip_logits(command)
@@ -245,6 +253,16 @@ def _add_target(command: argparse.ArgumentParser, *, required: bool) -> None:
         "--target-checkpoint",
         default="",
         help="the Megatron-LM checkpoint with its weights, where training had target.checkpoint",
+    )
+
+
+def _add_allow_unknown(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--allow-unknown",
+        metavar="KEY",
+        action="append",
+        default=[],
+        help="a key of the input's config.json that is not known and means nothing for the draft",
     )
 
 

@@ -29,9 +29,9 @@ from dspark_megatron.conversion.layouts.names import (
     hugging_face_shapes,
     raise_if_any,
 )
+from dspark_megatron.conversion.layouts.other_files import unread_weights
 from dspark_megatron.conversion.layouts.rope_config import chosen_rope, doubts
 from dspark_megatron.conversion.layouts.table import LAYOUTS, check_dspark, detect_layout
-from dspark_megatron.conversion.other_files import unread_weights
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.shape import DraftShape
 from dspark_megatron.storage.safetensors_folder import SafetensorsFolder

@@ -1,6 +1,7 @@
 """Read a draft folder strictly, compare it with its sources, say which engines load it."""
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Collection, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from dspark_megatron.conversion.draft_folder import DraftFolder
 from dspark_megatron.conversion.engines.verdicts import Verdict, engine_verdicts
+from dspark_megatron.conversion.layouts.attention_config import lookup
 from dspark_megatron.conversion.layouts.foreign_configs import TargetFacts
 from dspark_megatron.conversion.layouts.names import raise_if_any
-from dspark_megatron.conversion.layouts.table import config_of_draft
+from dspark_megatron.conversion.layouts.variants import layout_notes
 from dspark_megatron.conversion.sidecar import SIDECAR, check_sidecar
 from dspark_megatron.conversion.sources import CheckpointSource
 from dspark_megatron.conversion.target_match import (
@@ -37,10 +39,11 @@ def verify_folder(
     target_dir: str | Path | None = None,
     iteration: int | str | None = None,
     target_checkpoint: str | Path = "",
+    allow_unknown: Collection[str] = (),
 ) -> list[str]:
     """Check names, shapes, types, finite values, config; with target_dir whether the draft is this
-    target's; with checkpoint the draft's shape and every trained tensor bit by bit; with both also
-    every other config key.
+    target's; with checkpoint what the config says of the draft, in whatever spelling, and every
+    trained tensor bit by bit. allow_unknown: as DraftFolder has it.
 
     Returns lines that say what was checked, and for each engine whether it loads the folder. Raises
     ConfigError that lists every problem of the folder itself.
@@ -49,26 +52,27 @@ def verify_folder(
     facts = None
     if target_dir and target_config is not None:
         facts = TargetFacts.of(target_config, Path(target_dir).resolve().name)
-    folder = DraftFolder(folder_dir, layout, facts)
-    shape, dtype_name = folder.shape, _dtype_name(folder)
-    problems = shape_problems(shape) + _file_problems(folder)
+    folder = DraftFolder(folder_dir, layout, facts, allow_unknown=allow_unknown)
+    shape, dtypes = folder.shape, _declared_types(folder)
+    problems = shape_problems(shape)
     if target_config is not None:
         problems += target_problems(shape, target_config)
+        problems += _token_problems(folder.config, target_config)
     source = None
     if checkpoint:
         source = CheckpointSource(checkpoint, iteration)
-        problems += _source_problems(folder, source, target_config)
+        problems += _source_problems(folder, source)
     with_temperatures = False
     try:
         with_temperatures = check_sidecar(folder.path, shape.num_draft_tokens)
     except ConfigError as error:
         problems.append(str(error))
-    if dtype_name not in DTYPES:
-        problems.append(f"dtype ({dtype_name!r}) must be one of {', '.join(DTYPES)}")
+    if len(dtypes) > 1 or dtypes - DTYPES.keys():
+        problems.append(f"dtype ({', '.join(sorted(dtypes))}) must be one of {', '.join(DTYPES)}")
     raise_if_any(problems, str(folder.path))
 
-    assert dtype_name is not None
-    summary = _summary(folder, dtype_name)
+    dtype = DTYPES[dtypes.pop()] if dtypes else None
+    summary = _summary(folder) + [f"note: {note}" for note in _notes(folder, dtype)]
     if with_temperatures:
         summary.append(
             f"{SIDECAR}: a temperature for each of the {shape.num_draft_tokens} draft tokens"
@@ -81,7 +85,9 @@ def verify_folder(
     if source is not None:
         sources.append(source.tensors())
         summary.append(f"every trained tensor equals the checkpoint's ({source.path})")
-    problems = _value_problems(folder, DTYPES[dtype_name], chain.from_iterable(sources))
+    # An export has one type; folders of others may hold some tensors in another one.
+    exact = dtype if source is not None else None
+    problems = _value_problems(folder, exact, chain.from_iterable(sources))
     raise_if_any(problems, str(folder.path))
     verdicts = engine_verdicts(
         folder.config,
@@ -92,76 +98,85 @@ def verify_folder(
     return [*summary, *(line for verdict in verdicts for line in _verdict_lines(verdict))]
 
 
-def _summary(folder: DraftFolder, dtype_name: str) -> list[str]:
+def _summary(folder: DraftFolder) -> list[str]:
     shape, sizes = folder.shape, folder.files.shapes.values()
+    types = sorted({str(folder.dtype(name)).removeprefix("torch.") for name in folder.names()})
     return [
         f"{folder.path}: layout {folder.layout.name}, {len(sizes)} tensors, "
-        f"{sum(torch.Size(size).numel() for size in sizes):,} parameters, {dtype_name}, names and "
-        "shapes as expected",
+        f"{sum(torch.Size(size).numel() for size in sizes):,} parameters, {' and '.join(types)}, "
+        "names and shapes as expected",
         f"config.json: taps {list(shape.target_layer_ids)} of {shape.num_target_layers} layers, "
         f"block size {shape.block_size}, Markov {shape.markov_head_type} of rank "
         f"{shape.markov_rank}",
     ]
 
 
-def _dtype_name(folder: DraftFolder) -> str | None:
+def _declared_types(folder: DraftFolder) -> set[str]:
+    """What config.json says of the type, in either spelling; empty where it does not."""
     backbone = folder.config.get("transformer_layer_config") or {}
-    for config in (folder.config, backbone):
-        name = config.get("dtype") or config.get("torch_dtype")
-        if name:
-            return str(name).removeprefix("torch.")
-    return None
+    names = [c.get(key) for c in (folder.config, backbone) for key in ("dtype", "torch_dtype")]
+    return {str(name).removeprefix("torch.") for name in names if name}
 
 
-def _source_problems(
-    folder: DraftFolder, source: CheckpointSource, target_config: Any
-) -> list[str]:
-    """What the config says otherwise than the checkpoint that it was exported from."""
+def _notes(folder: DraftFolder, dtype: torch.dtype | None) -> Iterator[str]:
+    """What is no fault of the draft, and better known before it is served."""
+    yield from layout_notes(folder.layout.name, folder.shape)
+    if dtype is None:
+        yield "config.json has no dtype: engines take one of their own"
+    others = [name for name in folder.names() if dtype not in (None, folder.dtype(name))]
+    if others:
+        yield f"{len(others)} tensors are of another type than {dtype} (such as {others[0]})"
+    verifier = lookup(folder.config, "speculators_config.verifier.name_or_path")
+    is_id = isinstance(verifier, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", verifier)
+    if folder.layout.name == "speculators" and not is_id and not _is_path(verifier):
+        yield (
+            f"the verifier is called {verifier!r}, which is neither a folder here nor a hub id "
+            "(org/name); the speculators library and vLLM's `vllm serve DRAFT` look for the target "
+            "by it: give --target-name org/name when exporting"
+        )
+    for path in sorted(set(folder.files.files.values())):
+        with open_safetensors(path) as file:
+            if (file.metadata() or {}).get("format") != "pt":
+                yield f'{path.name} lacks the metadata {{"format": "pt"}}; old readers want it'
+
+
+def _is_path(name: Any) -> bool:
+    return (
+        isinstance(name, str)
+        and "\0" not in name
+        and Path(name).is_absolute()
+        and Path(name).is_dir()
+    )
+
+
+def _source_problems(folder: DraftFolder, source: CheckpointSource) -> list[str]:
+    """What the config says otherwise than the checkpoint that it was exported from. Facts that it
+    does not say are no problem."""
     ours, theirs = folder.shape.to_dict(), source.description.shape.to_dict()
-    problems = [
+    said = {**(folder.config.get("dflash_config") or {}), **folder.config}
+    facts, wanted = folder.description.facts(), source.description.facts()
+    ours |= {key: value for key, value in facts.items() if said.get(key) is not None}
+    theirs |= wanted
+    return [
         f"{key} is {ours[key]} in config.json and {theirs[key]} in the checkpoint"
         for key in ours
         if ours[key] != theirs[key]
     ]
-    if target_config is None or folder.config.get("dtype") not in DTYPES:
-        return problems
-    dtype = DTYPES[folder.config["dtype"]]
-    facts = TargetFacts.of(target_config, "")
-    wanted = config_of_draft(
-        folder.layout, source.description, target_config=target_config, facts=facts, dtype=dtype
-    )
-    return problems + list(_different_keys(wanted, folder.config, "config.json: "))
 
 
-def _different_keys(wanted: dict[str, Any], found: dict[str, Any], where: str) -> Iterator[str]:
-    """Keys that are missing or have another value, nested ones too. Keys that the layout lacks are
-    left alone, and so is the target's name, which is the exporter's choice."""
-    for key, value in wanted.items():
-        if key not in found:
-            yield f"{where}lacks {key}"
-        elif isinstance(value, dict) and isinstance(found[key], dict) and key != "rope_parameters":
-            yield from _different_keys(value, found[key], f"{where}{key}.")
-        elif found[key] != value and key != "name_or_path":
-            yield f"{where}{key} must be {value!r}, is {found[key]!r}"
-
-
-def _file_problems(folder: DraftFolder) -> list[str]:
-    """Files that an engine would read although they are not part of the draft, and marks."""
-    files = set(folder.files.files.values())
-    problems = [
-        f"{path.name} is not in the index, but engines may load it"
-        for path in sorted(folder.path.glob("*.safetensors"))
-        if path not in files
+def _token_problems(config: dict[str, Any], target_config: Any) -> list[str]:
+    """Special tokens that are there and not the target's."""
+    text = target_config.get_text_config()
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return [
+        f"{key} must be the target's {getattr(text, key)!r}, is {config[key]!r}"
+        for key in keys
+        if config.get(key) is not None and config[key] != getattr(text, key)
     ]
-    for path in sorted(files):
-        with open_safetensors(path) as file:
-            if (file.metadata() or {}).get("format") != "pt":
-                problems.append(f'{path.name} lacks the metadata {{"format": "pt"}}')
-    return problems
 
 
 def _value_problems(
-    folder: DraftFolder, dtype: torch.dtype, sources: Iterable[tuple[str, Tensor]]
+    folder: DraftFolder, dtype: torch.dtype | None, sources: Iterable[tuple[str, Tensor]]
 ) -> list[str]:
     """What is wrong with the values. sources: tensors that the folder's own must equal, each of
     which is read once."""
@@ -175,8 +190,8 @@ def _value_problems(
     return problems
 
 
-def _own_problems(name: str, tensor: Tensor, dtype: torch.dtype) -> list[str]:
-    wrong = [] if tensor.dtype == dtype else [f"{name} must be {dtype}, is {tensor.dtype}"]
+def _own_problems(name: str, tensor: Tensor, dtype: torch.dtype | None) -> list[str]:
+    wrong = [] if dtype in (None, tensor.dtype) else [f"{name} must be {dtype}, is {tensor.dtype}"]
     return wrong + not_finite(name, tensor)
 
 

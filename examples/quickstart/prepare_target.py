@@ -13,6 +13,7 @@ A folder that is already complete is left as it is.
 import argparse
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -98,6 +99,14 @@ def split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.backend_tokenizer.pre_tokenizer = rule
 
 
+def write_both_rope_spellings(path: Path) -> None:
+    """Put `rope_theta` at the top level of a config, too: mlx-lm reads it only there, Transformers
+    5 saves it in `rope_parameters` only."""
+    config = json.loads(path.read_text())
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"]
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
 def convert(gguf: Path, folder: Path) -> None:
     """Write the model of `gguf` in float32, with its tokenizer, as safetensors into `folder`."""
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
@@ -114,6 +123,7 @@ def convert(gguf: Path, folder: Path) -> None:
     clean = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     clean.load_state_dict(model.state_dict())
     clean.save_pretrained(folder)
+    write_both_rope_spellings(folder / "config.json")
     tokenizer.save_pretrained(folder)
 
 

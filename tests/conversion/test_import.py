@@ -95,28 +95,15 @@ def test_a_backbone_of_transformers_with_the_heads_beside_it(tmp_path, target):
 
 UNSUPPORTED = {
     "quantization_config": lambda c: c.update(quantization_config={"bits": 4}),
-    "sliding_attention": lambda c: c.update(layer_types=["sliding_attention"] * 2),
-    "use_sliding_window": lambda c: c.update(use_sliding_window=True),
-    "use_swa": lambda c: c["dflash_config"].update(use_swa=True),
-    "causal attention": lambda c: c["dflash_config"].update(causal=True),
-    "attention_bias": lambda c: c.update(attention_bias=True),
-    "sample_from_anchor": lambda c: c.update(sample_from_anchor=False),
-    "blocks whose anchor": lambda c: (
-        c.pop("sample_from_anchor") and c["dflash_config"].update(sample_from_anchor=False)
-    ),
     "shift_label": lambda c: c["dflash_config"].update(shift_label=False),
-    "logit_scale 0.5 instead of 1": lambda c: c.update(logit_scale=0.5),
-    "attention_value_scale 0.5": lambda c: c["dflash_config"].update(attention_value_scale=0.5),
-    "(is_neox_style false)": lambda c: c.update(is_neox_style=False),
-    "interleaved RoPE": lambda c: c.update(rope_is_neox_style=False),
-    "attention_sink_bias": lambda c: c["dflash_config"].update(attention_sink_bias=True),
-    "eagle_aux_hidden_state_layer_ids [0, 2, 4] counts the embedding": lambda c: c.update(
-        eagle_aux_hidden_state_layer_ids=[0, 2, 4]
+    "(dflash_config.attention_value_scale 0.5)": lambda c: c["dflash_config"].update(
+        attention_value_scale=0.5
     ),
+    "(is_neox_style False)": lambda c: c.update(is_neox_style=False),
+    "interleaved RoPE": lambda c: c.update(rope_is_neox_style=False),
     "draft_vocab_size": lambda c: c.update(draft_vocab_size=20),
     "'gelu'": lambda c: c.update(hidden_act="gelu"),
     "'gemma4'": lambda c: c.update(model_type="gemma4"),
-    "dspark_bonus_anchor": lambda c: c.update(dspark_bonus_anchor=True),
 }
 
 
@@ -219,11 +206,12 @@ UNREAD = set(
 MAY_BE_ABSENT = set(
     "rms_norm_eps max_position_embeddings rope_theta rope_parameters num_target_layers num_anchors "
     "initializer_range confidence_head_alpha draft_vocab_size attention_bias layer_types "
-    "use_sliding_window dflash_config".split()
+    "use_sliding_window dflash_config causal".split()
 )
 
 
 VALID = {
+    "causal": [True],
     "mask_token_id": [-1, 0],  # whether the target has it is seen with the target
     **dict.fromkeys(("num_anchors", "initializer_range", "confidence_head_alpha"), [0, 1.5]),
 }

@@ -36,7 +36,6 @@ DAMAGE = {
         rewrite,
         lambda t: t["embed_tokens.weight"][3].mul_(2),
     ),
-    "lacks num_anchors": (reconfigure, lambda c: c.pop("num_anchors")),
     "lacks ['block_size']": (reconfigure, lambda c: c.pop("block_size")),
     "config.json and its dflash_config differ in mask_token_id (32 and 31)": (
         reconfigure,
@@ -58,13 +57,26 @@ DAMAGE = {
         reconfigure,
         lambda c: [x.update(target_layer_ids=[0, 2, 5]) for x in (c, c["dflash_config"])],
     ),
-    "eos_token_id must be [2, 3], is 2": (reconfigure, lambda c: c.update(eos_token_id=2)),
+    "eos_token_id must be the target's [2, 3], is 2": (
+        reconfigure,
+        lambda c: c.update(eos_token_id=2),
+    ),
     "block_size is 4 in config.json and 3 in the checkpoint": (
         reconfigure,
         lambda c: c.update(block_size=4),
     ),
-    "num_anchors must be 16, is 17": (reconfigure, lambda c: c.update(num_anchors=17)),
-    "dtype (None)": (reconfigure, lambda c: [c.pop(key) for key in ("dtype", "torch_dtype")]),
+    "num_anchors is 17 in config.json and 16 in the checkpoint": (
+        reconfigure,
+        lambda c: c.update(num_anchors=17),
+    ),
+    "dtype (bfloat16, float32) must be one of": (
+        reconfigure,
+        lambda c: c.update(torch_dtype="float32"),
+    ),
+    "dtype (float64) must be one of": (
+        reconfigure,
+        lambda c: c.update(dtype="float64", torch_dtype=None),
+    ),
 }
 
 
@@ -101,12 +113,49 @@ def test_verify_reads_each_tensor_once_and_says_what_it_compared(
     assert len(read) == len(set(read)) == len(load_file(out / "model.safetensors"))
 
 
-def test_verify_finds_stray_and_unmarked_files(tmp_path, target, run):
+def test_verify_finds_stray_files(tmp_path, target, run):
     out = export(run, target, tmp_path / "out")
     save_file({"x": torch.zeros(1)}, out / "old.safetensors")
-    tensors = load_file(out / "model.safetensors")
-    save_file(tensors, out / "model.safetensors")
+    torch.save({}, out / "mask_embedding.pt")
+    torch.save({}, out / "training_args.bin")
     with pytest.raises(ConfigError, match="2 problem") as error:
         verify_folder(out)
     assert "old.safetensors is not in the index" in str(error.value)
-    assert "model.safetensors lacks the metadata" in str(error.value)
+    assert "mask_embedding.pt holds an embedding of its own" in str(error.value)
+
+
+def other_spelling(config):
+    """As Transformers 5 saves it, by a program that knows less of training."""
+    del config["rope_theta"], config["torch_dtype"], config["num_anchors"], config["use_cache"]
+
+
+@pytest.mark.parametrize("layout", ["hf", "speculators"])
+def test_verify_judges_folders_of_others_by_meaning(tmp_path, target, run, layout):
+    out = export(run, target, tmp_path / "out", layout=layout, target_name="org/name")
+    spelled = (lambda c: c.pop("dtype")) if layout == "speculators" else other_spelling
+    reconfigure(out, spelled)
+    save_file(load_file(out / "model.safetensors"), out / "model.safetensors")
+    notes = [
+        line for line in verify_folder(out, checkpoint=run, target_dir=target) if "note: " in line
+    ]
+    assert notes[0].startswith('note: model.safetensors lacks the metadata {"format": "pt"}')
+
+
+def test_a_folder_of_two_types_is_a_note_where_no_checkpoint_says_more(tmp_path, target, run):
+    out = export(run, target, tmp_path / "out")
+    rewrite(out, lambda t: t.update({"fc.weight": t["fc.weight"].float()}))
+    assert "note: 1 tensors are of another type than torch.bfloat16 (such as fc.weight)" in (
+        verify_folder(out, target_dir=target)
+    )
+
+
+@pytest.mark.parametrize(("name", "warns"), [(None, True), ("a b/c", True), ("org/name", False)])
+def test_the_name_of_a_verifier_that_nobody_finds_is_a_note(tmp_path, target, run, name, warns):
+    out = export(run, target, tmp_path / "out", layout="speculators", target_name=name)
+    lines = verify_folder(out, target_dir=target)
+    assert any("--target-name org/name" in line for line in lines) == warns
+
+
+def test_a_run_that_moved_still_exports(tmp_path, target, run):
+    moved = run.rename(tmp_path / "moved")
+    assert verify_folder(export(moved, target, tmp_path / "out"), checkpoint=moved)
