@@ -117,7 +117,7 @@ def _groups(ranges: list[tuple[int, int]], group_size: int) -> Iterator[list[tup
 
 def _span(group: list[tuple[int, int]], context_length: int) -> tuple[int, int]:
     """The context that a group goes through: what its blocks see, or, where that is nothing, one
-    token that its mask hides. So each weight has a gradient, which overlapped reductions wait for."""
+    token that its mask hides: so each weight has a gradient, which overlapped reductions need."""
     first = max(0, min(group[0][0], context_length - 1))
     return first, min(context_length, max(first + 1, *(end for _, end in group)))
 
