@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import inspect
 import types
@@ -14,7 +15,7 @@ from typing import Any
 from dspark_megatron.bounded_text import parse_yaml
 from dspark_megatron.config import Config
 from dspark_megatron.config.loading import config_from_dict
-from dspark_megatron.errors import require
+from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.megatron_lm.names import ARGUMENTS, settings
 
 ARGS_DEFAULTS = {"dataloader_type": "external", "tokenizer_type": "HuggingFaceTokenizer"}
@@ -135,9 +136,11 @@ def _parsing(kind: Any) -> dict[str, Any]:
 
 def _mapping(text: str) -> dict[str, Any]:
     """YAML's, as in an override."""
-    found = parse_yaml(text, repr(text))
+    found = None
+    with contextlib.suppress(ConfigError):
+        found = parse_yaml(text, repr(text))
     if not isinstance(found, dict):
-        raise ValueError(f"{text} is no mapping")
+        raise argparse.ArgumentTypeError(f"{text!r} must be a mapping, such as '{{key: value}}'")
     return found
 
 

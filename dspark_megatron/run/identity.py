@@ -34,6 +34,7 @@ def run_identity(plan: RunPlan) -> dict[str, Any]:
     return {
         **draft_identity(plan),
         **({"template_date": day} if day else {}),
+        "target_logits": asdict(plan.target_transform),
         "seed": plan.config.train.seed,
         "num_anchors": plan.config.model.num_anchors,
         "loss": {name: value for name, value in loss.items() if name not in _NO_MATHEMATICS},

@@ -204,6 +204,19 @@ def test_arguments_become_a_config():
     assert by_samples.train.iterations == 10 and by_samples.train.output_dir == "run"
 
 
+def test_a_part_of_a_section_is_one_argument(capsys):
+    line = ["--dspark-attention", "{window: 9, causal: sliding}", "--no-dspark-sample-from-anchor"]
+    model = config_of_line(*DRAFT, *line, "--dspark-rope-parameters", "{rope_theta: 1e6}").model
+    assert (model.attention.window, model.attention.causal) == (9, "sliding")
+    assert not model.sample_from_anchor and model.rope_parameters == {"rope_theta": "1e6"}
+    with pytest.raises(ConfigError, match="model.attention.windw"):
+        config_of_line(*DRAFT, "--dspark-attention", "{windw: 9}")
+    for name in ("attention", "rope-parameters"):
+        with pytest.raises(SystemExit):
+            config_of_line(*DRAFT, f"--dspark-{name}", "[1")
+        assert "'[1' must be a mapping" in capsys.readouterr().err
+
+
 def test_a_preset_decides_on_what_is_left_open():
     preset = ["--dspark-loss-preset", "speculators", "--dspark-loss-normalization", "global_step"]
     config = config_of_line(*DRAFT, *preset)

@@ -40,12 +40,10 @@ ATTENTION = {
 SHAPES = {name: replace(SHAPE, attention=attention) for name, attention in ATTENTION.items()}
 LAYOUTS = [
     (1, 1, 4, False, False),
-    (2, 1, 2, False, False),
     (2, 2, 1, False, True),
     (2, 2, 4, True, False),
     (4, 4, 2, True, True),
     (4, 2, 1, True, True),
-    (4, 4, 1, False, False),
 ]
 """World size, tensor-parallel size, micro-batch size, sequence parallelism, recompute."""
 

@@ -10,15 +10,10 @@ from dspark_megatron.conversion.layouts.names import check_megatron_tensors
 from dspark_megatron.model.draft_model import FROZEN_REPLICAS
 from dspark_megatron.shape.attention import DraftAttention
 from dspark_megatron.storage.training_checkpoint import CheckpointReader
+from support.draft_passes import drafted_and_trained
 from support.draft_steps import assert_plain_step, step_gradients, whole
 from support.shapes import GEMMA4, SHAPE, meta_of
-from support.tiny_draft import (
-    assemble,
-    build_tiny_draft,
-    layout_of,
-    make_samples,
-    sample_logits,
-)
+from support.tiny_draft import assemble, build_tiny_draft, layout_of
 
 SHAPES = {
     "shared keys": GEMMA4,
@@ -97,32 +92,10 @@ def test_a_checkpoint_loads_where_more_ranks_share_a_head(pool, tmp_path, name):
     assert exported.tensor("layers.0.layer_scalar.value") != 1
 
 
-def drafted_and_trained(runtime, shape):
-    """Logits [n, k, v] of blocks, and those that drafting picks from when it picks their tokens."""
-    from dspark_megatron.model.drafting import Drafter
-    from dspark_megatron.ops.vocab_parallel import gather_vocab
-
-    draft, samples = build_tiny_draft(runtime, shape).eval(), make_samples(shape)
-    ids, taps, anchors = samples.input_ids[0], samples.taps[0], torch.tensor([4, 9, 15])
-    _, trained, _ = sample_logits(draft, taps, ids, anchors)
-    drafter, seen = Drafter(draft), []
-    for anchor in anchors:
-        drafter.add(taps[: anchor - 1])
-    drafter.extend([taps[anchor - 1 : anchor] for anchor in anchors])
-
-    def pick(logits):
-        seen.append(logits)
-        return ids[anchors + len(seen)], logits.softmax(dim=-1)
-
-    drafter.propose(ids[anchors], pick)
-    whole = gather_vocab(trained, shape.vocab_size, tp_group=runtime.tp_group)
-    return whole, torch.stack(seen, dim=1)
-
-
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("tp", [1, 4])
 def test_drafts_come_from_the_trained_logits(pool, name, tp):
-    for trained, drafted in pool.run(drafted_and_trained, world=tp, tp=tp, shape=SHAPES[name]):
+    for drafted, trained, _ in pool.run(drafted_and_trained, world=tp, tp=tp, shape=SHAPES[name]):
         torch.testing.assert_close(drafted, trained, rtol=1e-4, atol=1e-5)
 
 

@@ -293,3 +293,13 @@ def test_what_is_compiled_needs_a_compiler(monkeypatch, tiny_run):
     with pytest.raises(ConfigError, match="need a C\\+\\+ compiler .*loss.compile=false"):
         check(config, 1, use="train")
     check(tiny_config(tiny_run), 1, use="train")
+
+
+@pytest.mark.parametrize("rule", [FULL, LayerAttention(1)])
+def test_context_that_no_block_sees_has_a_gradient_of_zeros(rule):
+    """A reduction that begins while gradients are made waits for that of every weight."""
+    case = Case(4, [[0 if rule == FULL else 4]], slots=1)
+    query, *leaves = inputs(case)
+    out = attention(case, "sdpa", rule=rule)(query, tuple(leaves[:2]), tuple(leaves[2:]))
+    for grad in torch.autograd.grad(out.sum(), leaves[:2]):
+        assert not grad.any()

@@ -67,3 +67,8 @@ def test_a_scale_is_that_of_the_head_in_training_and_in_estimates(pool, tiny_run
     unscaled = run_of(tiny_run, folder, "d", "scaled", 1.0)
     pool.run(run_training, world=1, tp=1, config=unscaled)
     assert abs(curve(folder / "d")[0]["l1_loss"] - expected[0]["l1_loss"]) > 1e-3
+    # The weights of the target are the same, so its fingerprint is.
+    changed = json.loads((folder / "scaled" / "config.json").read_text()) | {"logit_scale": 0.5}
+    (folder / "scaled" / "config.json").write_text(json.dumps(changed))
+    with pytest.raises(AssertionError, match="target_logits.scale: 0.25 there, 0.5 here"):
+        pool.run(run_training, world=2, tp=2, config=split)

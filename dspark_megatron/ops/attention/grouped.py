@@ -53,7 +53,7 @@ class GroupedBlockAttention:
         group_size: int,
     ) -> None:
         groups = list(_groups(narrowed(context_ranges.on_host, rule), group_size))
-        spans = [(group[0][0], max(end for _, end in group)) for group in groups]
+        spans = [_span(group, context_length) for group in groups]
         cuts = sorted({0, context_length}.union(*spans))
         self.piece_sizes = [after - before for before, after in pairwise(cuts)]
         self.row_counts = [len(group) * slots for group in groups]
@@ -113,6 +113,13 @@ def _groups(ranges: list[tuple[int, int]], group_size: int) -> Iterator[list[tup
                 continue
         yield ranges[first:i]
         first = i
+
+
+def _span(group: list[tuple[int, int]], context_length: int) -> tuple[int, int]:
+    """The context that a group goes through: what its blocks see, or, where that is nothing, one
+    token that its mask hides: so each weight has a gradient, which overlapped reductions need."""
+    first = max(0, min(group[0][0], context_length - 1))
+    return first, min(context_length, max(first + 1, *(end for _, end in group)))
 
 
 def _group_mask(starts: Tensor, ends: Tensor, span: tuple[int, int], own: Tensor) -> Tensor:

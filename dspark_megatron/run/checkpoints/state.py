@@ -6,11 +6,16 @@ from typing import Any
 
 from dspark_megatron.config import LossConfig
 from dspark_megatron.errors import ConfigError
+from dspark_megatron.ops.logit_transform import IDENTITY
 from dspark_megatron.run.identity import clock_hint
 from dspark_megatron.shape import DraftShape
 from dspark_megatron.storage.training_checkpoint import read_meta
 
-_DEFAULTS = {"loss": asdict(LossConfig()), "shape": DraftShape.young_defaults()}
+_DEFAULTS = {
+    "loss": asdict(LossConfig()),
+    "shape": DraftShape.young_defaults(),
+    "target_logits": asdict(IDENTITY),
+}
 """By section of dspark.json: what a checkpoint means by a key that is younger than it is."""
 
 
@@ -61,8 +66,8 @@ def read_state(folder: Path) -> RunState:
 def check_same_run(folder: Path, meta: dict[str, Any]) -> None:
     """Refuse a checkpoint whose identity (shape, target, data, seed) is not this run's.
 
-    Compares every key of `meta` that the checkpoint has, and those of the loss section that it
-    lacks at their defaults; ConfigError lists what differs.
+    Compares every key of `meta` that the checkpoint has, and those of the sections in `_DEFAULTS`
+    that it lacks at their defaults; ConfigError lists what differs.
     """
     saved = read_meta(folder)
     different = []

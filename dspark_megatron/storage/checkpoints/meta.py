@@ -37,6 +37,7 @@ _OPTIONAL: dict[str, type] = {
     "resumed_from": int,
     "seed": int,
     "loss": dict,
+    "target_logits": dict,
     "data_fingerprint": str,
     "template_date": str,
 }
