@@ -78,6 +78,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "YaRN": _rope(**YARN),
     "YaRN with mscale keys": _rope(**YARN, mscale=1.0, mscale_all_dim=1.0),
     "linear or llama3 RoPE": _rope(rope_type="linear", factor=4.0),
+    "RoPE of a part of each head": _rope(partial_rotary_factor=0.5),
     "scaled logits": {"logit_scale": 0.5},
     "Gemma-4 layers": {
         "architecture": "gemma4",

@@ -21,7 +21,11 @@ from dspark_megatron.conversion.layouts.gemma4_config import (
     is_gemma4,
 )
 from dspark_megatron.conversion.layouts.hf_config import DraftDescription, description_of_config
-from dspark_megatron.conversion.layouts.known_keys import key_problems, without_unknown
+from dspark_megatron.conversion.layouts.known_keys import (
+    key_problems,
+    kind_problems,
+    without_unknown,
+)
 from dspark_megatron.conversion.layouts.names import (
     EMBEDDING,
     LM_HEAD,
@@ -59,6 +63,7 @@ class DraftFolder:
         self.path = Path(path)
         self.config = read_config(self.path)
         check_schema(self.config, self.path / "config.json")
+        raise_if_any(kind_problems(self.config), f"{self.path}/config.json")
         self.files = SafetensorsFolder(self.path)
         raw = self.files.shapes
         try:
@@ -167,7 +172,7 @@ def _unsupported(config: dict[str, Any], names: Any) -> list[str]:
         "labels shifted by one position (dflash_config.shift_label false)": nested.get(
             "shift_label"
         )
-        is False,
+        not in (None, True),
         "a draft vocabulary of its own (draft_vocab_size, d2t, t2d)": reduced
         or backbone.get("draft_vocab_size") not in (None, vocab),
         f"the activation {activation!r}": activation != "silu",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dspark_megatron.bounded_text import read_json
+from dspark_megatron.conversion.layouts.anchor_slot import block_of_config
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.storage.checkpoints.named import NamedCheckpoint, is_same_checkpoint
 from dspark_megatron.storage.writing import json_text
@@ -128,9 +129,9 @@ def check_place(folder: Path, num_draft_tokens: int, facts: dict[str, Any], forc
     draft's records."""
     own = _own_draft_tokens(folder / "config.json")
     require(
-        not own or num_draft_tokens in own,
-        f"{folder} holds a draft of {own[-1] if own else 0} draft tokens a block, the records are "
-        f"of {num_draft_tokens}; choose the folder of the draft that was evaluated",
+        own in (None, num_draft_tokens),
+        f"{folder} holds a draft of {own} draft tokens a block, the records are of "
+        f"{num_draft_tokens}; choose the folder of the draft that was evaluated",
     )
     file = folder / SIDECAR
     if force or not file.exists():
@@ -150,15 +151,14 @@ def check_place(folder: Path, num_draft_tokens: int, facts: dict[str, Any], forc
     )
 
 
-def _own_draft_tokens(config_file: Path) -> list[int]:
-    """Of the draft whose config this is; empty when there is none or it does not say. Layouts
-    differ in whether the block size counts an anchor that drafts nothing."""
+def _own_draft_tokens(config_file: Path) -> int | None:
+    """Of the draft whose config this is; None when there is none or it does not say."""
     try:
         config = read_json(config_file)
         own = {**(config.get("dflash_config") or {}), **config}
-        size, anchor = own.get("block_size"), own.get("sample_from_anchor")
-    except (OSError, ValueError, TypeError, AttributeError):
-        return []
-    if not isinstance(size, int):
-        return []
-    return [size, size - 1] if anchor is False else [size]
+        if "speculators_config" in own:  # its block has the anchor's slot, too
+            return own["block_size"] - (own["sample_from_anchor"] is False)
+        slots, from_anchor = block_of_config(own)
+        return slots - (not from_anchor)
+    except (OSError, ConfigError, KeyError, ValueError, TypeError, AttributeError):
+        return None

@@ -120,6 +120,7 @@ def _declared_types(folder: DraftFolder) -> set[str]:
 
 def _notes(folder: DraftFolder, dtype: torch.dtype | None) -> Iterator[str]:
     """What is no fault of the draft, and better known before it is served."""
+    yield from folder.doubts
     yield from layout_notes(folder.layout.name, folder.shape)
     if dtype is None:
         yield "config.json has no dtype: engines take one of their own"

@@ -593,7 +593,12 @@ TRAPS = {
         dict.fromkeys(ALL - {VLLM, SGLANG, MODELOPT}, "attention_value_scale 0.6"),
     ),
     # RoPE.
-    "partial rotary": (set_rope(partial_rotary_factor=0.5), {VLLM: "partial_rotary_factor 0.5"}),
+    "leftover rotary": (set_rope(partial_rotary_factor=0.5), {VLLM: "partial_rotary_factor 0.5"}),
+    "leftover rotary at the top": (set_keys(partial_rotary_factor=0.5), {VLLM: "without a rope_d"}),
+    "a part of each head": (
+        set_rope(partial_rotary_factor=0.5, rope_dim=2),
+        dict.fromkeys((DEEPSPEC, MODELOPT, MLX, MLX_VLM), "turns whole heads"),
+    ),
     "mrope": (set_rope(mrope_section=[1, 1, 1]), {VLLM: "mrope_section"}),
     "linear": (
         set_rope(rope_type="linear", factor=4.0),
@@ -781,6 +786,11 @@ REMARKS = {
     "block_size in SGLang": (drop_keys("block_size"), {SGLANG}, "takes 7"),
     "window": (SLIDING, {DEEPSPEC}, "no window in its training mask"),
     "rope": (set_rope(partial_rotary_factor=0.5), {SGLANG, TRT, LLAMA}, "partial_rotary_factor"),
+    "a part of each head": (
+        set_rope(partial_rotary_factor=0.5, rope_dim=2),
+        {TRT, LLAMA, ONNX},
+        "not read for partial_rotary_factor 0.5",
+    ),
     "block_size of drafts": (
         set_keys(sample_from_anchor=False, num_speculative_tokens=3),
         {MLX},
@@ -871,3 +881,14 @@ def test_junk_never_raises(junk):
         for place in nested:
             for key in config[place]:
                 engine_verdicts({**config, place: {**config[place], key: junk}}, trained())
+
+
+def test_sglang_scales_the_drafts_of_a_target_that_divides_its_logits():
+    inkling = Qwen3Config(**{**TARGET.to_dict(), "logits_mup_width_multiplier": 4.0})
+    for scale, loads in ((0.25, True), (None, False), (0.5, False)):
+        config, tensors = superset()
+        if scale:
+            config["logit_scale"] = scale
+        sglang = verdicts(config, tensors, target_config=inkling)[SGLANG]
+        assert sglang.loads is loads, sglang
+    assert "multiplies logits by 0.25 (the target's logits_mup_width_mult" in sglang.problems[0]

@@ -167,3 +167,53 @@ def test_unknown_keys_are_passed_over_where_the_user_says_so(draft):
         DraftFolder(draft, allow_unknown=[*allowed, "use_gemma_norm"])
     reconfigure(draft, lambda c: c.pop("use_gemma_norm"))
     assert DraftFolder(draft, allow_unknown=allowed).shape == VANILLA
+    with pytest.raises(ConfigError, match="--allow-unknown nothing: config.json has no such key"):
+        DraftFolder(draft, allow_unknown=[*allowed, "nothing"])
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        ("eagle_aux_hidden_state_layer_ids", "x", "must be a list of integers"),
+        ("aux_hidden_state_layer_ids", [None], "must be a list of integers"),
+        ("architectures", 3, "must be a list of texts"),
+        ("dspark_config", 7, r"dspark_config .* must be an object"),
+        ("dflash_config", [1], r"dflash_config .* must be an object"),
+        ("speculators_config", "x", r"speculators_config .* must be an object"),
+        ("dflash_config.shift_label", 0, "labels shifted by one"),
+        ("num_speculative_tokens", 0, "does not fit block_size"),
+        ("num_speculative_tokens", [3], "does not fit block_size"),
+        ("rope_dim", "x", "rope_dim"),
+        ("confidence_head_alpha", float("inf"), "confidence_head_alpha must be a number >= 0"),
+    ],
+)
+def test_values_of_another_kind_are_named(draft, place, value, said):
+    def change(config):
+        *outer, key = place.split(".")
+        (config[outer[0]] if outer else config)[key] = value
+
+    reconfigure(draft, change)
+    with pytest.raises(ConfigError, match=said):
+        DraftFolder(draft)
+
+
+def test_fewer_tokens_than_slots_do_not_go_with_an_unsaid_anchor(draft):
+    reconfigure(draft, lambda c: c.update(num_speculative_tokens=2))
+    assert DraftFolder(draft).shape == VANILLA, "it serves fewer"
+    reconfigure(draft, lambda c: c.pop("sample_from_anchor"))
+    with pytest.raises(ConfigError, match="add sample_from_anchor: true or false"):
+        DraftFolder(draft)
+
+
+def test_keys_within_the_layers_of_speculators_are_known_too(behind):
+    folder = behind("speculators")
+    reconfigure(
+        folder, lambda c: c["transformer_layer_config"].update(dflash_config={"selector_rank": 4})
+    )
+    with pytest.raises(ConfigError, match="transformer_layer_config.dflash_config.selector_rank 4"):
+        DraftFolder(folder, target=FACTS)
+
+
+def test_a_width_at_the_top_level_counts(draft):
+    reconfigure(draft, lambda c: c.update(partial_rotary_factor=0.4, rope_dim=2))
+    assert DraftFolder(draft).shape.rope_parameters["partial_rotary_factor"] == 0.4

@@ -73,7 +73,7 @@ FIELDS = [
     ("dspark_block_size", 3, ""),
     ("eagle_config", {"x": 1}, "eagle_config.x (1) is not known"),
     ("eagle_aux_hidden_state_layer_ids", [0, 2, 4], "counts the embedding"),
-    ("eagle_aux_hidden_state_layer_ids", ["x"], "kind"),
+    ("eagle_aux_hidden_state_layer_ids", ["x"], "must be a list of integers"),
     ("transformer_layer_config", {}, "transformer_layer_config"),
     ("company_note", "mine", "company_note ('mine') is not known"),
     ("company_note", None, ""),

@@ -112,8 +112,9 @@ def test_a_temperature_for_each_draft_token(evaluated, tmp_path):
         read_temperatures(tmp_path / "out", 4)
     evaluation = read_evaluation(evaluated)
     assert read_calibration(tmp_path / "out" / "calibration.json", evaluation)
-    for size, fits in ((3, True), (4, True), (5, False)):  # layouts count the anchor, or do not
-        config = {"sample_from_anchor": False, "block_size": size}
+    counted = ((3, 3, True), (4, 3, True), (4, 4, False), (5, 4, False))
+    for size, tokens, fits in counted:  # layouts count the anchor, or do not
+        config = {"sample_from_anchor": False, "block_size": size, "num_speculative_tokens": tokens}
         (tmp_path / "out" / "config.json").write_text(json.dumps(config))
         arguments = ["--records", str(records), "--output", str(tmp_path / "out")]
         if fits:

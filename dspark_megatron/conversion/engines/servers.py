@@ -122,6 +122,7 @@ SERVERS = (
             sliding_is_causal=True,
             sink=("dflash_config.attention_sink_bias",),
         ),
+        target_divisor="logits_mup_width_multiplier",
         missing="leaves {} uninitialised without an error; the file lacks them",
         optional=r"(embed_tokens|lm_head|confidence_head)\.",
         skips=r"(embed_tokens|lm_head)\.|.*rotary_emb\.|d2t$|t2d$",

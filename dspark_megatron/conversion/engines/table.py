@@ -79,6 +79,8 @@ class Engine:
     logit_scale: tuple[str, ...] = ()
     softcap: tuple[str, ...] = ()
     """Where it looks for the scale and the cap of base logits; empty: it has none."""
+    target_divisor: str = ""
+    """Key of the target's config by which it divides the draft's base logits, where it is there."""
     speculators_ids: str | None = None
     """The key that aux_hidden_state_layer_ids becomes; None: it does not read that format."""
     gemma: dict[str, Any] | None = None

@@ -6,6 +6,7 @@ from typing import Any
 from dspark_megatron.conversion.engines.attention import SAYS, lookup, read_attention
 from dspark_megatron.conversion.engines.reading import Reading, first_place, some
 from dspark_megatron.conversion.layouts.rope_config import rope_differences
+from dspark_megatron.shape.rope import PARTIAL, ROPE_DIM
 
 LOGIT_SCALES = ("logit_scale", "dflash_config.output_multiplier")
 SOFTCAPS = ("final_logit_softcapping", "dflash_config.final_logit_softcapping")
@@ -72,12 +73,16 @@ def _anchor_facts(r: Reading) -> dict[str, Any]:
 def _rope_facts(r: Reading) -> dict[str, Any]:
     both = (r.get("rope_scaling"), r.get("rope_parameters"))
     rope = {key: value for x in both if isinstance(x, dict) for key, value in x.items()}
+    rope = {PARTIAL: r.get(PARTIAL), **rope}  # Transformers puts it into rope_parameters
     partial = [x for x in rope if x.startswith(("partial_rotary", "mrope"))]
+    turned = some([f"{x} {rope[x]}" for x in partial if rope[x] not in (None, 1)])
+    chosen = rope.get(ROPE_DIM) not in (None, r.values["head_dim"])
     kind = rope.get("rope_type") or rope.get("type") or "default"
     projector = r.get("dflash_config.projector_type")
     yarn = kind == "yarn" and not r.gemma
     return {
-        "partial rotary": some([f"{x} {rope[x]}" for x in partial if rope[x] not in (None, 1)]),
+        "partial rotary": turned if chosen and not r.gemma else "",
+        "leftover rotary": "" if chosen or r.gemma else turned,
         "differing ropes": "; ".join(rope_differences(r.config)),
         "neither plain nor yarn": kind not in ("default", "yarn") and not r.gemma and str(kind),
         "yarn without projector_type": yarn and projector != "dspark",
@@ -111,15 +116,29 @@ def _positive(rope: dict[str, Any], key: str) -> float:
 
 def _logit_facts(r: Reading) -> dict[str, Any]:
     scale, cap = _number(r, LOGIT_SCALES, 1.0), _number(r, SOFTCAPS, None)
-    read_scale = _number(r, r.engine.logit_scale, 1.0)
     return {
-        "unread scale": scale != read_scale and f"{scale}",
+        "other scale": _other_scale(r, scale),
         "scale": scale != 1.0,
         "unread cap": cap is not None and cap != _number(r, r.engine.softcap, None) and f"{cap}",
         "cap": cap is not None,
         "gemma": r.gemma,
         "own values": r.gemma and r.get("attention_k_eq_v") is False,
     }
+
+
+def _other_scale(r: Reading, trained: float) -> str:
+    """Where an engine multiplies base logits by another number than the draft was trained with."""
+    found = _number(r, r.engine.logit_scale, 1.0)
+    divisor: Any = getattr(r.target, r.engine.target_divisor, None)
+    if type(divisor) in (int, float) and 0 < divisor < math.inf:
+        found /= divisor
+        if not math.isclose(found, trained):
+            return (
+                f"multiplies logits by {found:.6g} (the target's {r.engine.target_divisor}), "
+                f"logit_scale is {trained:.6g}"
+            )
+        return ""
+    return "" if found == trained else f"does not scale logits, logit_scale is {trained}"
 
 
 def _number(r: Reading, places: tuple[str, ...], default: Any) -> Any:

@@ -37,7 +37,13 @@ VARIANT_PROBLEMS: tuple[Rule, ...] = rows(
     ),
     # RoPE.
     (ALL, "differing ropes", "may read the other one of two RoPEs: {}; correct one"),
-    ((VLLM,), "partial rotary", "applies {}, drafts are trained without; delete it"),
+    (
+        (VLLM,),
+        "leftover rotary",
+        "applies {}, without a rope_dim left over from the target; delete it, or give the rope_dim "
+        "that the draft was trained with",
+    ),
+    ((DEEPSPEC, MODELOPT, MLX, MLX_VLM), "partial rotary", "turns whole heads, trained with {}"),
     ((MLX,), "yarn without projector_type", "has no YaRN without dflash_config.projector_type"),
     ((MLX,), "neither plain nor yarn", "has plain RoPE and YaRN only, leaves {} out"),
     ((ONNX,), "neither plain nor yarn", "has plain RoPE and YaRN only, refuses {}"),
@@ -61,7 +67,7 @@ VARIANT_PROBLEMS: tuple[Rule, ...] = rows(
         "takes an absent sample_from_anchor for false, speculators for true; write it",
     ),
     # Logits.
-    ((DEEPSPEC, *ENGINES), "unread scale", "does not scale logits, logit_scale is {}"),
+    ((DEEPSPEC, *ENGINES), "other scale", "{}"),
     ((DEEPSPEC, *ENGINES), "unread cap", "does not cap logits, final_logit_softcapping is {}"),
 )
 
@@ -91,9 +97,10 @@ VARIANT_WARNINGS: tuple[Rule, ...] = rows(
     ((TRT,), "biases", "its source was not read for the bias of o_proj"),
     (
         (SGLANG, TRT, LLAMA),
-        "partial rotary",
-        "{} in rope_parameters comes from the target; delete it",
+        "leftover rotary",
+        "{}, without a rope_dim left over from the target, may be applied; delete it",
     ),
+    ((TRT, LLAMA, ONNX), "partial rotary", "its source was not read for {}"),
     (
         (VLLM,),
         "block_size counts slots, not speculators",

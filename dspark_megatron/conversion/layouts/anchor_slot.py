@@ -30,9 +30,17 @@ def block_of_config(config: Config) -> tuple[int, bool]:
     leaves it open."""
     samples, bonus = samples_from_anchor(config)
     size: int = config["block_size"]
-    if samples:
-        return size, True
     tokens = next((lookup(config, key) for key in TOKENS if config.get(key) is not None), None)
+    if samples:
+        said = any(lookup(config, key) is not None for key in (*PLACES, *BONUS))
+        fits = type(tokens) is int and 0 < tokens <= size
+        require(
+            tokens is None or (fits if said else tokens == size),
+            f"num_speculative_tokens ({tokens!r}) does not fit block_size ({size}) of a draft "
+            f"whose slot 0 drafts{'' if said else ', as is meant without sample_from_anchor'}; "
+            "add sample_from_anchor: true or false, as the draft was trained, or correct it",
+        )
+        return size, True
     require(
         tokens is not None or bonus is True,
         f"sample_from_anchor is false and block_size {size} can count drafted tokens (vLLM, "

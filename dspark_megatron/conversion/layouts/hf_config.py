@@ -130,7 +130,7 @@ def description_of_config(config: dict[str, Any], meaning: Meaning = PLAIN) -> D
     problems = [
         f"{key} must be a number >= 0, is {value!r}"
         for key, value in facts.items()
-        if type(value) not in (int, float) or not value >= 0
+        if type(value) not in (int, float) or not 0 <= value < math.inf
     ]
     raise_if_any(problems, "config.json")
     return DraftDescription(shape=shape, **facts)

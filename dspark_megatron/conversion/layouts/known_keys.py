@@ -7,6 +7,9 @@ refused by its name. The Gemma-4 layout has its own list (`gemma4_config.py`).
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from dspark_megatron.conversion.layouts.attention_config import lookup
+from dspark_megatron.errors import require
+
 Config = dict[str, Any]
 
 USED = set(
@@ -164,6 +167,30 @@ REFUSED = {
 """Keys that change what a draft computes, and ours does not have, in whatever object."""
 
 
+_LISTS = {
+    *("architectures", "layer_types", "target_layer_ids", "aux_hidden_state_layer_ids"),
+    *("eagle_aux_hidden_state_layer_ids", "dspark_target_layer_ids"),
+}
+_INTEGERS = {key for key in _LISTS if key.endswith("_ids")}
+
+
+def kind_problems(config: Config, where: str = "") -> list[str]:
+    """A line for each object or list that is of another kind, at any level."""
+    problems = []
+    for key, value in config.items():
+        place = where + key
+        if key in {*NESTED, "transformer_layer_config"} and value is not None:
+            if isinstance(value, dict):
+                problems += kind_problems(value, f"{place}.")
+            else:
+                problems.append(f"{place} ({_short(value)}) must be an object")
+        elif key in _LISTS and value is not None:
+            kind, words = (int, "integers") if key in _INTEGERS else (str, "texts")
+            if not (isinstance(value, list) and all(type(x) is kind for x in value)):
+                problems.append(f"{place} ({_short(value)}) must be a list of {words}")
+    return problems
+
+
 def key_problems(config: Config, layout: str) -> list[str]:
     """A line for each key that is not known or must not be passed over."""
     return [line for _, line in _problems(config, layout)]
@@ -173,6 +200,8 @@ def without_unknown(config: Config, layout: str, allowed: tuple[str, ...]) -> Co
     """The config without those of its unknown keys that the user allows, by `KEY` or
     `OBJECT.KEY`."""
     unknown = {place for place, line in _problems(config, layout) if "not known" in line}
+    missing = [place for place in allowed if lookup(config, place) is None]
+    require(not missing, f"--allow-unknown {' '.join(missing)}: config.json has no such key")
     dropped = unknown & set(allowed)
     top = {key: value for key, value in config.items() if key not in dropped}
     for name, value in top.items():
@@ -191,6 +220,13 @@ def _problems(config: Config, layout: str) -> Iterator[tuple[str, str]]:
             harmless = HARMLESS_NESTED.get(name, {})
             if name == "transformer_layer_config":
                 harmless = HARMLESS
+                for key in NESTED.keys() & config[name].keys():
+                    yield from _of_object(
+                        config[name][key] or {},
+                        f"{name}.{key}.",
+                        NESTED[key],
+                        HARMLESS_NESTED.get(key, {}),
+                    )
             yield from _of_object(config[name], f"{name}.", keys, harmless)
 
 

@@ -17,7 +17,7 @@ def unread_weights(folder: Path, read: Iterable[Path]) -> list[str]:
     found = [
         path
         for path in sorted(folder.iterdir())
-        if path.suffix in WEIGHTS and path not in known and path.name not in HARMLESS
+        if path.suffix.lower() in WEIGHTS and path not in known and path.name not in HARMLESS
     ]
     return [f"{path.name} {_why(path)}" for path in found]
 

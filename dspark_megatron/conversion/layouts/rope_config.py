@@ -152,14 +152,14 @@ def _scaling(config: Config, key: str) -> Config:
     left_out = (*NOT_APPLIED, ROPE_DIM, "type", "finetuned")
     rope = {k: v for k, v in given.items() if k not in left_out}
     rope.setdefault("rope_type", given.get("type", "default"))
-    width: Any = given.get(ROPE_DIM)
+    width: Any = given.get(ROPE_DIM, config.get(ROPE_DIM))
     whole: Any = config.get("head_dim")
     if width is not None and width != whole:
         require(
             type(width) is int and type(whole) is int and 0 < width < whole,
             f"{ROPE_DIM} ({width!r}) must be at most the head_dim ({whole!r})",
         )
-        share = given.get(PARTIAL)
+        share = given.get(PARTIAL, config.get(PARTIAL))
         same = type(share) in (int, float) and int(whole * share) == width
         rope[PARTIAL] = share if same else width / whole
     if rope["rope_type"] in SCALED_FROM:  # as Transformers completes them
