@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dspark_megatron.conversion.layouts.names import LAYER
+from dspark_megatron.conversion.layouts.names import layer_table
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.run.check import check
 from dspark_megatron.run.initial.checkpoint_layers import CheckpointLayers
@@ -17,6 +17,7 @@ from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.storage.target_weights import shared_matrices, weights_fingerprint
 from support.megatron_checkpoint import write_checkpoint
 from support.megatron_targets import TARGETS, assert_states, config_of, megatron_states, whole
+from support.shapes import SHAPE
 from support.stored_states import prepare_options
 from support.tiny_target import tiny_config
 from support.tool_runs import run_tool
@@ -223,7 +224,11 @@ def test_layers_for_a_draft_are_those_of_the_folder(checkpoint, target, name):
     biases = [f"layers.{{}}.self_attn.{letter}_proj.bias" for letter in "qkv"]
     compared = 0
     for layer in range(text.num_hidden_layers):
-        rows = [(row.split, one) for row in LAYER for one in row.of_layer(layer).hugging_face]
+        rows = [
+            (row.split, one)
+            for row in layer_table(SHAPE)
+            for one in row.of_layer(layer).hugging_face
+        ]
         for split, tensor in [*rows, *((0, bias.format(layer)) for bias in biases)]:
             assert ours.shape(tensor) == theirs.shape(tensor), tensor
             if theirs.shape(tensor) is None:
