@@ -84,6 +84,11 @@ def nested_overrides(overrides: typing.Iterable[str]) -> dict[str, dict[str, Any
             f"override {shown(override)} must look like section.key=value",
         )
         *parts, last = key.split(".")
+        require(
+            not parts or parts[0] in PARTS.get(section, ()),
+            f"override {shown(override)} must give a key whole, as section.key=value; only "
+            "model.attention has keys of its own",
+        )
         values = sections.setdefault(section, {})
         for part in parts:
             values = values.setdefault(part, {})

@@ -23,11 +23,23 @@ _WHY_NOT = {
     "longrope": "it changes with the length of the text",
     "proportional": "it turns a part of each head only, by frequencies of the whole one",
 }
-ROPE_KEYS = (
-    *("rope_type", "rope_theta", "factor", "original_max_position_embeddings"),
-    *("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
-    *("low_freq_factor", "high_freq_factor", PARTIAL),
-)
+KEYS_OF: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", _ORIGINAL, "low_freq_factor", "high_freq_factor"),
+    "yarn": (
+        *("factor", _ORIGINAL, "attention_factor", "beta_fast", "beta_slow"),
+        *("mscale", "mscale_all_dim", "truncate"),
+    ),
+}
+"""What each type reads beside ALL_READ."""
+ALL_READ = ("rope_type", "rope_theta", PARTIAL)
+ROPE_KEYS = (*ALL_READ, *dict.fromkeys(key for keys in KEYS_OF.values() for key in keys))
+_ORDERED = {
+    "llama3": (("high_freq_factor", 4.0), ("low_freq_factor", 1.0)),
+    "yarn": (("beta_fast", 32.0), ("beta_slow", 1.0)),
+}
+"""Of two keys with their defaults, the first must be the larger."""
 _SENSE: dict[str, tuple[Callable[[float], bool], str]] = {
     "factor": (lambda x: x >= 1, "at least 1"),
     _ORIGINAL: (lambda x: x >= 1 and x == int(x), "a number of positions"),
@@ -96,9 +108,21 @@ def _own_rope(own: dict[str, Any], text: Any, longest: int | None) -> dict[str, 
         kind in ROPE_TYPES,
         f"rope_type {kind!r} of model.rope_parameters must be one of {', '.join(ROPE_TYPES)}",
     )
+    unread = unread_keys(rope)
+    require(
+        not unread,
+        f"model.rope_parameters has keys that rope_type {kind!r} does not read ({unread}); leave "
+        "them out, or set the rope_type that they belong to",
+    )
     if kind in SCALED_FROM and rope.get(_ORIGINAL) is None:
         rope[_ORIGINAL] = _scaled_from(rope, text.max_position_embeddings, longest)
     return computable(rope, "model.rope_parameters is")
+
+
+def unread_keys(rope: dict[str, Any]) -> list[str]:
+    """Keys with a value that a RoPE of this type, one of ROPE_TYPES, does not read."""
+    read = (*ALL_READ, *KEYS_OF[rope["rope_type"]])
+    return [key for key, value in rope.items() if key not in read and value is not None]
 
 
 def _scaled_from(rope: dict[str, Any], of_target: int, longest: int | None) -> int:
@@ -157,18 +181,44 @@ def computable(rope: dict[str, Any], where: str) -> dict[str, Any]:
     from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
     turned = {key: value for key, value in rope.items() if key != PARTIAL}
+    reach: dict[str, Any] = {}
+    numbers: Any = (rope.get(_ORIGINAL), rope.get("factor"))
+    if all(type(x) in (int, float) and 1 <= x < 1e9 for x in numbers):
+        # Else Transformers compares the factor with its own default length, and warns.
+        reach = {"max_position_embeddings": int(math.prod(numbers))}
     try:
         config = Qwen3Config(
-            hidden_size=64, num_attention_heads=1, head_dim=64, rope_parameters=dict(turned)
+            hidden_size=64,
+            num_attention_heads=1,
+            head_dim=64,
+            rope_parameters=dict(turned),
+            **reach,
         )
-        finite = bool(Qwen3RotaryEmbedding(config).inv_freq.isfinite().all())
+        rotary = Qwen3RotaryEmbedding(config)
+        finite = bool(rotary.inv_freq.isfinite().all())
     except Exception as error:  # whatever a value of a wrong kind leads to
         raise ConfigError(f"{where} a RoPE that cannot be computed: {rope} ({error})") from error
     require(finite, f"{where} a RoPE without finite frequencies: {rope}")
+    _check_sense(rope, where)
+    scale = rotary.attention_scaling
+    require(
+        0 < scale < math.inf,
+        f"{where} a RoPE that multiplies cos and sin by {scale}, which must be > 0: {rope}",
+    )
+    return turned if rope.get(PARTIAL) in (None, 1) else rope
+
+
+def _check_sense(rope: dict[str, Any], where: str) -> None:
     for key, (holds, what) in _SENSE.items():
         value: Any = rope.get(key)
         good = type(value) in (int, float) and math.isfinite(value) and holds(value)
         require(
             value is None or good, f"{where} a RoPE whose {key} ({value!r}) must be {what}: {rope}"
         )
-    return turned if rope.get(PARTIAL) in (None, 1) else rope
+    if rope["rope_type"] in _ORDERED:
+        (upper, most), (lower, least) = _ORDERED[rope["rope_type"]]
+        high, low = rope.get(upper) or most, rope.get(lower) or least
+        require(
+            high > low,
+            f"{where} a RoPE whose {upper} ({high}) must be above its {lower} ({low}): {rope}",
+        )

@@ -296,3 +296,9 @@ def test_a_part_of_a_section_takes_overrides_by_key(tmp_path):
 def test_attention_that_no_draft_can_have(overrides, words):
     with pytest.raises(ConfigError, match=words):
         load_config(None, ["target.path=T", *overrides], trains=False)
+
+
+@pytest.mark.parametrize("override", ["model.rope_parameters.factor=8", "model.attentoin.window=8"])
+def test_an_override_gives_a_key_whole_that_has_no_keys_of_its_own(override):
+    with pytest.raises(ConfigError, match="must give a key whole.* only model.attention has keys"):
+        load_config(None, ["target.path=T", override], trains=False)

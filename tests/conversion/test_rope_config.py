@@ -5,13 +5,15 @@ import json
 
 import pytest
 import torch
-from transformers import AutoConfig, Qwen3Config
+from transformers import AutoConfig, Qwen3Config, modeling_rope_utils
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from dspark_megatron.conversion.draft_folder import DraftFolder
 from dspark_megatron.conversion.layouts.foreign_configs import TargetFacts
+from dspark_megatron.conversion.layouts.rope_config import rope_of_config
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.ops.rope import RotaryTable
+from dspark_megatron.shape.rope import computable
 from dspark_megatron.storage.target_folder import load_target_config
 from support.draft_folders import ROPES, export_fp32, reconfigure, write_checkpoint
 from support.shapes import VANILLA
@@ -155,3 +157,19 @@ def test_mathematics_that_is_not_ours_is_refused(draft, message):
     with pytest.raises(ConfigError) as error:
         DraftFolder(draft)
     assert message in str(error.value)
+
+
+def test_a_yarn_that_is_complete_brings_no_warning_of_transformers(monkeypatch):
+    said = []
+    for name in ("warning", "warning_once"):
+        monkeypatch.setattr(modeling_rope_utils.logger, name, said.append)
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0}
+    computable({**yarn, "original_max_position_embeddings": 8192}, "a test has")
+    assert not said
+
+
+def test_keys_that_a_rope_of_its_type_does_not_read_are_not_taken_over():
+    config = {"rope_theta": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+    config["rope_scaling"]["beta_fast"] = 9
+    expected = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+    assert rope_of_config(config) == expected

@@ -136,6 +136,16 @@ def test_flash_attention_is_the_machine_s_to_have(dry_run, name):
         ("{rope_theta: 1e4, rope_type: yarn, factor: 0.5}", "factor .0.5. must be at least 1"),
         ("{rope_theta: 1e4, rope_type: linear, factor: .nan}", "without finite|at least 1"),
         ("{rope_theta: 1e4, rope_type: linear}", "cannot be computed"),
+        ("{rope_theta: 1e4, factor: 16}", "'default' does not read ..'factor'.."),
+        ("{rope_theta: 1e4, rope_type: linear, factor: 2, beta_fast: 9}", "'linear' does not read"),
+        (
+            "{rope_theta: 1e4, rope_type: yarn, factor: 4, beta_fast: 1, beta_slow: 32}",
+            "beta_fast .1. must be above its beta_slow .32.",
+        ),
+        (
+            "{rope_theta: 1e4, rope_type: yarn, factor: 4, mscale: -9, mscale_all_dim: 1}",
+            "multiplies cos and sin by -",
+        ),
         ("1e4", "must be of type dict"),
     ],
 )

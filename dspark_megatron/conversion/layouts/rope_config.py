@@ -22,6 +22,7 @@ from dspark_megatron.shape.rope import (
     SCALED_FROM,
     check_rope_width,
     computable,
+    unread_keys,
 )
 
 Config = dict[str, Any]
@@ -116,7 +117,8 @@ def rope_of_config(config: Config) -> Config:
         f"the RoPE of config.json has keys of which it is not known what they do ({unknown}); "
         "delete them if the draft was trained without",
     )
-    rope = computable({**rope, "rope_theta": theta}, "config.json has")
+    read = {key: value for key, value in rope.items() if key not in unread_keys(rope)}
+    rope = computable({**read, "rope_theta": theta}, "config.json has")
     if type(config.get("head_dim")) is int:
         check_rope_width(rope, config["head_dim"])
     return rope

@@ -7,7 +7,7 @@ import importlib.util
 import os
 import platform
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +68,21 @@ def launch_facts(config: Config, **arguments: Any) -> Facts:
 
 
 def config_facts(config: Config) -> Facts:
+    """Every setting by its full name, those of `model.attention` too."""
     return {
-        f"{section.name}.{key.name}": repr(getattr(getattr(config, section.name), key.name))
+        name: text
         for section in fields(config)
-        for key in fields(getattr(config, section.name))
+        for name, text in _settings(section.name, getattr(config, section.name)).items()
+    }
+
+
+def _settings(name: str, value: Any) -> Facts:
+    if not is_dataclass(value):
+        return {name: repr(value)}
+    return {
+        full: text
+        for key in fields(value)
+        for full, text in _settings(f"{name}.{key.name}", getattr(value, key.name)).items()
     }
 
 
