@@ -110,7 +110,12 @@ READ = {
         {**SPECFORGE, "rope_scaling": ROPES["yarn"], "rope_theta": 1000000.0},
         replace(VANILLA, rope_parameters=ROPES["yarn"]),
     ),
-    "RedHatAI Qwen3.8": (
+    "RadixArk Inkling, and SpecForge's GLM-5.2": (
+        {**SPECFORGE, "rope_theta": 8000000.0},
+        replace(VANILLA, rope_parameters={"rope_type": "default", "rope_theta": 8000000.0}),
+    ),
+    "Nanbeige4.2": ({**SPECFORGE, "layer_types": ["full_attention"] * 2}, VANILLA),
+    "RedHatAI Qwen3.8, GLM-5.3 if it has the library's defaults": (
         speculators(3, WINDOW),
         replace(
             VANILLA,
@@ -161,6 +166,16 @@ REFUSED = {
     "DaoCloud Muse-Glimmer: its cap": (
         speculators(3, WINDOW, output_multiplier=0.196, final_logit_softcapping=20.0),
         "the logits are multiplied by it",
+    ),
+    "deepseek-ai V4, inside its target": (
+        {
+            "architectures": ["DeepseekV4ForCausalLM"],
+            "model_type": "deepseek_v4",
+            "dspark_block_size": 5,
+            "dspark_markov_rank": 256,
+            "num_nextn_predict_layers": 3,
+        },
+        "this is no DSpark draft",
     ),
     "Ornith: its family": (
         {**DEEPSPEC, "model_type": "qwen3_5", "enable_qwen35_gated_q_proj": True},
