@@ -131,7 +131,7 @@ def test_a_length_that_the_target_was_not_made_for_is_noted(tmp_path):
     config = load_config(
         ROOT / "examples" / "qwen3-4b.yaml", [f"target.path={PUBLIC_CONFIGS}/qwen3-4b"]
     )
-    assert "max_position_embeddings" not in describe_run(config, 8)
+    assert "the target's max_position_embeddings" not in describe_run(config, 8)
     config.data.max_length = 50000
     assert "(50000) is more than the target's max_position_embeddings (40960)" in describe_run(
         config, 8

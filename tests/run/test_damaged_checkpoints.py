@@ -106,7 +106,9 @@ def test_every_reader_names_the_file_and_the_way_out(pool, run, tmp_path, has_ch
     assert len({name for name, _ in found}) > 70
     for (name, reader), (kind, text) in found.items():
         file, _, damage = name.partition(": ")
-        if not kind and damage in UNSEEN and not has_checksums:
+        # Without checksums another byte is seen as another value, if at all.
+        another = not kind or "another run" in text or "another target" in text
+        if another and damage in UNSEEN and not has_checksums:
             continue
         if name == "checksums.json: missing":
             assert not kind
