@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # What must hold on every supported Megatron-Core; the rest does not depend on its version (`ops/`
 # does not import it).
 CORE_TESTS := tests/model/test_draft_model.py tests/model/test_device_discipline.py \
-	tests/model/test_draft_attention.py tests/model/test_gemma4_draft.py \
+	tests/model/test_draft_attention.py \
 	tests/model/test_layer_spec.py tests/training/test_training.py tests/training/test_stopping.py \
 	tests/training/test_overlap.py tests/run/test_checkpoints.py tests/run/test_identity.py \
 	tests/run/test_initial_checkpoint.py tests/targets/huggingface/test_sharded_target.py \
