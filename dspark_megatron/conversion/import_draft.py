@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem
 
+from dspark_megatron.conversion.draft_folder import DraftFolder
 from dspark_megatron.conversion.layouts.names import (
     megatron_shapes,
     name_table,
@@ -78,17 +79,7 @@ def import_folder(
     check_draft_split(shape, tensor_parallel)
     check_sidecar(draft.path, shape.num_draft_tokens)
     run = Path(output_dir).resolve()
-    meta = {
-        "format": FORMAT,
-        "shape": shape.to_dict(),
-        **draft.description.facts(),
-        "target_fingerprint": fingerprint(target_dir),
-        "weights_only": True,
-        "imported_from": {"folder": draft.path.resolve().name, "layout": draft.layout.name},
-        "iteration": 0,
-        "consumed_samples": 0,
-        "open_metrics": [],
-    }
+    meta = _meta_of(draft, fingerprint(target_dir))
 
     def get(name: str) -> Tensor:
         tensor = draft.tensor(name)
@@ -118,6 +109,21 @@ def import_folder(
             raise cause from None
         raise ConfigError(f"cannot write {run}: {cause}; nothing was kept") from error
     return iteration_folder(run / "checkpoints", 0)
+
+
+def _meta_of(draft: DraftFolder, target_fingerprint: str) -> dict[str, Any]:
+    """The `dspark.json` of an import."""
+    return {
+        "format": FORMAT,
+        "shape": draft.shape.to_dict(),
+        **draft.description.facts(),
+        "target_fingerprint": target_fingerprint,
+        "weights_only": True,
+        "imported_from": {"folder": draft.path.resolve().name, "layout": draft.layout.name},
+        "iteration": 0,
+        "consumed_samples": 0,
+        "open_metrics": [],
+    }
 
 
 def _holds_import(
