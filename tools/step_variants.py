@@ -130,7 +130,7 @@ class PlainStep:
             made.blocks.eval_mask & real[:, None],
             out.confidence_logits,
             loss.loss_decay_gamma,
-            (loss.ce_loss_alpha, loss.l1_loss_alpha, loss.confidence_head_alpha),
+            (loss.terms.ce, loss.terms.l1, loss.confidence_head_alpha),
         )
         return terms["loss_sum"] / terms["weight"]
 

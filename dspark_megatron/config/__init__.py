@@ -12,8 +12,8 @@ import yaml
 
 from dspark_megatron.config.data import DataConfig
 from dspark_megatron.config.evaluate import EvaluateConfig
-from dspark_megatron.config.loss import LossConfig
 from dspark_megatron.config.model import ModelConfig
+from dspark_megatron.config.objective.loss import LossConfig
 from dspark_megatron.config.optimizer import OptimizerConfig
 from dspark_megatron.config.parallel import ParallelConfig
 from dspark_megatron.config.rules import check_bounds, check_choices
@@ -46,12 +46,13 @@ class Config:
         if trains:
             self._check_given()
         loss = self.loss
-        terms = ["ce_loss_alpha", "l1_loss_alpha", "tvd_loss_alpha", "kl_loss_alpha"]
-        if self.model.enable_confidence_head:
-            terms.append("confidence_head_alpha")
+        confidence = self.model.enable_confidence_head
         require(
-            any(getattr(loss, name) > 0 for name in terms),
-            f"there is nothing to learn: one of loss.{', loss.'.join(terms)} must be > 0",
+            any(weight > 0 for weight in vars(loss.terms).values())
+            or (confidence and loss.confidence_head_alpha > 0),
+            "there is nothing to learn: a weight in loss.terms"
+            + (" or loss.confidence_head_alpha" * confidence)
+            + " must be > 0",
         )
         require(
             not self.optimizer.overlap_grad_reduce
@@ -76,7 +77,7 @@ class Config:
             every is None or self.needs_target_logits,
             "evaluate.every compares with the target's distribution, which an objective of cross "
             "entropy alone does not load; set evaluate.every=null, or give a term that compares "
-            "(loss.l1_loss_alpha, loss.kl_loss_alpha, ...) a weight",
+            "(loss.terms.l1, loss.terms.kl, ...) a weight",
         )
         require(
             every is None or not self.target.is_stored,

@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 from dspark_megatron.bounded_text import MOST_YAML_BYTES, parse_yaml, read_text
 from dspark_megatron.config import Config
-from dspark_megatron.config.presets import check_new_preset, with_preset
+from dspark_megatron.config.objective.presets import check_new_preset, with_preset, with_terms
 from dspark_megatron.config.rules import SHOWN, one_of, shown
 from dspark_megatron.errors import ConfigError, require
 
 RENAMED = {"target.check_teacher_logits": "target.check_logits"}
 """Keys of older versions, which saved configs still have."""
-PARTS = {"model": ("attention",)}
+PARTS = {"model": ("attention",), "loss": ("terms", "weighting")}
 """Keys of sections that have keys of their own."""
 MOST_NAME_BYTES = 255
 """Of a file's name, on the usual file systems."""
@@ -39,6 +39,7 @@ def load_config(
     """
     raw = _with_new_names(_sections_of(path)) if path is not None else {}
     changes = _with_new_names(nested_overrides(overrides))
+    raw, changes = with_terms(raw, changes)
     merged = merged_sections(raw, changes)
     config = config_from_dict(merged)
     config.validate(trains=trains)
@@ -87,7 +88,7 @@ def nested_overrides(overrides: typing.Iterable[str]) -> dict[str, dict[str, Any
         require(
             not parts or parts[0] in PARTS.get(section, ()),
             f"override {shown(override)} must give a key whole, as section.key=value; only "
-            "model.attention has keys of its own",
+            f"{_parts()} have keys of their own",
         )
         values = sections.setdefault(section, {})
         for part in parts:
@@ -101,8 +102,13 @@ def nested_overrides(overrides: typing.Iterable[str]) -> dict[str, dict[str, Any
     return sections
 
 
+def _parts() -> str:
+    names = [f"{section}.{part}" for section, parts in PARTS.items() for part in parts]
+    return f"{', '.join(names[:-1])} and {names[-1]}"
+
+
 def merged_sections(raw: dict[str, Any], changes: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The sections with the changes: key by key, those of `model.attention` too."""
+    """The sections with the changes: key by key, those of PARTS too."""
     merged = dict(raw)
     for section, values in changes.items():
         old = {} if merged.get(section) is None else merged[section]

@@ -15,6 +15,7 @@ from typing import Any
 from dspark_megatron.bounded_text import parse_yaml
 from dspark_megatron.config import Config
 from dspark_megatron.config.loading import config_from_dict
+from dspark_megatron.config.objective.terms import OLDER_NAMES
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.megatron_lm.names import ARGUMENTS, settings
 
@@ -63,6 +64,13 @@ def add_dspark_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             help=text.replace("%", "%%").strip(),
             **_parsing(field.type),
         )
+    for key, term in OLDER_NAMES.items():
+        group.add_argument(
+            flag("loss", key),
+            default=argparse.SUPPRESS,
+            type=float,
+            help=f"Older name of {term} in {flag('loss', 'terms')}.",
+        )
     return parser
 
 
@@ -80,6 +88,10 @@ def config_from_args(args: Namespace) -> Config:
         name = flag(section, field.name).removeprefix("--").replace("-", "_")
         if hasattr(args, name):
             sections.setdefault(section, {})[field.name] = getattr(args, name)
+    for key in OLDER_NAMES:
+        name = flag("loss", key).removeprefix("--").replace("-", "_")
+        if hasattr(args, name):
+            sections.setdefault("loss", {})[key] = getattr(args, name)
     sections["train"].setdefault("output_dir", "not saved")
     if args.train_iters is None:
         sections["train"]["iterations"] = (args.train_samples or 0) // args.global_batch_size

@@ -52,9 +52,9 @@ class Objective:
     @classmethod
     def of(cls, loss: LossConfig) -> "Objective":
         return cls(
-            ce=loss.ce_loss_alpha,
-            l1=loss.l1_weight,
-            kl=loss.kl_loss_alpha,
+            ce=loss.terms.ce,
+            l1=loss.terms.l1,
+            kl=loss.terms.kl,
             labels_from_target=loss.ce_labels == "target_argmax",
         )
 

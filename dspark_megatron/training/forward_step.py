@@ -138,8 +138,7 @@ class ForwardStep:
             raise ValueError(
                 "the L1, KL and confidence terms compare with the target, but its last hidden "
                 "states are missing; provide them, or train with cross entropy alone "
-                "(loss.l1_loss_alpha=0 loss.tvd_loss_alpha=0 loss.kl_loss_alpha=0 "
-                "loss.ce_labels=data model.enable_confidence_head=false)"
+                "(loss.terms={ce: 1} loss.ce_labels=data model.enable_confidence_head=false)"
             )
         return blocks.target_of(states.last_hidden).to(dtype)
 

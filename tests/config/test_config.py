@@ -32,7 +32,7 @@ def test_defaults_are_the_papers(tmp_path):
         512,
         5,
     )
-    assert (config.loss.ce_loss_alpha, config.loss.l1_loss_alpha) == (0.1, 0.9)
+    assert (config.loss.terms.ce, config.loss.terms.l1) == (0.1, 0.9)
     assert config.min_loss_tokens == 14
     assert config.optimizer.lr == 6e-4
 
@@ -110,7 +110,7 @@ def test_no_weight_at_all_is_refused(tmp_path):
     weights = ["loss.ce_loss_alpha=0", "loss.l1_loss_alpha=0"]
     load_config(write(tmp_path, MINIMAL), weights)  # the confidence head still learns
     for silent in ("loss.confidence_head_alpha=0", "model.enable_confidence_head=false"):
-        with pytest.raises(ConfigError, match="there is nothing to learn: one of"):
+        with pytest.raises(ConfigError, match="there is nothing to learn: a weight in"):
             load_config(write(tmp_path, MINIMAL), [*weights, silent])
 
 
@@ -129,12 +129,12 @@ def test_no_weight_at_all_is_refused(tmp_path):
 )
 def test_the_distance_is_what_its_one_name_says(tmp_path, loss, weight):
     config = load_config(write(tmp_path, f"{MINIMAL}\nloss: {loss}\n"))
-    assert config.loss.l1_weight == weight
+    assert config.loss.terms.l1 == weight
     assert config_from_dict(config.to_dict()) == config
 
 
 def test_both_names_of_the_distance_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="weigh one term"):
+    with pytest.raises(ConfigError, match="they are one term"):
         load_config(write(tmp_path, MINIMAL), ["loss.tvd_loss_alpha=0.9", "loss.l1_loss_alpha=0.9"])
 
 
@@ -300,5 +300,7 @@ def test_attention_that_no_draft_can_have(overrides, words):
 
 @pytest.mark.parametrize("override", ["model.rope_parameters.factor=8", "model.attentoin.window=8"])
 def test_an_override_gives_a_key_whole_that_has_no_keys_of_its_own(override):
-    with pytest.raises(ConfigError, match="must give a key whole.* only model.attention has keys"):
+    with pytest.raises(
+        ConfigError, match="must give a key whole.* only model.attention, loss.terms and"
+    ):
         load_config(None, ["target.path=T", override], trains=False)

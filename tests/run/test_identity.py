@@ -29,13 +29,15 @@ def test_a_run_with_other_settings_is_not_continued(pool, tiny_run, unbroken, se
 
 def test_other_loss_weights_are_not_continued(pool, tiny_run, unbroken):
     config = tiny_config(tiny_run, train={"output_dir": str(unbroken)}, loss={"ce_loss_alpha": 0.5})
-    with pytest.raises(AssertionError, match="loss.ce_loss_alpha: 0.1 there, 0.5 here"):
+    with pytest.raises(AssertionError, match="loss.terms.ce: 0.1 there, 0.5 here"):
         pool.run(run_training, world=1, tp=1, config=config)
 
 
 YOUNGER_KEYS = (
-    "tvd_loss_alpha",
-    "kl_loss_alpha",
+    "terms",
+    "weighting",
+    "confidence_weights",
+    "confidence_stop_gradient",
     "ce_labels",
     "anchor_rule",
     "supervised_slots",
@@ -53,6 +55,7 @@ def old_run(unbroken, tmp_path):
     meta = json.loads(file.read_text())
     for key in YOUNGER_KEYS:
         del meta["loss"][key]
+    meta["loss"] |= {"ce_loss_alpha": 0.1, "l1_loss_alpha": 0.9}
     del meta["target_logits"]
     meta["open_metrics"] = meta["open_metrics"][1:]
     file.write_text(json.dumps(meta))

@@ -91,7 +91,7 @@ def plain_terms(shape, weights, loss):
             blocks.eval_mask,
             out.confidence_logits,
             GAMMA,
-            (loss.ce_loss_alpha, loss.l1_weight, loss.confidence_head_alpha),
+            (loss.terms.ce, loss.terms.l1, loss.confidence_head_alpha),
             from_anchor,
         )
         terms.append({**sums, "eval_mask": blocks.eval_mask, "count": blocks.eval_mask.sum()})

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dspark_megatron.config import LossConfig
+from dspark_megatron.config.objective.terms import OLDER_NAMES, LossTerms, without_older_names
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.ops.logit_transform import IDENTITY
 from dspark_megatron.run.identity import clock_hint
@@ -73,11 +74,9 @@ def check_same_run(folder: Path, meta: dict[str, Any]) -> None:
     different = []
     for key, value in meta.items():
         if isinstance(value, dict):
-            old = _DEFAULTS.get(key, {}) | (saved.get(key) or {})
+            old = _DEFAULTS.get(key, {}) | _as_now(saved.get(key) or {})
             different += [
-                f"{key}.{k}: {old.get(k)!r} there, {v!r} here"
-                for k, v in value.items()
-                if old.get(k) != v
+                line for k, v in value.items() for line in _differences(f"{key}.{k}", old.get(k), v)
             ]
         elif key in saved and saved[key] != value:
             different.append(f"{key}: {saved[key]!r} there, {value!r} here")
@@ -88,3 +87,20 @@ def check_same_run(folder: Path, meta: dict[str, Any]) -> None:
             f"checkpoint {folder} belongs to another run: {'; '.join(different)}. "
             f"Use another train.output_dir, or the settings of that run.{hint}"
         )
+
+
+def _as_now(saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved section, with the terms of the loss under the names that they have now."""
+    if not saved.keys() & OLDER_NAMES.keys():
+        return saved
+    return without_older_names(saved, asdict(LossTerms()))
+
+
+def _differences(name: str, there: Any, here: Any) -> list[str]:
+    """A line for each key in which two values differ."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        keys = sorted(there.keys() | here.keys())
+        return [
+            line for k in keys for line in _differences(f"{name}.{k}", there.get(k), here.get(k))
+        ]
+    return [] if there == here else [f"{name}: {there!r} there, {here!r} here"]

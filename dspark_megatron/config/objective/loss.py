@@ -1,8 +1,9 @@
 """The section `loss`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from dspark_megatron.config.objective.terms import LossTerms, LossWeighting
 from dspark_megatron.config.rules import not_negative, positive
 from dspark_megatron.errors import require
 
@@ -13,18 +14,21 @@ class LossConfig:
 
     preset: Literal["deepspec", "modelopt", "speculators"] = "deepspec"
     """The training code whose semantics the other keys follow unless they are given: `deepspec`
-    (the paper's checkpoints), `modelopt` or `speculators`. See `config/presets.py`."""
-    ce_loss_alpha: float = 0.1
-    """Weight of the cross entropy with the labels."""
-    l1_loss_alpha: float = 0.9
-    """Weight of the raw L1 distance (0..2) to the target's distribution."""
-    tvd_loss_alpha: float = 0.0
-    """Weight of the total variation distance, which is half of L1: the same term in speculators'
-    unit. Giving one of the two sets the other to 0."""
-    kl_loss_alpha: float = 0.0
-    """Weight of the forward divergence KL(target || draft) in nats."""
+    (the paper's checkpoints), `modelopt` or `speculators`. See `config/objective/presets.py`."""
+    terms: LossTerms = field(default_factory=lambda: LossTerms(ce=0.1, l1=0.9))
+    """Weights of the terms, by name. In a file `terms` is the whole set: a term that is left out
+    weighs 0. On the command line `loss.terms.kl=0.5` changes one of them."""
+    weighting: LossWeighting = field(default_factory=LossWeighting)
+    """What a supervised slot weighs in the terms."""
     confidence_head_alpha: float = 1.0
     """Weight of the confidence head's binary cross entropy."""
+    confidence_weights: Literal["decay", "reach"] = "decay"
+    """What a slot weighs in the confidence head's loss. `decay`: exp(-k / loss_decay_gamma).
+    `reach`: the chance that a round gets there, the product of the accept rates of the slots
+    before."""
+    confidence_stop_gradient: bool = False
+    """Let the confidence head's loss train that head alone, and neither the backbone nor the
+    Markov head."""
     loss_decay_gamma: float | None = 4.0
     """Slot k, counted from 0, weighs exp(-k / loss_decay_gamma). Null means no decay."""
     ce_labels: Literal["data", "target_argmax"] = "data"
@@ -40,12 +44,16 @@ class LossConfig:
     """Whether a slot is in the loss mask is decided by its `label`, or by its `input`, one token
     before. With `input` one token past the end of an answer is learnt. With
     `model.sample_from_anchor: false` input and label of a slot stand at one place: only `label`."""
-    normalization: Literal["global_step", "deepspec", "local", "local_count"] = "global_step"
+    normalization: Literal["global_step", "global_samples", "deepspec", "local", "local_count"] = (
+        "global_step"
+    )
     """`global_step`: sums over all samples of the step, divided once by the sum of the weights.
+    `global_samples`: the same sums, divided by the number of samples of the step.
     `deepspec`: the mean over micro-batches of their weighted means. `local`: the mean over
     micro-batches and data-parallel ranks of their weighted means. `local_count`: as `local`, but
-    divided by the number of supervised slots instead of their weights. With all but the first the
-    result depends on the layout."""
+    divided by the number of supervised slots instead of their weights. With the last three the
+    result depends on the layout. The weights of `weighting: dpace` and `dpard` come out of the
+    forward pass; with them each supervised slot counts as 1 in the divisor."""
     memory_budget_mb: int = 256
     """MiB that the logits of the head loss may take on a rank. It decides how many slots a chunk
     has. The workspace of elementwise passes (tens of MiB) and the gradient of `markov_w2` come on
@@ -58,13 +66,9 @@ class LossConfig:
     is faster, and not on a CPU, where it is not."""
 
     def validate(self) -> None:
-        not_negative("loss", self, "ce_loss_alpha", "l1_loss_alpha", "tvd_loss_alpha")
-        not_negative("loss", self, "kl_loss_alpha", "confidence_head_alpha")
-        require(
-            not (self.l1_loss_alpha and self.tvd_loss_alpha),
-            f"loss.l1_loss_alpha ({self.l1_loss_alpha}) and loss.tvd_loss_alpha "
-            f"({self.tvd_loss_alpha}) weigh one term (tvd is half of l1); set either to 0",
-        )
+        self.terms.validate()
+        self.weighting.validate()
+        not_negative("loss", self, "confidence_head_alpha")
         require(
             self.loss_decay_gamma is None or self.loss_decay_gamma > 0,
             f"loss.loss_decay_gamma ({self.loss_decay_gamma}) must be > 0, or null for no decay",
@@ -74,16 +78,11 @@ class LossConfig:
     def is_compiled(self, device_type: str) -> bool:
         return device_type == "cuda" if self.compile is None else self.compile
 
-    @property
-    def l1_weight(self) -> float:
-        """Weight of the raw L1 distance, under whichever name it was given."""
-        return self.l1_loss_alpha + self.tvd_loss_alpha / 2
-
     def needs_target_logits(self, *, with_confidence_head: bool) -> bool:
         """Whether any term compares with the target's distribution."""
         return (
-            self.l1_weight > 0
-            or self.kl_loss_alpha > 0
+            self.terms.compare_with_target
+            or self.weighting.name == "dpard"
             or self.ce_labels == "target_argmax"
             or (with_confidence_head and self.confidence_head_alpha > 0)
         )

@@ -1,0 +1,103 @@
+"""The parts `terms` and `weighting` of the section `loss`: what a slot loses and weighs."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dspark_megatron.config.rules import not_negative
+from dspark_megatron.errors import require
+
+OLDER_NAMES = {
+    "ce_loss_alpha": "ce",
+    "l1_loss_alpha": "l1",
+    "tvd_loss_alpha": "tvd",
+    "kl_loss_alpha": "kl",
+}
+"""Keys of the loss section in older versions, which name a term each."""
+
+
+@dataclass(kw_only=True)
+class LossTerms:
+    """Weights of the terms of a slot's loss; a term that is left out weighs 0. p is the draft's
+    distribution, q the target's, and the accept rate a = sum min(p, q). `tvd: x` is another way to
+    write `l1: x/2`."""
+
+    ce: float = 0.0
+    """Cross entropy with the labels, in nats (paper Eq. 9)."""
+    l1: float = 0.0
+    """Raw L1 distance to the target's distribution, sum |p - q| in 0..2 (paper Eq. 10)."""
+    kl: float = 0.0
+    """Forward divergence KL(q || p) in nats."""
+    reverse_kl: float = 0.0
+    """Reverse divergence KL(p || q) in nats."""
+    js: float = 0.0
+    """Jensen-Shannon divergence of p and q in nats, at most log 2."""
+    renyi_half: float = 0.0
+    """Renyi divergence of order 1/2, -2 log sum sqrt(p q), in nats."""
+    lk_alpha: float = 0.0
+    """-log a, with a clamped to 1e-5 (arXiv 2602.23881)."""
+    lk_hybrid: float = 0.0
+    """l KL(q || p) + (1 - l) L1 / 2 with l = exp(-3 a), constant in the gradient (arXiv
+    2602.23881)."""
+
+    def validate(self) -> None:
+        not_negative("loss.terms", self, *vars(self))
+
+    @property
+    def compare_with_target(self) -> bool:
+        """Whether any of them reads the target's distribution."""
+        return any(weight > 0 for name, weight in vars(self).items() if name != "ce")
+
+
+@dataclass(kw_only=True)
+class LossWeighting:
+    """What a supervised slot weighs in the terms."""
+
+    name: Literal["decay", "dpace", "dpard"] = "decay"
+    """`decay`: slot k weighs exp(-k / loss_decay_gamma). `dpace` (D-PACE, arXiv 2605.18810): with
+    c_i = (1 - alpha) exp(-CE_i) + alpha and P_j = c_0 ... c_j, slot j weighs P_j + ... + P_last, so
+    that what comes first and what is likely to be reached weighs most. `dpard`: the same with the
+    accept rate a_i instead of exp(-CE_i). Both are constants in the gradient and know no decay."""
+    alpha: float = 0.5
+    """Smallest c of `dpace` and `dpard`, in (0, 1]. With 1 the weights depend on the slot alone."""
+
+    def validate(self) -> None:
+        require(
+            0 < self.alpha <= 1,
+            f"loss.weighting.alpha ({self.alpha}) must be in (0, 1]",
+        )
+
+
+def terms_of(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Terms as they are written, under their own names: `tvd: x` becomes `l1: x/2`."""
+    if "tvd" not in values:
+        return values
+    require(
+        "l1" not in values,
+        f"{where} gives l1 ({values.get('l1')}) and tvd ({values['tvd']}), and they are one term "
+        "(tvd is half of l1); give one of the two",
+    )
+    tvd = values["tvd"]
+    half = tvd / 2 if isinstance(tvd, int | float) and not isinstance(tvd, bool) else tvd
+    return {
+        ("l1" if name == "tvd" else name): half if name == "tvd" else value
+        for name, value in values.items()
+    }
+
+
+def without_older_names(loss: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """A loss section with `terms` instead of the keys of older versions. base: the terms that those
+    keys change."""
+    if loss.get("terms", 0) is None:  # left open in the file
+        loss = {key: value for key, value in loss.items() if key != "terms"}
+    older = {term: loss[key] for key, term in OLDER_NAMES.items() if key in loss}
+    if not older:
+        if isinstance(loss.get("terms"), dict):
+            return {**loss, "terms": terms_of(loss["terms"], "loss.terms")}
+        return loss
+    given = [f"loss.{key}" for key in OLDER_NAMES if key in loss]
+    require(
+        "terms" not in loss,
+        f"{', '.join(given)} and loss.terms say the same; give loss.terms alone",
+    )
+    own = {key: value for key, value in loss.items() if key not in OLDER_NAMES}
+    return {**own, "terms": {**base, **terms_of(older, "the loss section")}}
