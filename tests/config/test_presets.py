@@ -8,6 +8,7 @@ import pytest
 from dspark_megatron.config.loading import config_from_dict, load_config
 from dspark_megatron.config.objective.loss import LossConfig
 from dspark_megatron.config.objective.presets import LOSS_PRESETS
+from dspark_megatron.config.objective.words import objective_words
 from dspark_megatron.errors import ConfigError
 
 NO_TERMS = dict.fromkeys(
@@ -172,3 +173,36 @@ def test_objectives_that_are_not_known(overrides, message):
     with pytest.raises(ConfigError) as error:
         read([f"loss.{one}" for one in overrides])
     assert message in str(error.value)
+
+
+PLAIN = "normalization: global_step; anchors, slots and labels as in DeepSpec"
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (
+            [],
+            f"(0.1 ce + 0.9 l1) by exp(-k/4) + 1 confidence by exp(-k/4); {PLAIN}",
+        ),
+        (
+            ["preset=dpace", "confidence_stop_gradient=true"],
+            "(1 ce) by dpace with alpha 0.5 + 1 confidence, of its head alone, by "
+            f"exp(-k/4); {PLAIN}",
+        ),
+        (
+            ["preset=dpard"],
+            "(1 renyi_half) by dpard with alpha 0.5 + 1 confidence by reach; "
+            "normalization: global_samples; anchors, slots and labels as in DeepSpec",
+        ),
+        (
+            ["preset=speculators_kl", "confidence_head_alpha=0", "loss_decay_gamma=null"],
+            "(1 kl) by 1; normalization: local_count; ce_labels: target_argmax, "
+            "anchor_rule: token, supervised_slots: all, slot_mask: input",
+        ),
+        (["terms.ce=0", "terms.l1=0"], f"1 confidence by exp(-k/4); {PLAIN}"),
+    ],
+)
+def test_an_objective_in_one_line(overrides, words):
+    loss = read([f"loss.{one}" for one in overrides]).loss
+    assert objective_words(loss, with_confidence_head=True) == words

@@ -22,6 +22,7 @@ def test_the_text_has_layout_and_memory(tiny_run):
     text = describe_run(tiny_config(tiny_run, parallel={"tensor_parallel": 2}), world_size=4)
     assert "4 ranks = 2 tensor-parallel x 2 data-parallel" in text
     assert "block_size: 3" in text and "optimizer state" in text
+    assert "\nobjective: (0.1 ce + 0.9 l1) by exp(-k/4) + 1 confidence " in text
 
 
 def test_bad_layouts_are_refused_as_in_the_run(tiny_run):
