@@ -109,7 +109,9 @@ def recommend(wish: Wish, machine: Machine) -> str:
 def evenly_spread_layers(num_layers: int, taps: int = TAPS) -> list[int]:
     """DeepSpec's choice: from the second layer to the third from the end."""
     last = num_layers - 3
-    require(taps >= 2, f"--taps ({taps}) must be at least 2; set model.target_layer_ids for one tap")
+    require(
+        taps >= 2, f"--taps ({taps}) must be at least 2; set model.target_layer_ids for one tap"
+    )
     require(
         last >= taps,
         f"the target has {num_layers} layers, too few to spread {taps} taps over [1, {last}]; set "
