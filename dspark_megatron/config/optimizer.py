@@ -1,6 +1,7 @@
 """The section `optimizer`."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from dspark_megatron.config.rules import not_negative, positive
 from dspark_megatron.errors import require
@@ -8,10 +9,13 @@ from dspark_megatron.errors import require
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay."""
+    """AdamW or Muon, with linear warm-up and cosine decay."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """`muon`: for the matrices of the backbone and of the Markov head's latent; AdamW for the rest.
+    A run keeps the one that it began with."""
     lr: float = 6e-4
-    """Peak learning rate."""
+    """Peak learning rate, of both: Muon's updates are scaled to the size that AdamW's have."""
     min_lr_ratio: float = 0.0
     """Final learning rate as a share of the peak."""
     warmup_ratio: float = 0.04
@@ -21,10 +25,17 @@ class OptimizerConfig:
     adam_beta2: float = 0.999
     adam_eps: float = 1e-8
     weight_decay: float = 0.0
+    muon_momentum: float = 0.95
+    """Nesterov's, of Muon."""
+    muon_weight_decay: float | None = None
+    """Of Muon's matrices. Null is `weight_decay`."""
+    muon_steps: int = 5
+    """Newton-Schulz iterations in a step of Muon."""
     clip_grad: float = 1.0
     """Largest gradient norm. With 0 gradients are not clipped."""
     use_distributed_optimizer: bool = True
-    """Shard optimizer state and fp32 main weights over data-parallel ranks."""
+    """Shard optimizer state and fp32 main weights over data-parallel ranks; with Muon those of its
+    matrices, and every rank keeps AdamW's."""
     overlap_grad_reduce: bool = False
     """Reduce each bucket of gradients over data-parallel ranks as soon as it is full, while the
     backward pass of the step's last micro-batch still runs."""
@@ -41,3 +52,22 @@ class OptimizerConfig:
             value = getattr(self, name)
             require(0 <= value < 1, f"optimizer.{name} ({value}) must be in [0, 1)")
         not_negative("optimizer", self, "weight_decay", "clip_grad")
+        self._validate_muon()
+
+    def _validate_muon(self) -> None:
+        require(
+            0 <= self.muon_momentum < 1,
+            f"optimizer.muon_momentum ({self.muon_momentum}) must be in [0, 1)",
+        )
+        if self.muon_weight_decay is not None:
+            not_negative("optimizer", self, "muon_weight_decay")
+        require(
+            1 <= self.muon_steps < 100,  # PyTorch's own bound
+            f"optimizer.muon_steps ({self.muon_steps}) must be from 1 to 99",
+        )
+
+    @property
+    def splits_buckets(self) -> bool:
+        """Whether each data-parallel rank gets a part of the reduced gradients. Muon needs whole
+        matrices, and has its own way to share out state."""
+        return self.use_distributed_optimizer and self.name == "adamw"
