@@ -50,7 +50,10 @@ class Owners:
     def gathered(self, one: Round, part: Callable[[Weight], Tensor]) -> list[Tensor]:
         """The whole matrices of this rank's own weight, from the parts of all tensor-parallel
         ranks. One all-to-all over these ranks: each sends as much as it holds of the weights."""
-        parts, ranks = [part(weight).flatten() for weight in one[self._place]], self._tp_group.size()
+        parts, ranks = (
+            [part(weight).flatten() for weight in one[self._place]],
+            self._tp_group.size(),
+        )
         own = self.own(one)
         if ranks > 1 and parts:
             sent = [*map(len, parts), *[0] * (ranks - len(parts))]
