@@ -80,7 +80,7 @@ class MuonOptimizer(MegatronOptimizer):
     def step_with_ready_grads(self) -> bool:
         """Collectives: `Owners.gathered` of fp32 gradients and `Owners.spread` a round."""
         for one in self._owners.rounds:
-            whole = self._owners.gathered(one, lambda weight: self._gradients[weight.name].grad)
+            whole = self._owners.gathered(one, lambda weight: weight.parameter.main_grad)
             if own := self._owners.own(one):
                 for matrix, gradient in zip(own.matrices, whole, strict=True):
                     matrix.grad = gradient

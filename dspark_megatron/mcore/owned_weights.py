@@ -50,17 +50,13 @@ class Owners:
     def gathered(self, one: Round, part: Callable[[Weight], Tensor]) -> list[Tensor]:
         """The whole matrices of this rank's own weight, from the parts of all tensor-parallel
         ranks. One all-to-all over these ranks: each sends as much as it holds of the weights."""
-        parts, ranks = (
-            [part(weight).flatten() for weight in one[self._place]],
-            self._tp_group.size(),
-        )
-        own = self.own(one)
+        parts = [part(weight).flatten() for weight in one[self._place]]
+        own, ranks = self.own(one), self._tp_group.size()
         if ranks > 1 and parts:
             sent = [*map(len, parts), *[0] * (ranks - len(parts))]
             size = own.parameter.numel() if own else 0
             received = parts[0].new_empty(ranks * size)
-            splits = dict(output_split_sizes=[size] * ranks, input_split_sizes=sent)
-            dist.all_to_all_single(received, torch.cat(parts), **splits, group=self._tp_group)
+            self._exchange(received, [size] * ranks, torch.cat(parts), sent)
             parts = list(received.chunk(ranks))
         return own.split.joined([one.view_as(own.parameter) for one in parts]) if own else []
 
@@ -89,14 +85,23 @@ class Owners:
             flat.copy_(handed)
             return
         sizes = sizes + [0] * (ranks - len(sizes))
-        splits = dict(output_split_sizes=sizes, input_split_sizes=[len(handed) // ranks] * ranks)
-        dist.all_to_all_single(flat, handed, **splits, group=self._tp_group)
+        self._exchange(flat, sizes, handed, [len(handed) // ranks] * ranks)
+
+    def _exchange(
+        self, received: Tensor, received_sizes: list[int], sent: Tensor, sent_sizes: list[int]
+    ) -> None:
+        group = self._tp_group
+        dist.all_to_all_single(received, sent, received_sizes, sent_sizes, group=group)
 
 
 def _rounds(weights: list[Weight], tp_size: int, dp_size: int) -> Iterator[Round]:
     """The largest first: weights of about the same size are in a round, and no rank has more to
     hold than the first."""
-    ordered = sorted(weights, key=lambda weight: -weight.parameter.numel())
+
+    def size(weight: Weight) -> int:
+        return weight.parameter.numel() * (1 if weight.split.dim is None else tp_size)
+
+    ordered = sorted(weights, key=size, reverse=True)
     for start in range(0, len(ordered), tp_size * dp_size):
         this = ordered[start : start + tp_size * dp_size]
         yield [this[i * tp_size : (i + 1) * tp_size] for i in range(dp_size)]

@@ -24,8 +24,10 @@ class SplitMatrix:
     def joined(self, parts: list[Tensor]) -> list[Tensor]:
         """The whole matrices, from every rank's part. Views where there is but one rank and one
         matrix."""
-        is_whole = self.dim is None or len(parts) == 1
-        whole = parts[0] if is_whole else torch.cat(parts, dim=self.dim)
+        if self.dim is None or len(parts) == 1:
+            whole = parts[0]
+        else:
+            whole = torch.cat(parts, dim=self.dim)
         groups = whole.unflatten(0, (self.groups, self.matrices, -1))
         return [matrix.flatten(0, 1) for matrix in groups.unbind(1)]
 
