@@ -20,6 +20,7 @@ LAYOUTS = [
     (1, 1, "no heads"),
     (2, 1, "whole optimizer"),
     (2, 1, "overlap"),
+    (4, 2, "Muon"),
     (2, 2, "rnn head"),
     (2, 2, "sequence parallel, recompute"),
     (1, 1, "windows"),
