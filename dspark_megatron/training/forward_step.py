@@ -75,11 +75,8 @@ class ForwardStep:
     @property
     def term_weights(self) -> dict[str, float]:
         """Weight of each term in use, by its name in the metrics."""
-        terms = {"ce": self.objective.ce}
-        if self.with_target:
-            terms["l1"] = self.objective.l1
-        if self.objective.kl > 0:
-            terms["kl"] = self.objective.kl
+        names = (x for x in self.objective.names if x != "l1" or self.with_target)
+        terms = {name: getattr(self.objective, name) for name in names}
         if self.confidence_alpha > 0:
             terms["confidence"] = self.confidence_alpha
         return terms
@@ -111,9 +108,7 @@ class ForwardStep:
             blocks.labels,
             blocks.weights,
         )
-        terms = {"ce": result.ce, "l1": result.l1, "kl": result.kl}
-        known = {name: term for name, term in terms.items() if term is not None}
-        self.last = SlotTerms(batch.sample_indices, blocks.target_samples, known)
+        self.last = SlotTerms(batch.sample_indices, blocks.target_samples, result.terms)
         _add_terms(blocks, result, metrics)
         if self.confidence_alpha == 0:
             return result.loss
@@ -145,14 +140,12 @@ class ForwardStep:
 
 def _add_terms(blocks: DraftBlocks, result: HeadLossOutput, metrics: MetricSums) -> None:
     weights = blocks.weights
-    metrics.add(weight=weights.sum(), ce_sum=(weights * result.ce).sum())
-    if result.kl is not None:
-        metrics.add(kl_sum=(weights * result.kl).sum())
-    if result.l1 is None:
+    sums = {f"{name}_sum": (weights * term).sum() for name, term in result.terms.items()}
+    metrics.add(weight=weights.sum(), **sums)
+    if "l1" not in result.terms:
         return
     accept_rates = blocks.by_slot(result.accept_rate.to(weights.dtype))
     metrics.add(
-        l1_sum=(weights * result.l1).sum(),
         accept_sum=accept_rates.sum(dim=0),
         accept_count=blocks.eval_mask.sum(dim=0),
         tau_sum=tau(accept_rates, blocks.eval_mask).sum(),
