@@ -14,6 +14,7 @@ Shapes: n supervised slots, c slots of a chunk, h hidden, r Markov rank, v/tp vo
 this rank.
 """
 
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -85,20 +86,17 @@ class HeadLossOutput:
     """Results of each slot, fp32. `loss` carries the gradient, the others are detached."""
 
     loss: Tensor
-    """[] `sum_n weights[n] * (ce * CE[n] + l1 * L1[n] + kl * KL[n])`."""
-    ce: Tensor
-    """[n] cross entropy in nats."""
-    l1: Tensor | None
-    """[n] raw L1 distance in [0, 2]; None without target_hidden."""
-    kl: Tensor | None
-    """[n] KL(target || draft) in nats; None unless the objective weighs it."""
+    """[] `sum_n weights[n] * sum_terms weight * term[n]`."""
+    terms: dict[str, Tensor]
+    """[n] by their names in `loss.terms`: always `ce`, `l1` where there is target_hidden, and all
+    others that the objective weighs."""
 
     @property
     def accept_rate(self) -> Tensor:
         """[n] chance that the target keeps a draft token, 1 - L1 / 2 (paper Eq. 8)."""
-        if self.l1 is None:
+        if "l1" not in self.terms:
             raise ValueError("the accept rate needs target_hidden: it compares with the target")
-        return (1 - self.l1 / 2).clamp(0, 1)
+        return (1 - self.terms["l1"] / 2).clamp(0, 1)
 
 
 @dataclass(frozen=True)
@@ -145,16 +143,17 @@ class HeadLoss:
         loss, terms = _Gradients.apply(
             features, self.head.markov_w2, target_hidden, labels, weights, self
         )
-        ce, l1, kl = terms
-        has_target, has_kl = target_hidden is not None, self.objective.kl > 0
-        return HeadLossOutput(loss, ce, l1 if has_target else None, kl if has_kl else None)
+        by_name = dict(zip(self.objective.names, terms, strict=True))
+        if target_hidden is None:
+            del by_name["l1"]
+        return HeadLossOutput(loss, by_name)
 
     def terms_and_gradients(
         self, features: Tensor, target_hidden: Tensor | None, labels: Tensor, weights: Weights
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """features [n, h + r] -> CE, L1 and KL [3, n], the weights of the slots [n], and the
-        gradients of features and, in fp32, since many chunks add up in it, of markov_w2 [v/tp, r].
-        """
+        """features [n, h + r] -> the objective's terms [terms, n], the weights of the slots [n],
+        and the gradients of features and, in fp32, since many chunks add up in it, of markov_w2
+        [v/tp, r]."""
         head, real = self.head, self.head.shard.num_real  # padded entries come last, unused
         draft, target = head.factors(features), None
         if target_hidden is not None:
@@ -164,7 +163,7 @@ class HeadLoss:
         buffers = 1 + (target is not None) + head.is_capped
         workspace = draft.weight.new_empty(buffers, chunk, real)
         dtype = precise(features.dtype)
-        terms = features.new_empty(3, len(features), dtype=dtype)
+        terms = features.new_empty(len(self.objective.names), len(features), dtype=dtype)
         used = terms.new_empty(len(features))
         grad_features, grad_w2 = torch.empty_like(features), None
         if head.markov_w2 is not None:
@@ -211,7 +210,7 @@ class HeadLoss:
         return out
 
 
-def _chunks(weights: Weights, most: int) -> list[tuple[slice, Weights]]:
+def _chunks(weights: Weights, most: int) -> Sequence[tuple[slice, Weights]]:
     """Rows of each chunk, `most` or fewer unless a block has more, and what they weigh."""
     if isinstance(weights, AcceptanceWeights):
         return weights.chunks(most)
@@ -245,10 +244,7 @@ class _Gradients(torch.autograd.Function):
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(terms)
         ctx.w2_dtype = None if w2 is None else w2.dtype
-        ce, l1, kl = terms
-        objective = head_loss.objective
-        loss = objective.ce * ce + objective.l1 * l1 + objective.kl * kl
-        return (used * loss).sum(), terms
+        return (used * head_loss.objective.of_slot(terms)).sum(), terms
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:

@@ -39,9 +39,9 @@ from dspark_megatron.ops.vocab_parallel import (
 
 @dataclass(frozen=True)
 class Objective:
-    """Weights of a slot's terms."""
+    """Weights of a slot's terms, by their names in `loss.terms`."""
 
-    ce: float
+    ce: float = 0.0
     l1: float = 0.0
     """Of the raw distance in [0, 2]."""
     kl: float = 0.0
@@ -59,6 +59,17 @@ class Objective:
         )
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Of the terms that are computed, in their order: CE and L1, then all others that weigh
+        anything."""
+        return ("ce", "l1", *(("kl",) if self.kl > 0 else ()))
+
+    def of_slot(self, terms: Tensor) -> Tensor:
+        """[terms, n], as `names` has them -> the weighted sum of each slot, [n]."""
+        weights = [getattr(self, name) for name in self.names]
+        return sum(weight * term for weight, term in zip(weights, terms, strict=True))
+
+    @property
     def needs_target_logits(self) -> bool:
         return self.l1 > 0 or self.kl > 0 or self.labels_from_target
 
@@ -73,8 +84,8 @@ def logit_terms(
     compile: bool,
     tp_group: dist.ProcessGroup,
 ) -> Tensor:
-    """CE, L1 and KL of each slot, [3, c]; L1 is 0 without a target, KL where the objective leaves
-    it out. `draft_logits` becomes the gradient of each slot's unweighted loss."""
+    """The terms of each slot, [terms, c], in the order of `objective.names`; L1 is 0 without a
+    target. `draft_logits` becomes the gradient of each slot's unweighted loss."""
     u, t = draft_logits, target_logits
     run = compiled if compile else in_tiles
     columns = shard.local_columns(labels)
@@ -211,7 +222,7 @@ def all_passes(
     u: Tensor, t: Tensor | None, columns: Tensor, objective: Objective, in_place: bool
 ) -> Tensor:
     """The three passes on a rank that has the whole vocabulary; p and q are made once, in_place
-    over the logits. `u` becomes the gradient; returns CE, L1 and KL, [3, c]."""
+    over the logits. `u` becomes the gradient; returns the terms, [terms, c]."""
     found, exponentials = _statistics(u, t, columns, objective, in_place)
     ce, draft_lse, target_lse, columns = combine(found[None], columns, rank=0)
     p = exponentials[0].mul_((found[1] - draft_lse).exp()[:, None])
@@ -224,10 +235,9 @@ def all_passes(
 
 
 def _terms(ce: Tensor, sums: Tensor, draft_lse: Tensor, target_lse: Tensor) -> Tensor:
-    """CE, L1 and KL from the sums of the second pass over all ranks."""
+    """The terms from the sums of the second pass over all ranks."""
     l1, _, *cross = sums
-    kl = cross[0] - target_lse + draft_lse if cross else torch.zeros_like(ce)
-    return torch.stack([ce, l1, kl])
+    return torch.stack([ce, l1, *(x - target_lse + draft_lse for x in cross)])
 
 
 def exp_shifted(logits: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:

@@ -87,7 +87,11 @@ def _check_values(
     )
     expected = torch.autograd.grad(loss, plain_leaves)
     tolerance = TOLERANCE[dtype]
-    for name, got, want in (("loss", ours.loss, loss), ("l1", ours.l1, l1), ("ce", ours.ce, ce)):
+    for name, got, want in (
+        ("loss", ours.loss, loss),
+        ("l1", ours.terms["l1"], l1),
+        ("ce", ours.terms["ce"], ce),
+    ):
         check_close(context, f"{name} ({label})", got.detach(), want.detach(), tolerance)
     for name, got, want in zip(("hidden", "latent", "w2"), found, expected, strict=True):
         check_close(context, f"gradient of {name} ({label})", got, want, tolerance)
