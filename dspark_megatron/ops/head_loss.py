@@ -22,9 +22,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dspark_megatron.ops.logit_terms import Objective, logit_terms, precise
+from dspark_megatron.ops.logit_terms import logit_terms, precise
 from dspark_megatron.ops.logit_transform import IDENTITY, LogitFactors, LogitTransform
 from dspark_megatron.ops.objective.acceptance_weights import AcceptanceWeights
+from dspark_megatron.ops.objective.distances import accept_rate
+from dspark_megatron.ops.objective.objective import Objective
 from dspark_megatron.ops.vocab_parallel import VocabShard, all_reduce
 
 Weights = Tensor | AcceptanceWeights
@@ -96,7 +98,7 @@ class HeadLossOutput:
         """[n] chance that the target keeps a draft token, 1 - L1 / 2 (paper Eq. 8)."""
         if "l1" not in self.terms:
             raise ValueError("the accept rate needs target_hidden: it compares with the target")
-        return (1 - self.terms["l1"] / 2).clamp(0, 1)
+        return accept_rate(self.terms["l1"])
 
 
 @dataclass(frozen=True)
@@ -128,22 +130,23 @@ class HeadLoss:
 
         Gradients reach hidden, latent and head.markov_w2, whole on every rank for hidden and
         latent. Forward, for each slot and rank: an all-gather of 5 floats (3 without target_hidden,
-        6 with labels from the target), with target_hidden an all-reduce of 2 floats (3 with KL),
-        each one call a chunk; and, in one call, an all-reduce of the gradient [n, h + r].
+        1 more with labels from the target, 2 more with Renyi's divergence), with target_hidden an
+        all-reduce of 2 floats (1 more each with KL or LK-hybrid and with reverse KL, 2 more with
+        JS), each one call a chunk; and, in one call, an all-reduce of the gradient [n, h + r].
         Backward: none.
         Raises ValueError when the objective needs target_hidden and there is none.
         """
         by_target = isinstance(weights, AcceptanceWeights) and weights.by_target
         if (self.objective.needs_target_logits or by_target) and target_hidden is None:
             raise ValueError(
-                "target_hidden is missing: the L1 and KL terms and labels from the target compare "
+                "target_hidden is missing: all terms but CE and labels from the target compare "
                 "with it; give the target's last hidden states or set these weights to 0"
             )
         features = self.head.features(hidden, latent)
         loss, terms = _Gradients.apply(
             features, self.head.markov_w2, target_hidden, labels, weights, self
         )
-        by_name = dict(zip(self.objective.names, terms, strict=True))
+        by_name = dict(zip(self.objective.weights, terms, strict=True))
         if target_hidden is None:
             del by_name["l1"]
         return HeadLossOutput(loss, by_name)
@@ -163,7 +166,7 @@ class HeadLoss:
         buffers = 1 + (target is not None) + head.is_capped
         workspace = draft.weight.new_empty(buffers, chunk, real)
         dtype = precise(features.dtype)
-        terms = features.new_empty(len(self.objective.names), len(features), dtype=dtype)
+        terms = features.new_empty(len(self.objective.weights), len(features), dtype=dtype)
         used = terms.new_empty(len(features))
         grad_features, grad_w2 = torch.empty_like(features), None
         if head.markov_w2 is not None:

@@ -18,9 +18,10 @@ from dspark_megatron.data.blocks import DraftBlocks
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.ops.acceptance import tau
 from dspark_megatron.ops.chunk_budget import chunk_rows
-from dspark_megatron.ops.head_loss import HeadLoss, HeadLossOutput, Objective, Weights
+from dspark_megatron.ops.head_loss import HeadLoss, HeadLossOutput, Weights
 from dspark_megatron.ops.logit_transform import IDENTITY, LogitTransform
 from dspark_megatron.ops.objective.acceptance_weights import AcceptanceWeights, reach
+from dspark_megatron.ops.objective.objective import Objective
 from dspark_megatron.targets.base import StatesSource, TargetStates
 from dspark_megatron.training.metrics import MetricSums
 
@@ -76,8 +77,9 @@ class ForwardStep:
     @property
     def term_weights(self) -> dict[str, float]:
         """Weight of each term in use, by its name in the metrics."""
-        names = (x for x in self.objective.names if x != "l1" or self.with_target)
-        terms = {name: getattr(self.objective, name) for name in names}
+        terms = self.objective.weights
+        if not self.with_target:
+            del terms["l1"]
         if self.confidence_alpha > 0:
             terms["confidence"] = self.confidence_alpha
         return terms

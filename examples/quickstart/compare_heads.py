@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
 def split_data() -> None:
     """The first samples to train on; the others are held out."""
     RUNS.mkdir(parents=True, exist_ok=True)
-    lines = (QUICKSTART / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = (QUICKSTART / "chats.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     parts = {"train.jsonl": lines[:TRAIN_SAMPLES], "heldout.jsonl": lines[TRAIN_SAMPLES:]}
     for name, part in parts.items():
         (RUNS / name).write_text("".join(part), encoding="utf-8")
