@@ -70,7 +70,7 @@ def train_and_evaluate(head: str, seed: int) -> dict:
 
 def run_module(module: str, overrides: list[str], log: Path) -> None:
     program = ["-m", f"dspark_megatron.{module}", "--config", str(CONFIG), *overrides]
-    command(module, program, log)
+    command(f"{module} {log.stem}", program, log)
 
 
 def table(comparison: dict[str, list[dict]]) -> str:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from comparing import (
-    CONFIG,
     MOST_SEEDS,
     ROOT,
     Column,
@@ -28,33 +27,44 @@ from comparing import (
     split_data,
 )
 
-from dspark_megatron.bounded_text import parse_yaml
 from dspark_megatron.config.loading import config_from_dict, merged_sections, nested_overrides
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.storage.writing import write_json
 
 RUNS = Path("runs/objectives")
 """Of the repository's root, where all commands run."""
-TRAIN_SAMPLES = 512
+TRAIN_SAMPLES, HELDOUT_SAMPLES = 512, 128
 SETTINGS = [
-    "parallel.tensor_parallel=1",
+    "target.path=runs/quickstart/target",
     "target.dtype=bfloat16",
-    "train.dtype=bfloat16",
+    "model.num_layers=2",
+    "model.block_size=4",
+    "model.num_anchors=16",
+    "model.target_layer_ids=[4, 16, 28]",
+    "model.mask_token_id=16",
+    "model.markov_rank=64",
+    f"data.train_files=[{RUNS}/train.jsonl]",
+    "data.max_length=192",
+    "data.show_sample=false",
+    "optimizer.lr=1.0e-2",
+    "optimizer.warmup_ratio=0.1",
     "train.iterations=200",
+    "train.micro_batch_size=4",
+    "train.global_batch_size=4",
+    "train.dtype=bfloat16",
     "train.save_every=50",
     "train.keep_last=1",
     "train.tensorboard=false",
-    "data.show_sample=false",
-    f"data.train_files=[{RUNS}/train.jsonl]",
-    "model.num_anchors=32",
     f"evaluate.prompt_files=[{RUNS}/heldout.jsonl]",
     "evaluate.temperature=1.0",
-    "evaluate.max_prompts=64",
-    "evaluate.max_new_tokens=48",
+    "evaluate.heldout_samples=64",
+    "evaluate.max_prompts=32",
+    "evaluate.max_new_tokens=32",
     "evaluate.batch_size=32",
     "evaluate.compare_plain=false",
 ]
-"""Of every job, on top of the quickstart's config without its loss section."""
+"""Of every job. They are given whole, so that figures stay what they are when the quickstart's own
+settings change."""
 DEFAULT_TERMS = {"ce": 0.1, "l1": 0.9}
 
 
@@ -64,7 +74,7 @@ def loss(terms: dict[str, float], **others: Any) -> dict[str, Any]:
 
 DPACE, DPARD = ({"weighting": {"name": name}} for name in ("dpace", "dpard"))
 ROWS: dict[str, dict[str, Any]] = {
-    "0.1 CE + 0.9 L1 (default)": loss(DEFAULT_TERMS),
+    "default: 0.1 CE + 0.9 L1": loss(DEFAULT_TERMS),
     "CE": loss({"ce": 1.0}),
     "L1": loss({"l1": 1.0}),
     "KL": loss({"kl": 1.0}),
@@ -112,11 +122,11 @@ class Job:
     def run(self) -> str | None:
         """Returns what went wrong."""
         if changes := self.changes():
-            print(f"{self.name} is run again, with other {', '.join(changes)}", flush=True)
+            print(f"{self.name} was run with other {', '.join(changes)}", flush=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "settings.json", self.settings)
         program = ["examples/quickstart/objective_job.py", str(self.folder)]
-        return run_command("job", program, self.folder.with_suffix(".log"))
+        return run_command(self.name, program, self.folder / "job.log")
 
     def changes(self) -> list[str]:
         """Keys that differ from the settings of this job's newest other folder; none where this
@@ -130,7 +140,7 @@ class Job:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
-    split_data(ROOT / RUNS, TRAIN_SAMPLES)
+    split_data(ROOT / RUNS, TRAIN_SAMPLES, HELDOUT_SAMPLES)
     try:
         jobs = list_jobs(arguments.rows, arguments.seeds, arguments.overrides)
     except ConfigError as error:
@@ -160,9 +170,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def list_jobs(rows: list[str] | None, seeds: list[int], overrides: list[str]) -> list[Job]:
     """All rows of a seed before those of the next, so that what is complete can be compared. The
     first row is always among them. ConfigError for settings that cannot be used."""
-    base = base_config(overrides)
+    base = merged_sections(nested_overrides(SETTINGS), nested_overrides(overrides))
     data = {name: file_digest(ROOT / RUNS / name) for name in ("train.jsonl", "heldout.jsonl")}
-    states = {"target": base["target"], "model": base["model"], "data": base["data"], **data}
+    shape = {key: base["model"][key] for key in ("target_layer_ids", "block_size")}
+    states = {"target": base["target"], "model": shape, "data": base["data"], **data}
     cache = {"provider": "cache", "cache": f"{RUNS}/states_{digest(states)}"}
     base = merged_sections(base, {"target": cache})
     chosen = [row for i, row in enumerate(ROWS) if not i or not rows or slug(row) in rows]
@@ -173,14 +184,6 @@ def list_jobs(rows: list[str] | None, seeds: list[int], overrides: list[str]) ->
             config_from_dict(config)  # every row is checked before the first is run
             jobs.append(Job(row, seed, {"config": config, "data": data}))
     return jobs
-
-
-def base_config(overrides: list[str]) -> dict[str, Any]:
-    """What all jobs share: sections of a config without a loss."""
-    config = parse_yaml(CONFIG.read_text(encoding="utf-8"), str(CONFIG))
-    del config["loss"]
-    config = merged_sections(config, nested_overrides(SETTINGS))
-    return merged_sections(config, nested_overrides(overrides))
 
 
 def run_all(jobs: list[Job], at_once: int) -> list[str]:
@@ -204,7 +207,7 @@ def store_states(job: Job) -> str | None:
     settings = folder.with_suffix(".json")  # JSON is YAML
     write_json(settings, merged_sections(config, {"train": {"output_dir": str(RUNS / "states")}}))
     program = ["tools/prepare_target_cache.py", "--config", str(settings), "--output", str(folder)]
-    return run_command("states", program, folder.with_suffix(".log"))
+    return run_command("states of the target", program, folder.with_suffix(".log"))
 
 
 def run_command(name: str, program: list[str], log: Path) -> str | None:
@@ -230,7 +233,7 @@ def report(jobs: list[Job]) -> str:
 
 def slug(name: str) -> str:
     """A row's name on the command line and of its folders."""
-    return re.sub(r"[^a-z0-9.]+", "_", name.lower()).strip("_")
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
 def digest(settings: dict[str, Any]) -> str:

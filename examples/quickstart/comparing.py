@@ -17,19 +17,21 @@ STUDENT_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.
 MOST_SEEDS = len(STUDENT_95) + 1
 
 
-def split_data(folder: Path, train_samples: int) -> None:
-    """`train.jsonl` with the first samples, and `heldout.jsonl` with the others."""
+def split_data(folder: Path, train_samples: int, heldout_samples: int | None = None) -> None:
+    """`train.jsonl` with the first samples, and `heldout.jsonl` with the next ones; None: with all
+    others."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = (QUICKSTART / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    parts = {"train.jsonl": lines[:train_samples], "heldout.jsonl": lines[train_samples:]}
+    end = None if heldout_samples is None else train_samples + heldout_samples
+    parts = {"train.jsonl": lines[:train_samples], "heldout.jsonl": lines[train_samples:end]}
     for name, part in parts.items():
         (folder / name).write_text("".join(part), encoding="utf-8")
 
 
 def command(name: str, program: Sequence[str], log: Path) -> None:
     """Run a Python program from the repository's root with one thread, its output in `log`; the end
-    of this process where it fails."""
-    print(f"{name} {log.stem}", flush=True)
+    of this process where it fails. name: what is said to run."""
+    print(name, flush=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     with log.open("w") as file:
         done = subprocess.run(
@@ -103,8 +105,8 @@ def _cells(
         return [shown, "-"] if column.shows_difference else [shown]
     mean, half = paired_difference([values[s] for s in both], [others[s] for s in both])
     star = " *" if column.is_compared and abs(mean) > half else ""
-    difference = [f"{mean:+.3f} ± {half:.3f}"] if column.shows_difference else []
-    return [shown + star, *difference]
+    interval = f" ± {half:.3f}" if len(both) > 1 else ""
+    return [shown + star, f"{mean:+.3f}{interval}"][: 2 if column.shows_difference else 1]
 
 
 def _line(cells: list[str]) -> str:

@@ -110,7 +110,7 @@ def estimate(plan: "RunPlan", decoder: "Decoder", runtime: Runtime) -> dict[str,
 
     config = plan.config
     answers = load_run_data(plan, config.evaluate.prompt_files, name="evaluate.prompt_files")
-    count = min(len(answers), config.evaluate.max_prompts or len(answers))
+    count = min(len(answers), config.evaluate.heldout_samples or len(answers))
     return estimate_acceptance(
         decoder.draft,
         decoder.target,
