@@ -11,17 +11,21 @@ CORE_TESTS := tests/model/test_draft_model.py tests/model/test_device_discipline
 	tests/run/test_initial_checkpoint.py tests/targets/huggingface/test_sharded_target.py \
 	tests/megatron_lm
 
+# Each worker has its own rank processes, and a rank computes in one thread. A file stays with one
+# worker, so that what its tests share is made once.
+WORKERS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
 .PHONY: quickstart test test-fast test-core faults gpu-check lint format clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python examples/quickstart/quickstart.py
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(WORKERS)
 
 # Two minutes on two quiet cores: all that needs neither torchrun nor ranks, and the draft on ranks.
 test-fast: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(WORKERS) -m "not slow"
 
 test-core: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not commands" $(CORE_TESTS)

@@ -35,6 +35,9 @@ setup(
         "modelopt": ["nvidia-modelopt>=0.47", "requests"],  # weights of more GPTModels
         "data": ["datasets>=4", "pyarrow>=21"],  # Parquet, Zstandard, data sets of the Hub
         "quickstart": ["gguf", "accelerate"],  # reading the GGUF target
-        "dev": ["pytest", "hypothesis", "markdown-it-py", "ruff", "mypy", "types-PyYAML"],
+        "dev": [
+            *("pytest", "pytest-xdist", "hypothesis", "markdown-it-py"),
+            *("ruff", "mypy", "types-PyYAML"),
+        ],
     },
 )

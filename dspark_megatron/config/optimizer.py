@@ -1,6 +1,7 @@
 """The section `optimizer`."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from dspark_megatron.config.rules import not_negative, positive
 from dspark_megatron.errors import require
@@ -8,12 +9,20 @@ from dspark_megatron.errors import require
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay."""
+    """AdamW with linear warm-up and a schedule after it."""
 
     lr: float = 6e-4
     """Peak learning rate."""
     min_lr_ratio: float = 0.0
     """Final learning rate as a share of the peak."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """How the rate goes on after the warm-up. `cosine` and `linear` fall to the minimum, `constant`
+    stays at the peak, and `wsd` (warm-up, stable, decay) stays there until its last part."""
+    decay_ratio: float | None = None
+    """Share of the iterations in which the rate of `wsd` falls; null is 0.2. Only for `wsd`."""
+    decay_shape: Literal["linear", "cosine", "exponential", "minus_sqrt"] | None = None
+    """How the rate of `wsd` falls, by Megatron-Core's names; null is `minus_sqrt`. Only for `wsd`.
+    """
     warmup_ratio: float = 0.04
     """Share of the iterations in which the rate rises linearly to the peak. The first step's
     rate is peak / warm-up steps."""
@@ -37,7 +46,28 @@ class OptimizerConfig:
         for name in ("min_lr_ratio", "warmup_ratio"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"optimizer.{name} ({value}) must be in [0, 1]")
+        self._validate_schedule()
         for name in ("adam_beta1", "adam_beta2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optimizer.{name} ({value}) must be in [0, 1)")
         not_negative("optimizer", self, "weight_decay", "clip_grad")
+
+    def _validate_schedule(self) -> None:
+        for name in ("decay_ratio", "decay_shape"):
+            value = getattr(self, name)
+            require(
+                value is None or self.schedule == "wsd",
+                f"optimizer.{name} ({value!r}) is of the schedule wsd, and optimizer.schedule is "
+                f"{self.schedule!r}; set optimizer.schedule=wsd or leave it out",
+            )
+        require(
+            self.schedule != "constant" or self.min_lr_ratio == 0,
+            f"optimizer.min_lr_ratio ({self.min_lr_ratio}) is where a rate falls to, and with "
+            "optimizer.schedule=constant it does not fall; leave it out",
+        )
+        ratio = self.decay_ratio
+        require(
+            ratio is None or (0 < ratio and ratio + self.warmup_ratio <= 1),
+            f"optimizer.decay_ratio ({ratio}) must be > 0, and with optimizer.warmup_ratio "
+            f"({self.warmup_ratio}) at most 1; lower either",
+        )

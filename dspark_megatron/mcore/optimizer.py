@@ -15,6 +15,11 @@ from torch import Tensor
 
 from dspark_megatron.config import OptimizerConfig
 
+STYLES = {"wsd": "WSD"}
+"""Schedules that have another name in Megatron-Core."""
+DECAY_RATIO = 0.2
+"""Of `wsd`, where the config leaves it open."""
+
 
 def wrap_data_parallel(model: MegatronModule, config: OptimizerConfig) -> Any:
     """fp32 gradient buckets, summed (not averaged) over data-parallel ranks: the loss is already
@@ -79,20 +84,24 @@ def make_state(optimizer: Any) -> None:
 def build_scheduler(
     config: OptimizerConfig, optimizer: MegatronOptimizer, steps: int, *, unit: int = 1
 ) -> OptimizerParamScheduler:
-    """Linear warm-up over `int(warmup_ratio * steps)` steps, then cosine to the minimum.
+    """Linear warm-up over `int(warmup_ratio * steps)` steps, then the schedule: to the minimum at
+    the last step, or at the peak to the end.
 
     Stepped before the optimizer by `unit` each time, so the first rate is peak / warm-up steps, and
     the state is nothing but how far the run is.
     """
     warmup = min(int(config.warmup_ratio * steps), steps - 1)
+    decay = max(1, int((config.decay_ratio or DECAY_RATIO) * steps))
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=config.lr,
-        min_lr=config.lr * config.min_lr_ratio,
+        min_lr=config.lr * (1.0 if config.schedule == "constant" else config.min_lr_ratio),
         lr_warmup_steps=unit * warmup,
         lr_decay_steps=unit * steps,
-        lr_decay_style="cosine",
+        lr_decay_style=STYLES.get(config.schedule, config.schedule),
+        wsd_decay_steps=unit * min(decay, steps - warmup),
+        lr_wsd_decay_style=config.decay_shape or "minus_sqrt",
         start_wd=config.weight_decay,
         end_wd=config.weight_decay,
         wd_incr_steps=unit * steps,

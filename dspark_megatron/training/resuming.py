@@ -66,9 +66,10 @@ class RunEnd:
         """Where a run in this state stands."""
         if self.iterations is not None:
             return f"iteration {state.iteration:,} of {self.iterations:,}"
-        return (
-            f"iteration {state.iteration:,}, {state.consumed_samples:,} of {self.samples:,} samples"
-        )
+        samples, consumed = self.samples or 0, state.consumed_samples
+        more = f", {consumed - samples:,} more in the last batch" if consumed > samples else ""
+        done = min(consumed, samples)
+        return f"iteration {state.iteration:,}, {done:,} of {samples:,} samples{more}"
 
 
 def checkpoint_to_resume(plan: RunPlan, checkpoints: Path, runtime: Runtime) -> Path | None:

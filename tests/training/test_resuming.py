@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,8 @@ def test_a_run_of_epochs_ends_at_the_same_sample_at_any_batch_size():
     assert small.progress(half) / (small.steps * small.progress_of_a_step) == 0.5
     assert large.progress(half) / (large.steps * large.progress_of_a_step) == 0.5
     assert large.describe(half) == "iteration 10, 40 of 80 samples"
+    filled = replace(half, consumed_samples=83)
+    assert large.describe(filled) == "iteration 10, 80 of 80 samples, 3 more in the last batch"
 
 
 def test_a_run_of_iterations_ends_at_the_same_iteration_at_any_batch_size():
