@@ -25,6 +25,7 @@ LAYOUTS = [
     (1, 1, "windows"),
     (2, 2, "one window, sinks, biases"),
     (4, 2, "KL"),
+    (2, 2, "other distances"),
     (4, 2, "sequence parallel"),
     (4, 4, "gated head"),
 ]
