@@ -47,6 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bfloat16": {"train.dtype": "bfloat16"},
     "recompute": RECOMPUTE,
     "whole optimizer": {"optimizer.use_distributed_optimizer": False},
+    "Muon": {"optimizer.name": "muon"},
     "overlap": {"optimizer.overlap_grad_reduce": True},
     "gated head": {"model.markov_head_type": "gated"},
     "rnn head": {"model.markov_head_type": "rnn"},
