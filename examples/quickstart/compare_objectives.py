@@ -87,6 +87,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "default, D-PACE": loss(DEFAULT_TERMS, **DPACE),
     "Renyi-1/2, D-PARD": loss({"renyi_half": 1.0}, **DPARD, confidence_weights="reach"),
     "default, confidence stops": loss(DEFAULT_TERMS, confidence_stop_gradient=True),
+    "default, constant rate": {**loss(DEFAULT_TERMS), "optimizer": {"schedule": "constant"}},
+    "default, Muon": {**loss(DEFAULT_TERMS), "optimizer": {"name": "muon"}},
 }
 """Sections of the config that a row changes. All others are compared with the first."""
 COLUMNS = [
