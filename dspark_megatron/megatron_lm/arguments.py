@@ -99,9 +99,9 @@ def config_from_args(args: Namespace) -> Config:
     config = config_from_dict(sections)
     config.validate()
     require(
-        config.loss.normalization == "global_step",
+        config.loss.normalization in ("global_step", "global_samples"),
         f"{flag('loss', 'normalization')} is {config.loss.normalization!r} and must be "
-        "'global_step': Megatron divides by the weight of the whole step",
+        "'global_step' or 'global_samples': Megatron divides the whole step once",
     )
     require(
         not config.optimizer.overlap_grad_reduce or config.loss.anchor_rule == "label",

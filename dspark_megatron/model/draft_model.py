@@ -260,8 +260,11 @@ class DSparkDraftModel(MegatronModule):
         whole = self.split.whole(hidden, n * k).view(n, k, -1)
         return whole[:, k - self.shape.num_draft_tokens :]
 
-    def forward(self, taps: Tensor, blocks: DraftBlocks) -> DraftOutput:
-        """Training pass over the n blocks of a micro-batch. taps [b, s, m*h]."""
+    def forward(
+        self, taps: Tensor, blocks: DraftBlocks, *, confidence_stop_gradient: bool = False
+    ) -> DraftOutput:
+        """Training pass over the n blocks of a micro-batch. taps [b, s, m*h].
+        confidence_stop_gradient: the confidence logits' gradient ends in their head."""
         context = blocks.context_of(taps)  # [t, m*h]
         context_kv = self.encode_context(context, blocks.context_positions)
         anchors = blocks.prev_token_ids[:, 0], blocks.positions[:, 0]
@@ -271,7 +274,9 @@ class DSparkDraftModel(MegatronModule):
             embeddings = self.markov_head.embed(blocks.prev_token_ids)
             latents = self.markov_head.latents(embeddings, hidden)
         if self.confidence_head is not None:
-            confidence_logits = self.confidence_head(hidden, embeddings)
+            confidence_logits = self.confidence_head(
+                hidden, embeddings, stop_gradient=confidence_stop_gradient
+            )
         return DraftOutput(hidden, latents, confidence_logits)
 
     def sharded_state_dict(
