@@ -1,14 +1,16 @@
 """The section `optimizer`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from dspark_megatron.config.rules import not_negative, positive
+from dspark_megatron.config.schedule import LearningRateScales, check_schedule
 from dspark_megatron.errors import require
 
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay."""
+    """AdamW and the schedule of its learning rate."""
 
     lr: float = 6e-4
     """Peak learning rate."""
@@ -17,6 +19,15 @@ class OptimizerConfig:
     warmup_ratio: float = 0.04
     """Share of the iterations in which the rate rises linearly to the peak. The first step's
     rate is peak / warm-up steps."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """How the rate goes on after warm-up: it falls to the final one over all iterations, it stays,
+    or it stays and falls at the end (`wsd`: warm-up, stable, decay)."""
+    decay_ratio: float | None = None
+    """Of `wsd`: share of the iterations, at the end, in which the rate falls. Null is 0.2."""
+    decay_shape: Literal["linear", "cosine", "exponential", "minus_sqrt"] | None = None
+    """Of `wsd`: how it falls, by Megatron's names. Null is `linear`."""
+    lr_scale: LearningRateScales = field(default_factory=LearningRateScales)
+    """By part of the draft: what its learning rate is multiplied by. A run keeps them."""
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_eps: float = 1e-8
@@ -41,3 +52,5 @@ class OptimizerConfig:
             value = getattr(self, name)
             require(0 <= value < 1, f"optimizer.{name} ({value}) must be in [0, 1)")
         not_negative("optimizer", self, "weight_decay", "clip_grad")
+        check_schedule(self)
+        self.lr_scale.validate()

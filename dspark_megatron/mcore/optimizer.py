@@ -14,6 +14,8 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from dspark_megatron.config import OptimizerConfig
+from dspark_megatron.config.schedule import DECAY_SHAPE, decay_ratio
+from dspark_megatron.mcore.parameter_rates import rates_by_part
 
 
 def wrap_data_parallel(model: MegatronModule, config: OptimizerConfig) -> Any:
@@ -47,7 +49,12 @@ def build_optimizer(config: OptimizerConfig, model: Any, dtype: torch.dtype) -> 
         params_dtype=dtype,
         use_distributed_optimizer=config.use_distributed_optimizer,
     )
-    return get_megatron_optimizer(megatron_config, [model], use_gloo_process_groups=False)
+    return get_megatron_optimizer(
+        megatron_config,
+        [model],
+        config_overrides=rates_by_part(config, megatron_config),
+        use_gloo_process_groups=False,
+    )
 
 
 def gradient_size(model: Any) -> Tensor:
@@ -79,12 +86,15 @@ def make_state(optimizer: Any) -> None:
 def build_scheduler(
     config: OptimizerConfig, optimizer: MegatronOptimizer, steps: int, *, unit: int = 1
 ) -> OptimizerParamScheduler:
-    """Linear warm-up over `int(warmup_ratio * steps)` steps, then cosine to the minimum.
+    """Linear warm-up over `int(warmup_ratio * steps)` steps, then what `optimizer.schedule` says.
+    With `wsd` the rate falls in the last `int(decay_ratio * steps)` steps, at least in one.
 
     Stepped before the optimizer by `unit` each time, so the first rate is peak / warm-up steps, and
     the state is nothing but how far the run is.
     """
     warmup = min(int(config.warmup_ratio * steps), steps - 1)
+    is_wsd = config.schedule == "wsd"
+    decay = max(1, min(int(decay_ratio(config) * steps), steps - warmup))
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -92,7 +102,9 @@ def build_scheduler(
         min_lr=config.lr * config.min_lr_ratio,
         lr_warmup_steps=unit * warmup,
         lr_decay_steps=unit * steps,
-        lr_decay_style="cosine",
+        lr_decay_style="WSD" if is_wsd else config.schedule,
+        wsd_decay_steps=unit * decay if is_wsd else None,
+        lr_wsd_decay_style=(config.decay_shape or DECAY_SHAPE) if is_wsd else None,
         start_wd=config.weight_decay,
         end_wd=config.weight_decay,
         wd_incr_steps=unit * steps,

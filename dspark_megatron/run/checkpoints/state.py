@@ -6,6 +6,7 @@ from typing import Any
 
 from dspark_megatron.config import LossConfig
 from dspark_megatron.config.objective.terms import OLDER_NAMES, LossTerms, without_older_names
+from dspark_megatron.config.schedule import LearningRateScales
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.ops.logit_transform import IDENTITY
 from dspark_megatron.run.identity import clock_hint
@@ -13,6 +14,7 @@ from dspark_megatron.shape import DraftShape
 from dspark_megatron.storage.training_checkpoint import read_meta
 
 _DEFAULTS = {
+    "lr_scale": asdict(LearningRateScales()),
     "loss": asdict(LossConfig()),
     "shape": DraftShape.young_defaults(),
     "target_logits": asdict(IDENTITY),
