@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from dspark_megatron.config import LossConfig
 from dspark_megatron.ops.chunk_budget import chunk_rows
-from dspark_megatron.ops.head_loss import HeadLoss, HeadWeights, Objective
+from dspark_megatron.ops.head_loss import HeadLoss, HeadWeights
 from dspark_megatron.ops.logit_transform import IDENTITY, LogitTransform
+from dspark_megatron.ops.objective.objective import Objective
 from dspark_megatron.ops.vocab_parallel import VocabShard
 from support.reference import plain_head_loss
 
@@ -77,7 +78,7 @@ class Problem:
     ) -> Tensor:
         rows = hidden, latent, self.target_hidden[part], self.labels[part], self.weights[part]
         capped = dict.fromkeys(("draft_transform", "target_transform"), (1.0, softcapping))
-        return plain_head_loss(*rows, self.lm_head, w2, ce_alpha=CE, l1_alpha=L1, **capped)[0]
+        return plain_head_loss(*rows, self.lm_head, w2, terms={"ce": CE, "l1": L1}, **capped)[0]
 
     def capped(self) -> tuple[Tensor, ...]:
         """The head loss with a soft cap of both sides, in chunks of the same budget."""

@@ -26,6 +26,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seq-length", type=int, default=4096)
     parser.add_argument("--global-batch-size", type=int, default=512)
     parser.add_argument("--micro-batch-size", type=int, default=1)
+    parser.add_argument(
+        "--taps", type=int, default=5, help="layers of the target, spread evenly over [1, L-3]"
+    )
     parser.add_argument("--samples", type=int, help="of the training data, for hours and cost")
     parser.add_argument("--price-per-gpu-hour", type=float, help="in any currency")
     parser.add_argument("--output", type=Path, help="write the YAML there, not to stdout")
@@ -54,6 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         args.micro_batch_size,
         Bill(args.samples, args.price_per_gpu_hour),
         args.overrides,
+        args.taps,
     )
     try:
         text = recommend(wish, given_machine(args, nodes=args.nodes))

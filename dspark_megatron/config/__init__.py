@@ -140,7 +140,7 @@ class Config:
 
     def _check_padding(self) -> None:
         require(
-            not self.data.group_by_length or self.loss.normalization == "global_step",
+            not self.data.group_by_length or self.loss.normalization.startswith("global_"),
             "data.group_by_length changes which samples share a micro-batch, and with "
             f"loss.normalization {self.loss.normalization!r} that changes the gradient; set "
             "loss.normalization=global_step or data.group_by_length=false",

@@ -136,9 +136,10 @@ def _build(cls: type, raw: dict[str, Any], prefix: str) -> Any:
             raise ConfigError(f"unknown config key {name[:SHOWN]}; {hint}")
         kind: Any = fields[key].type
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            keys = f" of {', '.join(f.name for f in dataclasses.fields(kind))}" if prefix else ""
             require(
                 value is None or isinstance(value, dict),
-                f"{name} must be a section (a YAML mapping), got {shown(value)}",
+                f"{name} must be a section (a YAML mapping{keys}), got {shown(value)}",
             )
             values[key] = _build(kind, value or {}, prefix=f"{name}.")
         else:

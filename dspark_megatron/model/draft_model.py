@@ -23,9 +23,11 @@ from torch import Tensor
 from dspark_megatron.config.attention import LayerAttention
 from dspark_megatron.data.blocks import DraftBlocks
 from dspark_megatron.mcore.rms_norm import RMSNorm
+from dspark_megatron.mcore.split_matrix import SplitMatrix
 from dspark_megatron.model.heads import MARKOV_HEADS, ConfidenceHead, MarkovHead
 from dspark_megatron.model.layer_specs import local_layer_spec
 from dspark_megatron.model.parameter_init import init_parameters
+from dspark_megatron.model.split_matrices import split_matrices
 from dspark_megatron.model.token_split import TokenSplit, without_sequence_parallel
 from dspark_megatron.model.transformer_config import transformer_config
 from dspark_megatron.model.vocab_parallel_weight import VocabParallelWeight
@@ -160,6 +162,10 @@ class DSparkDraftModel(MegatronModule):
             tp_size=self.tp_group.size(),
             shard=self.vocab_shard,
         )
+
+    def split_matrices(self) -> dict[str, SplitMatrix]:
+        """Those that Muon may train, by name of their parameter."""
+        return split_matrices(self, self.config)
 
     @torch.no_grad()
     def load_frozen_replicas(self, embed_tokens: Tensor, lm_head: Tensor) -> None:

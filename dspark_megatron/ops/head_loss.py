@@ -18,8 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dspark_megatron.ops.logit_terms import Objective, logit_terms, precise
+from dspark_megatron.ops.logit_terms import logit_terms, precise
 from dspark_megatron.ops.logit_transform import IDENTITY, LogitFactors, LogitTransform
+from dspark_megatron.ops.objective.distances import accept_rate
+from dspark_megatron.ops.objective.objective import Objective
 from dspark_megatron.ops.vocab_parallel import VocabShard, all_reduce
 
 
@@ -78,20 +80,17 @@ class HeadLossOutput:
     """Results of each slot, fp32. `loss` carries the gradient, the others are detached."""
 
     loss: Tensor
-    """[] `sum_n weights[n] * (ce * CE[n] + l1 * L1[n] + kl * KL[n])`."""
-    ce: Tensor
-    """[n] cross entropy in nats."""
-    l1: Tensor | None
-    """[n] raw L1 distance in [0, 2]; None without target_hidden."""
-    kl: Tensor | None
-    """[n] KL(target || draft) in nats; None unless the objective weighs it."""
+    """[] `sum_n weights[n] * sum_terms weight * term[n]`."""
+    terms: dict[str, Tensor]
+    """[n] by their names in `loss.terms`: always `ce`, `l1` where there is target_hidden, and all
+    others that the objective weighs."""
 
     @property
     def accept_rate(self) -> Tensor:
         """[n] chance that the target keeps a draft token, 1 - L1 / 2 (paper Eq. 8)."""
-        if self.l1 is None:
+        if "l1" not in self.terms:
             raise ValueError("the accept rate needs target_hidden: it compares with the target")
-        return (1 - self.l1 / 2).clamp(0, 1)
+        return accept_rate(self.terms["l1"])
 
 
 @dataclass(frozen=True)
@@ -123,29 +122,31 @@ class HeadLoss:
 
         Gradients reach hidden, latent and head.markov_w2, whole on every rank for hidden and
         latent. Forward, for each slot and rank: an all-gather of 5 floats (3 without target_hidden,
-        6 with labels from the target), with target_hidden an all-reduce of 2 floats (3 with KL),
-        each one call a chunk; and, in one call, an all-reduce of the gradient [n, h + r].
+        1 more with labels from the target, 2 more with Renyi's divergence), with target_hidden an
+        all-reduce of 2 floats (1 more each with KL or LK-hybrid and with reverse KL, 2 more with
+        JS), each one call a chunk; and, in one call, an all-reduce of the gradient [n, h + r].
         Backward: none.
         Raises ValueError when the objective needs target_hidden and there is none.
         """
         if self.objective.needs_target_logits and target_hidden is None:
             raise ValueError(
-                "target_hidden is missing: the L1 and KL terms and labels from the target compare "
+                "target_hidden is missing: all terms but CE and labels from the target compare "
                 "with it; give the target's last hidden states or set these weights to 0"
             )
         features = self.head.features(hidden, latent)
         loss, terms = _Gradients.apply(
             features, self.head.markov_w2, target_hidden, labels, weights, self
         )
-        ce, l1, kl = terms
-        has_target, has_kl = target_hidden is not None, self.objective.kl > 0
-        return HeadLossOutput(loss, ce, l1 if has_target else None, kl if has_kl else None)
+        by_name = dict(zip(self.objective.weights, terms, strict=True))
+        if target_hidden is None:
+            del by_name["l1"]
+        return HeadLossOutput(loss, by_name)
 
     def terms_and_gradients(
         self, features: Tensor, target_hidden: Tensor | None, labels: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """features [n, h + r] -> CE, L1 and KL [3, n], and the gradients of features and, in fp32,
-        since many chunks add up in it, of markov_w2 [v/tp, r]."""
+        """features [n, h + r] -> the objective's terms [terms, n], and the gradients of features
+        and, in fp32, since many chunks add up in it, of markov_w2 [v/tp, r]."""
         head, real = self.head, self.head.shard.num_real  # padded entries come last, unused
         draft, target = head.factors(features), None
         if target_hidden is not None:
@@ -154,7 +155,7 @@ class HeadLoss:
         buffers = 1 + (target is not None) + head.is_capped
         workspace = draft.weight.new_empty(buffers, chunk, real)
         dtype = precise(features.dtype)
-        terms = features.new_empty(3, len(features), dtype=dtype)
+        terms = features.new_empty(len(self.objective.weights), len(features), dtype=dtype)
         grad_features, grad_w2 = torch.empty_like(features), None
         if head.markov_w2 is not None:
             grad_w2 = torch.zeros_like(head.markov_w2, dtype=dtype)
@@ -222,10 +223,7 @@ class _Gradients(torch.autograd.Function):
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(terms)
         ctx.w2_dtype = None if w2 is None else w2.dtype
-        ce, l1, kl = terms
-        objective = head_loss.objective
-        loss = objective.ce * ce + objective.l1 * l1 + objective.kl * kl
-        return (weights * loss).sum(), terms
+        return (weights * head_loss.objective.of_slot(terms)).sum(), terms
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 from dspark_megatron.config import Config
+from dspark_megatron.config.objective.words import objective_words
 from dspark_megatron.conversion.layouts.names import hugging_face_shapes
 from dspark_megatron.planning.cost.describe import describe_time
 from dspark_megatron.planning.memory import (
@@ -41,14 +42,16 @@ def describe_run(config: Config, world_size: int) -> str:
 
 
 def describe_plan(plan: RunPlan) -> str:
-    """Layout, parameters, memory of a rank by part, what it sends in a step."""
-    tp = plan.config.parallel.tensor_parallel
+    """Layout, parameters, objective, memory of a rank by part, what it sends in a step."""
+    tp, model = plan.config.parallel.tensor_parallel, plan.config.model
+    objective = objective_words(plan.config.loss, with_confidence_head=model.enable_confidence_head)
     trained = hugging_face_shapes(plan.shape, shared_weights=False)
     total = sum(math.prod(size) for size in trained.values())
     memory, draft = rank_memory(plan), observed_draft(plan)
     lines = [
         f"layout: {tp * plan.dp_size} ranks = {tp} tensor-parallel x {plan.dp_size} data-parallel",
         f"draft: {total:,} trained parameters, {draft.trained:,} on a rank",
+        f"objective: {objective}",
         *pipeline_note(plan),
         *memory_lines(memory),
         *length_note(plan),

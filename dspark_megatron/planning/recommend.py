@@ -40,6 +40,8 @@ class Wish:
     bill: Bill = field(default_factory=Bill)
     overrides: list[str] = field(default_factory=list)
     """`section.key=value`"""
+    taps: int = TAPS
+    """How many layers of the target feed the draft, where no override names them."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,9 @@ def evenly_spread_layers(num_layers: int, taps: int = TAPS) -> list[int]:
     """DeepSpec's choice: from the second layer to the third from the end."""
     last = num_layers - 3
     require(
+        taps >= 2, f"--taps ({taps}) must be at least 2; set model.target_layer_ids for one tap"
+    )
+    require(
         last >= taps,
         f"the target has {num_layers} layers, too few to spread {taps} taps over [1, {last}]; set "
         "model.target_layer_ids",
@@ -159,7 +164,7 @@ def _sections(
     name = Path(folder).resolve().name
     depth = target_config.get_text_config().num_hidden_layers
     has_taps = "target_layer_ids" in changes.get("model", {})
-    taps = {} if has_taps else {"target_layer_ids": evenly_spread_layers(depth)}
+    taps = {} if has_taps else {"target_layer_ids": evenly_spread_layers(depth, wish.taps)}
     length = {} if "iterations" in changes.get("train", {}) else {"epochs": 10}
     return {
         "target": {"path": folder},

@@ -18,8 +18,9 @@ from dspark_megatron.data.blocks import DraftBlocks
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.ops.acceptance import tau
 from dspark_megatron.ops.chunk_budget import chunk_rows
-from dspark_megatron.ops.head_loss import HeadLoss, HeadLossOutput, Objective
+from dspark_megatron.ops.head_loss import HeadLoss, HeadLossOutput
 from dspark_megatron.ops.logit_transform import IDENTITY, LogitTransform
+from dspark_megatron.ops.objective.objective import Objective
 from dspark_megatron.targets.base import StatesSource, TargetStates
 from dspark_megatron.training.metrics import MetricSums
 
@@ -75,11 +76,9 @@ class ForwardStep:
     @property
     def term_weights(self) -> dict[str, float]:
         """Weight of each term in use, by its name in the metrics."""
-        terms = {"ce": self.objective.ce}
-        if self.with_target:
-            terms["l1"] = self.objective.l1
-        if self.objective.kl > 0:
-            terms["kl"] = self.objective.kl
+        terms = self.objective.weights
+        if not self.with_target:
+            del terms["l1"]
         if self.confidence_alpha > 0:
             terms["confidence"] = self.confidence_alpha
         return terms
@@ -111,9 +110,7 @@ class ForwardStep:
             blocks.labels,
             blocks.weights,
         )
-        terms = {"ce": result.ce, "l1": result.l1, "kl": result.kl}
-        known = {name: term for name, term in terms.items() if term is not None}
-        self.last = SlotTerms(batch.sample_indices, blocks.target_samples, known)
+        self.last = SlotTerms(batch.sample_indices, blocks.target_samples, result.terms)
         _add_terms(blocks, result, metrics)
         if self.confidence_alpha == 0:
             return result.loss
@@ -145,14 +142,12 @@ class ForwardStep:
 
 def _add_terms(blocks: DraftBlocks, result: HeadLossOutput, metrics: MetricSums) -> None:
     weights = blocks.weights
-    metrics.add(weight=weights.sum(), ce_sum=(weights * result.ce).sum())
-    if result.kl is not None:
-        metrics.add(kl_sum=(weights * result.kl).sum())
-    if result.l1 is None:
+    sums = {f"{name}_sum": (weights * term).sum() for name, term in result.terms.items()}
+    metrics.add(weight=weights.sum(), **sums)
+    if "l1" not in result.terms:
         return
     accept_rates = blocks.by_slot(result.accept_rate.to(weights.dtype))
     metrics.add(
-        l1_sum=(weights * result.l1).sum(),
         accept_sum=accept_rates.sum(dim=0),
         accept_count=blocks.eval_mask.sum(dim=0),
         tau_sum=tau(accept_rates, blocks.eval_mask).sum(),

@@ -2,16 +2,16 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dspark_megatron.config.objective.terms import LossTerms
+
 SCALARS = (
-    "ce_sum",
-    "l1_sum",
-    "kl_sum",
+    *(f"{term.name}_sum" for term in fields(LossTerms)),
     "confidence_sum",
     "confidence_error_sum",
     "confidence_bias_sum",
@@ -54,14 +54,14 @@ class MetricSums:
             total += value
 
     def reduced(self, *, dp_group: dist.ProcessGroup) -> "MetricSums":
-        """The sums over all data-parallel ranks: one all-reduce of 15 + 2d doubles."""
+        """The sums over all data-parallel ranks: one all-reduce of 20 + 2d doubles."""
         packed = self.packed()
         if dp_group.size() > 1:
             dist.all_reduce(packed, group=dp_group)
         return MetricSums.unpacked(packed)
 
     def packed(self) -> Tensor:
-        """All sums as one vector of 15 + 2d doubles, to travel or to be kept."""
+        """All sums as one vector of 20 + 2d doubles, to travel or to be kept."""
         scalars = torch.stack([self.scalars[name] for name in SCALARS])
         return torch.cat([scalars, self.accept_sum, self.accept_count])
 

@@ -249,6 +249,7 @@ REFUSED = [
     ({"context_parallel_size": 2}, [], "context_parallel .2. must be 1"),
     ({"fp16": True}, [], "--fp16"),
     ({"fp8": "hybrid"}, [], "--fp8 is hybrid"),
+    ({"optimizer": "muon"}, [], "--optimizer is muon and must be adam"),
     ({"dataloader_type": "cyclic"}, [], "--dataloader-type is cyclic"),
     ({"eval_iters": 100}, [], "--eval-iters is 100"),
     ({"ckpt_format": "torch"}, [], "--ckpt-format is torch"),

@@ -9,6 +9,7 @@ from dspark_megatron.config.loading import load_config
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.planning.dry_run import describe_run
 from dspark_megatron.planning.memory import rank_memory
+from dspark_megatron.planning.recommend import evenly_spread_layers
 from dspark_megatron.planning.target.rank_model import target_bytes
 from dspark_megatron.run.check import check
 from dspark_megatron.storage.target_folder import load_target_config
@@ -22,6 +23,7 @@ def test_the_text_has_layout_and_memory(tiny_run):
     text = describe_run(tiny_config(tiny_run, parallel={"tensor_parallel": 2}), world_size=4)
     assert "4 ranks = 2 tensor-parallel x 2 data-parallel" in text
     assert "block_size: 3" in text and "optimizer state" in text
+    assert "\nobjective: (0.1 ce + 0.9 l1) by exp(-k/4) + 1 confidence " in text
 
 
 def test_bad_layouts_are_refused_as_in_the_run(tiny_run):
@@ -126,25 +128,36 @@ RECIPES = {
     "deepseek-v3": 32,
 }
 """Ranks by recipe."""
+OF_QWEN3_8B = ("recipes/backbone", "recipes/dpace", "recipes/fine_tune")
+"""On 8 ranks."""
 EXAMPLES = ROOT / "examples"
 
 
 def test_every_recipe_has_a_public_config():
     assert {path.stem for path in EXAMPLES.glob("*.yaml")} == set(RECIPES)
+    assert {f"recipes/{path.stem}" for path in EXAMPLES.glob("recipes/*")} == set(OF_QWEN3_8B)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [*RECIPES, *OF_QWEN3_8B])
 def test_a_recipe_fits_as_it_says(name):
     """Its comment has the plan's figures, and leaves room for what is not planned."""
-    recipe = EXAMPLES / f"{name}.yaml"
-    config = load_config(recipe, [f"target.path={PUBLIC_CONFIGS / name}"])
-    text = describe_run(config, RECIPES[name])
-    assert f"not checked: the tokenizer, since {PUBLIC_CONFIGS / name} has none" in text
-    memory = rank_memory(check(config, RECIPES[name], use="plan"))
+    recipe, ranks = EXAMPLES / f"{name}.yaml", RECIPES.get(name, 8)
+    target = PUBLIC_CONFIGS / ("qwen3-8b" if name in OF_QWEN3_8B else name)
+    config = load_config(recipe, [f"target.path={target}", 'train.initial_checkpoint=""'])
+    text = describe_run(config, ranks)
+    assert f"not checked: the tokenizer, since {target} has none" in text
+    memory = rank_memory(check(config, ranks, use="plan"))
     sizes = [*memory.held.values(), sum(memory.moments[memory.highest].values()), memory.total]
     comment = re.search(r"# Memory of a GPU, GiB:.*?moment", recipe.read_text(), re.DOTALL)
     assert re.findall(r"\d+\.\d", comment[0]) == [f"{size / 2**30:.1f}" for size in sizes]
     assert memory.total < 0.9 * 80e9
+
+
+def test_the_backbone_has_the_shape_that_its_comments_speak_of():
+    model = load_config(EXAMPLES / "recipes/backbone.yaml").model
+    text = load_target_config(PUBLIC_CONFIGS / "qwen3-8b").get_text_config()
+    assert model.target_layer_ids == evenly_spread_layers(text.num_hidden_layers, taps=8)
+    assert (model.num_layers, model.ffn_hidden_size) == (6, 3 * text.hidden_size)
 
 
 @pytest.mark.parametrize("name", RECIPES)

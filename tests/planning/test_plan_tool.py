@@ -209,6 +209,13 @@ def test_taps_are_spread_as_in_the_paper(layers, ids):
     assert evenly_spread_layers(layers) == ids
 
 
+def test_taps_are_spread_as_in_the_backbone_recipe():
+    """SpecForge's Inkling-Small has 8 of 42."""
+    assert evenly_spread_layers(42, 8) == [1, 6, 12, 17, 23, 28, 34, 39]
+    with pytest.raises(ConfigError, match="must be at least 2"):
+        evenly_spread_layers(42, 1)
+
+
 def test_stored_states_of_the_paper_s_size():
     """DeepSpec's own figure for Qwen3-4B is 38 TB."""
     keys = MASK, "model.target_layer_ids=[1]", "parallel.tensor_parallel=2"

@@ -383,37 +383,55 @@ def plain_head_loss(
     lm_head: Tensor,
     markov_w2: Tensor | None,
     *,
-    ce_alpha: float,
-    l1_alpha: float,
-    kl_alpha: float = 0.0,
+    terms: dict[str, float],
     labels_from_target: bool = False,
     draft_transform: tuple[float, float | None] = (1.0, None),
     target_transform: tuple[float, float | None] = (1.0, None),
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """`ops.head_loss.head_loss` on whole, unpadded matrices [v, h] and [v, r], by autograd.
-    Returns the weighted loss [], and CE, raw L1 and KL of each row [n]; None for L1 without a
-    target and for KL without weight. Transforms: scale and soft cap, of draft and target."""
+    terms: weights by name. Returns the weighted loss [], and of each row [n] CE, with a target raw
+    L1, and the other terms that weigh anything. Transforms: scale and soft cap, of draft and
+    target."""
     logits = plain_transform(hidden @ lm_head.t(), *draft_transform)
     if latent is not None:
         logits = logits + latent @ markov_w2.t()
-    l1 = kl = None
+    logits, used = precise(logits), {name for name, weight in terms.items() if weight > 0}
+    known = {}
     if target_hidden is not None:
-        target_logits = plain_transform(target_hidden @ lm_head.t(), *target_transform)
-        target_logits = precise(target_logits)
-        q = target_logits.softmax(dim=-1)
-        l1 = (precise(logits).softmax(dim=-1) - q).abs().sum(dim=-1)
+        target_logits = precise(plain_transform(target_hidden @ lm_head.t(), *target_transform))
+        known = plain_distances(logits, target_logits, used | {"l1"})
         if labels_from_target:
             labels = target_logits.argmax(dim=-1)
-    if kl_alpha > 0:
-        log_p, log_q = (precise(x).log_softmax(dim=-1) for x in (logits, target_logits))
-        kl = F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(dim=-1)
-    ce = F.cross_entropy(precise(logits), labels, reduction="none")
-    terms = ce_alpha * ce
-    if l1_alpha > 0:
-        terms = terms + l1_alpha * l1
-    if kl_alpha > 0:
-        terms = terms + kl_alpha * kl
-    return (weights * terms).sum(), ce, l1, kl
+    known["ce"] = F.cross_entropy(logits, labels, reduction="none")
+    loss = sum((terms[name] * known[name] for name in used), torch.zeros_like(weights))
+    return (weights * loss).sum(), known
+
+
+def plain_distances(logits: Tensor, target_logits: Tensor, names: set[str]) -> dict[str, Tensor]:
+    """Those that are named, of each row."""
+    log_p, log_q = (x.log_softmax(dim=-1) for x in (logits, target_logits))
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+
+    def kl(one: Tensor, other: Tensor) -> Tensor:
+        return F.kl_div(other, one, log_target=True, reduction="none").sum(dim=-1)
+
+    def l1() -> Tensor:
+        return (log_p.exp() - log_q.exp()).abs().sum(dim=-1)
+
+    def lk_hybrid() -> Tensor:
+        mixing = torch.exp(-3 * (1 - l1() / 2)).detach()
+        return mixing * kl(log_q, log_p) + (1 - mixing) * l1() / 2
+
+    formulas = {
+        "l1": l1,
+        "kl": lambda: kl(log_q, log_p),
+        "reverse_kl": lambda: kl(log_p, log_q),
+        "js": lambda: (kl(log_p, log_m) + kl(log_q, log_m)) / 2,
+        "renyi_half": lambda: -2 * ((log_p + log_q) / 2).logsumexp(dim=-1),
+        "lk_alpha": lambda: -(1 - l1() / 2).clamp(min=1e-5).log(),
+        "lk_hybrid": lk_hybrid,
+    }
+    return {name: formula() for name, formula in formulas.items() if name in names}
 
 
 def plain_tau(accept_rate: Tensor, eval_mask: Tensor) -> Tensor:

@@ -12,9 +12,13 @@ from dspark_megatron.errors import require
 class LossConfig:
     """Weights and form of the training objective (paper Eq. 9-12)."""
 
-    preset: Literal["deepspec", "modelopt", "speculators"] = "deepspec"
-    """The training code whose semantics the other keys follow unless they are given: `deepspec`
-    (the paper's checkpoints), `modelopt` or `speculators`. See `config/objective/presets.py`."""
+    preset: Literal[
+        "deepspec", "modelopt", "specforge", "speculators", "speculators_kl", "dpace", "dpard"
+    ] = "deepspec"
+    """The training code or method whose semantics the other keys follow unless they are given:
+    `deepspec` (the paper's checkpoints), `modelopt`, `specforge`, `speculators` (as RedHat's drafts
+    were trained), `speculators_kl` (its defaults), `dpace` or `dpard`. See
+    `config/objective/presets.py`."""
     terms: LossTerms = field(default_factory=lambda: LossTerms(ce=0.1, l1=0.9))
     """Weights of the terms, by name. In a file `terms` is the whole set: a term that is left out
     weighs 0. On the command line `loss.terms.kl=0.5` changes one of them."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dspark_megatron.config.rules import not_negative
-from dspark_megatron.errors import require
+from dspark_megatron.errors import ConfigError, require
 
 OLDER_NAMES = {
     "ce_loss_alpha": "ce",
@@ -13,6 +13,14 @@ OLDER_NAMES = {
     "kl_loss_alpha": "kl",
 }
 """Keys of the loss section in older versions, which name a term each."""
+SPECULATORS_NAMES = {
+    "kl_div": "kl",
+    "rkl": "reverse_kl",
+    "jsd": "js",
+    "tv": "tvd",
+    "nla": "lk_alpha",
+}
+"""What the terms are called in speculators' `--loss-fn`."""
 
 
 @dataclass(kw_only=True)
@@ -65,10 +73,17 @@ class LossWeighting:
             0 < self.alpha <= 1,
             f"loss.weighting.alpha ({self.alpha}) must be in (0, 1]",
         )
+        require(
+            self.name != "decay" or self.alpha == LossWeighting.alpha,
+            f"loss.weighting.alpha ({self.alpha}) is of dpace and dpard, and loss.weighting.name "
+            "is decay, whose rate is loss.loss_decay_gamma; set the name too, or leave alpha out",
+        )
 
 
 def terms_of(values: dict[str, Any], where: str) -> dict[str, Any]:
     """Terms as they are written, under their own names: `tvd: x` becomes `l1: x/2`."""
+    for name in sorted(SPECULATORS_NAMES.keys() & values.keys()):
+        raise ConfigError(f"{where}.{name} is called {where}.{SPECULATORS_NAMES[name]} here")
     if "tvd" not in values:
         return values
     require(

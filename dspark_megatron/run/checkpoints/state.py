@@ -4,9 +4,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dspark_megatron.config import LossConfig
+from dspark_megatron.config import LossConfig, OptimizerConfig
+from dspark_megatron.config.lr_scale import LearningRateScales
 from dspark_megatron.config.objective.terms import OLDER_NAMES, LossTerms, without_older_names
-from dspark_megatron.config.schedule import LearningRateScales
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.ops.logit_transform import IDENTITY
 from dspark_megatron.run.identity import clock_hint
@@ -18,6 +18,7 @@ _DEFAULTS = {
     "loss": asdict(LossConfig()),
     "shape": DraftShape.young_defaults(),
     "target_logits": asdict(IDENTITY),
+    "optimizer": {"name": OptimizerConfig().name},
 }
 """By section of dspark.json: what a checkpoint means by a key that is younger than it is."""
 

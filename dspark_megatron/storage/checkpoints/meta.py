@@ -39,6 +39,7 @@ _OPTIONAL: dict[str, type] = {
     "lr_scale": dict,
     "loss": dict,
     "target_logits": dict,
+    "optimizer": dict,
     "data_fingerprint": str,
     "template_date": str,
 }

@@ -262,6 +262,7 @@ def test_one_sample_a_pass_is_not_packed(tiny_run):
 def test_grouping_needs_a_loss_that_does_not_depend_on_it(tiny_run):
     with pytest.raises(ConfigError, match="group_by_length changes .*'deepspec'"):
         tiny_config(tiny_run, loss={"normalization": "deepspec"}, **GROUPED)
+    tiny_config(tiny_run, loss={"normalization": "global_samples"}, **GROUPED)
 
 
 # Grouping and what is said of it
