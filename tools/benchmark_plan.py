@@ -42,17 +42,24 @@ class Sizes:
 
 SPLIT = {"parallel.sequence_parallel": True}
 RECOMPUTE = {"train.recompute_activations": True}
+OTHER_TERMS = ("reverse_kl", "js", "renyi_half", "lk_alpha", "lk_hybrid")
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "bfloat16": {"train.dtype": "bfloat16"},
     "recompute": RECOMPUTE,
     "whole optimizer": {"optimizer.use_distributed_optimizer": False},
+    "Muon": {"optimizer.name": "muon"},
     "overlap": {"optimizer.overlap_grad_reduce": True},
     "gated head": {"model.markov_head_type": "gated"},
     "rnn head": {"model.markov_head_type": "rnn"},
     "no heads": {"model.markov_rank": 0, "model.enable_confidence_head": False},
-    "KL": {"loss.terms.kl": 0.5, "loss.ce_labels": "target_argmax"},
-    "labels alone": {"loss.terms.l1": 0.0, "model.enable_confidence_head": False},
+    "KL": {"loss.terms": {"ce": 0.1, "l1": 0.9, "kl": 0.5}, "loss.ce_labels": "target_argmax"},
+    "other distances": {
+        "loss.terms": dict.fromkeys(
+            ("reverse_kl", "js", "renyi_half", "lk_alpha", "lk_hybrid"), 0.2
+        )
+    },
+    "labels alone": {"loss.terms": {"ce": 1.0}, "model.enable_confidence_head": False},
     "windows": {"model.attention": {"window": 24, "causal": "sliding"}},
     "one window, sinks, biases": {
         "model.attention": {"window": 24, "sliding_layers": [1], "sink": True, "biases": True}

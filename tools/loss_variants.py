@@ -13,12 +13,14 @@ from torch.utils.checkpoint import checkpoint
 
 from dspark_megatron.config import LossConfig
 from dspark_megatron.ops.chunk_budget import chunk_rows
-from dspark_megatron.ops.head_loss import HeadLoss, HeadWeights, Objective
+from dspark_megatron.ops.head_loss import HeadLoss, HeadWeights
 from dspark_megatron.ops.logit_transform import IDENTITY, LogitTransform
+from dspark_megatron.ops.objective.objective import Objective
 from dspark_megatron.ops.vocab_parallel import VocabShard
 from support.reference import plain_head_loss
 
 CE, L1 = 0.1, 0.9
+DEFAULT = Objective(ce=CE, l1=L1)
 
 
 class Problem:
@@ -77,18 +79,21 @@ class Problem:
     ) -> Tensor:
         rows = hidden, latent, self.target_hidden[part], self.labels[part], self.weights[part]
         capped = dict.fromkeys(("draft_transform", "target_transform"), (1.0, softcapping))
-        return plain_head_loss(*rows, self.lm_head, w2, ce_alpha=CE, l1_alpha=L1, **capped)[0]
+        return plain_head_loss(*rows, self.lm_head, w2, terms={"ce": CE, "l1": L1}, **capped)[0]
 
     def capped(self) -> tuple[Tensor, ...]:
         """The head loss with a soft cap of both sides, in chunks of the same budget."""
         return self.head_loss(LogitTransform(1.0, self.softcapping), self.capped_rows)
 
     def head_loss(
-        self, transform: LogitTransform = IDENTITY, rows_of_chunk: int | None = None
+        self,
+        transform: LogitTransform = IDENTITY,
+        rows_of_chunk: int | None = None,
+        objective: Objective = DEFAULT,
     ) -> tuple[Tensor, ...]:
         head = HeadWeights(self.output_weight, self.w2, self.shard, transform)
         how = rows_of_chunk or self.chunk_rows, self.compile, transform
-        head_loss = HeadLoss(head, Objective(ce=CE, l1=L1), *how, tp_group=self.group)
+        head_loss = HeadLoss(head, objective, *how, tp_group=self.group)
         rows = self.hidden, self.latent, self.target_hidden, self.labels, self.weights
         return self.gradients(head_loss(*rows).loss)
 

@@ -84,6 +84,7 @@ class Config:
             f"evaluate.every ({every}) needs the target for answers whose states "
             "are not stored; set evaluate.every=null or target.provider=huggingface",
         )
+        self._check_confidence()
         self._check_passes()
         self._check_padding()
         if self.parallel.pipeline_parallel > 1:
@@ -103,6 +104,31 @@ class Config:
             f"loss.slot_mask ({self.loss.slot_mask!r}) must be 'label' with "
             "model.sample_from_anchor=false: a slot's input stands where its label does; set "
             "loss.slot_mask=label",
+        )
+
+    def _check_confidence(self) -> None:
+        loss = self.loss
+        options = {
+            "confidence_weights": loss.confidence_weights != "decay",
+            "confidence_stop_gradient": loss.confidence_stop_gradient,
+        }
+        for name, given in options.items():
+            require(
+                not given or (self.model.enable_confidence_head and loss.confidence_head_alpha > 0),
+                f"loss.{name} ({getattr(loss, name)}) is about the confidence head's loss, and "
+                f"there is none with model.enable_confidence_head "
+                f"({self.model.enable_confidence_head}) and loss.confidence_head_alpha "
+                f"({loss.confidence_head_alpha}); set both, or take loss.{name} out",
+            )
+        gamma, last = loss.loss_decay_gamma, self.model.num_draft_tokens - 1
+        require(
+            loss.confidence_weights != "reach"
+            or loss.weighting.name != "decay"
+            or gamma is None
+            or last / gamma < 80,
+            f"loss.loss_decay_gamma ({gamma}) leaves slot {last} no weight in fp32, and "
+            "loss.confidence_weights 'reach' gives it one that nothing divides; raise "
+            "loss.loss_decay_gamma, or set it to null",
         )
 
     def _check_passes(self) -> None:
@@ -125,7 +151,7 @@ class Config:
             not self.data.group_by_length or self.loss.normalization.startswith("global_"),
             "data.group_by_length changes which samples share a micro-batch, and with "
             f"loss.normalization {self.loss.normalization!r} that changes the gradient; set "
-            "loss.normalization=global_step or data.group_by_length=false",
+            "loss.normalization=global_step (or global_samples), or data.group_by_length=false",
         )
         require(
             not self.target.packing or self.target.samples_per_pass != 1,

@@ -9,10 +9,13 @@ from dspark_megatron.errors import require
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and a schedule after it."""
+    """AdamW or Muon, with linear warm-up and a schedule after it."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """`muon`: for the matrices of the backbone and of the Markov head's latent; AdamW for the rest.
+    A run keeps the one that it began with."""
     lr: float = 6e-4
-    """Peak learning rate."""
+    """Peak learning rate, of both: Muon's updates are scaled to the size that AdamW's have."""
     min_lr_ratio: float = 0.0
     """Final learning rate as a share of the peak."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
@@ -20,9 +23,8 @@ class OptimizerConfig:
     stays at the peak, and `wsd` (warm-up, stable, decay) stays there until its last part."""
     decay_ratio: float | None = None
     """Share of the iterations in which the rate of `wsd` falls; null is 0.2. Only for `wsd`."""
-    decay_shape: Literal["linear", "cosine", "exponential", "minus_sqrt"] | None = None
-    """How the rate of `wsd` falls, by Megatron-Core's names; null is `minus_sqrt`. Only for `wsd`.
-    """
+    decay_shape: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "minus_sqrt"
+    """How the rate of `wsd` falls, by Megatron-Core's names."""
     warmup_ratio: float = 0.04
     """Share of the iterations in which the rate rises linearly to the peak. The first step's
     rate is peak / warm-up steps."""
@@ -30,10 +32,17 @@ class OptimizerConfig:
     adam_beta2: float = 0.999
     adam_eps: float = 1e-8
     weight_decay: float = 0.0
+    muon_momentum: float = 0.95
+    """Nesterov's, of Muon."""
+    muon_weight_decay: float | None = None
+    """Of Muon's matrices. Null is `weight_decay`."""
+    muon_steps: int = 5
+    """Newton-Schulz iterations in a step of Muon."""
     clip_grad: float = 1.0
     """Largest gradient norm. With 0 gradients are not clipped."""
     use_distributed_optimizer: bool = True
-    """Shard optimizer state and fp32 main weights over data-parallel ranks."""
+    """Shard optimizer state and fp32 main weights over data-parallel ranks; with Muon those of its
+    matrices, and every rank keeps AdamW's."""
     overlap_grad_reduce: bool = False
     """Reduce each bucket of gradients over data-parallel ranks as soon as it is full, while the
     backward pass of the step's last micro-batch still runs."""
@@ -51,15 +60,14 @@ class OptimizerConfig:
             value = getattr(self, name)
             require(0 <= value < 1, f"optimizer.{name} ({value}) must be in [0, 1)")
         not_negative("optimizer", self, "weight_decay", "clip_grad")
+        self._validate_muon()
 
     def _validate_schedule(self) -> None:
-        for name in ("decay_ratio", "decay_shape"):
-            value = getattr(self, name)
-            require(
-                value is None or self.schedule == "wsd",
-                f"optimizer.{name} ({value!r}) is of the schedule wsd, and optimizer.schedule is "
-                f"{self.schedule!r}; set optimizer.schedule=wsd or leave it out",
-            )
+        require(
+            self.decay_ratio is None or self.schedule == "wsd",
+            f"optimizer.decay_ratio ({self.decay_ratio}) is of the schedule wsd, and "
+            f"optimizer.schedule is {self.schedule!r}; set optimizer.schedule=wsd or leave it out",
+        )
         require(
             self.schedule != "constant" or self.min_lr_ratio == 0,
             f"optimizer.min_lr_ratio ({self.min_lr_ratio}) is where a rate falls to, and with "
@@ -71,3 +79,21 @@ class OptimizerConfig:
             f"optimizer.decay_ratio ({ratio}) must be > 0, and with optimizer.warmup_ratio "
             f"({self.warmup_ratio}) at most 1; lower either",
         )
+
+    def _validate_muon(self) -> None:
+        require(
+            0 <= self.muon_momentum < 1,
+            f"optimizer.muon_momentum ({self.muon_momentum}) must be in [0, 1)",
+        )
+        if self.muon_weight_decay is not None:
+            not_negative("optimizer", self, "muon_weight_decay")
+        require(
+            1 <= self.muon_steps < 100,  # PyTorch's own bound
+            f"optimizer.muon_steps ({self.muon_steps}) must be from 1 to 99",
+        )
+
+    @property
+    def splits_buckets(self) -> bool:
+        """Whether each data-parallel rank gets a part of the reduced gradients. Muon needs whole
+        matrices, and has its own way to share out state."""
+        return self.use_distributed_optimizer and self.name == "adamw"

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dspark_megatron.config import LossConfig
+from dspark_megatron.ops.objective.acceptance_weights import BlockSlots
 from dspark_megatron.ops.seeds import derived_seed
 from dspark_megatron.ops.transfer import ContextRanges, all_to_device
 
@@ -59,8 +60,10 @@ class DraftBlocks:
     """[r] sample of the target state that predicts the label."""
     target_positions: Tensor
     """[r] its position there."""
+    slots_on_host: list[int]
+    """Supervised slots of each block."""
     weights: Tensor
-    """[r] fp32 weights in the loss."""
+    """[r] fp32 weights by the slot alone, which decay."""
     loss_decay_gamma: float | None
     """That they come from."""
     weight: float
@@ -97,6 +100,7 @@ class DraftBlocks:
             labels=tokens[:, 1:][eval_mask],
             target_samples=sample_index[:, None].expand_as(eval_mask)[eval_mask],
             target_positions=positions[eval_mask],
+            slots_on_host=eval_mask.sum(dim=1).tolist(),
             weights=weights.expand(eval_mask.shape)[eval_mask],
             loss_decay_gamma=loss_decay_gamma,
             # A small loss_decay_gamma may round the weight of late slots, and of all, to 0.
@@ -130,6 +134,11 @@ class DraftBlocks:
         return self.tokens[:, :-1]
 
     @property
+    def slots(self) -> BlockSlots:
+        """Where the supervised slots stand."""
+        return BlockSlots(self.slots_on_host, self.slot_index, self.eval_mask.shape[1])
+
+    @property
     def context_ranges(self) -> ContextRanges:
         return ContextRanges(self.bounds_on_host, self.context_bounds)
 
@@ -147,8 +156,7 @@ class DraftBlocks:
 
     def by_slot(self, values: Tensor) -> Tensor:
         """[r] -> [n, d]; 0 where a slot is not supervised."""
-        slots = values.new_zeros(self.eval_mask.numel())
-        return slots.index_copy(0, self.slot_index, values).view(self.eval_mask.shape)
+        return self.slots.by_block(values, 0)
 
 
 class _Context(NamedTuple):

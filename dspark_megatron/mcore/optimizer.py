@@ -1,5 +1,7 @@
-"""Megatron-Core's gradient buckets, AdamW and learning-rate schedule around a draft model."""
+"""Megatron-Core's gradient buckets, optimizers and learning-rate schedule around a draft model."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -7,13 +9,18 @@ from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
 )
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import (
+    ChainedOptimizer,
+    MegatronOptimizer,
+    get_megatron_optimizer,
+)
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from dspark_megatron.config import OptimizerConfig
+from dspark_megatron.mcore.muon import MuonOptimizer
 
 STYLES = {"wsd": "WSD"}
 """Schedules that have another name in Megatron-Core."""
@@ -29,7 +36,7 @@ def wrap_data_parallel(model: MegatronModule, config: OptimizerConfig) -> Any:
         config=model.config,
         ddp_config=DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
-            use_distributed_optimizer=config.use_distributed_optimizer,
+            use_distributed_optimizer=config.splits_buckets,
             overlap_grad_reduce=config.overlap_grad_reduce,
             check_for_nan_in_grad=False,
         ),
@@ -38,7 +45,8 @@ def wrap_data_parallel(model: MegatronModule, config: OptimizerConfig) -> Any:
 
 
 def build_optimizer(config: OptimizerConfig, model: Any, dtype: torch.dtype) -> MegatronOptimizer:
-    """AdamW with fp32 main weights; `model` is the data-parallel wrapper."""
+    """AdamW with fp32 main weights, or Muon for the matrices and AdamW for the rest; `model` is the
+    data-parallel wrapper."""
     megatron_config = MegatronOptimizerConfig(
         optimizer="adam",
         lr=config.lr,
@@ -50,9 +58,29 @@ def build_optimizer(config: OptimizerConfig, model: Any, dtype: torch.dtype) -> 
         clip_grad=config.clip_grad,
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
-        use_distributed_optimizer=config.use_distributed_optimizer,
+        use_distributed_optimizer=config.splits_buckets,
     )
-    return get_megatron_optimizer(megatron_config, [model], use_gloo_process_groups=False)
+    muons = list(model.module.split_matrices()) if config.name == "muon" else []
+    with _without_gradient(model.module, muons):
+        rest = get_megatron_optimizer(megatron_config, [model], use_gloo_process_groups=False)
+    if not muons:
+        return rest
+    muon = MuonOptimizer(config, megatron_config, model)
+    muon.grad_stats_parallel_group = rest.get_grad_stats_parallel_group()
+    return ChainedOptimizer([*rest.chained_optimizers, muon])
+
+
+@contextlib.contextmanager
+def _without_gradient(module: MegatronModule, names: list[str]) -> Iterator[None]:
+    """Within it Megatron-Core passes over the parameters of these names."""
+    chosen = [module.get_parameter(name) for name in names]
+    for parameter in chosen:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in chosen:
+            parameter.requires_grad_(True)
 
 
 def gradient_size(model: Any) -> Tensor:
@@ -75,6 +103,8 @@ def make_state(optimizer: Any) -> None:
     without. One that has taken a step stays as it is."""
     for one in optimizer.chained_optimizers:
         if one.optimizer is None:  # this rank has no share of the parameters
+            continue
+        if isinstance(one, MuonOptimizer):  # it has its state from the start
             continue
         one.init_state_fn(one.optimizer, one.config)
         for group in one.optimizer.param_groups:
@@ -101,7 +131,7 @@ def build_scheduler(
         lr_decay_steps=unit * steps,
         lr_decay_style=STYLES.get(config.schedule, config.schedule),
         wsd_decay_steps=unit * min(decay, steps - warmup),
-        lr_wsd_decay_style=config.decay_shape or "minus_sqrt",
+        lr_wsd_decay_style=config.decay_shape,
         start_wd=config.weight_decay,
         end_wd=config.weight_decay,
         wd_incr_steps=unit * steps,

@@ -37,6 +37,7 @@ _MUST_BE = {
     "overlap_param_gather": (False, "the loss reads weights outside of a module's forward pass"),
     "use_torch_fsdp2": (False, "parameters are not sharded; give --use-distributed-optimizer"),
     "use_megatron_fsdp": (False, "parameters are not sharded; give --use-distributed-optimizer"),
+    "optimizer": ("adam", "Muon of a draft is this package's own loop's: optimizer.name=muon"),
     "fp8": (None, "a draft trains in bf16 or fp32"),
     "fp4": (None, "a draft trains in bf16 or fp32"),
     "gtp_weight_remat_size": (1, "tensor-parallel slices of the draft are whole on a rank"),
@@ -98,9 +99,9 @@ def config_from_args(args: Namespace) -> Config:
     config = config_from_dict(sections)
     config.validate()
     require(
-        config.loss.normalization == "global_step",
+        config.loss.normalization in ("global_step", "global_samples"),
         f"{flag('loss', 'normalization')} is {config.loss.normalization!r} and must be "
-        "'global_step': Megatron divides by the weight of the whole step",
+        "'global_step' or 'global_samples': Megatron divides the whole step once",
     )
     require(
         not config.optimizer.overlap_grad_reduce or config.loss.anchor_rule == "label",

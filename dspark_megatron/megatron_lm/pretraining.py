@@ -66,9 +66,7 @@ class DraftPretraining:
             tp_group=runtime.tp_group,
             device=runtime.device,
         )
-        anchors = config.train.global_batch_size * config.model.num_anchors
-        slots = slot_weights(plan.shape.num_draft_tokens, config.loss.loss_decay_gamma)
-        self._unit = tokens_per_weight(anchors * float(slots.sum()))
+        self._unit = tokens_per_weight(largest_divisor(config))
 
     def micro_batches(self, consumed_samples: int) -> Iterator[MicroBatch]:
         """Those after so many samples, without end. The target is told of each step's before their
@@ -89,10 +87,20 @@ class DraftPretraining:
             loss = torch.zeros((), device=self.runtime.device)
         return loss, partial(
             loss_func,
-            weight=batch.blocks.weight,
+            weight=self._step.divisor(batch),
             unit=self._unit,
             ratios=metrics.ratios(self._step.term_weights),
         )
+
+
+def largest_divisor(config: Config) -> float:
+    """What the loss sums of a step are divided by, at most."""
+    samples, loss = config.train.global_batch_size, config.loss
+    if loss.normalization == "global_samples":
+        return samples
+    gamma = loss.loss_decay_gamma if loss.weighting.name == "decay" else None
+    slots = slot_weights(config.model.num_draft_tokens, gamma)
+    return samples * config.model.num_anchors * float(slots.sum())
 
 
 def tokens_per_weight(most: float) -> float:

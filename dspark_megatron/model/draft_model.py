@@ -23,9 +23,11 @@ from torch import Tensor
 from dspark_megatron.config.attention import LayerAttention
 from dspark_megatron.data.blocks import DraftBlocks
 from dspark_megatron.mcore.rms_norm import RMSNorm
+from dspark_megatron.mcore.split_matrix import SplitMatrix
 from dspark_megatron.model.heads import MARKOV_HEADS, ConfidenceHead, MarkovHead
 from dspark_megatron.model.layer_specs import local_layer_spec
 from dspark_megatron.model.parameter_init import init_parameters
+from dspark_megatron.model.split_matrices import split_matrices
 from dspark_megatron.model.token_split import TokenSplit, without_sequence_parallel
 from dspark_megatron.model.transformer_config import transformer_config
 from dspark_megatron.model.vocab_parallel_weight import VocabParallelWeight
@@ -161,6 +163,10 @@ class DSparkDraftModel(MegatronModule):
             shard=self.vocab_shard,
         )
 
+    def split_matrices(self) -> dict[str, SplitMatrix]:
+        """Those that Muon may train, by name of their parameter."""
+        return split_matrices(self, self.config)
+
     @torch.no_grad()
     def load_frozen_replicas(self, embed_tokens: Tensor, lm_head: Tensor) -> None:
         """This rank's [v/tp, h] rows of the target's embedding and LM head, padding zero."""
@@ -254,8 +260,11 @@ class DSparkDraftModel(MegatronModule):
         whole = self.split.whole(hidden, n * k).view(n, k, -1)
         return whole[:, k - self.shape.num_draft_tokens :]
 
-    def forward(self, taps: Tensor, blocks: DraftBlocks) -> DraftOutput:
-        """Training pass over the n blocks of a micro-batch. taps [b, s, m*h]."""
+    def forward(
+        self, taps: Tensor, blocks: DraftBlocks, *, confidence_stop_gradient: bool = False
+    ) -> DraftOutput:
+        """Training pass over the n blocks of a micro-batch. taps [b, s, m*h].
+        confidence_stop_gradient: the confidence logits' gradient ends in their head."""
         context = blocks.context_of(taps)  # [t, m*h]
         context_kv = self.encode_context(context, blocks.context_positions)
         anchors = blocks.prev_token_ids[:, 0], blocks.positions[:, 0]
@@ -265,7 +274,9 @@ class DSparkDraftModel(MegatronModule):
             embeddings = self.markov_head.embed(blocks.prev_token_ids)
             latents = self.markov_head.latents(embeddings, hidden)
         if self.confidence_head is not None:
-            confidence_logits = self.confidence_head(hidden, embeddings)
+            confidence_logits = self.confidence_head(
+                hidden, embeddings, stop_gradient=confidence_stop_gradient
+            )
         return DraftOutput(hidden, latents, confidence_logits)
 
     def sharded_state_dict(

@@ -113,9 +113,14 @@ class ConfidenceHead(MegatronModule):
         self.with_markov = markov_rank > 0
         self.proj = torch.nn.Linear(config.hidden_size + markov_rank, 1, dtype=config.params_dtype)
 
-    def forward(self, hidden: Tensor, embeddings: Tensor | None) -> Tensor:
-        """hidden [..., h], embeddings [..., r] -> fp32 confidence_logits [...]. No collective."""
+    def forward(
+        self, hidden: Tensor, embeddings: Tensor | None, *, stop_gradient: bool = False
+    ) -> Tensor:
+        """hidden [..., h], embeddings [..., r] -> fp32 confidence_logits [...]. stop_gradient: none
+        leaves the head. No collective."""
         features = hidden
         if self.with_markov and embeddings is not None:
             features = torch.cat([hidden, embeddings], dim=-1)
+        if stop_gradient:
+            features = features.detach()
         return self.proj(features).squeeze(-1).float()

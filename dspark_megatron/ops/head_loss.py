@@ -7,10 +7,14 @@ gradients that are there. A soft cap of the draft needs more: the product of [h 
 with the cap between them, and the capped logits are kept beside the others of their chunk, since
 the slope of the cap comes from them. They count in the chunk's budget, so the memory is the same.
 
+Weights by acceptance are known once a whole block's terms are: then a chunk is cut at the end of a
+block, and its weights come between its terms and the products that carry its gradient back.
+
 Shapes: n supervised slots, c slots of a chunk, h hidden, r Markov rank, v/tp vocabulary entries of
 this rank.
 """
 
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -18,9 +22,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dspark_megatron.ops.logit_terms import Objective, logit_terms, precise
+from dspark_megatron.ops.logit_terms import logit_terms, precise
 from dspark_megatron.ops.logit_transform import IDENTITY, LogitFactors, LogitTransform
+from dspark_megatron.ops.objective.acceptance_weights import AcceptanceWeights
+from dspark_megatron.ops.objective.distances import accept_rate
+from dspark_megatron.ops.objective.objective import Objective
 from dspark_megatron.ops.vocab_parallel import VocabShard, all_reduce
+
+Weights = Tensor | AcceptanceWeights
+"""Of slots [n]: given, or to be found from their terms."""
 
 
 @dataclass(frozen=True)
@@ -78,20 +88,17 @@ class HeadLossOutput:
     """Results of each slot, fp32. `loss` carries the gradient, the others are detached."""
 
     loss: Tensor
-    """[] `sum_n weights[n] * (ce * CE[n] + l1 * L1[n] + kl * KL[n])`."""
-    ce: Tensor
-    """[n] cross entropy in nats."""
-    l1: Tensor | None
-    """[n] raw L1 distance in [0, 2]; None without target_hidden."""
-    kl: Tensor | None
-    """[n] KL(target || draft) in nats; None unless the objective weighs it."""
+    """[] `sum_n weights[n] * sum_terms weight * term[n]`."""
+    terms: dict[str, Tensor]
+    """[n] by their names in `loss.terms`: always `ce`, `l1` where there is target_hidden, and all
+    others that the objective weighs."""
 
     @property
     def accept_rate(self) -> Tensor:
         """[n] chance that the target keeps a draft token, 1 - L1 / 2 (paper Eq. 8)."""
-        if self.l1 is None:
+        if "l1" not in self.terms:
             raise ValueError("the accept rate needs target_hidden: it compares with the target")
-        return (1 - self.l1 / 2).clamp(0, 1)
+        return accept_rate(self.terms["l1"])
 
 
 @dataclass(frozen=True)
@@ -115,52 +122,57 @@ class HeadLoss:
         latent: Tensor | None,
         target_hidden: Tensor | None,
         labels: Tensor,
-        weights: Tensor,
+        weights: Weights,
     ) -> HeadLossOutput:
         """hidden [n, h]; latent z of the Markov bias [n, r] or None; target_hidden [n, h],
         post-norm, or None when nothing needs the target's distribution; labels [n] int64; weights
-        [n] fp32.
+        [n] fp32, or by acceptance.
 
         Gradients reach hidden, latent and head.markov_w2, whole on every rank for hidden and
         latent. Forward, for each slot and rank: an all-gather of 5 floats (3 without target_hidden,
-        6 with labels from the target), with target_hidden an all-reduce of 2 floats (3 with KL),
-        each one call a chunk; and, in one call, an all-reduce of the gradient [n, h + r].
+        1 more with labels from the target, 2 more with Renyi's divergence), with target_hidden an
+        all-reduce of 2 floats (1 more each with KL or LK-hybrid and with reverse KL, 2 more with
+        JS), each one call a chunk; and, in one call, an all-reduce of the gradient [n, h + r].
         Backward: none.
         Raises ValueError when the objective needs target_hidden and there is none.
         """
-        if self.objective.needs_target_logits and target_hidden is None:
+        by_target = isinstance(weights, AcceptanceWeights) and weights.by_target
+        if (self.objective.needs_target_logits or by_target) and target_hidden is None:
             raise ValueError(
-                "target_hidden is missing: the L1 and KL terms and labels from the target compare "
+                "target_hidden is missing: all terms but CE and labels from the target compare "
                 "with it; give the target's last hidden states or set these weights to 0"
             )
         features = self.head.features(hidden, latent)
         loss, terms = _Gradients.apply(
             features, self.head.markov_w2, target_hidden, labels, weights, self
         )
-        ce, l1, kl = terms
-        has_target, has_kl = target_hidden is not None, self.objective.kl > 0
-        return HeadLossOutput(loss, ce, l1 if has_target else None, kl if has_kl else None)
+        by_name = dict(zip(self.objective.weights, terms, strict=True))
+        if target_hidden is None:
+            del by_name["l1"]
+        return HeadLossOutput(loss, by_name)
 
     def terms_and_gradients(
-        self, features: Tensor, target_hidden: Tensor | None, labels: Tensor, weights: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """features [n, h + r] -> CE, L1 and KL [3, n], and the gradients of features and, in fp32,
-        since many chunks add up in it, of markov_w2 [v/tp, r]."""
+        self, features: Tensor, target_hidden: Tensor | None, labels: Tensor, weights: Weights
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """features [n, h + r] -> the objective's terms [terms, n], the weights of the slots [n],
+        and the gradients of features and, in fp32, since many chunks add up in it, of markov_w2
+        [v/tp, r]."""
         head, real = self.head, self.head.shard.num_real  # padded entries come last, unused
         draft, target = head.factors(features), None
         if target_hidden is not None:
             target = LogitFactors(target_hidden, head.lm_head, self.target_transform)
-        chunk = max(1, min(self.chunk_rows, len(features)))
+        chunks = _chunks(weights, self.chunk_rows)
+        chunk = max((part.stop - part.start for part, _ in chunks), default=1)
         buffers = 1 + (target is not None) + head.is_capped
         workspace = draft.weight.new_empty(buffers, chunk, real)
         dtype = precise(features.dtype)
-        terms = features.new_empty(3, len(features), dtype=dtype)
+        terms = features.new_empty(len(self.objective.weights), len(features), dtype=dtype)
+        used = terms.new_empty(len(features))
         grad_features, grad_w2 = torch.empty_like(features), None
         if head.markov_w2 is not None:
             grad_w2 = torch.zeros_like(head.markov_w2, dtype=dtype)
-        for start in range(0, len(features), chunk):
-            part = slice(start, start + chunk)
-            own, weight = features[part], weights[part, None]
+        for part, weight in chunks:
+            own = features[part]
             base = workspace[-1, : len(own)] if head.is_capped else None
             out = workspace[0, : len(own)]
             draft_logits = draft.product(part, out, base, compile=self.compile)
@@ -177,12 +189,15 @@ class HeadLoss:
                 compile=self.compile,
                 tp_group=self.tp_group,
             )
+            if isinstance(weight, AcceptanceWeights):
+                weight = weight.of(*terms[:2, part])
+            used[part], weight = weight, weight[:, None]
             gradient = draft_logits  # weights go to the narrow side of its products
             self._features_gradient(draft, gradient, base, grad_features[part]).mul_(weight)
             if grad_w2 is not None:
                 latents = (own[:, head.hidden_size :] * weight).to(own.dtype)
                 _add_product(grad_w2[:real], gradient.t(), latents)
-        return terms, all_reduce(grad_features, tp_group=self.tp_group), grad_w2
+        return terms, used, all_reduce(grad_features, tp_group=self.tp_group), grad_w2
 
     def _features_gradient(
         self, draft: LogitFactors, gradient: Tensor, base: Tensor | None, out: Tensor
@@ -196,6 +211,14 @@ class HeadLoss:
         torch.mm(before, weight[:, :h], out=out[:, :h])
         torch.mm(gradient, weight[:, h:], out=out[:, h:])
         return out
+
+
+def _chunks(weights: Weights, most: int) -> Sequence[tuple[slice, Weights]]:
+    """Rows of each chunk, `most` or fewer unless a block has more, and what they weigh."""
+    if isinstance(weights, AcceptanceWeights):
+        return weights.chunks(most)
+    parts = [slice(start, start + most) for start in range(0, len(weights), most)]
+    return [(slice(part.start, min(part.stop, len(weights))), weights[part]) for part in parts]
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -215,17 +238,16 @@ class _Gradients(torch.autograd.Function):
         w2: Tensor | None,
         target_hidden: Tensor | None,
         labels: Tensor,
-        weights: Tensor,
+        weights: Weights,
         head_loss: Any,
     ) -> tuple[Tensor, Tensor]:
-        terms, *gradients = head_loss.terms_and_gradients(features, target_hidden, labels, weights)
+        terms, used, *gradients = head_loss.terms_and_gradients(
+            features, target_hidden, labels, weights
+        )
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(terms)
         ctx.w2_dtype = None if w2 is None else w2.dtype
-        ce, l1, kl = terms
-        objective = head_loss.objective
-        loss = objective.ce * ce + objective.l1 * l1 + objective.kl * kl
-        return (weights * loss).sum(), terms
+        return (used * head_loss.objective.of_slot(terms)).sum(), terms
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:

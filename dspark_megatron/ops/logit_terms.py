@@ -1,14 +1,9 @@
 """The terms of the head loss and their gradient, from a chunk of split logits.
 
-With u the draft logits (base_logits + markov_bias), t the target logits, and p, q their softmax
-over the whole vocabulary (paper Eq. 4):
-
-    CE = lse(u) - u[label]             (Eq. 9)     dCE/du = p - onehot(label)
-    L1 = sum |p - q|                   (Eq. 10)    dL1/du = p * (sign(p - q) - sum p * sign(p - q))
-    KL = sum q * (log q - log p)                   dKL/du = p - q
-
-p and q need sums over all ranks, and the gradient of L1 one more. So there are three passes over
-the logits with a collective of a few floats a slot between them:
+u are the draft logits (base_logits + markov_bias), t the target logits, and p, q their softmax over
+the whole vocabulary (paper Eq. 4). CE = lse(u) - u[label] (Eq. 9) with dCE/du = p - onehot(label);
+`objective/distances.py` has the distances of p and q. All need sums over all ranks, so there are
+three passes over the logits with a collective of a few floats a slot between them:
 
     statistics -> (gathered) combine -> distances -> (summed) gradient
 
@@ -21,46 +16,20 @@ Shapes: c slots of the chunk, v/tp columns of this rank without padding.
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dspark_megatron.config import LossConfig
 from dspark_megatron.ops.chunk_budget import in_tiles
+from dspark_megatron.ops.objective.distances import DISTANCES, Pair
+from dspark_megatron.ops.objective.objective import Objective
 from dspark_megatron.ops.vocab_parallel import (
     VocabShard,
     all_gather,
     all_reduce,
     combine_log_sum_exp,
 )
-
-
-@dataclass(frozen=True)
-class Objective:
-    """Weights of a slot's terms."""
-
-    ce: float
-    l1: float = 0.0
-    """Of the raw distance in [0, 2]."""
-    kl: float = 0.0
-    """Of KL(target || draft)."""
-    labels_from_target: bool = False
-    """CE with the target's most likely token instead of the given labels."""
-
-    @classmethod
-    def of(cls, loss: LossConfig) -> "Objective":
-        return cls(
-            ce=loss.terms.ce,
-            l1=loss.terms.l1,
-            kl=loss.terms.kl,
-            labels_from_target=loss.ce_labels == "target_argmax",
-        )
-
-    @property
-    def needs_target_logits(self) -> bool:
-        return self.l1 > 0 or self.kl > 0 or self.labels_from_target
 
 
 def logit_terms(
@@ -73,22 +42,22 @@ def logit_terms(
     compile: bool,
     tp_group: dist.ProcessGroup,
 ) -> Tensor:
-    """CE, L1 and KL of each slot, [3, c]; L1 is 0 without a target, KL where the objective leaves
-    it out. `draft_logits` becomes the gradient of each slot's unweighted loss."""
+    """The terms of each slot, [terms, c], in the order of `objective.weights`: CE, L1 (0 without a
+    target) and others. `draft_logits` becomes the gradient of each slot's unweighted loss."""
     u, t = draft_logits, target_logits
     run = compiled if compile else in_tiles
     columns = shard.local_columns(labels)
     if tp_group.size() == 1:
-        in_place = not compile and objective.kl == 0 and u.dtype == precise(u.dtype)
+        in_place = not compile and not objective.needs_log_ratio and u.dtype == precise(u.dtype)
         return run(all_passes)(u, t, columns, objective, in_place)
     found = all_gather(run(statistics)(u, t, columns, objective), tp_group=tp_group)
-    ce, draft_lse, target_lse, columns = combine(found, columns, tp_group.rank())
-    sums = ce.new_zeros(2, len(ce))
+    ce, lse, columns = combine(found, columns, tp_group.rank(), objective)
+    sums = ce.new_zeros(objective.num_sums, len(ce))
     if t is not None:
-        sums = run(distances)(u, t, draft_lse, target_lse, objective)
+        sums = run(distances)(u, t, lse, objective)
         all_reduce(sums, tp_group=tp_group)
-    run(gradient)(u, t, draft_lse, target_lse, sums[1], columns, objective)
-    return _terms(ce, sums, draft_lse, target_lse)
+    run(gradient)(u, t, lse, sums.t(), columns, objective)
+    return _terms(ce, lse, sums, objective)
 
 
 @functools.cache
@@ -99,8 +68,9 @@ def compiled(function: Callable) -> Callable:
 
 
 def statistics(u: Tensor, t: Tensor | None, columns: Tensor, objective: Objective) -> Tensor:
-    """First pass: what all ranks must know of this shard, [3, 5 or 6, c]: the label's logit; the
-    maximum of u and the sum of exp(u - maximum); the same of t; the column of the target's label.
+    """First pass: what all ranks must know of this shard, [3 to 8, c]: the label's logit; the
+    maximum of u and the sum of exp(u - maximum); the same of t; for Renyi's divergence the same of
+    (u + t) / 2; the column of the target's label.
 
     columns [c]: of the labels in this shard, -1 for those of others. Of a label that the target
     chooses, each shard names its best candidate.
@@ -116,92 +86,122 @@ def _statistics(
         columns = t.argmax(dim=-1)
     label_logit = u.gather(1, columns.clamp(min=0)[:, None]).squeeze(1)
     found = [torch.where(columns < 0, 0, label_logit).to(precise(u.dtype))]
+    overwritten = (x if in_place else None for x in (u, t, None))
+    logits = [u] if t is None else [u, t]
+    if t is not None and objective.renyi_half > 0:
+        logits.append(_halfway(u, t))
     exponentials = []
-    for logits in (u,) if t is None else (u, t):
-        maximum = logits.amax(dim=-1).to(found[0].dtype)
-        exponentials.append(exp_shifted(logits, maximum, logits if in_place else None))
+    for x, out in zip(logits, overwritten, strict=False):
+        maximum = x.amax(dim=-1).to(found[0].dtype)
+        exponentials.append(exp_shifted(x, maximum, out))
         found += [maximum, exponentials[-1].sum(dim=-1)]
     if objective.labels_from_target:
         found.append(columns.to(found[0].dtype))  # exact: fp32 counts to 2^24
     return torch.stack(found), exponentials
 
 
-def combine(shards: Tensor, columns: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Statistics [tp, 3, 5 or 6, c] of all ranks -> CE and the log-sum-exps of u and t (u again
-    without t), the same everywhere, and the labels' columns in this rank's shard."""
+def _halfway(u: Tensor, t: Tensor) -> Tensor:
+    """(u + t) / 2, the logits of sqrt(p q)."""
+    return u.to(precise(u.dtype)).add(t).mul_(0.5)
+
+
+def combine(
+    shards: Tensor, columns: Tensor, rank: int, objective: Objective
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics [tp, 3 to 8, c] of all ranks -> CE [c] and the log-sum-exps [c, 1 to 3] of u, t
+    and (u + t) / 2, the same everywhere, and the labels' columns in this rank's shard."""
     label_logit, *sums = shards.unbind(dim=1)
-    draft_lse = combine_log_sum_exp(*sums[:2])
-    target_lse = combine_log_sum_exp(*sums[2:4]) if len(sums) > 2 else draft_lse
-    if len(sums) < 5:
-        return draft_lse - label_logit.sum(dim=0), draft_lse, target_lse, columns
+    target_columns = sums.pop() if objective.labels_from_target else None
+    pairs = zip(sums[::2], sums[1::2], strict=True)
+    lse = torch.stack([combine_log_sum_exp(*pair) for pair in pairs], dim=1)
+    if target_columns is None:
+        return lse[:, 0] - label_logit.sum(dim=0), lse, columns
     best = sums[2].argmax(dim=0, keepdim=True)  # [1, c], rank of the target's label
-    label_logit, column = (x.gather(0, best)[0] for x in (label_logit, sums[4]))
-    columns = torch.where(best[0] == rank, column, -1).long()
-    return draft_lse - label_logit, draft_lse, target_lse, columns
+    label_logit, column = (x.gather(0, best)[0] for x in (label_logit, target_columns))
+    return lse[:, 0] - label_logit, lse, torch.where(best[0] == rank, column, -1).long()
 
 
-def distances(
-    u: Tensor, t: Tensor, draft_lse: Tensor, target_lse: Tensor, objective: Objective
-) -> Tensor:
-    """Second pass, with a target: this shard's parts of L1, of sum p * sign(p - q) and, for KL, of
-    sum q * (t - u), [2 or 3, c]."""
-    return _distances(u, t, exp_shifted(u, draft_lse), exp_shifted(t, target_lse), objective)[0]
+def distances(u: Tensor, t: Tensor, lse: Tensor, objective: Objective) -> Tensor:
+    """Second pass, with a target: this shard's parts of the objective's sums, [num_sums, c]."""
+    return _distances(_pair(u, t, lse, objective), objective, summed=True)[0]
 
 
-Slopes = tuple[Tensor, Tensor | None]
-"""p * sign(p - q) for L1, and p - q for KL or None."""
+def _pair(u: Tensor, t: Tensor, lse: Tensor, objective: Objective) -> Pair:
+    ratio = _log_ratio(u, t, lse) if objective.needs_log_ratio else None
+    return _compared(exp_shifted(u, lse[:, 0]), exp_shifted(t, lse[:, 1]), ratio)
+
+
+def _log_ratio(u: Tensor, t: Tensor, lse: Tensor) -> Tensor:
+    """log p - log q, in fp32: bf16 logits of some 30 apart differ by steps of 1/8."""
+    return u.to(lse.dtype).sub(t).sub_((lse[:, 0] - lse[:, 1])[:, None])
+
+
+def _compared(p: Tensor, q: Tensor, log_ratio: Tensor | None) -> Pair:
+    difference = torch.sub(p, q, out=q) if log_ratio is None else p - q
+    return Pair(p, q, difference, log_ratio)
 
 
 def _distances(
-    u: Tensor, t: Tensor, p: Tensor, q: Tensor, objective: Objective
-) -> tuple[Tensor, Slopes]:
-    """The sums, and the slopes, which take the place of q."""
-    cross = []
-    if objective.kl > 0:  # in fp32: bf16 logits of some 30 apart differ by steps of 1/8
-        cross = [(t.to(q.dtype) - u).mul_(q).sum(dim=-1)]
-    difference = q.neg_().add_(p)
-    l1 = difference.abs().sum(dim=-1)
-    slopes = _slopes(p, difference, objective)
-    return torch.stack([l1, slopes[0].sum(dim=-1), *cross]), slopes
-
-
-def _slopes(p: Tensor, difference: Tensor, objective: Objective) -> Slopes:
-    """difference: p - q, which is overwritten."""
-    kept = difference.clone() if objective.kl > 0 else None
-    return difference.sign_().mul_(p), kept
+    pair: Pair, objective: Objective, *, summed: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The sums, if they are asked for, and for each distance its slope f or its distribution pi."""
+    sums, directions = [], {}
+    for name in objective.distances:
+        directions[name], parts = DISTANCES[name].of(pair, summed)
+        sums += parts
+    return torch.stack(sums) if summed else pair.p.new_empty(0), directions
 
 
 def gradient(
     u: Tensor,
     t: Tensor | None,
-    draft_lse: Tensor,
-    target_lse: Tensor,
-    signed_sum: Tensor,
+    lse: Tensor,
+    sums: Tensor,
     columns: Tensor,
     objective: Objective,
 ) -> None:
-    """Third pass: `u` becomes the gradient. signed_sum [c]: sum p * sign(p - q) over all shards."""
-    p, slopes = exp_shifted(u, draft_lse), None
-    if t is not None and objective.l1 + objective.kl > 0:
-        q = exp_shifted(t, target_lse)
-        slopes = _slopes(p, q.neg_().add_(p), objective)
-    _gradient(u, p, slopes, signed_sum, columns, objective)
+    """Third pass: `u` becomes the gradient. sums [c, num_sums]: of the second pass, over all
+    shards."""
+    if t is None or not objective.compares:
+        _gradient(u, exp_shifted(u, lse[:, 0]), {}, sums.t(), columns, objective)
+        return
+    halfway = None
+    if objective.renyi_half > 0:
+        halfway = exp_shifted(_halfway(u, t), lse[:, 2])
+    pair = _pair(u, t, lse, objective)
+    _, directions = _distances(pair, objective, summed=False)
+    _gradient(u, pair.p, directions, sums.t(), columns, objective, halfway)
 
 
 def _gradient(
     u: Tensor,
     p: Tensor,
-    slopes: Slopes | None,
-    signed_sum: Tensor,
+    directions: dict[str, Tensor],
+    sums: Tensor,
     columns: Tensor,
     objective: Objective,
+    halfway: Tensor | None = None,
 ) -> None:
-    p.mul_((objective.ce - objective.l1 * signed_sum)[:, None])
-    if slopes is not None:
-        signed, difference = slopes
-        p.add_(signed, alpha=objective.l1)
-        if difference is not None:
-            p.add_(difference, alpha=objective.kl)
+    """All pulls weigh p by their sum, all tilts by f - sum p f. halfway: what Renyi's divergence
+    pulls to."""
+    found = objective.by_distance(sums)
+    slopes = objective.slopes({name: distance for name, (distance, _) in found.items()})
+    factor, tilt = sums.new_full(columns.shape, objective.ce + objective.renyi_half), None
+    pulls = [] if halfway is None else [halfway.mul_(objective.renyi_half)]
+    for name, direction in directions.items():
+        slope = slopes[name]
+        if not isinstance(slope, Tensor) and slope == 0:
+            continue
+        weighted = direction.mul_(slope[:, None] if isinstance(slope, Tensor) else slope)
+        if DISTANCES[name].is_pull:
+            factor = factor + slope
+            pulls.append(weighted)
+        else:
+            factor = factor - slope * found[name][1]
+            tilt = weighted if tilt is None else tilt.add_(weighted)
+    p.mul_(factor[:, None] if tilt is None else tilt.add_(factor[:, None]))
+    for weighted in pulls:
+        p.sub_(weighted)
     onehot = (columns >= 0).to(p.dtype)[:, None]
     p.scatter_add_(1, columns.clamp(min=0)[:, None], -objective.ce * onehot)
     u.copy_(p)
@@ -211,23 +211,28 @@ def all_passes(
     u: Tensor, t: Tensor | None, columns: Tensor, objective: Objective, in_place: bool
 ) -> Tensor:
     """The three passes on a rank that has the whole vocabulary; p and q are made once, in_place
-    over the logits. `u` becomes the gradient; returns CE, L1 and KL, [3, c]."""
+    over the logits. `u` becomes the gradient; returns the terms, [terms, c]."""
     found, exponentials = _statistics(u, t, columns, objective, in_place)
-    ce, draft_lse, target_lse, columns = combine(found[None], columns, rank=0)
-    p = exponentials[0].mul_((found[1] - draft_lse).exp()[:, None])
-    sums, slopes = ce.new_zeros(2, len(ce)), None
+    ce, lse, columns = combine(found[None], columns, 0, objective)
+    maxima = found[1 : 1 + 2 * len(exponentials) : 2].t()
+    factors = (maxima - lse).exp().t()
+    p, *others = (x.mul_(y[:, None]) for x, y in zip(exponentials, factors, strict=True))
+    sums = ce.new_zeros(objective.num_sums, len(ce))
+    directions: dict[str, Tensor] = {}
     if t is not None:
-        q = exponentials[1].mul_((found[3] - target_lse).exp()[:, None])
-        sums, slopes = _distances(u, t, p, q, objective)
-    _gradient(u, p, slopes, sums[1], columns, objective)
-    return _terms(ce, sums, draft_lse, target_lse)
+        ratio = _log_ratio(u, t, lse) if objective.needs_log_ratio else None
+        sums, directions = _distances(_compared(p, others[0], ratio), objective, summed=True)
+    halfway = others[1] if len(others) > 1 else None
+    _gradient(u, p, directions, sums, columns, objective, halfway)
+    return _terms(ce, lse, sums, objective)
 
 
-def _terms(ce: Tensor, sums: Tensor, draft_lse: Tensor, target_lse: Tensor) -> Tensor:
-    """CE, L1 and KL from the sums of the second pass over all ranks."""
-    l1, _, *cross = sums
-    kl = cross[0] - target_lse + draft_lse if cross else torch.zeros_like(ce)
-    return torch.stack([ce, l1, kl])
+def _terms(ce: Tensor, lse: Tensor, sums: Tensor, objective: Objective) -> Tensor:
+    """[terms, c] from the log-sum-exps [c, 1 to 3] and the sums over all shards."""
+    found = {name: distance for name, (distance, _) in objective.by_distance(sums).items()}
+    if objective.renyi_half > 0:
+        found["renyi_half"] = lse[:, 0] + lse[:, 1] - 2 * lse[:, 2]
+    return objective.terms(ce, found)
 
 
 def exp_shifted(logits: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:

@@ -37,6 +37,7 @@ def run_identity(plan: RunPlan) -> dict[str, Any]:
         "target_logits": asdict(plan.target_transform),
         "seed": plan.config.train.seed,
         "num_anchors": plan.config.model.num_anchors,
+        "optimizer": {"name": plan.config.optimizer.name},
         "loss": {name: value for name, value in loss.items() if name not in _NO_MATHEMATICS},
     }
 

@@ -18,8 +18,10 @@ from dspark_megatron.data.blocks import DraftBlocks
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.ops.acceptance import tau
 from dspark_megatron.ops.chunk_budget import chunk_rows
-from dspark_megatron.ops.head_loss import HeadLoss, HeadLossOutput, Objective
+from dspark_megatron.ops.head_loss import HeadLoss, HeadLossOutput, Weights
 from dspark_megatron.ops.logit_transform import IDENTITY, LogitTransform
+from dspark_megatron.ops.objective.acceptance_weights import AcceptanceWeights, reach
+from dspark_megatron.ops.objective.objective import Objective
 from dspark_megatron.targets.base import StatesSource, TargetStates
 from dspark_megatron.training.metrics import MetricSums
 
@@ -59,7 +61,7 @@ class ForwardStep:
         device: torch.device,
     ) -> None:
         """target_transform: of the target's logits."""
-        self.target, self.device = target, device
+        self.loss, self.target, self.device = loss, target, device
         self.last: SlotTerms | None = None
         """Of the last micro-batch; None where nothing is learnt."""
         has_head = draft.confidence_head is not None
@@ -75,33 +77,49 @@ class ForwardStep:
     @property
     def term_weights(self) -> dict[str, float]:
         """Weight of each term in use, by its name in the metrics."""
-        terms = {"ce": self.objective.ce}
-        if self.with_target:
-            terms["l1"] = self.objective.l1
-        if self.objective.kl > 0:
-            terms["kl"] = self.objective.kl
+        terms = self.objective.weights
+        if not self.with_target:
+            del terms["l1"]
         if self.confidence_alpha > 0:
             terms["confidence"] = self.confidence_alpha
         return terms
 
+    def learns(self, batch: MicroBatch) -> bool:
+        """Whether something is learnt from it: known on the host, on all tensor-parallel ranks
+        alike."""
+        return self._slots_weight(batch.blocks) > 0
+
+    def divisor(self, batch: MicroBatch) -> float:
+        """What it brings into the number that the sums of a step are divided by: its samples, or
+        the weight of its slots."""
+        if self.loss.normalization == "global_samples":
+            return len(batch.lengths)
+        return self._slots_weight(batch.blocks)
+
+    def _slots_weight(self, blocks: DraftBlocks) -> float:
+        """Weights that come out of the forward pass count as 1."""
+        return blocks.weight if self.loss.weighting.name == "decay" else len(blocks.labels)
+
     def expect(self, batches: Sequence[MicroBatch]) -> None:
         """Called before those of a step, in their order: the target is told of those whose states
         will be asked for."""
-        self.target.expect([x for x in batches if x.blocks.weight > 0 or self.target.lockstep])
+        self.target.expect([x for x in batches if self.learns(x) or self.target.lockstep])
 
     def __call__(self, batch: MicroBatch, model: Any, metrics: MetricSums) -> Tensor | None:
         """[] with gradients; None where nothing is learnt. Adds to `metrics`. model: the draft, or
         what a loop has wrapped it in."""
         self.last, blocks, lengths = None, batch.blocks, batch.lengths
         metrics.add(samples=len(lengths), tokens=sum(lengths), candidates=blocks.candidates)
-        if blocks.weight == 0:  # on every tensor-parallel rank alike
+        metrics.add(divisor=self.divisor(batch))
+        if not self.learns(batch):
             if self.target.lockstep:
                 self._target_states(batch, metrics)
             return None
         metrics.add(blocks=len(blocks.eval_mask), slots=len(blocks.labels))
         batch = batch.to(self.device)
         states = self._target_states(batch, metrics)
-        output = model(states.taps, batch.blocks)
+        stop = {"confidence_stop_gradient": True} if self.loss.confidence_stop_gradient else {}
+        output = model(states.taps, batch.blocks, **stop)
 
         of, blocks = batch.blocks.supervised, batch.blocks
         result = self.head_loss(
@@ -109,17 +127,39 @@ class ForwardStep:
             None if output.latents is None else of(output.latents),
             self._target_hidden(blocks, states, output.hidden.dtype),
             blocks.labels,
-            blocks.weights,
+            self._weights(blocks),
         )
-        terms = {"ce": result.ce, "l1": result.l1, "kl": result.kl}
-        known = {name: term for name, term in terms.items() if term is not None}
-        self.last = SlotTerms(batch.sample_indices, blocks.target_samples, known)
+        self.last = SlotTerms(batch.sample_indices, blocks.target_samples, result.terms)
         _add_terms(blocks, result, metrics)
-        if self.confidence_alpha == 0:
-            return result.loss
-        logits = of(output.confidence_logits)
-        confidence_sum = _confidence(logits, result.accept_rate, blocks.weights, metrics)
-        return result.loss + self.confidence_alpha * confidence_sum
+        loss = result.loss
+        if self.confidence_alpha > 0:
+            logits = of(output.confidence_logits)
+            loss = loss + self.confidence_alpha * self._confidence(logits, result, blocks, metrics)
+        metrics.add(loss_sum=loss.detach())
+        return loss
+
+    def _weights(self, blocks: DraftBlocks) -> Weights:
+        name, alpha = self.loss.weighting.name, self.loss.weighting.alpha
+        if name == "decay":
+            return blocks.weights
+        return AcceptanceWeights(name, alpha, blocks.slots)
+
+    def _confidence(
+        self, logits: Tensor, result: HeadLossOutput, blocks: DraftBlocks, metrics: MetricSums
+    ) -> Tensor:
+        """Weighted binary cross entropy with the accept rate as its (constant) label."""
+        rate, weights = result.accept_rate, blocks.weights
+        bce = F.binary_cross_entropy_with_logits(logits, rate, reduction="none")
+        total = (bce * weights).sum()
+        error = logits.detach().sigmoid() - rate
+        metrics.add(
+            confidence_sum=total.detach(),
+            confidence_error_sum=(error.abs() * weights).sum(),
+            confidence_bias_sum=(error * weights).sum(),
+        )
+        if self.loss.confidence_weights == "reach":
+            return (bce * reach(rate, blocks.slots)).sum()
+        return total
 
     def _target_states(self, batch: MicroBatch, metrics: MetricSums) -> TargetStates:
         states = self.target.states(batch)
@@ -136,39 +176,23 @@ class ForwardStep:
             return None
         if states.last_hidden is None:
             raise ValueError(
-                "the L1, KL and confidence terms compare with the target, but its last hidden "
-                "states are missing; provide them, or train with cross entropy alone "
-                "(loss.terms={ce: 1} loss.ce_labels=data model.enable_confidence_head=false)"
+                "the L1, KL and confidence terms and dpard's weights compare with the target, but "
+                "its last hidden states are missing; provide them, or train with cross entropy "
+                "alone (loss.terms={ce: 1} loss.weighting.name=decay loss.ce_labels=data "
+                "model.enable_confidence_head=false)"
             )
         return blocks.target_of(states.last_hidden).to(dtype)
 
 
 def _add_terms(blocks: DraftBlocks, result: HeadLossOutput, metrics: MetricSums) -> None:
     weights = blocks.weights
-    metrics.add(weight=weights.sum(), ce_sum=(weights * result.ce).sum())
-    if result.kl is not None:
-        metrics.add(kl_sum=(weights * result.kl).sum())
-    if result.l1 is None:
+    sums = {f"{name}_sum": (weights * term).sum() for name, term in result.terms.items()}
+    metrics.add(weight=weights.sum(), **sums)
+    if "l1" not in result.terms:
         return
     accept_rates = blocks.by_slot(result.accept_rate.to(weights.dtype))
     metrics.add(
-        l1_sum=(weights * result.l1).sum(),
         accept_sum=accept_rates.sum(dim=0),
         accept_count=blocks.eval_mask.sum(dim=0),
         tau_sum=tau(accept_rates, blocks.eval_mask).sum(),
     )
-
-
-def _confidence(
-    logits: Tensor, accept_rate: Tensor, weights: Tensor, metrics: MetricSums
-) -> Tensor:
-    """Weighted binary cross entropy with the accept rate as its (constant) label."""
-    bce = F.binary_cross_entropy_with_logits(logits, accept_rate, reduction="none")
-    total = (bce * weights).sum()
-    error = logits.detach().sigmoid() - accept_rate
-    metrics.add(
-        confidence_sum=total.detach(),
-        confidence_error_sum=(error.abs() * weights).sum(),
-        confidence_bias_sum=(error * weights).sum(),
-    )
-    return total

@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dspark_megatron.config.objective.terms import LossTerms
+
 SCALARS = (
-    "ce_sum",
-    "l1_sum",
-    "kl_sum",
+    "loss_sum",
+    "divisor",
+    *(f"{term.name}_sum" for term in fields(LossTerms)),
     "confidence_sum",
     "confidence_error_sum",
     "confidence_bias_sum",
@@ -54,14 +56,14 @@ class MetricSums:
             total += value
 
     def reduced(self, *, dp_group: dist.ProcessGroup) -> "MetricSums":
-        """The sums over all data-parallel ranks: one all-reduce of 15 + 2d doubles."""
+        """The sums over all data-parallel ranks: one all-reduce of 22 + 2d doubles."""
         packed = self.packed()
         if dp_group.size() > 1:
             dist.all_reduce(packed, group=dp_group)
         return MetricSums.unpacked(packed)
 
     def packed(self) -> Tensor:
-        """All sums as one vector of 15 + 2d doubles, to travel or to be kept."""
+        """All sums as one vector of 22 + 2d doubles, to travel or to be kept."""
         scalars = torch.stack([self.scalars[name] for name in SCALARS])
         return torch.cat([scalars, self.accept_sum, self.accept_count])
 
@@ -94,10 +96,8 @@ class MetricSums:
         """Numerator and denominator of each mean that is shown; of `accept_rate` by slot. weights:
         of the terms in use, by name."""
         s = self.scalars
-        terms = (weight * s[f"{name}_sum"] for name, weight in weights.items())
-        loss = sum(terms, s["weight"].new_zeros(()))
         ratios = {
-            "loss": (loss, s["weight"]),
+            "loss": (s["loss_sum"], s["divisor"]),
             **{f"{name}_loss": (s[f"{name}_sum"], s["weight"]) for name in weights},
             "sampler/anchors_per_sample": (s["blocks"], s["samples"]),
             "sampler/candidates_per_sample": (s["candidates"], s["samples"]),

@@ -25,10 +25,12 @@ class GradientStep:
     in which a rank has none, all of them reduce afterwards, since collectives must come in one
     order.
 
-    The loss of a step is `sum of weighted terms / sum of weights` over all micro-batches of all
-    data-parallel ranks. The weights depend on the data alone, so the divisor is known before the
-    first forward pass and gradients are simply summed. The other forms of `loss.normalization`
-    give each micro-batch a divisor of its own, such that summing takes the mean of them.
+    The loss of a step is `sum of weighted terms / divisor` over all micro-batches of all
+    data-parallel ranks. The divisor depends on the data alone: it is the sum of the weights, where
+    those that come out of the forward pass count as 1, or the number of samples. So it is known
+    before the first forward pass and gradients are simply summed. The other forms of
+    `loss.normalization` give each micro-batch a divisor of its own, such that summing takes the
+    mean of them.
     """
 
     def __init__(
@@ -59,8 +61,8 @@ class GradientStep:
         passes = list(zip(batches, self._divisors(batches), strict=True))
         overlap = self.model.ddp_config.overlap_grad_reduce
         if overlap:
-            passes.sort(key=lambda one: one[0].blocks.weight > 0)
-            overlap = self._on_every_rank(passes[-1][0].blocks.weight > 0)
+            passes.sort(key=lambda one: self.forward_step.learns(one[0]))
+            overlap = self._on_every_rank(self.forward_step.learns(passes[-1][0]))
         self.forward_step.expect([batch for batch, _ in passes])
         with self.model.no_sync():
             for one in passes[:-1]:
@@ -88,14 +90,16 @@ class GradientStep:
         """[] fp32 for each micro-batch, on the device: nobody waits for them. 0 where there is
         nothing to learn. One all-reduce of a double per micro-batch, none for the local forms."""
         form = self.loss.normalization
-        blocks = [batch.blocks for batch in batches]
-        own = [len(x.labels) if form == "local_count" else x.weight for x in blocks]
+        own = [
+            len(x.blocks.labels) if form == "local_count" else self.forward_step.divisor(x)
+            for x in batches
+        ]
         weights = to_device(torch.tensor(own, dtype=torch.float64), self.device)
         if form in ("local", "local_count"):
             weights = weights * self.dp_group.size()
         elif self.dp_group.size() > 1:
             dist.all_reduce(weights, group=self.dp_group)
-        if form == "global_step":
+        if form.startswith("global_"):
             weights = weights.sum().expand(len(own))
         else:
             weights = weights * len(own)

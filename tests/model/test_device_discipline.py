@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from dspark_megatron.config import LossConfig
+from dspark_megatron.config.objective.terms import LossTerms
+from dspark_megatron.ops.objective.objective import TERMS
 from dspark_megatron.shape.attention import DraftAttention
 from support.meta_step import META, step_on_meta
 from support.shapes import BEHIND_ANCHOR, SHAPES
@@ -71,12 +73,12 @@ def test_with_recomputed_layers_under_sequence_parallelism(recompute):
 @pytest.mark.parametrize(
     "loss",
     [
-        {"kl_loss_alpha": 0.5},
+        {"terms": LossTerms(**dict.fromkeys(TERMS, 0.2))},
         {"ce_labels": "target_argmax"},
         {"normalization": "deepspec"},
         {"normalization": "local_count"},
     ],
-    ids=str,
+    ids=["all terms", "target's labels", "deepspec", "local_count"],
 )
 @pytest.mark.parametrize("tp", TENSOR_PARALLEL)
 def test_with_other_objectives(tp, loss):

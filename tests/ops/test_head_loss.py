@@ -1,7 +1,9 @@
 """The fused head loss equals the plain one in value and every gradient, however it is split."""
 
 import functools
+import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +12,9 @@ from dspark_megatron.config import LossConfig
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.ops import logit_terms
 from dspark_megatron.ops.chunk_budget import chunk_rows
-from dspark_megatron.ops.head_loss import HeadLoss, HeadWeights, Objective
+from dspark_megatron.ops.head_loss import HeadLoss, HeadWeights
 from dspark_megatron.ops.logit_transform import LogitTransform
+from dspark_megatron.ops.objective.objective import TERMS, Objective
 from support.head_loss_inputs import HIDDEN, ROWS, make_inputs, shard_of
 from support.reference import plain_head_loss
 
@@ -29,7 +32,7 @@ def tp(request):
 
 def plain(inputs, objective, upstream=1.0, transforms=NEITHER):
     leaves = leaf_copies(inputs)
-    loss, ce, l1, kl = plain_head_loss(
+    loss, terms = plain_head_loss(
         leaves["hidden"],
         leaves["latent"],
         inputs["target_hidden"],
@@ -37,15 +40,13 @@ def plain(inputs, objective, upstream=1.0, transforms=NEITHER):
         inputs["weights"],
         inputs["lm_head"],
         leaves["markov_w2"],
-        ce_alpha=objective.ce,
-        l1_alpha=objective.l1,
-        kl_alpha=objective.kl,
+        terms={name: getattr(objective, name) for name in TERMS},
         labels_from_target=objective.labels_from_target,
         draft_transform=transforms[0],
         target_transform=transforms[1],
     )
     (loss * upstream).backward()
-    return results(loss, ce, l1, kl, leaves)
+    return results(loss, terms, leaves)
 
 
 def leaf_copies(inputs):
@@ -53,10 +54,10 @@ def leaf_copies(inputs):
     return {n: None if inputs[n] is None else inputs[n].clone().requires_grad_() for n in names}
 
 
-def results(loss, ce, l1, kl, leaves):
+def results(loss, terms, leaves):
     grads = {name: None if x is None else x.grad for name, x in leaves.items()}
-    terms = {"loss": loss, "ce": ce, "l1": l1, "kl": kl}
-    return {**{n: None if x is None else x.detach() for n, x in terms.items()}, **grads}
+    known = {"loss": loss, **dict.fromkeys(TERMS), **terms}
+    return {**{n: None if x is None else x.detach() for n, x in known.items()}, **grads}
 
 
 def head_of(shard, lm_head, markov_w2, transform=IDENTITY):
@@ -79,11 +80,11 @@ def fused(
     rest = (inputs[name] for name in ("target_hidden", "labels", "weights"))
     result = head_loss(leaves["hidden"], leaves["latent"], *rest)
     (result.loss * upstream).backward()
-    return results(result.loss, result.ce, result.l1, result.kl, leaves)
+    return results(result.loss, result.terms, leaves)
 
 
 def compare(ranks, expected, vocab_size, rtol, atol):
-    for name in ("loss", "ce", "l1", "kl", "hidden", "latent"):
+    for name in ("loss", *TERMS, "hidden", "latent"):
         for got in ranks:
             if got[name] is None or expected[name] is None:
                 assert got[name] is expected[name], name
@@ -97,14 +98,20 @@ def compare(ranks, expected, vocab_size, rtol, atol):
         assert not w2[vocab_size:].any(), "padded rows must get no gradient"
 
 
+ALL = Objective(**{name: 0.3 + 0.1 * i for i, name in enumerate(TERMS)})
 OBJECTIVES = {
     "paper": PAPER,
     "CE": Objective(ce=1.0),
     "L1": Objective(ce=0.0, l1=1.0),
     "KL": Objective(ce=0.0, kl=1.0),
-    "all": Objective(ce=0.3, l1=0.5, kl=0.7),
+    "reverse KL": Objective(reverse_kl=1.0),
+    "JS": Objective(js=1.0),
+    "Renyi": Objective(renyi_half=1.0),
+    "LK-alpha": Objective(lk_alpha=1.0),
+    "LK-hybrid": Objective(lk_hybrid=1.0),
+    "all": ALL,
     "target's labels": Objective(ce=0.1, l1=0.9, labels_from_target=True),
-    "all, target's labels": Objective(ce=0.3, l1=0.5, kl=0.7, labels_from_target=True),
+    "all, target's labels": replace(ALL, labels_from_target=True),
 }
 
 
@@ -161,7 +168,7 @@ INPUTS = {
 @pytest.mark.parametrize("name", INPUTS)
 def test_inputs_of_every_kind(pool, name, tp):
     inputs = make_inputs(dtype=torch.float32, **INPUTS[name])
-    objective = Objective(ce=0.3, l1=0.5, kl=0.7)
+    objective = ALL
     if name == "no target":
         inputs["target_hidden"], objective = None, Objective(ce=1.0)
     got = pool.run(fused, world=tp, tp=tp, inputs=inputs, objective=objective)
@@ -216,23 +223,40 @@ def one_hot_case(disjoint):
     return inputs
 
 
-@pytest.mark.parametrize("disjoint, l1, kl", [(True, 2.0, 100.0), (False, 0.0, 0.0)])
-def test_disjoint_and_identical_one_hot_distributions(pool, disjoint, l1, kl, tp):
-    objective = Objective(ce=0.0, l1=1.0, kl=0.5)
-    got = pool.run(fused, world=tp, tp=tp, inputs=one_hot_case(disjoint), objective=objective)
-    torch.testing.assert_close(got[0]["l1"], torch.full((ROWS,), l1))
-    torch.testing.assert_close(got[0]["kl"], torch.full((ROWS,), kl))
-    if not disjoint:
-        assert not got[0]["hidden"].any(), "nothing to learn where both agree"
+ONE_HOT = {
+    "same": dict.fromkeys(TERMS[1:], 0.0),
+    "disjoint": {"l1": 2, "kl": 100, "reverse_kl": 100, "js": math.log(2)}
+    | {"renyi_half": 100 - 2 * math.log(2), "lk_alpha": -math.log(1e-5), "lk_hybrid": 100},
+}
+
+
+@pytest.mark.parametrize("case", ONE_HOT)
+def test_disjoint_and_identical_one_hot_distributions(pool, case, tp):
+    objective, inputs = replace(ALL, ce=0.0), one_hot_case(case == "disjoint")
+    got = pool.run(fused, world=tp, tp=tp, inputs=inputs, objective=objective)
+    for name, value in ONE_HOT[case].items():
+        torch.testing.assert_close(got[0][name], torch.full((ROWS,), float(value)), msg=name)
+    assert got[0]["hidden"].isfinite().all()
+    if case == "same":
+        nothing = torch.zeros_like(got[0]["hidden"])  # rows of the LM head are 100
+        torch.testing.assert_close(got[0]["hidden"], nothing, rtol=0, atol=1e-4)
+    else:
+        alone = Objective(lk_alpha=1.0)
+        (first, *_) = pool.run(fused, world=tp, tp=tp, inputs=inputs, objective=alone)
+        assert not first["hidden"].any(), "LK-alpha is constant below its smallest accept rate"
 
 
 def test_identical_distributions_of_many_tokens(pool, tp):
     inputs = make_inputs(61, torch.float32)
     inputs["target_hidden"] = inputs["hidden"]
     inputs["markov_w2"] = torch.zeros_like(inputs["markov_w2"])
-    got = pool.run(fused, world=tp, tp=tp, inputs=inputs, objective=Objective(ce=0, l1=1, kl=1))
-    for name in ("l1", "kl"):
+    got = pool.run(fused, world=tp, tp=tp, inputs=inputs, objective=ALL)
+    for name in TERMS[1:]:
         torch.testing.assert_close(got[0][name], torch.zeros(ROWS), rtol=0, atol=3e-6)
+
+
+SMOOTH = replace(ALL, lk_hybrid=0.0)
+"""Not the hybrid: its gradient takes a factor for a constant that is none."""
 
 
 def smooth_check(runtime, objective, leaves=("hidden", "latent"), transforms=NEITHER):
@@ -255,19 +279,22 @@ def smooth_check(runtime, objective, leaves=("hidden", "latent"), transforms=NEI
 
 def test_gradcheck_of_capped_logits(pool):
     """Of hidden and latents on one rank: the cap is between them."""
-    arguments = dict(objective=OBJECTIVES["all"], transforms=TRANSFORMS["both of both"])
+    arguments = dict(objective=SMOOTH, transforms=TRANSFORMS["both of both"])
     assert pool.run(smooth_check, world=1, tp=1, **arguments) == [True]
 
 
-@pytest.mark.parametrize("name, size", [("CE", 1), ("L1", 1), ("KL", 1), ("all", 1), ("all", 2)])
+@pytest.mark.parametrize(
+    "name, size", [("CE", 1), ("L1", 1), ("KL", 1), ("smooth", 1), ("smooth", 2)]
+)
 def test_gradcheck(pool, name, size):
     """Each term by itself on one rank; that its gradients are those of one rank is shown above."""
-    assert all(pool.run(smooth_check, world=size, tp=size, objective=OBJECTIVES[name]))
+    objective = SMOOTH if name == "smooth" else OBJECTIVES[name]
+    assert all(pool.run(smooth_check, world=size, tp=size, objective=objective))
 
 
 def test_gradcheck_of_w2(pool):
     """On one rank; that every shard's gradient is its part of the whole is shown above."""
-    arguments = dict(objective=OBJECTIVES["all"], leaves=["markov_w2"])
+    arguments = dict(objective=SMOOTH, leaves=["markov_w2"])
     assert pool.run(smooth_check, world=1, tp=1, **arguments) == [True]
 
 
@@ -341,7 +368,7 @@ def test_kl_of_bfloat16_logits_far_apart():
     p, q = (x.float().log_softmax(dim=-1) for x in (u, t))
     expected = (q.exp() * (q - p)).sum(dim=-1)
     columns = torch.zeros(ROWS, dtype=torch.long)
-    _, _, kl = logit_terms.all_passes(u, t, columns, Objective(ce=0.0, kl=1.0), False)
+    *_, kl = logit_terms.all_passes(u, t, columns, Objective(ce=0.0, kl=1.0), False)
     torch.testing.assert_close(kl, expected, rtol=0, atol=2e-4)
 
 

@@ -17,6 +17,7 @@ from support.training_runs import curve, run_training
         ({"model": {"block_size": 4}}, "shape.block_size: 3 there, 4 here"),
         ({"model": {"sample_from_anchor": False}}, "shape.sample_from_anchor: True there, False"),
         ({"train": {"seed": 9}}, "seed: 1234 there, 9 here"),
+        ({"optimizer": {"name": "muon"}}, "optimizer.name: 'adamw' there, 'muon' here"),
         ({"data": {"max_length": 40}}, "data_fingerprint"),
         ({"data": {"weights": [2.0]}}, "data_fingerprint"),
     ],
@@ -56,7 +57,7 @@ def old_run(unbroken, tmp_path):
     for key in YOUNGER_KEYS:
         del meta["loss"][key]
     meta["loss"] |= {"ce_loss_alpha": 0.1, "l1_loss_alpha": 0.9}
-    del meta["target_logits"]
+    del meta["target_logits"], meta["optimizer"]
     meta["open_metrics"] = meta["open_metrics"][1:]
     file.write_text(json.dumps(meta))
     file.with_name("checksums.json").unlink()

@@ -23,7 +23,10 @@ from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
 from dspark_megatron.config.attention import FULL, LayerAttention
+from dspark_megatron.config.objective.terms import LossWeighting
 from dspark_megatron.shape import DraftShape
+
+DECAY = LossWeighting()
 
 
 class PlainOutput(NamedTuple):
@@ -332,11 +335,13 @@ def plain_loss(
     gamma: float | None,
     alphas: tuple[float, float, float],
     sample_from_anchor: bool = True,
+    weighting: LossWeighting = DECAY,
+    confidence_weights: str = "decay",
 ) -> dict[str, Tensor]:
     """Weighted sums over all slots and their weight. logits, target_logits [n, k, v]; labels,
     eval_mask, confidence_logits [n, k]; alphas of CE, L1 and confidence. `loss_sum` is the
     weighted sum of the three terms; the loss of a step is loss_sum / weight. `accept_rate` is
-    [n, k], detached."""
+    [n, k], detached. The sums of the single terms have the fixed weights always."""
     k = labels.shape[1]
     slots = torch.arange(k, dtype=torch.float32)
     if not sample_from_anchor:
@@ -358,8 +363,42 @@ def plain_loss(
         "l1_sum": (weights * l1).sum(),
         "confidence_sum": (weights * confidence).sum(),
     }
-    loss_sum = sum(alpha * term for alpha, term in zip(alphas, sums.values(), strict=True))
+    trained, of_confidence = weights, weights
+    if weighting.name != "decay":
+        likely = (-ce).exp() if weighting.name == "dpace" else accept_rate
+        chances = (1 - weighting.alpha) * likely.detach() + weighting.alpha
+        trained = plain_acceptance_weights(chances, eval_mask)
+    if confidence_weights == "reach":
+        of_confidence = plain_reach(accept_rate, eval_mask)
+    loss_sum = (trained * (alphas[0] * ce + alphas[1] * l1)).sum()
+    loss_sum = loss_sum + alphas[2] * (of_confidence * confidence).sum()
     return {**sums, "loss_sum": loss_sum, "weight": weights.sum(), "accept_rate": accept_rate}
+
+
+def plain_acceptance_weights(chances: Tensor, eval_mask: Tensor) -> Tensor:
+    """Of each slot the sum, over the supervised slots from it on, of the products of all chances up
+    to them; 0 for a slot that is not supervised. [n, k], [n, k] -> [n, k]."""
+    weights = torch.zeros_like(chances)
+    for i, row in enumerate(eval_mask.tolist()):
+        supervised = [j for j, is_on in enumerate(row) if is_on]
+        for j in supervised:
+            for last in (m for m in supervised if m >= j):
+                product = 1.0
+                for m in (m for m in supervised if m <= last):
+                    product *= chances[i, m].item()
+                weights[i, j] += product
+    return weights
+
+
+def plain_reach(chances: Tensor, eval_mask: Tensor) -> Tensor:
+    """Of each supervised slot the product of the chances of those before it. [n, k] -> [n, k]."""
+    weights = torch.zeros_like(chances)
+    for i, row in enumerate(eval_mask.tolist()):
+        product = 1.0
+        for j in (j for j, is_on in enumerate(row) if is_on):
+            weights[i, j] = product
+            product *= chances[i, j].item()
+    return weights
 
 
 def plain_transform(logits: Tensor, scale: float, softcapping: float | None) -> Tensor:
@@ -383,37 +422,55 @@ def plain_head_loss(
     lm_head: Tensor,
     markov_w2: Tensor | None,
     *,
-    ce_alpha: float,
-    l1_alpha: float,
-    kl_alpha: float = 0.0,
+    terms: dict[str, float],
     labels_from_target: bool = False,
     draft_transform: tuple[float, float | None] = (1.0, None),
     target_transform: tuple[float, float | None] = (1.0, None),
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """`ops.head_loss.head_loss` on whole, unpadded matrices [v, h] and [v, r], by autograd.
-    Returns the weighted loss [], and CE, raw L1 and KL of each row [n]; None for L1 without a
-    target and for KL without weight. Transforms: scale and soft cap, of draft and target."""
+    terms: weights by name. Returns the weighted loss [], and of each row [n] CE, with a target raw
+    L1, and the other terms that weigh anything. Transforms: scale and soft cap, of draft and
+    target."""
     logits = plain_transform(hidden @ lm_head.t(), *draft_transform)
     if latent is not None:
         logits = logits + latent @ markov_w2.t()
-    l1 = kl = None
+    logits, used = precise(logits), {name for name, weight in terms.items() if weight > 0}
+    known = {}
     if target_hidden is not None:
-        target_logits = plain_transform(target_hidden @ lm_head.t(), *target_transform)
-        target_logits = precise(target_logits)
-        q = target_logits.softmax(dim=-1)
-        l1 = (precise(logits).softmax(dim=-1) - q).abs().sum(dim=-1)
+        target_logits = precise(plain_transform(target_hidden @ lm_head.t(), *target_transform))
+        known = plain_distances(logits, target_logits, used | {"l1"})
         if labels_from_target:
             labels = target_logits.argmax(dim=-1)
-    if kl_alpha > 0:
-        log_p, log_q = (precise(x).log_softmax(dim=-1) for x in (logits, target_logits))
-        kl = F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(dim=-1)
-    ce = F.cross_entropy(precise(logits), labels, reduction="none")
-    terms = ce_alpha * ce
-    if l1_alpha > 0:
-        terms = terms + l1_alpha * l1
-    if kl_alpha > 0:
-        terms = terms + kl_alpha * kl
-    return (weights * terms).sum(), ce, l1, kl
+    known["ce"] = F.cross_entropy(logits, labels, reduction="none")
+    loss = sum((terms[name] * known[name] for name in used), torch.zeros_like(weights))
+    return (weights * loss).sum(), known
+
+
+def plain_distances(logits: Tensor, target_logits: Tensor, names: set[str]) -> dict[str, Tensor]:
+    """Those that are named, of each row."""
+    log_p, log_q = (x.log_softmax(dim=-1) for x in (logits, target_logits))
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+
+    def kl(one: Tensor, other: Tensor) -> Tensor:
+        return F.kl_div(other, one, log_target=True, reduction="none").sum(dim=-1)
+
+    def l1() -> Tensor:
+        return (log_p.exp() - log_q.exp()).abs().sum(dim=-1)
+
+    def lk_hybrid() -> Tensor:
+        mixing = torch.exp(-3 * (1 - l1() / 2)).detach()
+        return mixing * kl(log_q, log_p) + (1 - mixing) * l1() / 2
+
+    formulas = {
+        "l1": l1,
+        "kl": lambda: kl(log_q, log_p),
+        "reverse_kl": lambda: kl(log_p, log_q),
+        "js": lambda: (kl(log_p, log_m) + kl(log_q, log_m)) / 2,
+        "renyi_half": lambda: -2 * ((log_p + log_q) / 2).logsumexp(dim=-1),
+        "lk_alpha": lambda: -(1 - l1() / 2).clamp(min=1e-5).log(),
+        "lk_hybrid": lk_hybrid,
+    }
+    return {name: formula() for name, formula in formulas.items() if name in names}
 
 
 def plain_tau(accept_rate: Tensor, eval_mask: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def rates(config, *, unit=1, start=0):
         ("cosine", None, None),
         ("linear", None, None),
         ("constant", None, None),
-        ("wsd", None, None),
+        ("wsd", None, "minus_sqrt"),
         ("wsd", 0.5, "linear"),
         ("wsd", 0.3, "cosine"),
         ("wsd", 0.9, "exponential"),
@@ -61,12 +61,12 @@ def test_rates_are_those_of_the_formula(schedule, ratio, shape):
         warmup_ratio=WARMUP / STEPS,
         schedule=schedule,
         decay_ratio=ratio,
-        decay_shape=shape,
+        decay_shape=shape or "minus_sqrt",
     )
     config.validate()
     expected = [PEAK * step / WARMUP for step in range(1, WARMUP + 1)]
     for step in range(WARMUP + 1, STEPS + 1):
-        share = plain_share(schedule, ratio or 0.2, shape or "minus_sqrt", step)
+        share = plain_share(schedule, ratio or 0.2, shape, step)
         low = PEAK if schedule == "constant" else LOW
         expected.append(low + share * (PEAK - low))
     assert rates(config) == pytest.approx(expected)
@@ -86,7 +86,6 @@ def test_wsd_of_two_steps_ends_at_the_minimum():
     "overrides, words",
     [
         (["decay_ratio=0.1"], "is of the schedule wsd, and optimizer.schedule is 'cosine'"),
-        (["schedule=linear", "decay_shape=cosine"], "is of the schedule wsd"),
         (["schedule=wsd", "decay_ratio=0"], "must be > 0"),
         (["schedule=wsd", "decay_ratio=0.9", "warmup_ratio=0.2"], "at most 1; lower either"),
         (["schedule=constant", "min_lr_ratio=0.1"], "it does not fall; leave it out"),

@@ -12,7 +12,8 @@ from loss_variants import Problem, Products
 from torch import Tensor
 
 from dspark_megatron.ops import chunk_budget
-from dspark_megatron.ops.head_loss import HeadLoss, HeadWeights, Objective
+from dspark_megatron.ops.head_loss import HeadLoss, HeadWeights
+from dspark_megatron.ops.objective.objective import TERMS, Objective
 from dspark_megatron.ops.vocab_parallel import VocabShard
 from gpu_checks.context import Context, check_close
 from support.reference import plain_head_loss
@@ -20,6 +21,7 @@ from support.reference import plain_head_loss
 OBJECTIVES = {
     "ce + l1": Objective(ce=0.1, l1=0.9),
     "ce + l1 + kl": Objective(ce=0.1, l1=0.5, kl=0.4),
+    "all terms": Objective(**dict.fromkeys(TERMS, 0.2)),
     "target's labels": Objective(ce=0.5, l1=0.5, labels_from_target=True),
 }
 # Sums of thousands of terms in another order; in bf16 logits are rounded to 2^-8 of themselves, and
@@ -73,22 +75,21 @@ def _check_values(
     ours = head_loss(hidden, latent, target_hidden, labels, weights)
     found = torch.autograd.grad(ours.loss, (hidden, latent, w2))
     plain_leaves = [leaf.float().requires_grad_() for leaf in leaves]
-    loss, ce, l1, _ = plain_head_loss(
+    loss, terms = plain_head_loss(
         *plain_leaves[:2],
         target_hidden.float(),
         labels,
         weights,
         lm_head.float(),
         plain_leaves[2],
-        ce_alpha=objective.ce,
-        l1_alpha=objective.l1,
-        kl_alpha=objective.kl,
+        terms={name: getattr(objective, name) for name in TERMS},
         labels_from_target=objective.labels_from_target,
     )
     expected = torch.autograd.grad(loss, plain_leaves)
     tolerance = TOLERANCE[dtype]
-    for name, got, want in (("loss", ours.loss, loss), ("l1", ours.l1, l1), ("ce", ours.ce, ce)):
-        check_close(context, f"{name} ({label})", got.detach(), want.detach(), tolerance)
+    check_close(context, f"loss ({label})", ours.loss.detach(), loss.detach(), tolerance)
+    for name, got in ours.terms.items():
+        check_close(context, f"{name} ({label})", got, terms[name].detach(), tolerance)
     for name, got, want in zip(("hidden", "latent", "w2"), found, expected, strict=True):
         check_close(context, f"gradient of {name} ({label})", got, want, tolerance)
 

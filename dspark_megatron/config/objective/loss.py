@@ -52,7 +52,8 @@ class LossConfig:
         "global_step"
     )
     """`global_step`: sums over all samples of the step, divided once by the sum of the weights.
-    `global_samples`: the same sums, divided by the number of samples of the step.
+    `global_samples`: the same sums, divided by the number of samples of the step, those without a
+    slot to learn included.
     `deepspec`: the mean over micro-batches of their weighted means. `local`: the mean over
     micro-batches and data-parallel ranks of their weighted means. `local_count`: as `local`, but
     divided by the number of supervised slots instead of their weights. With the last three the
@@ -64,7 +65,8 @@ class LossConfig:
     top."""
     chunk_rows: int | None = None
     """Slots whose logits exist at one time in the head loss. Null takes as many as the budget
-    allows."""
+    allows. With `weighting` `dpace` or `dpard` whole blocks share a chunk, and there is room for
+    one block at least."""
     compile: bool | None = None
     """Fuse the elementwise part of the head loss with torch.compile. Null fuses on a GPU, where it
     is faster, and not on a CPU, where it is not."""

@@ -16,7 +16,11 @@ from dspark_megatron.run.checkpoints.state import RunState, read_state
 from dspark_megatron.storage.checkpoints.damage import Damage
 from dspark_megatron.storage.checkpoints.data_only import data_only
 from dspark_megatron.storage.checkpoints.metadata import unreadable_shard
-from dspark_megatron.storage.checkpoints.whole import check_whole, way_out_named
+from dspark_megatron.storage.checkpoints.whole import (
+    check_whole,
+    parameter_groups,
+    way_out_named,
+)
 from dspark_megatron.storage.torch_dist_folder import cause_of
 
 _SETTINGS = ("max_lr", "min_lr", "betas", "eps")
@@ -62,5 +66,5 @@ def _keep_settings(optimizer: Any, loaded: dict) -> None:
     """Put this run's learning rates and constants into the loaded parameter groups: the config
     rules, not the checkpoint. Before loading, since newer Megatron-Core finds groups by them."""
     ours = optimizer.param_groups[0]  # all groups share them
-    for group in loaded.get("optimizer", loaded)["param_groups"]:
+    for group in parameter_groups(loaded):
         group.update({name: ours[name] for name in _SETTINGS})

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dspark_megatron.config import LossConfig
+from dspark_megatron.config import LossConfig, OptimizerConfig
 from dspark_megatron.config.objective.terms import OLDER_NAMES, LossTerms, without_older_names
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.ops.logit_transform import IDENTITY
@@ -16,6 +16,7 @@ _DEFAULTS = {
     "loss": asdict(LossConfig()),
     "shape": DraftShape.young_defaults(),
     "target_logits": asdict(IDENTITY),
+    "optimizer": {"name": OptimizerConfig().name},
 }
 """By section of dspark.json: what a checkpoint means by a key that is younger than it is."""
 

@@ -38,6 +38,7 @@ _OPTIONAL: dict[str, type] = {
     "seed": int,
     "loss": dict,
     "target_logits": dict,
+    "optimizer": dict,
     "data_fingerprint": str,
     "template_date": str,
 }

@@ -143,6 +143,12 @@ def _check_common(folder: TorchDistFolder) -> None:
 
 
 def _check_groups(optimizer: Any) -> None:
-    groups = optimizer.get("optimizer", optimizer)["param_groups"]
-    if not isinstance(groups, list) or not groups or not all(type(g) is dict for g in groups):
+    groups = parameter_groups(optimizer)
+    if not groups or not all(type(g) is dict for g in groups):
         raise TypeError(f"param_groups is {groups!r:.80}")
+
+
+def parameter_groups(optimizer: dict) -> list[dict]:
+    """Of an optimizer's state in a checkpoint, or of those that Megatron-Core chains, by number."""
+    parts = optimizer.values() if 0 in optimizer else [optimizer]
+    return [group for part in parts for group in part.get("optimizer", part)["param_groups"]]
