@@ -1,8 +1,8 @@
-"""Markov heads side by side: the quickstart's target and data, equal steps, several seeds.
+"""Markov heads side by side: the quickstart's target, general chats, equal steps, several seeds.
 
     python examples/quickstart/compare_heads.py [--seeds 1 2 3] [--jobs 2]
 
-Trains a drafter for each head and seed on the first 512 samples of the quickstart's data, decodes
+Trains a drafter for each head and seed on the first 512 samples of `chats.jsonl`, decodes
 the prompts of the rest with each, and prints tau and acceptance by slot with their spread over
 seeds; `runs/heads/comparison.json` has the numbers. A run that is complete is not made again. On
 two cores of a CPU with bf16 instructions a run takes some 10 minutes.
@@ -14,7 +14,7 @@ import statistics
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from comparing import CONFIG, ROOT, command, split_data
+from comparing import QUICKSTART, ROOT, command, split_data
 
 RUNS = ROOT / "runs" / "heads"
 TRAIN_SAMPLES = 512
@@ -23,7 +23,7 @@ HEADS = {
     "vanilla": [],
     "rnn": ["model.markov_head_type=rnn"],
 }
-"""Overrides of the quickstart's config; without a Markov head a DSpark draft is DFlash."""
+"""Overrides of `chats.yaml`; without a Markov head a DSpark draft is DFlash."""
 SETTINGS = [
     "parallel.tensor_parallel=1",
     "target.dtype=bfloat16",
@@ -41,7 +41,7 @@ SETTINGS = [
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Compare Markov heads on the quickstart's data.")
+    parser = argparse.ArgumentParser(description="Compare Markov heads on general chats.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--jobs", type=int, default=2, help="runs at one time, one core each")
     arguments = parser.parse_args(argv)
@@ -69,7 +69,8 @@ def train_and_evaluate(head: str, seed: int) -> dict:
 
 
 def run_module(module: str, overrides: list[str], log: Path) -> None:
-    program = ["-m", f"dspark_megatron.{module}", "--config", str(CONFIG), *overrides]
+    program = ["-m", f"dspark_megatron.{module}", "--config", str(QUICKSTART / "chats.yaml")]
+    program += overrides
     command(f"{module} {log.stem}", program, log)
 
 

@@ -87,6 +87,7 @@ def test_overrides_are_typed(tmp_path):
         ("parallel.context_parallel=2", "must be 1: samples are not split"),
         ("evaluate.temperature=-1", "0 is greedy"),
         ("train.dtype=fp8", "must be one of bfloat16, float32"),
+        ("loss.weighting.alpha=0", "loss.weighting.alpha (0.0) must be in (0, 1]"),
         ("train.exit_duration_minutes=0", "train.exit_duration_minutes (0.0) must be > 0"),
     ],
 )
@@ -94,6 +95,23 @@ def test_bad_values(tmp_path, override, message):
     with pytest.raises(ConfigError) as error:
         load_config(write(tmp_path, MINIMAL), [override])
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["confidence_weights=reach", "confidence_stop_gradient=true"])
+@pytest.mark.parametrize(
+    "silent", ["model.enable_confidence_head=false", "loss.confidence_head_alpha=0"]
+)
+def test_options_of_the_confidence_loss_need_one(tmp_path, key, silent):
+    load_config(write(tmp_path, MINIMAL), [f"loss.{key}"])
+    with pytest.raises(ConfigError, match=f"loss.{key.split('=')[0]} .* about the confidence head"):
+        load_config(write(tmp_path, MINIMAL), [f"loss.{key}", silent])
+
+
+def test_reach_needs_a_divisor_that_no_slot_is_too_small_for(tmp_path):
+    keys = ["loss.confidence_weights=reach", "loss.loss_decay_gamma=0.05"]
+    with pytest.raises(ConfigError, match="leaves slot 6 no weight in fp32"):
+        load_config(write(tmp_path, MINIMAL), keys)
+    load_config(write(tmp_path, MINIMAL), [*keys, "loss.weighting.name=dpace"])
 
 
 def test_a_choice_is_refused_at_reading_and_when_it_was_set_in_python(tmp_path):

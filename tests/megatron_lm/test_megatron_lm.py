@@ -83,6 +83,14 @@ OVERLAP = {"optimizer": {"overlap_grad_reduce": True}}
 PLAIN = {"optimizer": {"use_distributed_optimizer": False}}
 SPLIT_ROWS = {"parallel": {"sequence_parallel": True}}
 BF16 = {"train": {"dtype": "bfloat16"}}
+DPACE = {"loss": {"weighting": {"name": "dpace"}, "confidence_stop_gradient": True}}
+DPARD = {
+    "loss": {
+        "weighting": {"name": "dpard"},
+        "confidence_weights": "reach",
+        "normalization": "global_samples",
+    }
+}
 
 
 @pytest.mark.parametrize(
@@ -94,6 +102,8 @@ BF16 = {"train": {"dtype": "bfloat16"}}
         (4, 2, 1, OVERLAP),
         (4, 2, 4, {"loss": {"loss_decay_gamma": None, "kl_loss_alpha": 0.5}}),
         (2, 1, 4, BF16),
+        (4, 2, 1, OVERLAP | DPACE),
+        (2, 1, 2, DPARD),
     ],
 )
 def test_the_schedule_makes_the_same_steps(
@@ -124,8 +134,9 @@ def steps_with_idle_micro_batches(runtime, config, steps_of):
         return globals()[steps_of](runtime, config)
 
 
-def test_a_micro_batch_without_anything_to_learn(pool, tiny_run, tmp_path):
-    place = dict(world=2, tp=1, config=config_of(tiny_run, tmp_path))
+@pytest.mark.parametrize("sections", [{}, DPARD], ids=["weights", "samples"])
+def test_a_micro_batch_without_anything_to_learn(pool, tiny_run, tmp_path, sections):
+    place = dict(world=2, tp=1, config=config_of(tiny_run, tmp_path, **sections))
     run = partial(pool.run, steps_with_idle_micro_batches, **place)
     expected, got = run(steps_of="our_steps"), run(steps_of="megatron_steps")
     for mine, theirs in zip(got, expected, strict=True):

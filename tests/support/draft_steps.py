@@ -93,6 +93,8 @@ def plain_terms(shape, weights, loss):
             GAMMA,
             (loss.terms.ce, loss.terms.l1, loss.confidence_head_alpha),
             from_anchor,
+            loss.weighting,
+            loss.confidence_weights,
         )
         terms.append({**sums, "eval_mask": blocks.eval_mask, "count": blocks.eval_mask.sum()})
     return twin, terms

@@ -23,7 +23,10 @@ from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
 from dspark_megatron.config.attention import FULL, LayerAttention
+from dspark_megatron.config.objective.terms import LossWeighting
 from dspark_megatron.shape import DraftShape
+
+DECAY = LossWeighting()
 
 
 class PlainOutput(NamedTuple):
@@ -332,11 +335,13 @@ def plain_loss(
     gamma: float | None,
     alphas: tuple[float, float, float],
     sample_from_anchor: bool = True,
+    weighting: LossWeighting = DECAY,
+    confidence_weights: str = "decay",
 ) -> dict[str, Tensor]:
     """Weighted sums over all slots and their weight. logits, target_logits [n, k, v]; labels,
     eval_mask, confidence_logits [n, k]; alphas of CE, L1 and confidence. `loss_sum` is the
     weighted sum of the three terms; the loss of a step is loss_sum / weight. `accept_rate` is
-    [n, k], detached."""
+    [n, k], detached. The sums of the single terms have the fixed weights always."""
     k = labels.shape[1]
     slots = torch.arange(k, dtype=torch.float32)
     if not sample_from_anchor:
@@ -358,8 +363,42 @@ def plain_loss(
         "l1_sum": (weights * l1).sum(),
         "confidence_sum": (weights * confidence).sum(),
     }
-    loss_sum = sum(alpha * term for alpha, term in zip(alphas, sums.values(), strict=True))
+    trained, of_confidence = weights, weights
+    if weighting.name != "decay":
+        likely = (-ce).exp() if weighting.name == "dpace" else accept_rate
+        chances = (1 - weighting.alpha) * likely.detach() + weighting.alpha
+        trained = plain_acceptance_weights(chances, eval_mask)
+    if confidence_weights == "reach":
+        of_confidence = plain_reach(accept_rate, eval_mask)
+    loss_sum = (trained * (alphas[0] * ce + alphas[1] * l1)).sum()
+    loss_sum = loss_sum + alphas[2] * (of_confidence * confidence).sum()
     return {**sums, "loss_sum": loss_sum, "weight": weights.sum(), "accept_rate": accept_rate}
+
+
+def plain_acceptance_weights(chances: Tensor, eval_mask: Tensor) -> Tensor:
+    """Of each slot the sum, over the supervised slots from it on, of the products of all chances up
+    to them; 0 for a slot that is not supervised. [n, k], [n, k] -> [n, k]."""
+    weights = torch.zeros_like(chances)
+    for i, row in enumerate(eval_mask.tolist()):
+        supervised = [j for j, is_on in enumerate(row) if is_on]
+        for j in supervised:
+            for last in (m for m in supervised if m >= j):
+                product = 1.0
+                for m in (m for m in supervised if m <= last):
+                    product *= chances[i, m].item()
+                weights[i, j] += product
+    return weights
+
+
+def plain_reach(chances: Tensor, eval_mask: Tensor) -> Tensor:
+    """Of each supervised slot the product of the chances of those before it. [n, k] -> [n, k]."""
+    weights = torch.zeros_like(chances)
+    for i, row in enumerate(eval_mask.tolist()):
+        product = 1.0
+        for j in (j for j, is_on in enumerate(row) if is_on):
+            weights[i, j] = product
+            product *= chances[i, j].item()
+    return weights
 
 
 def plain_transform(logits: Tensor, scale: float, softcapping: float | None) -> Tensor:

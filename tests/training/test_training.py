@@ -1,5 +1,7 @@
 """Whole runs: the draft learns, and the curve does not depend on the layout."""
 
+import shutil
+
 import pytest
 
 from support.tiny_target import tiny_config
@@ -26,6 +28,36 @@ def test_the_curve_does_not_depend_on_the_layout(
     config = tiny_config(tiny_run, train=settings, parallel=parallel)
     pool.run(run_training, world=world, tp=tp, config=config)
     assert_same_curve(curve(tmp_path), curve(unbroken))
+
+
+BY_ACCEPTANCE = {
+    "dpace": {"weighting": {"name": "dpace"}, "confidence_stop_gradient": True},
+    "dpard": {
+        "weighting": {"name": "dpard", "alpha": 0.3},
+        "confidence_weights": "reach",
+        "normalization": "global_samples",
+        "supervised_slots": "all",
+    },
+}
+
+
+@pytest.mark.parametrize("name", BY_ACCEPTANCE)
+def test_weights_by_acceptance_do_not_depend_on_the_layout(pool, tiny_run, tmp_path, name):
+    """Nor on a break: the second run goes on from the first one's third step."""
+    loss = {**BY_ACCEPTANCE[name], "chunk_rows": 7}
+
+    def run(folder, world, tp, size, **more):
+        train = {"output_dir": str(tmp_path / folder), "micro_batch_size": size, **more}
+        train |= {"iterations": 6, "save_every": 3}
+        parallel = {"tensor_parallel": tp}
+        config = tiny_config(tiny_run, train=train, loss=loss, parallel=parallel)
+        pool.run(run_training, world=world, tp=tp, config=config)
+        return curve(tmp_path / folder)
+
+    whole = run("whole", 1, 1, 4)
+    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
+    assert_same_curve(run("broken", 4, 2, 1, resume_from=3)[-3:], whole[3:])
+    assert_same_curve(run("other", 2, 2, 2), whole)
 
 
 def test_bfloat16_with_fp32_main_weights_follows_float32(pool, tiny_run, unbroken, tmp_path):
