@@ -97,7 +97,6 @@ COLUMNS = [
     Column("decoded tau, T = 1", lambda figures: figures["sampled"]["tau"]),
     Column("ECE", lambda figures: figures["ece"]),
     Column("CPU s / step", lambda figures: figures["cpu_seconds"], is_compared=False),
-    Column("s / step", lambda figures: figures["seconds"], is_compared=False),
 ]
 
 
