@@ -319,6 +319,7 @@ def test_attention_that_no_draft_can_have(overrides, words):
 @pytest.mark.parametrize("override", ["model.rope_parameters.factor=8", "model.attentoin.window=8"])
 def test_an_override_gives_a_key_whole_that_has_no_keys_of_its_own(override):
     with pytest.raises(
-        ConfigError, match="must give a key whole.* only model.attention, loss.terms and"
+        ConfigError,
+        match="must give a key whole.* only model.attention, loss.terms, loss.weighting and",
     ):
         load_config(None, ["target.path=T", override], trains=False)
