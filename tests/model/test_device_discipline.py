@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dspark_megatron.config import LossConfig
-from dspark_megatron.config.objective.terms import LossTerms
+from dspark_megatron.config.objective.terms import LossTerms, LossWeighting
 from dspark_megatron.ops.objective.objective import TERMS
 from dspark_megatron.shape.attention import DraftAttention
 from support.meta_step import META, step_on_meta
@@ -77,8 +77,14 @@ def test_with_recomputed_layers_under_sequence_parallelism(recompute):
         {"ce_labels": "target_argmax"},
         {"normalization": "deepspec"},
         {"normalization": "local_count"},
+        {"weighting": LossWeighting(name="dpace"), "confidence_stop_gradient": True},
+        {
+            "weighting": LossWeighting(name="dpard"),
+            "confidence_weights": "reach",
+            "normalization": "global_samples",
+        },
     ],
-    ids=["all terms", "target's labels", "deepspec", "local_count"],
+    ids=["all terms", "target's labels", "deepspec", "local_count", "dpace", "dpard"],
 )
 @pytest.mark.parametrize("tp", TENSOR_PARALLEL)
 def test_with_other_objectives(tp, loss):
