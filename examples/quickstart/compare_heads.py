@@ -2,7 +2,7 @@
 
     python examples/quickstart/compare_heads.py [--seeds 1 2 3] [--jobs 2]
 
-Trains a drafter for each head and seed on the first 512 samples of `chats.jsonl`, decodes
+Trains a drafter for each head and seed on the first 512 samples of `chats/train.jsonl`, decodes
 the prompts of the rest with each, and prints tau and acceptance by slot with their spread over
 seeds; `runs/heads/comparison.json` has the numbers. A run that is complete is not made again. On
 two cores of a CPU with bf16 instructions a run takes some 10 minutes.
@@ -26,7 +26,7 @@ HEADS = {
     "vanilla": [],
     "rnn": ["model.markov_head_type=rnn"],
 }
-"""Overrides of `chats.yaml`; without a Markov head a DSpark draft is DFlash."""
+"""Overrides of `chats/run.yaml`; without a Markov head a DSpark draft is DFlash."""
 SETTINGS = [
     "parallel.tensor_parallel=1",
     "target.dtype=bfloat16",
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
 def split_data() -> None:
     """The first samples to train on; the others are held out."""
     RUNS.mkdir(parents=True, exist_ok=True)
-    lines = (QUICKSTART / "chats.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = (QUICKSTART / "chats" / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     parts = {"train.jsonl": lines[:TRAIN_SAMPLES], "heldout.jsonl": lines[TRAIN_SAMPLES:]}
     for name, part in parts.items():
         (RUNS / name).write_text("".join(part), encoding="utf-8")
@@ -83,7 +83,7 @@ def train_and_evaluate(head: str, seed: int) -> dict:
 def command(module: str, overrides: list[str], log: Path) -> None:
     print(f"{module} {log.stem}", flush=True)
     program = [sys.executable, "-m", f"dspark_megatron.{module}"]
-    program += ["--config", str(QUICKSTART / "chats.yaml"), *overrides]
+    program += ["--config", str(QUICKSTART / "chats" / "run.yaml"), *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     with log.open("w") as file:
         done = subprocess.run(program, cwd=ROOT, env=environment, stdout=file, stderr=file)
