@@ -2,7 +2,7 @@
 
     python examples/quickstart/compare_heads.py [--seeds 1 2 3] [--jobs 2]
 
-Trains a drafter for each head and seed on the first 512 samples of `chats.jsonl`, decodes
+Trains a drafter for each head and seed on the first 512 samples of `chats/train.jsonl`, decodes
 the prompts of the rest with each, and prints tau and acceptance by slot with their spread over
 seeds; `runs/heads/comparison.json` has the numbers. A run that is complete is not made again. On
 two cores of a CPU with bf16 instructions a run takes some 10 minutes.
@@ -23,7 +23,7 @@ HEADS = {
     "vanilla": [],
     "rnn": ["model.markov_head_type=rnn"],
 }
-"""Overrides of `chats.yaml`; without a Markov head a DSpark draft is DFlash."""
+"""Overrides of `chats/run.yaml`; without a Markov head a DSpark draft is DFlash."""
 SETTINGS = [
     "parallel.tensor_parallel=1",
     "target.dtype=bfloat16",
@@ -69,7 +69,12 @@ def train_and_evaluate(head: str, seed: int) -> dict:
 
 
 def run_module(module: str, overrides: list[str], log: Path) -> None:
-    program = ["-m", f"dspark_megatron.{module}", "--config", str(QUICKSTART / "chats.yaml")]
+    program = [
+        "-m",
+        f"dspark_megatron.{module}",
+        "--config",
+        str(QUICKSTART / "chats" / "run.yaml"),
+    ]
     program += overrides
     command(f"{module} {log.stem}", program, log)
 

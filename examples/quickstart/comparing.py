@@ -21,7 +21,9 @@ def split_data(folder: Path, train_samples: int, heldout_samples: int | None = N
     """`train.jsonl` with the first chats, and `heldout.jsonl` with the next ones; None: with all
     others."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = (QUICKSTART / "chats.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = (
+        (QUICKSTART / "chats" / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    )
     end = None if heldout_samples is None else train_samples + heldout_samples
     parts = {"train.jsonl": lines[:train_samples], "heldout.jsonl": lines[train_samples:end]}
     for name, part in parts.items():
