@@ -202,6 +202,11 @@ def run_all(jobs: list[Job], at_once: int) -> list[str]:
 def store_states(job: Job) -> str | None:
     """The target's states, once for all jobs; returns what went wrong."""
     config = job.settings["config"]
+    if not (ROOT / config["target"]["path"] / "config.json").is_file():
+        return (
+            f"error: there is no target in {config['target']['path']}; make it: "
+            "python examples/quickstart/prepare_target.py"
+        )
     folder = ROOT / config["target"]["cache"]
     if (folder / "manifest.json").is_file():
         return None

@@ -6,10 +6,10 @@ reads FOLDER/settings.json and writes FOLDER/figures.json. Killed, it goes on fr
 checkpoint. The draft is deleted at the end.
 """
 
+import argparse
 import json
 import shutil
 import statistics
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -54,7 +54,10 @@ class StepClock(StopRequests):
         return {"cpu_seconds": cpu, "seconds": wall}
 
 
-def main(folder: Path) -> None:
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Train and evaluate one draft of a comparison.")
+    parser.add_argument("folder", type=Path, help="with settings.json")
+    folder = parser.parse_args(argv).folder
     settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     with launch() as job:
         run(job, config_from_dict(settings["config"]), folder)
@@ -138,4 +141,4 @@ def calibration_error(results: dict[str, "FileResult"], num_draft_tokens: int) -
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

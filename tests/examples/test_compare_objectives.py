@@ -152,3 +152,11 @@ def test_arguments_that_cannot_be_are_refused(arguments, message, capsys):
 def test_an_unknown_key_is_refused_before_any_job_runs(runs):
     with pytest.raises(SystemExit, match="unknown config key train.steps"):
         tool.main(["train.steps=3"])
+
+
+def test_a_missing_target_is_named_before_any_job_runs(runs, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(tool, "RUNS", runs)
+    listed = jobs(overrides=["target.path=nowhere"])
+    (said,) = tool.run_all(listed, 1)
+    assert "no target in nowhere" in said and not (runs / "jobs").exists()
