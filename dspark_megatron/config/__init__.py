@@ -56,13 +56,21 @@ class Config:
         )
         require(
             not self.optimizer.overlap_grad_reduce
-            or not self.model.enable_confidence_head
+            or not confidence
             or loss.confidence_head_alpha > 0,
             "optimizer.overlap_grad_reduce waits for the gradient of every weight, and the "
             "confidence head gets none: loss.confidence_head_alpha is 0; set "
             "model.enable_confidence_head=false or optimizer.overlap_grad_reduce=false",
         )
         self._check_scaled_parts()
+        require(
+            not self.optimizer.overlap_grad_reduce
+            or not loss.confidence_stop_gradient
+            or any(weight > 0 for weight in vars(loss.terms).values()),
+            "optimizer.overlap_grad_reduce waits for the gradient of every weight, and the "
+            "backbone gets none from loss.confidence_stop_gradient with loss.terms of 0; set "
+            "optimizer.overlap_grad_reduce=false",
+        )
         require(
             not (self.model.initialize_from_target_layers and self.train.initial_checkpoint),
             f"model.initialize_from_target_layers ({self.model.initialize_from_target_layers}) and "
@@ -136,7 +144,8 @@ class Config:
                 f"loss.{name} ({getattr(loss, name)}) is about the confidence head's loss, and "
                 f"there is none with model.enable_confidence_head "
                 f"({self.model.enable_confidence_head}) and loss.confidence_head_alpha "
-                f"({loss.confidence_head_alpha}); set both, or take loss.{name} out",
+                f"({loss.confidence_head_alpha}); set both, or "
+                f"loss.{name}={str(getattr(LossConfig, name)).lower()}",
             )
         gamma, last = loss.loss_decay_gamma, self.model.num_draft_tokens - 1
         require(

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from dspark_megatron.bounded_text import MOST_YAML_BYTES, parse_yaml, read_text
 from dspark_megatron.config import Config
 from dspark_megatron.config.objective.presets import check_new_preset, with_preset, with_terms
+from dspark_megatron.config.objective.terms import whole_terms
 from dspark_megatron.config.rules import SHOWN, one_of, shown
 from dspark_megatron.errors import ConfigError, require
 
@@ -102,7 +103,8 @@ def nested_overrides(overrides: typing.Iterable[str]) -> dict[str, dict[str, Any
                 f"override {shown(override)} is of a key that another "
                 "override gives a whole value; give one of the two",
             )
-        values[last] = parse_yaml(text, f"override {shown(override)}")
+        value = parse_yaml(text, f"override {shown(override)}")
+        values[last] = whole_terms(value) if name == "loss.terms" else value
     return sections
 
 

@@ -23,7 +23,8 @@ class OptimizerConfig:
     """How the rate goes on after the warm-up. `cosine` and `linear` fall to the minimum, `constant`
     stays at the peak, and `wsd` (warm-up, stable, decay) stays there until its last part."""
     decay_ratio: float | None = None
-    """Share of the iterations in which the rate of `wsd` falls; null is 0.2. Only for `wsd`."""
+    """Share of the iterations in which the rate of `wsd` falls; null is 0.2, or what the
+    warm-up leaves. Only for `wsd`."""
     decay_shape: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "minus_sqrt"
     """How the rate of `wsd` falls, by Megatron-Core's names."""
     warmup_ratio: float = 0.04
@@ -73,6 +74,11 @@ class OptimizerConfig:
             f"optimizer.schedule is {self.schedule!r}; set optimizer.schedule=wsd or leave it out",
         )
         require(
+            self.decay_shape == OptimizerConfig.decay_shape or self.schedule == "wsd",
+            f"optimizer.decay_shape ({self.decay_shape}) is of the schedule wsd, and "
+            f"optimizer.schedule is {self.schedule!r}; set optimizer.schedule=wsd or leave it out",
+        )
+        require(
             self.schedule != "constant" or self.min_lr_ratio == 0,
             f"optimizer.min_lr_ratio ({self.min_lr_ratio}) is where a rate falls to, and with "
             "optimizer.schedule=constant it does not fall; leave it out",
@@ -95,6 +101,13 @@ class OptimizerConfig:
             1 <= self.muon_steps < 100,  # PyTorch's own bound
             f"optimizer.muon_steps ({self.muon_steps}) must be from 1 to 99",
         )
+        for name in ("muon_momentum", "muon_weight_decay", "muon_steps"):
+            value = getattr(self, name)
+            require(
+                self.name == "muon" or value == getattr(OptimizerConfig, name),
+                f"optimizer.{name} ({value}) is of Muon, and optimizer.name is {self.name!r}; set "
+                "optimizer.name=muon or leave it out",
+            )
 
     @property
     def splits_buckets(self) -> bool:

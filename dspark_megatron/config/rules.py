@@ -61,7 +61,8 @@ def check_bounds(name: str, section: Any) -> None:
 
 def one_of(name: str, value: object, valid: tuple[str, ...]) -> None:
     if value not in valid:
-        near = difflib.get_close_matches(str(value)[:SHOWN].lower(), valid, n=1, cutoff=0.4)
+        text = value[:SHOWN].lower() if isinstance(value, str) else ""
+        near = difflib.get_close_matches(text, valid, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"{name} ({shown(value)}) must be one of {', '.join(valid)}{hint}")
 

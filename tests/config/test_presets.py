@@ -206,3 +206,45 @@ PLAIN = "normalization: global_step; anchors, slots and labels as in DeepSpec"
 def test_an_objective_in_one_line(overrides, words):
     loss = read([f"loss.{one}" for one in overrides]).loss
     assert objective_words(loss, with_confidence_head=True) == words
+
+
+@pytest.mark.parametrize("text", ["{tvd: 0.9}", "{tvd: 9e-1}", "{tvd: '0.9'}"])
+def test_tvd_is_half_of_l1_however_it_is_written(tmp_path, text):
+    assert read([], tmp_path, f"loss: {{terms: {text}}}").loss.terms.l1 == 0.45
+    assert read([f"loss.terms={text}"]).loss.terms.l1 == 0.45
+
+
+def test_a_whole_set_on_the_command_line_leaves_nothing_of_the_file(tmp_path):
+    text = "loss: {terms: {ce: 0.1, kl: 0.9}}"
+    assert asdict(read(["loss.terms={ce: 1}"], tmp_path, text).loss.terms) == {**NO_TERMS, "ce": 1}
+    assert asdict(read(["loss.terms={tvd: 1}"]).loss.terms) == {**NO_TERMS, "l1": 0.5}
+    assert read(["loss.terms.ce=1"], tmp_path, text).loss.terms.kl == 0.9
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["loss.terms.tvd=-1"], "loss.terms.tvd (-1) must be a finite number >= 0"),
+        (["loss.terms.tvd=x"], "loss.terms.tvd ('x') must be a finite number >= 0"),
+        (["loss.ce_loss_alpha=x"], "loss.ce_loss_alpha ('x') must be a finite number >= 0"),
+        (["loss.terms.kl=1.0e+300"], "loss.terms.kl (1e+300) must be at most 1,000,000"),
+        (["loss.weighting=[]"], "loss.weighting must be a section"),
+        (["loss.weighting.name=null"], "must be one of decay, dpace, dpard"),
+        (["loss.preset=dpard", "model.enable_confidence_head=false"], "confidence_weights=decay"),
+        (
+            [
+                *("loss.terms={}", "loss.confidence_stop_gradient=true"),
+                "optimizer.overlap_grad_reduce=true",
+            ],
+            "the backbone gets none",
+        ),
+        (["optimizer.muon_steps=3"], "is of Muon, and optimizer.name is 'adamw'"),
+        (["optimizer.muon_weight_decay=0"], "is of Muon, and optimizer.name is 'adamw'"),
+        (["optimizer.decay_shape=linear"], "is of the schedule wsd, and optimizer.schedule is"),
+    ],
+)
+def test_keys_that_would_do_nothing_or_something_else(overrides, message):
+    with pytest.raises(ConfigError) as error:
+        read(overrides)
+    text = str(error.value)
+    assert message in text and "did you mean" not in text

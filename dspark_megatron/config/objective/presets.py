@@ -50,7 +50,8 @@ def with_preset(raw: dict[str, Any]) -> dict[str, Any]:
         return raw
     defaults = _values(loss.get("preset"), raw)
     loss = without_older_names(loss, defaults["terms"])
-    weighting = loss.get("weighting") or {}
+    weighting = loss.get("weighting")
+    weighting = {} if weighting is None else weighting
     if isinstance(weighting, dict):
         loss = {**loss, "weighting": {**defaults["weighting"], **weighting}}
     return {**raw, "loss": {**defaults, **loss}}

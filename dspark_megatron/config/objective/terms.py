@@ -1,11 +1,15 @@
 """The parts `terms` and `weighting` of the section `loss`: what a slot loses and weighs."""
 
-from dataclasses import dataclass
+import contextlib
+import math
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from dspark_megatron.config.rules import not_negative
+from dspark_megatron.config.rules import not_negative, shown
 from dspark_megatron.errors import ConfigError, require
 
+MOST_WEIGHT = 10**6
+"""Of a term: far more than losses are weighed with, and far from what fp32 can hold."""
 OLDER_NAMES = {
     "ce_loss_alpha": "ce",
     "l1_loss_alpha": "l1",
@@ -49,6 +53,11 @@ class LossTerms:
 
     def validate(self) -> None:
         not_negative("loss.terms", self, *vars(self))
+        for name, weight in vars(self).items():
+            require(
+                weight <= MOST_WEIGHT,
+                f"loss.terms.{name} ({weight}) must be at most {MOST_WEIGHT:,}",
+            )
 
     @property
     def compare_with_target(self) -> bool:
@@ -91,12 +100,31 @@ def terms_of(values: dict[str, Any], where: str) -> dict[str, Any]:
         f"{where} gives l1 ({values.get('l1')}) and tvd ({values['tvd']}), and they are one term "
         "(tvd is half of l1); give one of the two",
     )
-    tvd = values["tvd"]
-    half = tvd / 2 if isinstance(tvd, int | float) and not isinstance(tvd, bool) else tvd
+    half = _weight(f"{where}.tvd", values["tvd"]) / 2
     return {
         ("l1" if name == "tvd" else name): half if name == "tvd" else value
         for name, value in values.items()
     }
+
+
+def whole_terms(values: Any) -> Any:
+    """A mapping of terms with 0 for those that it leaves out; any other value as it is."""
+    if not isinstance(values, dict):
+        return values
+    return {**asdict(LossTerms()), **terms_of(values, "loss.terms")}
+
+
+def _weight(name: str, value: Any) -> float:
+    """A weight as a file gives it, where YAML 1.1 reads 9e-1 as a text."""
+    weight = math.nan
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):
+            weight = float(value)
+    require(
+        math.isfinite(weight) and weight >= 0,
+        f"{name} ({shown(value)}) must be a finite number >= 0",
+    )
+    return weight
 
 
 def without_older_names(loss: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
@@ -104,7 +132,9 @@ def without_older_names(loss: dict[str, Any], base: dict[str, Any]) -> dict[str,
     keys change."""
     if loss.get("terms", 0) is None:  # left open in the file
         loss = {key: value for key, value in loss.items() if key != "terms"}
-    older = {term: loss[key] for key, term in OLDER_NAMES.items() if key in loss}
+    older = {
+        term: _weight(f"loss.{key}", loss[key]) for key, term in OLDER_NAMES.items() if key in loss
+    }
     if not older:
         if isinstance(loss.get("terms"), dict):
             return {**loss, "terms": terms_of(loss["terms"], "loss.terms")}

@@ -46,8 +46,8 @@ def plan_batches(prompts: list[Prompt], batch_size: int) -> list[list[int]]:
 
 def batch_seed(seed: int, batch: int) -> int:
     """A seed of its own for each batch, so that a resumed run draws what an unbroken one draws."""
-    # Not seeds.derived_seed: examples/quickstart/chats/train.jsonl was sampled with these seeds, and
-    # with others the command in the README there would no longer make it again.
+    # Not seeds.derived_seed: examples/quickstart/chats/train.jsonl was sampled with these seeds,
+    # and with others the command in the README there would no longer make it again.
     return random.Random(f"{seed}/{batch}").getrandbits(63)
 
 
