@@ -143,6 +143,9 @@ def test_no_weight_at_all_is_refused(tmp_path):
         ("{preset: speculators, l1_loss_alpha: 0.7}", 0.7),
         ("{preset: speculators, l1_loss_alpha: 0}", 0.0),
         ("{preset: modelopt, tvd_loss_alpha: 1.0}", 0.5),
+        ("{l1_loss_alpha: 0.7, tvd_loss_alpha: 0.0}", 0.7),  # as older versions saved them
+        ("{l1_loss_alpha: 0.0, tvd_loss_alpha: 0.8}", 0.4),
+        ("{preset: modelopt, l1_loss_alpha: 0.0, tvd_loss_alpha: 0.0}", 0.0),
     ],
 )
 def test_the_distance_is_what_its_one_name_says(tmp_path, loss, weight):

@@ -56,7 +56,7 @@ def old_run(unbroken, tmp_path):
     meta = json.loads(file.read_text())
     for key in YOUNGER_KEYS:
         del meta["loss"][key]
-    meta["loss"] |= {"ce_loss_alpha": 0.1, "l1_loss_alpha": 0.9}
+    meta["loss"] |= {"ce_loss_alpha": 0.1, "l1_loss_alpha": 0.9, "tvd_loss_alpha": 0.0}
     del meta["target_logits"], meta["optimizer"]
     meta["open_metrics"] = meta["open_metrics"][1:]
     file.write_text(json.dumps(meta))

@@ -139,6 +139,9 @@ def without_older_names(loss: dict[str, Any], base: dict[str, Any]) -> dict[str,
         if isinstance(loss.get("terms"), dict):
             return {**loss, "terms": terms_of(loss["terms"], "loss.terms")}
         return loss
+    for zero in ("tvd", "l1"):  # saved files of older versions have both, one of them 0
+        if {"l1", "tvd"} <= older.keys() and older[zero] == 0:
+            del older[zero]
     given = [f"loss.{key}" for key in OLDER_NAMES if key in loss]
     require(
         "terms" not in loss,
