@@ -163,5 +163,5 @@ def test_a_run_is_the_same_at_every_layout_and_resumes(pool, tiny_run, tmp_path)
     stopped = run(tmp_path / "stopped", 2, minutes_ago=[2, 2])
     assert_same_curve(stopped, unbroken[:1])
     assert_same_curve(run(tmp_path / "stopped", 2), unbroken)
-    with pytest.raises(AssertionError, match="'window': 6.*'window': 7"):
+    with pytest.raises(AssertionError, match="shape.attention.*window: 6 there, 7 here"):
         run(tmp_path / "stopped", 2, window=7)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from dspark_megatron.config.loading import PARTS
 from dspark_megatron.data.prompts.chat_prompts import Prompt
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.run.ranks import facts as rank_facts
@@ -106,7 +107,9 @@ def test_a_launch_compares_settings_versions_code_and_environment(tiny_run, monk
 def test_every_setting_of_a_config_is_compared(tiny_run):
     config = tiny_config(tiny_run)
     sections = config.to_dict()
-    sections["model.attention"] = sections["model"].pop("attention")
+    for section, parts in PARTS.items():
+        for part in parts:
+            sections[f"{section}.{part}"] = sections[section].pop(part)
     wanted = {f"{s}.{key}" for s, values in sections.items() for key in values}
     assert rank_facts.config_facts(config).keys() == wanted
 

@@ -133,7 +133,7 @@ def test_it_learns_and_goes_on_at_another_layout(pool, tiny_run, target, run, tm
     config = config_of(tiny_run, target, again, model=model, parallel=parallel)
     pool.run(run_training, world=2, tp=2, config=config)
     assert latest(again) == 20
-    assert_same_curve(curve(again)[10:], rows[10:])
+    assert_same_curve(curve(again)[10:], rows[10:], rel=1e-3)
 
 
 def test_its_export_is_a_plain_gemma4_draft(tiny_run, target, run, tmp_path):
