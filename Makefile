@@ -15,10 +15,14 @@ CORE_TESTS := tests/model/test_draft_model.py tests/model/test_device_discipline
 # worker, so that what its tests share is made once.
 WORKERS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: quickstart test test-fast test-core faults gpu-check lint format clean
+.PHONY: quickstart quickstart-long test test-fast test-core faults gpu-check lint format clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python examples/quickstart/quickstart.py
+
+# The same with more steps: about an hour on two cores. A second start goes on where it was stopped.
+quickstart-long: $(VENV)/.installed
+	$(BIN)/python examples/quickstart/quickstart.py --long
 
 test: $(VENV)/.installed
 	$(WORKERS)

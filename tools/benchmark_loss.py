@@ -7,6 +7,7 @@ plain         `plain_head_loss` of the tests by autograd, on one rank
 recompute     the same on chunks of rows under torch.utils.checkpoint, on one rank
 head_loss     ours, on the first t ranks for each t of --tp
 capped        the same with a soft cap of draft and target (--softcap), within the same budget
+--objectives  each term of loss.terms beside 0.1 CE, against the default of 0.1 CE and 0.9 L1
 products      only the matrix products that no such loss can do without: the time to compare with
 
 Memory is what a rank takes at its highest above the inputs. The gradients of the first three are
@@ -23,9 +24,10 @@ from typing import Any
 import benchmarking
 import torch
 import torch.distributed as dist
-from loss_variants import Problem, Products
+from loss_variants import CE, DEFAULT, L1, Problem, Products
 from torch import Tensor
 
+from dspark_megatron.ops.objective.objective import TERMS, Objective
 from dspark_megatron.run.ranks.runtime import Runtime, launch, start
 
 NAMES = ("hidden", "latent", "w2")
@@ -34,6 +36,8 @@ Case = tuple[str, int]
 """A variant and its tensor-parallel size."""
 FORMATS = {"variant": "", "tp": "d", "MiB per rank": ",.1f", "memory / plain": ".3f"}
 FORMATS |= {"ms": ",.1f", "time / products": ".3f", "time / plain": ".3f"}
+OBJECTIVE_FORMATS = {"objective": "", "tp": "d", "ms": ",.1f", "time / default": ".3f"}
+OBJECTIVE_FORMATS |= {"MiB per rank": ",.1f", "memory / default": ".3f"}
 
 
 def check_gradients(
@@ -133,6 +137,30 @@ def table_rows(seconds: dict[Case, float], peaks: dict[Case, int]) -> list[dict[
     return rows
 
 
+def measure_objectives(runtime: Runtime, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of a table: each objective on all ranks, taking turns with the default."""
+    problem = Problem(args, runtime.tp_group, runtime.device)
+    objectives = {"default": DEFAULT}
+    objectives |= {name: Objective(**{"ce": CE, name: L1}) for name in TERMS[2:]}
+    calls = {
+        name: functools.partial(problem.head_loss, objective=objective)
+        for name, objective in objectives.items()
+    }
+    peaks = {name: benchmarking.peak_memory(call, runtime.device) for name, call in calls.items()}
+    seconds = benchmarking.interleaved_seconds(calls, runtime.device, rounds=args.rounds)
+    return [
+        {
+            "objective": name,
+            "tp": runtime.tp_group.size(),
+            "ms": 1e3 * time,
+            "time / default": time / seconds["default"],
+            "MiB per rank": peaks[name] / benchmarking.MIB,
+            "memory / default": peaks[name] / peaks["default"],
+        }
+        for name, time in seconds.items()
+    ]
+
+
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Memory and time of the head loss.")
     parser.add_argument("--rows", type=int, default=1792, help="supervised slots")
@@ -145,6 +173,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--chunk-rows", type=int, help="as in a config; before the budget")
     parser.add_argument("--softcap", type=float, default=30.0, help="of `capped`")
     parser.add_argument("--compile", action="store_true", help="head_loss with torch.compile")
+    parser.add_argument(
+        "--objectives", action="store_true", help="time each term of loss.terms instead"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=1)
     benchmarking.add_report_options(parser)
@@ -159,8 +190,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     benchmarking.give_tensors_own_pages()
     with launch() as job:
-        runtime = start(job, 1)
-        tables = {"head loss, forward and backward": (measure(runtime, args), FORMATS)}
+        runtime = start(job, job.world_size if args.objectives else 1)
+        if args.objectives:
+            rows, formats = measure_objectives(runtime, args), OBJECTIVE_FORMATS
+        else:
+            rows, formats = measure(runtime, args), FORMATS
+        tables = {"head loss, forward and backward": (rows, formats)}
         if runtime.is_main:
             print(benchmarking.report(tables, runtime.device, args.json))
 

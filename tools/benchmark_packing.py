@@ -124,7 +124,7 @@ def check_losses(losses: dict[str, float]) -> None:
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="What padding costs, and what packing gains.")
-    parser.add_argument("--config", default="examples/quickstart/quickstart.yaml")
+    parser.add_argument("--config", default="examples/quickstart/chats.yaml")
     parser.add_argument("--steps", type=int, default=1, help="optimizer steps' samples a variant")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")

@@ -42,6 +42,7 @@ class Sizes:
 
 SPLIT = {"parallel.sequence_parallel": True}
 RECOMPUTE = {"train.recompute_activations": True}
+OTHER_TERMS = ("reverse_kl", "js", "renyi_half", "lk_alpha", "lk_hybrid")
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "bfloat16": {"train.dtype": "bfloat16"},

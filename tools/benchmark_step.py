@@ -6,7 +6,7 @@
 
 A step is context encoding, backbone, heads, loss and backward; no target, whose states are random
 here, and no optimizer. A synthetic sample is full: every token is supervised, every anchor real.
-The quickstart's are its training samples, with the paper's 512 anchors.
+The quickstart's are those of its `chats.yaml`, with the paper's 512 anchors.
 
 plain             `PlainDraft` and `plain_loss` of the tests. As DeepSpec does it computes
                   num_anchors blocks of every sample, fillers without weight, and all their slots
@@ -35,7 +35,7 @@ from dspark_megatron.run.ranks.runtime import Runtime, launch, start
 from dspark_megatron.shape import DraftShape
 from dspark_megatron.storage.target_folder import load_tokenizer
 
-QUICKSTART = "examples/quickstart/quickstart.yaml"
+QUICKSTART = "examples/quickstart/chats.yaml"
 FORMATS = {"variant": "", "MiB": ",.1f", "memory / plain": ".3f", "ms per sample": ",.1f"}
 FORMATS |= {"time / plain": ".3f", "time / plain, SDPA": ".3f"}
 

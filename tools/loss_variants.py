@@ -20,6 +20,7 @@ from dspark_megatron.ops.vocab_parallel import VocabShard
 from support.reference import plain_head_loss
 
 CE, L1 = 0.1, 0.9
+DEFAULT = Objective(ce=CE, l1=L1)
 
 
 class Problem:
@@ -85,11 +86,14 @@ class Problem:
         return self.head_loss(LogitTransform(1.0, self.softcapping), self.capped_rows)
 
     def head_loss(
-        self, transform: LogitTransform = IDENTITY, rows_of_chunk: int | None = None
+        self,
+        transform: LogitTransform = IDENTITY,
+        rows_of_chunk: int | None = None,
+        objective: Objective = DEFAULT,
     ) -> tuple[Tensor, ...]:
         head = HeadWeights(self.output_weight, self.w2, self.shard, transform)
         how = rows_of_chunk or self.chunk_rows, self.compile, transform
-        head_loss = HeadLoss(head, Objective(ce=CE, l1=L1), *how, tp_group=self.group)
+        head_loss = HeadLoss(head, objective, *how, tp_group=self.group)
         rows = self.hidden, self.latent, self.target_hidden, self.labels, self.weights
         return self.gradients(head_loss(*rows).loss)
 

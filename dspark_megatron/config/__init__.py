@@ -62,6 +62,7 @@ class Config:
             "confidence head gets none: loss.confidence_head_alpha is 0; set "
             "model.enable_confidence_head=false or optimizer.overlap_grad_reduce=false",
         )
+        self._check_scaled_parts()
         require(
             not (self.model.initialize_from_target_layers and self.train.initial_checkpoint),
             f"model.initialize_from_target_layers ({self.model.initialize_from_target_layers}) and "
@@ -89,6 +90,23 @@ class Config:
         self._check_padding()
         if self.parallel.pipeline_parallel > 1:
             self._check_pipeline()
+
+    def _check_scaled_parts(self) -> None:
+        model = self.model
+        there = {
+            "markov_head": (model.markov_rank > 0, "model.markov_rank is 0"),
+            "confidence_head": (
+                model.enable_confidence_head,
+                "model.enable_confidence_head is false",
+            ),
+        }
+        for part, (is_there, why) in there.items():
+            scale = getattr(self.optimizer.lr_scale, part)
+            require(
+                is_there or scale == 1,
+                f"optimizer.lr_scale.{part} ({scale}) is of a head that the draft does not have: "
+                f"{why}; leave it out",
+            )
 
     def _check_given(self) -> None:
         files, train = self.data.train_files, self.train

@@ -17,7 +17,11 @@ from dspark_megatron.errors import ConfigError, require
 
 RENAMED = {"target.check_teacher_logits": "target.check_logits"}
 """Keys of older versions, which saved configs still have."""
-PARTS = {"model": ("attention",), "loss": ("terms", "weighting")}
+PARTS = {
+    "model": ("attention",),
+    "loss": ("terms", "weighting"),
+    "optimizer": ("lr_scale",),
+}
 """Keys of sections that have keys of their own."""
 MOST_NAME_BYTES = 255
 """Of a file's name, on the usual file systems."""

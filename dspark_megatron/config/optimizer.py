@@ -1,8 +1,9 @@
 """The section `optimizer`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from dspark_megatron.config.lr_scale import LearningRateScales
 from dspark_megatron.config.rules import not_negative, positive
 from dspark_megatron.errors import require
 
@@ -28,6 +29,8 @@ class OptimizerConfig:
     warmup_ratio: float = 0.04
     """Share of the iterations in which the rate rises linearly to the peak. The first step's
     rate is peak / warm-up steps."""
+    lr_scale: LearningRateScales = field(default_factory=LearningRateScales)
+    """By part of the draft, what its learning rate is multiplied by. A run keeps them."""
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_eps: float = 1e-8
@@ -60,6 +63,7 @@ class OptimizerConfig:
             value = getattr(self, name)
             require(0 <= value < 1, f"optimizer.{name} ({value}) must be in [0, 1)")
         not_negative("optimizer", self, "weight_decay", "clip_grad")
+        self.lr_scale.validate()
         self._validate_muon()
 
     def _validate_schedule(self) -> None:

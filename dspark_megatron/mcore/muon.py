@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dspark_megatron.config import OptimizerConfig
 from dspark_megatron.mcore.owned_weights import Owners, Weight
+from dspark_megatron.mcore.parameter_rates import rates, scale_of
 
 _MAIN, _MOMENTUM = "fp32_param", "momentum_buffer"
 
@@ -48,7 +49,7 @@ class MuonOptimizer(MegatronOptimizer):
         self._own = [one for one in map(self._owners.own, self._owners.rounds) if one is not None]
         matrices = [matrix for weight in self._own for matrix in weight.matrices]
         optimizer = torch.optim.Muon(
-            [{"params": matrices, **_schedule(config)}],
+            _groups(config, self._own, list(splits)),
             momentum=config.muon_momentum,
             ns_steps=config.muon_steps,
             adjust_lr_fn="match_rms_adamw",
@@ -106,12 +107,13 @@ class MuonOptimizer(MegatronOptimizer):
     ) -> dict[str, Any]:
         """Whole matrices on their owners, and the group's settings for whoever reads them."""
         replica = self._dp_group.rank() if self._is_copy else 0
-        (group,) = self.optimizer.param_groups
+        groups = self.optimizer.param_groups
         tensors = {
             key: ShardedTensor.from_rank_offsets(key, tensor, replica_id=replica)
             for key, tensor in self._tensors().items()
         }
-        return {"param_groups": [{k: v for k, v in group.items() if k != "params"}], **tensors}
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        return {"param_groups": settings, **tensors}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -139,13 +141,22 @@ def _gradient(parameter: Any) -> Tensor:
     return stand_in
 
 
-def _schedule(config: OptimizerConfig) -> dict[str, Any]:
+def _groups(config: OptimizerConfig, own: list[Weight], names: list[str]) -> list[dict[str, Any]]:
+    """A group for each scale of the learning rate that any weight has: the same on every rank,
+    with the matrices that this one owns."""
+    found = []
+    for scale in sorted({scale_of(config, name) for name in names}):
+        weights = [weight for weight in own if scale_of(config, weight.name) == scale]
+        matrices = [matrix for weight in weights for matrix in weight.matrices]
+        found.append({"params": matrices, **_schedule(config, scale)})
+    return found
+
+
+def _schedule(config: OptimizerConfig, scale: float) -> dict[str, Any]:
     """What Megatron-Core's scheduler looks for in a group."""
     decay = config.weight_decay if config.muon_weight_decay is None else config.muon_weight_decay
     return dict(
-        max_lr=config.lr,
-        min_lr=config.lr * config.min_lr_ratio,
-        lr_mult=1.0,
+        **rates(config, scale),
         wd_mult=1.0,
         start_wd=decay,
         end_wd=decay,

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dspark_megatron.config import OptimizerConfig
 from dspark_megatron.mcore.muon import MuonOptimizer
+from dspark_megatron.mcore.parameter_rates import rates_by_part
 
 STYLES = {"wsd": "WSD"}
 """Schedules that have another name in Megatron-Core."""
@@ -62,7 +63,12 @@ def build_optimizer(config: OptimizerConfig, model: Any, dtype: torch.dtype) -> 
     )
     muons = list(model.module.split_matrices()) if config.name == "muon" else []
     with _without_gradient(model.module, muons):
-        rest = get_megatron_optimizer(megatron_config, [model], use_gloo_process_groups=False)
+        rest = get_megatron_optimizer(
+            megatron_config,
+            [model],
+            config_overrides=rates_by_part(config, megatron_config),
+            use_gloo_process_groups=False,
+        )
     if not muons:
         return rest
     muon = MuonOptimizer(config, megatron_config, model)

@@ -35,6 +35,7 @@ def run_identity(plan: RunPlan) -> dict[str, Any]:
         **draft_identity(plan),
         **({"template_date": day} if day else {}),
         "target_logits": asdict(plan.target_transform),
+        "lr_scale": asdict(plan.config.optimizer.lr_scale),
         "seed": plan.config.train.seed,
         "num_anchors": plan.config.model.num_anchors,
         "optimizer": {"name": plan.config.optimizer.name},

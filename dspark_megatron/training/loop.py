@@ -247,7 +247,7 @@ class Trainer:
             "consumed_samples": self.state.consumed_samples,
             **total.means(self.step.forward_step.term_weights),
             "grad_norm": grad_norm,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": self.scheduler.get_lr({}),  # of parts with a scale of 1
             "skipped_steps": self.state.skipped_steps,
             "tokens_per_second": total.scalars["tokens"].item() / seconds,
             "save_seconds": self.saves.seconds(),

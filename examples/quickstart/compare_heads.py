@@ -1,8 +1,8 @@
-"""Markov heads side by side: the quickstart's target and data, equal steps, several seeds.
+"""Markov heads side by side: the quickstart's target, general chats, equal steps, several seeds.
 
     python examples/quickstart/compare_heads.py [--seeds 1 2 3] [--jobs 2]
 
-Trains a drafter for each head and seed on the first 512 samples of the quickstart's data, decodes
+Trains a drafter for each head and seed on the first 512 samples of `chats.jsonl`, decodes
 the prompts of the rest with each, and prints tau and acceptance by slot with their spread over
 seeds; `runs/heads/comparison.json` has the numbers. A run that is complete is not made again. On
 two cores of a CPU with bf16 instructions a run takes some 10 minutes.
@@ -10,15 +10,12 @@ two cores of a CPU with bf16 instructions a run takes some 10 minutes.
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-QUICKSTART = ROOT / "examples" / "quickstart"
+from comparing import QUICKSTART, ROOT, command, split_data
+
 RUNS = ROOT / "runs" / "heads"
 TRAIN_SAMPLES = 512
 HEADS = {
@@ -26,7 +23,7 @@ HEADS = {
     "vanilla": [],
     "rnn": ["model.markov_head_type=rnn"],
 }
-"""Overrides of the quickstart's config; without a Markov head a DSpark draft is DFlash."""
+"""Overrides of `chats.yaml`; without a Markov head a DSpark draft is DFlash."""
 SETTINGS = [
     "parallel.tensor_parallel=1",
     "target.dtype=bfloat16",
@@ -44,11 +41,11 @@ SETTINGS = [
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Compare Markov heads on the quickstart's data.")
+    parser = argparse.ArgumentParser(description="Compare Markov heads on general chats.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--jobs", type=int, default=2, help="runs at one time, one core each")
     arguments = parser.parse_args(argv)
-    split_data()
+    split_data(RUNS, TRAIN_SAMPLES)
     runs = [(head, seed) for seed in arguments.seeds for head in HEADS]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         results = dict(zip(runs, pool.map(lambda run: train_and_evaluate(*run), runs), strict=True))
@@ -56,15 +53,6 @@ def main(argv: list[str] | None = None) -> None:
     text = json.dumps({"seeds": arguments.seeds, "heads": comparison}, indent=2) + "\n"
     (RUNS / "comparison.json").write_text(text, encoding="utf-8")
     print(table(comparison))
-
-
-def split_data() -> None:
-    """The first samples to train on; the others are held out."""
-    RUNS.mkdir(parents=True, exist_ok=True)
-    lines = (QUICKSTART / "chats.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    parts = {"train.jsonl": lines[:TRAIN_SAMPLES], "heldout.jsonl": lines[TRAIN_SAMPLES:]}
-    for name, part in parts.items():
-        (RUNS / name).write_text("".join(part), encoding="utf-8")
 
 
 def train_and_evaluate(head: str, seed: int) -> dict:
@@ -75,20 +63,15 @@ def train_and_evaluate(head: str, seed: int) -> dict:
     overrides += [f"evaluate.records={run / 'drafts.safetensors'}"]
     if not output.is_file():
         for module in ("train", "evaluate"):
-            command(module, overrides, run.with_suffix(f".{module}.log"))
+            run_module(module, overrides, run.with_suffix(f".{module}.log"))
     files = json.loads(output.read_text(encoding="utf-8"))["files"]
     return files[str(RUNS / "heldout.jsonl")]
 
 
-def command(module: str, overrides: list[str], log: Path) -> None:
-    print(f"{module} {log.stem}", flush=True)
-    program = [sys.executable, "-m", f"dspark_megatron.{module}"]
-    program += ["--config", str(QUICKSTART / "quickstart.yaml"), *overrides]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    with log.open("w") as file:
-        done = subprocess.run(program, cwd=ROOT, env=environment, stdout=file, stderr=file)
-    if done.returncode:
-        sys.exit(f"{' '.join(program)} failed with code {done.returncode}; see {log}")
+def run_module(module: str, overrides: list[str], log: Path) -> None:
+    program = ["-m", f"dspark_megatron.{module}", "--config", str(QUICKSTART / "chats.yaml")]
+    program += overrides
+    command(f"{module} {log.stem}", program, log)
 
 
 def table(comparison: dict[str, list[dict]]) -> str:

@@ -9,11 +9,11 @@ again; `runs/starts` has them.
 
 import argparse
 import json
-import statistics
 from concurrent.futures import ThreadPoolExecutor
 
-from compare_heads import ROOT, SETTINGS, command, split_data
 from compare_heads import RUNS as DATA
+from compare_heads import SETTINGS, TRAIN_SAMPLES, run_module
+from comparing import ROOT, mean_and_range, split_data
 
 RUNS = ROOT / "runs" / "starts"
 
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at one time, one core each")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args(argv)
-    split_data()
+    split_data(DATA, TRAIN_SAMPLES)
     RUNS.mkdir(parents=True, exist_ok=True)
     starts: list[list[int]] = [[], arguments.layers]
     runs = [(layers, seed) for seed in arguments.seeds for layers in starts]
@@ -53,7 +53,7 @@ def train(layers: list[int], seed: int, arguments: argparse.Namespace) -> dict[i
             "evaluate.every=20",
             *arguments.overrides,
         ]
-        command("train", overrides, run.with_suffix(".log"))
+        run_module("train", overrides, run.with_suffix(".log"))
     lines = (run / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
     return {row["iteration"]: row["tau"] for row in map(json.loads, lines)}
 
@@ -61,10 +61,7 @@ def train(layers: list[int], seed: int, arguments: argparse.Namespace) -> dict[i
 def table(rows: list[dict[int, float]]) -> str:
     """Iterations, and under them the mean and the smallest and largest tau of the seeds."""
     lines = ["".join(f"{iteration:>22}" for iteration in rows[0])]
-    cells = []
-    for iteration in rows[0]:
-        taus = [row[iteration] for row in rows]
-        cells.append(f"{statistics.mean(taus):.3f} ({min(taus):.3f}-{max(taus):.3f})")
+    cells = [mean_and_range([row[iteration] for row in rows]) for iteration in rows[0]]
     return "\n".join([*lines, "".join(f"{cell:>22}" for cell in cells)])
 
 

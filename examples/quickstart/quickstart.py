@@ -1,10 +1,11 @@
 """The main job from end to end on a real target: prepare, evaluate, train, evaluate, export.
 
-    python examples/quickstart/quickstart.py
+    python examples/quickstart/quickstart.py [--long]
 
 Every step is a command that works by itself; this file only runs them in order and prints them. A
 second start trains nothing, as the run is completed, and does the rest again. About 10 minutes on
-two cores.
+two cores; with --long the same trains for more steps, about an hour, in a folder of its own, and
+goes on where it was stopped.
 """
 
 import argparse
@@ -18,10 +19,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "examples/quickstart/quickstart.yaml"
 RUN = Path("runs/quickstart")
+LONG_RUN = Path("runs/quickstart_long")
 TARGET = RUN / "target"
-SUMMARY = RUN / "quickstart.json"
-EVALUATION = RUN / "evaluation.json"
-"""Where an evaluation of the run lies by default, and where an export looks for it."""
+LONG = [f"train.output_dir={LONG_RUN}", "train.iterations=1700", "train.save_every=200"]
 # The model is small: two replicas use two cores better than one split model.
 EVALUATE = ["2", "-m", "dspark_megatron.evaluate", "--config", CONFIG, "parallel.tensor_parallel=1"]
 
@@ -50,28 +50,28 @@ def evaluate(output: Path, *overrides: str) -> dict:
     return {**result, **result.pop("files")["examples/quickstart/heldout.jsonl"]}
 
 
-def calibrate_and_report() -> None:
+def calibrate_and_report(folder: Path) -> None:
     """Temperatures of the confidence head, which the export takes along, and a page of it all."""
     run(
         "python",
         "tools/calibrate_confidence.py",
         "--records",
-        str(RUN / "drafts.safetensors"),
+        str(folder / "drafts.safetensors"),
         "--output",
-        str(RUN),
+        str(folder),
     )
     run(
         "python",
         "tools/evaluation_report.py",
-        str(EVALUATION),
+        str(folder / "evaluation.json"),
         "--calibration",
-        str(RUN / "calibration.json"),
+        str(folder / "calibration.json"),
         "--output",
-        str(RUN / "report.html"),
+        str(folder / "report.html"),
     )
 
 
-def closing_table(results: dict[str, dict], seconds: dict[str, float]) -> str:
+def closing_table(results: dict[str, dict], seconds: dict[str, float], folder: Path) -> str:
     """What came out, and where the time went."""
     lines = [f"{'draft':<12}{'tau':>8}{'accept@0':>10}{'verify rate':>13}"]
     for name, figures in results.items():
@@ -87,8 +87,8 @@ def closing_table(results: dict[str, dict], seconds: dict[str, float]) -> str:
             f"greedy output equal to the target's own: {trained['identical_to_plain']} of "
             f"{trained['prompts']} held-out prompts",
             f"time: {times}",
-            f"checkpoints, metrics, export, evaluation.json, report.html and these figures "
-            f"({SUMMARY.name}) are in {RUN}",
+            "checkpoints, metrics, export, evaluation.json, report.html and these figures "
+            f"(quickstart.json) are in {folder}",
         ]
     )
 
@@ -97,38 +97,42 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.parse_args(argv)
+    parser.add_argument("--long", action="store_true", help="train for about an hour")
+    folder, longer = (LONG_RUN, LONG) if parser.parse_args(argv).long else (RUN, [])
     seconds, results = {}, {}
     seconds["target"] = run(
         "python", "examples/quickstart/prepare_target.py", "--output", str(TARGET)
     )
     start = time.monotonic()
     results["untrained"] = evaluate(
-        RUN / "evaluation_untrained.json",
+        folder / "evaluation_untrained.json",
         "evaluate.untrained=true",
         "evaluate.compare_plain=false",
+        *longer,
     )
-    seconds["training"] = run(
-        "torchrun", "--nproc-per-node", "3", "-m", "dspark_megatron.train", "--config", CONFIG
+    train = ["3", "-m", "dspark_megatron.train", "--config", CONFIG, *longer]
+    seconds["training"] = run("torchrun", "--nproc-per-node", *train)
+    # Where an evaluation of the run lies by default, and where an export looks for it.
+    results["trained"] = evaluate(
+        folder / "evaluation.json", f"evaluate.records={folder / 'drafts.safetensors'}", *longer
     )
-    results["trained"] = evaluate(EVALUATION, f"evaluate.records={RUN / 'drafts.safetensors'}")
-    calibrate_and_report()
+    calibrate_and_report(folder)
     seconds["evaluation"] = time.monotonic() - start - seconds["training"]
     seconds["export"] = run(
         "python",
         "tools/convert_checkpoint.py",
         "export",
         "--checkpoint",
-        str(RUN),
+        str(folder),
         "--target",
         str(TARGET),
         "--output",
-        str(RUN / "export"),
+        str(folder / "export"),
         "--force",
     )
     text = json.dumps(results, indent=2) + "\n"
-    (ROOT / SUMMARY).write_text(text, encoding="utf-8")
-    print(f"\n{closing_table(results, seconds)}")
+    (ROOT / folder / "quickstart.json").write_text(text, encoding="utf-8")
+    print(f"\n{closing_table(results, seconds, folder)}")
 
 
 if __name__ == "__main__":

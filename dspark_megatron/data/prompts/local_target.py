@@ -46,7 +46,7 @@ def plan_batches(prompts: list[Prompt], batch_size: int) -> list[list[int]]:
 
 def batch_seed(seed: int, batch: int) -> int:
     """A seed of its own for each batch, so that a resumed run draws what an unbroken one draws."""
-    # Not seeds.derived_seed: examples/quickstart/train.jsonl was sampled with these seeds, and with
+    # Not seeds.derived_seed: examples/quickstart/chats.jsonl was sampled with these seeds, and with
     # others the command in its README would no longer make it again.
     return random.Random(f"{seed}/{batch}").getrandbits(63)
 

@@ -65,6 +65,9 @@ def _loaded(folder: Path, state: dict) -> dict:
 def _keep_settings(optimizer: Any, loaded: dict) -> None:
     """Put this run's learning rates and constants into the loaded parameter groups: the config
     rules, not the checkpoint. Before loading, since newer Megatron-Core finds groups by them."""
-    ours = optimizer.param_groups[0]  # all groups share them
+    ours: dict[float, dict] = {}
+    for group in optimizer.param_groups:  # AdamW's before Muon's, which has no betas
+        ours.setdefault(group["lr_mult"], group)
     for group in parameter_groups(loaded):
-        group.update({name: ours[name] for name in _SETTINGS})
+        settings = ours[group["lr_mult"]]
+        group.update({name: settings[name] for name in _SETTINGS if name in settings})

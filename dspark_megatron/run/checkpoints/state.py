@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dspark_megatron.config import LossConfig, OptimizerConfig
+from dspark_megatron.config.lr_scale import LearningRateScales
 from dspark_megatron.config.objective.terms import OLDER_NAMES, LossTerms, without_older_names
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.ops.logit_transform import IDENTITY
@@ -13,6 +14,7 @@ from dspark_megatron.shape import DraftShape
 from dspark_megatron.storage.training_checkpoint import read_meta
 
 _DEFAULTS = {
+    "lr_scale": asdict(LearningRateScales()),
     "loss": asdict(LossConfig()),
     "shape": DraftShape.young_defaults(),
     "target_logits": asdict(IDENTITY),

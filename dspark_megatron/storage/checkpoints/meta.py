@@ -36,6 +36,7 @@ _OPTIONAL: dict[str, type] = {
     "skipped_steps": int,
     "resumed_from": int,
     "seed": int,
+    "lr_scale": dict,
     "loss": dict,
     "target_logits": dict,
     "optimizer": dict,
