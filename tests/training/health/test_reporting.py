@@ -85,7 +85,7 @@ def is_best(runtime, tau):
 
 def test_sums_go_on_from_what_a_checkpoint_kept_and_never_from_nonsense():
     metrics = MetricSums.zeros(3, torch.device("cpu"))
-    metrics.add(weight=2.0, ce_sum=4.0, tokens=7.0)
+    metrics.add(divisor=2.0, loss_sum=4.0, tokens=7.0)
     kept = metrics.packed().tolist()
 
     def loss(sums):
