@@ -27,7 +27,8 @@ import torch.distributed as dist
 from loss_variants import CE, DEFAULT, L1, Problem, Products
 from torch import Tensor
 
-from dspark_megatron.ops.objective.objective import TERMS, Objective
+from dspark_megatron.config.objective.terms import TERMS
+from dspark_megatron.ops.objective.objective import Objective
 from dspark_megatron.run.ranks.runtime import Runtime, launch, start
 
 NAMES = ("hidden", "latent", "w2")

@@ -48,29 +48,13 @@ class Config:
         loss = self.loss
         confidence = self.model.enable_confidence_head
         require(
-            any(weight > 0 for weight in vars(loss.terms).values())
-            or (confidence and loss.confidence_head_alpha > 0),
+            loss.terms.teach_something or (confidence and loss.confidence_head_alpha > 0),
             "there is nothing to learn: a weight in loss.terms"
             + (" or loss.confidence_head_alpha" * confidence)
             + " must be > 0",
         )
-        require(
-            not self.optimizer.overlap_grad_reduce
-            or not confidence
-            or loss.confidence_head_alpha > 0,
-            "optimizer.overlap_grad_reduce waits for the gradient of every weight, and the "
-            "confidence head gets none: loss.confidence_head_alpha is 0; set "
-            "model.enable_confidence_head=false or optimizer.overlap_grad_reduce=false",
-        )
+        self._check_overlap()
         self._check_scaled_parts()
-        require(
-            not self.optimizer.overlap_grad_reduce
-            or not loss.confidence_stop_gradient
-            or any(weight > 0 for weight in vars(loss.terms).values()),
-            "optimizer.overlap_grad_reduce waits for the gradient of every weight, and the "
-            "backbone gets none from loss.confidence_stop_gradient with loss.terms of 0; set "
-            "optimizer.overlap_grad_reduce=false",
-        )
         require(
             not (self.model.initialize_from_target_layers and self.train.initial_checkpoint),
             f"model.initialize_from_target_layers ({self.model.initialize_from_target_layers}) and "
@@ -115,6 +99,24 @@ class Config:
                 f"optimizer.lr_scale.{part} ({scale}) is of a head that the draft does not have: "
                 f"{why}; leave it out",
             )
+
+    def _check_overlap(self) -> None:
+        if not self.optimizer.overlap_grad_reduce:
+            return
+        loss, waits = (
+            self.loss,
+            "optimizer.overlap_grad_reduce waits for the gradient of every weight",
+        )
+        require(
+            not self.model.enable_confidence_head or loss.confidence_head_alpha > 0,
+            f"{waits}, and the confidence head gets none: loss.confidence_head_alpha is 0; set "
+            "model.enable_confidence_head=false or optimizer.overlap_grad_reduce=false",
+        )
+        require(
+            not loss.confidence_stop_gradient or loss.terms.teach_something,
+            f"{waits}, and the backbone gets none from loss.confidence_stop_gradient with "
+            "loss.terms of 0; set optimizer.overlap_grad_reduce=false",
+        )
 
     def _check_given(self) -> None:
         files, train = self.data.train_files, self.train

@@ -162,7 +162,7 @@ def gradient(
 ) -> None:
     """Third pass: `u` becomes the gradient. sums [c, num_sums]: of the second pass, over all
     shards."""
-    if t is None or not objective.compares:
+    if t is None or not objective.compare_with_target:
         _gradient(u, exp_shifted(u, lse[:, 0]), {}, sums.t(), columns, objective)
         return
     halfway = None

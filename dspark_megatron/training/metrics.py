@@ -2,18 +2,18 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dspark_megatron.config.objective.terms import LossTerms
+from dspark_megatron.config.objective.terms import TERMS
 
 SCALARS = (
     "loss_sum",
     "divisor",
-    *(f"{term.name}_sum" for term in fields(LossTerms)),
+    *(f"{term}_sum" for term in TERMS),
     "confidence_sum",
     "confidence_error_sum",
     "confidence_bias_sum",

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from dspark_megatron.config import LossConfig
-from dspark_megatron.config.objective.terms import LossTerms, LossWeighting
-from dspark_megatron.ops.objective.objective import TERMS
+from dspark_megatron.config.objective.terms import TERMS, LossTerms, LossWeighting
 from dspark_megatron.shape.attention import DraftAttention
 from support.meta_step import META, step_on_meta
 from support.shapes import BEHIND_ANCHOR, SHAPES

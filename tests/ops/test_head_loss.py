@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from dspark_megatron.config import LossConfig
+from dspark_megatron.config.objective.terms import TERMS
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.ops import logit_terms
 from dspark_megatron.ops.chunk_budget import chunk_rows
 from dspark_megatron.ops.head_loss import HeadLoss, HeadWeights
 from dspark_megatron.ops.logit_transform import LogitTransform
-from dspark_megatron.ops.objective.objective import TERMS, Objective
+from dspark_megatron.ops.objective.objective import Objective
 from support.head_loss_inputs import HIDDEN, ROWS, make_inputs, shard_of
 from support.reference import plain_head_loss
 

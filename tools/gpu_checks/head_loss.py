@@ -11,9 +11,10 @@ import torch.distributed as dist
 from loss_variants import Problem, Products
 from torch import Tensor
 
+from dspark_megatron.config.objective.terms import TERMS
 from dspark_megatron.ops import chunk_budget
 from dspark_megatron.ops.head_loss import HeadLoss, HeadWeights
-from dspark_megatron.ops.objective.objective import TERMS, Objective
+from dspark_megatron.ops.objective.objective import Objective
 from dspark_megatron.ops.vocab_parallel import VocabShard
 from gpu_checks.context import Context, check_close
 from support.reference import plain_head_loss

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from dspark_megatron.config.rules import not_negative, shown
@@ -27,7 +27,7 @@ SPECULATORS_NAMES = {
 """What the terms are called in speculators' `--loss-fn`."""
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, frozen=True)
 class LossTerms:
     """Weights of the terms of a slot's loss; a term that is left out weighs 0. p is the draft's
     distribution, q the target's, and the accept rate a = sum min(p, q). `tvd: x` is another way to
@@ -52,17 +52,30 @@ class LossTerms:
     2602.23881)."""
 
     def validate(self) -> None:
-        not_negative("loss.terms", self, *vars(self))
-        for name, weight in vars(self).items():
+        not_negative("loss.terms", self, *TERMS)
+        for name, weight in self.by_name.items():
             require(
                 weight <= MOST_WEIGHT,
                 f"loss.terms.{name} ({weight}) must be at most {MOST_WEIGHT:,}",
             )
 
     @property
+    def by_name(self) -> dict[str, float]:
+        """The weight of each term."""
+        return {name: getattr(self, name) for name in TERMS}
+
+    @property
+    def teach_something(self) -> bool:
+        """Whether any term weighs anything."""
+        return any(weight > 0 for weight in self.by_name.values())
+
+    @property
     def compare_with_target(self) -> bool:
         """Whether any of them reads the target's distribution."""
-        return any(weight > 0 for name, weight in vars(self).items() if name != "ce")
+        return any(weight > 0 for name, weight in self.by_name.items() if name != "ce")
+
+
+TERMS = tuple(field.name for field in fields(LossTerms))
 
 
 @dataclass(kw_only=True)
@@ -111,7 +124,7 @@ def whole_terms(values: Any) -> Any:
     """A mapping of terms with 0 for those that it leaves out; any other value as it is."""
     if not isinstance(values, dict):
         return values
-    return {**asdict(LossTerms()), **terms_of(values, "loss.terms")}
+    return {**LossTerms().by_name, **terms_of(values, "loss.terms")}
 
 
 def _weight(name: str, value: Any) -> float:

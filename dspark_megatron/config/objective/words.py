@@ -5,7 +5,7 @@ from dspark_megatron.config.objective.loss import LossConfig
 
 def objective_words(loss: LossConfig, *, with_confidence_head: bool) -> str:
     """Terms, what slots weigh in them, the confidence head's loss, and the divisor."""
-    weights = {name: weight for name, weight in vars(loss.terms).items() if weight > 0}
+    weights = {name: weight for name, weight in loss.terms.by_name.items() if weight > 0}
     terms = " + ".join(f"{weight:g} {name}" for name, weight in weights.items())
     parts = [f"({terms}) by {_weighting(loss)}"] if terms else []
     if with_confidence_head and loss.confidence_head_alpha > 0:

@@ -1,6 +1,6 @@
 """What a slot loses: a weighted sum of terms, all but CE made of distances to the target."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,43 +9,27 @@ from dspark_megatron.config import LossConfig
 from dspark_megatron.config.objective.terms import LossTerms
 from dspark_megatron.ops.objective.distances import COMPOSED, DISTANCES
 
-TERMS = tuple(field.name for field in fields(LossTerms))
 
+@dataclass(kw_only=True, frozen=True)
+class Objective(LossTerms):
+    """Weights of a slot's terms, and what their labels are."""
 
-@dataclass(frozen=True)
-class Objective:
-    """Weights of a slot's terms, by their names in `loss.terms`."""
-
-    ce: float = 0.0
-    l1: float = 0.0
-    kl: float = 0.0
-    reverse_kl: float = 0.0
-    js: float = 0.0
-    renyi_half: float = 0.0
-    lk_alpha: float = 0.0
-    lk_hybrid: float = 0.0
     labels_from_target: bool = False
     """CE with the target's most likely token instead of the given labels."""
 
     @classmethod
     def of(cls, loss: LossConfig) -> "Objective":
-        return cls(**vars(loss.terms), labels_from_target=loss.ce_labels == "target_argmax")
+        return cls(**loss.terms.by_name, labels_from_target=loss.ce_labels == "target_argmax")
 
     @property
     def weights(self) -> dict[str, float]:
         """Of the terms that are computed, in their order: CE and L1, then all others that weigh
         anything."""
-        named = {name: getattr(self, name) for name in TERMS}
-        return {name: x for name, x in named.items() if x > 0 or name in ("ce", "l1")}
-
-    @property
-    def compares(self) -> bool:
-        """Whether any term is a distance to the target."""
-        return any(weight > 0 for name, weight in self.weights.items() if name != "ce")
+        return {name: x for name, x in self.by_name.items() if x > 0 or name in ("ce", "l1")}
 
     @property
     def needs_target_logits(self) -> bool:
-        return self.compares or self.labels_from_target
+        return self.compare_with_target or self.labels_from_target
 
     @property
     def distances(self) -> tuple[str, ...]:
