@@ -15,15 +15,11 @@ from typing import Any
 
 import benchmarking
 import torch
-from benchmark_save import draft_shape
+from random_step import RandomStep
 
-from dspark_megatron.config import LossConfig, OptimizerConfig
-from dspark_megatron.mcore.optimizer import build_optimizer, make_state, wrap_data_parallel
+from dspark_megatron.config import OptimizerConfig
+from dspark_megatron.mcore.optimizer import make_state
 from dspark_megatron.run.ranks.runtime import Runtime, launch
-from dspark_megatron.training.metrics import MetricSums
-from dspark_megatron.training.step import GradientStep
-from support.tiny_draft import CachedStates as RandomStates
-from support.tiny_draft import build_tiny_draft, make_samples, rank_micro_batches
 
 FORMATS = {"tp": "d", "dp": "d", "optimizer": "", "step ms": ".0f", "optimizer ms": ".0f"}
 FORMATS |= {"step / AdamW": ".2f", "state MiB": ",.1f"}
@@ -33,25 +29,15 @@ class Run:
     """A draft that is trained on the same samples again and again."""
 
     def __init__(self, args: argparse.Namespace, runtime: Runtime, name: Any) -> None:
-        shape, self.device = draft_shape(args), runtime.device
-        draft, settings = build_tiny_draft(runtime, shape, torch.bfloat16), OptimizerConfig()
-        settings.name = name
-        model = wrap_data_parallel(draft, settings)
-        self.optimizer = build_optimizer(settings, model, torch.bfloat16)
+        self.device = runtime.device
+        self.step = RandomStep(args, runtime, OptimizerConfig(name=name))
+        self.optimizer = self.step.optimizer
         make_state(self.optimizer)
-        samples = make_samples(shape, lengths=(args.seq_length,) * 2 * runtime.dp_group.size())
-        samples.taps = [taps.bfloat16() for taps in samples.taps]
-        samples.last_hidden = [last.bfloat16() for last in samples.last_hidden]
-        self.batches = rank_micro_batches(runtime, samples, shape.num_draft_tokens, 1)
-        states = RandomStates(samples, runtime.device)
-        groups = {"tp_group": runtime.tp_group, "dp_group": runtime.dp_group}
-        self.step = GradientStep(LossConfig(), model, states, **groups, device=runtime.device)
-        self.metrics = MetricSums.zeros(shape.num_draft_tokens, runtime.device)
 
     def timed(self) -> tuple[float, float]:
         """Seconds of a step, and of the optimizer in it."""
         started = time.perf_counter()
-        self.step.run(self.batches, self.metrics)
+        self.step.make_gradients()
         benchmarking.synchronize(self.device)
         reduced = time.perf_counter()
         self.optimizer.step()

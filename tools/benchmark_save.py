@@ -31,18 +31,13 @@ import benchmarking
 import psutil
 import torch
 import torch.distributed as dist
+from random_step import RandomStep
 
-from dspark_megatron.config import LossConfig, OptimizerConfig, TrainConfig
-from dspark_megatron.mcore.optimizer import build_optimizer, wrap_data_parallel
+from dspark_megatron.config import OptimizerConfig, TrainConfig
 from dspark_megatron.run.checkpoints import saving, sharding
 from dspark_megatron.run.checkpoints.state import RunState
 from dspark_megatron.run.ranks.runtime import Runtime, from_main_rank, launch
-from dspark_megatron.shape import DraftShape
-from dspark_megatron.training.metrics import MetricSums
 from dspark_megatron.training.saves import Saves
-from dspark_megatron.training.step import GradientStep
-from support.tiny_draft import CachedStates as RandomStates
-from support.tiny_draft import build_tiny_draft, make_samples, rank_micro_batches
 
 VARIANTS = {"waits": False, "in the background": True}
 SECONDS = ("state s", "start s", "finish s", "pause s", "written s")
@@ -51,49 +46,22 @@ FORMATS |= {"pause / waiting": ".3f", "step ms": ".0f", "step ms meanwhile": ".0
 FORMATS |= {"host MiB": ",.0f", "checkpoint MiB": ",.0f"}
 
 
-def draft_shape(args: argparse.Namespace) -> DraftShape:
-    return DraftShape(
-        hidden_size=args.hidden,
-        ffn_hidden_size=3 * args.hidden,
-        num_layers=args.layers,
-        num_attention_heads=args.hidden // 64,
-        num_key_value_heads=args.hidden // 128,
-        head_dim=64,
-        vocab_size=1024,
-        rms_norm_eps=1e-6,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        max_position_embeddings=4096,
-        num_target_layers=30,
-        target_layer_ids=(1, 14, 28),
-        mask_token_id=1023,
-        block_size=7,
-        markov_rank=64,
-        markov_head_type="vanilla",
-        enable_confidence_head=True,
-        confidence_head_with_markov=True,
-    )
-
-
 class Run:
     """A draft that is trained on the same samples again and again, and saved."""
 
     def __init__(
         self, args: argparse.Namespace, runtime: Runtime, folder: Path, *, distributed: bool
     ) -> None:
-        shape, loss, self.runtime = draft_shape(args), LossConfig(), runtime
-        self.draft = build_tiny_draft(runtime, shape, torch.bfloat16)
+        self.runtime = runtime
         settings = OptimizerConfig(use_distributed_optimizer=distributed)
-        model = wrap_data_parallel(self.draft, settings)
-        self.optimizer = build_optimizer(settings, model, torch.bfloat16)
-        samples = make_samples(shape, lengths=(args.seq_length,) * 2 * runtime.dp_group.size())
-        samples.taps = [taps.bfloat16() for taps in samples.taps]
-        samples.last_hidden = [last.bfloat16() for last in samples.last_hidden]
-        self.batches = rank_micro_batches(runtime, samples, shape.num_draft_tokens, 1)
-        states = RandomStates(samples, runtime.device)
-        groups = {"tp_group": runtime.tp_group, "dp_group": runtime.dp_group}
-        self.step = GradientStep(loss, model, states, **groups, device=runtime.device)
-        self.metrics = MetricSums.zeros(shape.num_draft_tokens, runtime.device)
-        meta = {"format": 1, "shape": shape.to_dict(), "num_anchors": 5, "initializer_range": 0.02}
+        self.step = RandomStep(args, runtime, settings)
+        self.draft, self.optimizer = self.step.draft, self.step.optimizer
+        meta = {
+            "format": 1,
+            "shape": self.step.shape.to_dict(),
+            "num_anchors": 5,
+            "initializer_range": 0.02,
+        }
         meta |= {"confidence_head_alpha": 1.0, "target_fingerprint": "none"}
         self.saves = {
             name: Saves(
@@ -118,7 +86,7 @@ class Run:
     def timed_step(self) -> float:
         started = time.perf_counter()
         self.optimizer.zero_grad()
-        self.step.run(self.batches, self.metrics)
+        self.step.make_gradients()
         self.optimizer.step()
         self.iteration += 1
         benchmarking.synchronize(self.runtime.device)
