@@ -56,7 +56,8 @@ def check(context: Context) -> None:
         _export(context, target)
         evaluated.result()
     if not context.tiny:
-        _smollm2(context, settings)
+        _smollm2(context, settings, "SmolLM2's shapes", {})
+        _smollm2(context, settings, "SmolLM2's shapes, Muon", {"name": "muon"})
 
 
 def _config(context: Context, name: str, settings: dict[str, Any]) -> Path:
@@ -85,17 +86,22 @@ def _export(context: Context, target: Path) -> None:
     context.figures["verify"] = verdict.splitlines()[-12:]
 
 
-def _smollm2(context: Context, settings: dict[str, Any]) -> None:
+def _smollm2(
+    context: Context, settings: dict[str, Any], name: str, optimizer: dict[str, Any]
+) -> None:
     """Sixty steps at the shapes of SmolLM2-135M, with random weights."""
-    target = make_target(context.folder / "smollm2", **SMOLLM2)
+    target = context.folder / "smollm2"
+    if not target.exists():
+        make_target(target, **SMOLLM2)
     model = {"num_layers": 3, "block_size": 7, "num_anchors": 256, "markov_rank": 256}
     model["target_layer_ids"] = [1, 15, 28]
     settings = {**settings, "model": {**settings["model"], **model}, "loss": {}}
     settings["target"] = {"path": str(target)}
-    settings["optimizer"] = {"lr": 1e-3}
-    _train(context, "SmolLM2's shapes", _config(context, "smollm2_run", settings))
-    losses = _losses(context.folder / "smollm2_run")
-    context.figures["losses, SmolLM2's shapes"] = list(losses.values())
+    settings["optimizer"] = {"lr": 1e-3, **optimizer}
+    run = f"smollm2_{optimizer.get('name', 'adamw')}"
+    _train(context, name, _config(context, run, settings))
+    losses = _losses(context.folder / run)
+    context.figures[f"losses, {name}"] = list(losses.values())
     _check_falls(losses)
 
 
