@@ -15,6 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["dspark_megatron", "dspark_megatron.*"]),
+    entry_points={"console_scripts": ["dspark = dspark_megatron.cli.main:main"]},
     package_data={"dspark_megatron": ["**/*.jinja"]},
     install_requires=[
         "torch>=2.11",

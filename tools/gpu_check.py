@@ -46,9 +46,9 @@ class Check:
 
 CHECKS = (  # what is most worth knowing comes first
     Check("head_loss", "head loss against its plain twin and bare matrix products", 65),
-    Check("attention", "both backends of block attention against the dense mask", 65),
+    Check("attention", "both backends of block attention against the dense mask", 110),
     Check("draft_step", "a whole step of the draft: parts, kernels, waits", 65),
-    Check("training", "trained, killed, resumed, evaluated, exported, verified", 155),
+    Check("training", "trained, killed, resumed, evaluated, exported, verified", 230, limit=360),
     Check("pretrain", "Megatron-LM's own pretrain()", 120, limit=300),
     Check("two_ranks", "two tensor-parallel ranks on one GPU over gloo", 50),
     Check("target", "a target of Transformers: taps, passes, packing", 30),

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from machine_arguments import add_machine, given_machine
 
+from dspark_megatron.cli.machine_arguments import add_machine, given_machine
 from dspark_megatron.errors import ConfigError, printable, require
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"

@@ -31,6 +31,8 @@ ABOVE = {
     "megatron_lm": {"run", "evaluation", "training"},
     "train": {"run", "training", "planning"},
     "evaluate": {"run", "evaluation"},
+    "cli": {"run", "evaluation", "training", "planning", "train", "evaluate"},
+    "__main__": {"cli"},
 }
 MAY_IMPORT = BELOW | {room: set(BELOW) | more for room, more in ABOVE.items()}
 

@@ -1,0 +1,1 @@
+"""Commands that bring a draft from one format to another, and to the engines."""

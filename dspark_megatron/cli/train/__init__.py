@@ -1,0 +1,1 @@
+"""Commands that train a draft and judge it."""

@@ -1,0 +1,43 @@
+"""The `dspark` command itself: its table of commands, help, and exit codes."""
+
+import subprocess
+import sys
+
+import pytest
+
+from dspark_megatron.cli.exit_codes import BAD_INPUT, EXIT_CODES
+from dspark_megatron.cli.main import COMMANDS, GROUPS, main
+
+
+def test_the_overview_names_every_command_and_exit_code(capsys):
+    assert main([]) == 0
+    said = capsys.readouterr().out
+    for command in COMMANDS.values():
+        assert f"  {command.name:<10} {command.summary}" in said
+    for code in EXIT_CODES:
+        assert f"{code.number:<10} {code.meaning}" in said
+
+
+def test_names_are_unique():
+    assert len(COMMANDS) == sum(len(group) for group in GROUPS.values())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_at_once(name):
+    """Whatever takes long to import waits until a command works."""
+    program = (
+        "import sys; from dspark_megatron.cli.main import main\n"
+        f"try: main([{name!r}, '--help'])\n"
+        "except SystemExit as end: assert not end.code\n"
+        "heavy = {'torch', 'transformers', 'megatron', 'matplotlib'} & sys.modules.keys()\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "examples:\n  dspark " in done.stdout
+    assert "--json" in done.stdout and "--quiet" in done.stdout
+
+
+def test_an_unknown_command_is_one_sentence(capsys):
+    assert main(["tarin"]) == BAD_INPUT
+    assert capsys.readouterr().err.count("\n") == 1
