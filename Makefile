@@ -15,7 +15,7 @@ CORE_TESTS := tests/model/test_draft_model.py tests/model/test_device_discipline
 # worker, so that what its tests share is made once.
 WORKERS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: quickstart quickstart-long test test-fast test-core faults gpu-check lint format clean
+.PHONY: quickstart quickstart-long test test-fast test-core faults gpu-check lint format package clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python examples/quickstart/quickstart.py
@@ -52,6 +52,11 @@ lint: $(VENV)/.installed
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# A source archive and a wheel in dist/, for the version of dspark_megatron/__init__.py.
+package: $(VENV)/.installed
+	rm -rf build dist
+	$(BIN)/python -m build
 
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)

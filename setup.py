@@ -1,18 +1,27 @@
 """Package of dspark-megatron; `make quickstart` and `make test` install it with pinned versions."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+INIT = (HERE / "dspark_megatron" / "__init__.py").read_text(encoding="utf-8")
+(VERSION,) = re.findall(r'(?m)^__version__ = "(.+)"$', INIT)  # imports nothing: it may need torch
 
 setup(
     name="dspark-megatron",
-    version="0.1.0",
+    version=VERSION,
     description="Train DSpark speculative-decoding drafters tensor-parallel with Megatron-Core",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     python_requires=">=3.10",
     packages=find_packages(include=["dspark_megatron", "dspark_megatron.*"]),
     entry_points={"console_scripts": ["dspark = dspark_megatron.cli.main:main"]},
@@ -38,7 +47,7 @@ setup(
         "quickstart": ["gguf", "accelerate"],  # reading the GGUF target
         "dev": [
             *("pytest", "pytest-xdist", "hypothesis", "markdown-it-py"),
-            *("ruff", "mypy", "types-PyYAML"),
+            *("ruff", "mypy", "types-PyYAML", "pre-commit", "build"),
         ],
     },
 )

@@ -1,0 +1,1 @@
+"""What each inference engine reads of an exported draft, by version."""
