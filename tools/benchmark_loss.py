@@ -7,11 +7,13 @@ plain         `plain_head_loss` of the tests by autograd, on one rank
 recompute     the same on chunks of rows under torch.utils.checkpoint, on one rank
 head_loss     ours, on the first t ranks for each t of --tp
 capped        the same with a soft cap of draft and target (--softcap), within the same budget
---objectives  each term of loss.terms beside 0.1 CE, against the default of 0.1 CE and 0.9 L1
+--objectives  each term of loss.terms beside 0.1 CE, D-PACE and D-PARD, against the default of 0.1
+              CE and 0.9 L1, on all ranks: on a CPU the processor time of the first one
 products      only the matrix products that no such loss can do without: the time to compare with
 
 Memory is what a rank takes at its highest above the inputs. The gradients of the first three are
-compared before anything is measured, and those of `capped` with plain ones of the same cap.
+compared before anything is measured, and those of `capped` and of each objective with plain ones of
+the same cap or objective.
 
 Shapes: n rows, h hidden, r Markov rank, v/t columns of a rank.
 """
@@ -19,21 +21,20 @@ Shapes: n rows, h hidden, r Markov rank, v/t columns of a rank.
 import argparse
 import functools
 from collections.abc import Callable
+from time import perf_counter, process_time
 from typing import Any
 
 import benchmarking
 import torch
 import torch.distributed as dist
-from loss_variants import CE, DEFAULT, L1, Problem, Products
+from loss_variants import DEFAULT, OBJECTIVES, Case, Problem, Products
 from torch import Tensor
 
-from dspark_megatron.config.objective.terms import TERMS
-from dspark_megatron.ops.objective.objective import Objective
 from dspark_megatron.run.ranks.runtime import Runtime, launch, start
 
 NAMES = ("hidden", "latent", "w2")
 VARIANTS = ("plain", "recompute", "head_loss", "capped", "products in chunks", "products")
-Case = tuple[str, int]
+Sized = tuple[str, int]
 """A variant and its tensor-parallel size."""
 FORMATS = {"variant": "", "tp": "d", "MiB per rank": ",.1f", "memory / plain": ".3f"}
 FORMATS |= {"ms": ",.1f", "time / products": ".3f", "time / plain": ".3f"}
@@ -42,7 +43,11 @@ OBJECTIVE_FORMATS |= {"MiB per rank": ",.1f", "memory / default": ".3f"}
 
 
 def check_gradients(
-    problem: Problem, gradients: tuple[Tensor, ...], expected: list[Tensor], dtype: str
+    problem: Problem,
+    gradients: tuple[Tensor, ...],
+    expected: list[Tensor],
+    dtype: str,
+    objective: str = "default",
 ) -> None:
     """Raise ValueError where gradients are not the plain ones: nothing else is worth a time."""
     tolerance = {"float32": 1e-4, "bfloat16": 3e-2}[dtype]
@@ -52,8 +57,8 @@ def check_gradients(
         error = float((got.float() - want).norm() / want.norm())
         if not error < tolerance:
             raise ValueError(
-                f"the gradient of {name} at TP {problem.group.size()} is {error:.1e} from the "
-                f"plain one (relative norm), more than {tolerance:.0e}"
+                f"objective {objective}: the gradient of {name} at TP {problem.group.size()} is "
+                f"{error:.1e} from the plain one (relative norm), more than {tolerance:.0e}"
             )
 
 
@@ -62,12 +67,13 @@ def plain_gradients(
     problem: Problem | None,
     args: argparse.Namespace,
     softcapping: float | None = None,
+    case: Case = DEFAULT,
 ) -> list[Tensor]:
     """The gradients by `plain`, from the first rank to all. Three broadcasts."""
     dtype = benchmarking.DTYPES[args.dtype]
     shapes = [(args.rows, args.hidden), (args.rows, args.rank), (args.vocab, args.rank)]
     if runtime.is_main:
-        gradients = list(problem.plain(softcapping))
+        gradients = list(problem.plain(softcapping, case))
     else:
         gradients = [torch.empty(shape, dtype=dtype, device=runtime.device) for shape in shapes]
     for gradient in gradients:
@@ -75,9 +81,9 @@ def plain_gradients(
     return gradients
 
 
-def make_calls(problems: dict[int, Problem], sizes: list[int], rows: int) -> dict[Case, Callable]:
+def make_calls(problems: dict[int, Problem], sizes: list[int], rows: int) -> dict[Sized, Callable]:
     """What this rank does for each case, in the same order on all; nothing beyond the first t."""
-    calls: dict[Case, Callable] = {}
+    calls: dict[Sized, Callable] = {}
     for tp in sizes:
         problem = problems.get(tp)
         cases = {} if problem is None else {"head_loss": problem.head_loss}
@@ -122,7 +128,7 @@ def measure(runtime: Runtime, args: argparse.Namespace) -> list[dict[str, Any]]:
     return table_rows(seconds, dict(zip(peaks, figures.tolist(), strict=True)))
 
 
-def table_rows(seconds: dict[Case, float], peaks: dict[Case, int]) -> list[dict[str, Any]]:
+def table_rows(seconds: dict[Sized, float], peaks: dict[Sized, int]) -> list[dict[str, Any]]:
     rows = []
     for (name, tp), time in seconds.items():
         if name == "products in chunks":  # whichever is faster stands for both
@@ -140,15 +146,16 @@ def table_rows(seconds: dict[Case, float], peaks: dict[Case, int]) -> list[dict[
 
 def measure_objectives(runtime: Runtime, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of a table: each objective on all ranks, taking turns with the default."""
-    problem = Problem(args, runtime.tp_group, runtime.device)
-    objectives = {"default": DEFAULT}
-    objectives |= {name: Objective(**{"ce": CE, name: L1}) for name in TERMS[2:]}
+    device = runtime.device
+    problem = Problem(args, runtime.tp_group, device)
+    check_objectives(runtime, problem, args)
     calls = {
-        name: functools.partial(problem.head_loss, objective=objective)
-        for name, objective in objectives.items()
+        name: functools.partial(problem.head_loss, case=case) for name, case in OBJECTIVES.items()
     }
-    peaks = {name: benchmarking.peak_memory(call, runtime.device) for name, call in calls.items()}
-    seconds = benchmarking.interleaved_seconds(calls, runtime.device, rounds=args.rounds)
+    peaks = {name: benchmarking.peak_memory(call, device) for name, call in calls.items()}
+    clock = process_time if device.type == "cpu" else perf_counter
+    memory = max(peaks["default"], 1)  # a tiny problem may fit in what has been freed
+    seconds = benchmarking.interleaved_seconds(calls, device, rounds=args.rounds, clock=clock)
     return [
         {
             "objective": name,
@@ -156,10 +163,19 @@ def measure_objectives(runtime: Runtime, args: argparse.Namespace) -> list[dict[
             "ms": 1e3 * time,
             "time / default": time / seconds["default"],
             "MiB per rank": peaks[name] / benchmarking.MIB,
-            "memory / default": peaks[name] / peaks["default"],
+            "memory / default": peaks[name] / memory,
         }
         for name, time in seconds.items()
     ]
+
+
+def check_objectives(runtime: Runtime, problem: Problem, args: argparse.Namespace) -> None:
+    """`check_gradients` of each."""
+    alone = dist.new_group([0])
+    whole = Problem(args, alone, runtime.device) if runtime.is_main else None
+    for name, case in OBJECTIVES.items():
+        expected = plain_gradients(runtime, whole, args, case=case)
+        check_gradients(problem, problem.head_loss(case=case), expected, args.dtype, name)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -111,19 +111,22 @@ def interleaved_seconds(
     rounds: int,
     warm_up: int = 1,
     barrier: Callable[[], None] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Any, float]:
     """Median seconds of each call. All take turns in every round, after `warm_up` rounds that are
-    not counted, so that a machine that slows down does so for all of them."""
+    not counted, so that a machine that slows down does so for all of them. clock:
+    `time.process_time` takes the processor time of all threads of this process instead, which
+    other work on the machine moves less."""
     _use_heap_as_usual()
     seconds: dict[Any, list[float]] = {name: [] for name in calls}
     for _ in range(warm_up + rounds):
         for name, call in calls.items():
             barrier()
             synchronize(device)
-            start = time.perf_counter()
+            start = clock()
             call()
             synchronize(device)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return {name: statistics.median(times[warm_up:]) for name, times in seconds.items()}
 
 

@@ -4,6 +4,7 @@ Shapes: n rows, h hidden, r Markov rank, v/t columns of a rank.
 """
 
 import argparse
+from typing import Literal, NamedTuple
 
 import benchmarking  # makes `reference` importable
 import torch
@@ -12,15 +13,35 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dspark_megatron.config import LossConfig
+from dspark_megatron.config.objective.terms import TERMS, LossWeighting
 from dspark_megatron.ops.chunk_budget import chunk_rows
 from dspark_megatron.ops.head_loss import HeadLoss, HeadWeights
 from dspark_megatron.ops.logit_transform import IDENTITY, LogitTransform
+from dspark_megatron.ops.objective.acceptance_weights import AcceptanceWeights, BlockSlots
 from dspark_megatron.ops.objective.objective import Objective
 from dspark_megatron.ops.vocab_parallel import VocabShard
-from support.reference import plain_head_loss
+from support.reference import plain_acceptance_weights, plain_head_loss
 
 CE, L1 = 0.1, 0.9
-DEFAULT = Objective(ce=CE, l1=L1)
+BLOCK_SIZE = 7
+ALPHA = LossWeighting.alpha
+
+
+class Case(NamedTuple):
+    """What a slot loses, and what slots weigh: fixed weights, or those by acceptance."""
+
+    objective: Objective
+    weighting: Literal["decay", "dpace", "dpard"] = "decay"
+
+
+DEFAULT = Case(Objective(ce=CE, l1=L1))
+OBJECTIVES = {
+    "default": DEFAULT,
+    **{name: Case(Objective(**{"ce": CE, name: L1})) for name in TERMS[2:]},
+    "dpace": Case(Objective(ce=1.0), "dpace"),
+    "dpard": Case(Objective(renyi_half=1.0), "dpard"),
+}
+"""The default, each other term in the place of its L1, and the presets that weigh by acceptance."""
 
 
 class Problem:
@@ -56,17 +77,37 @@ class Problem:
     def gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(loss, (self.hidden, self.latent, self.w2))
 
-    def plain(self, softcapping: float | None = None) -> tuple[Tensor, ...]:
+    def plain(self, softcapping: float | None = None, case: Case = DEFAULT) -> tuple[Tensor, ...]:
+        weights = self.weights if case.weighting == "decay" else self._plain_weights(case)
         rows = slice(None), self.hidden, self.latent, self.w2
-        return self.gradients(self._plain_rows(*rows, softcapping))
+        return self.gradients(self._plain_rows(*rows, weights, softcapping, case)[0])
+
+    @torch.no_grad()
+    def _plain_weights(self, case: Case) -> Tensor:
+        """By acceptance, of blocks whose slots are all supervised but for the last one's."""
+        rows = slice(None), self.hidden, self.latent, self.w2
+        _, terms = self._plain_rows(*rows, self.weights, None, case)
+        likely = (-terms["ce"]).exp() if case.weighting == "dpace" else 1 - terms["l1"] / 2
+        slots = torch.arange(-(-len(likely) // BLOCK_SIZE) * BLOCK_SIZE, device=self.device)
+        mask = (slots < len(likely)).view(-1, BLOCK_SIZE)
+        chances = likely.new_zeros(mask.shape)
+        chances[mask] = (1 - ALPHA) * likely + ALPHA
+        return plain_acceptance_weights(chances, mask)[mask]
+
+    def _weights(self, case: Case) -> Tensor | AcceptanceWeights:
+        if case.weighting == "decay":
+            return self.weights
+        slots = torch.arange(len(self.labels), device=self.device)
+        counts = [min(BLOCK_SIZE, len(slots) - i) for i in range(0, len(slots), BLOCK_SIZE)]
+        return AcceptanceWeights(case.weighting, ALPHA, BlockSlots(counts, slots, BLOCK_SIZE))
 
     def recompute(self) -> tuple[Tensor, ...]:
         loss = self.hidden.new_zeros((), dtype=torch.float32)
         for first in range(0, len(self.labels), self.chunk_rows):
             part = slice(first, first + self.chunk_rows)
-            inputs = part, self.hidden[part], self.latent[part], self.w2
+            inputs = part, self.hidden[part], self.latent[part], self.w2, self.weights[part]
             options = dict(use_reentrant=False, preserve_rng_state=False)
-            loss = loss + checkpoint(self._plain_rows, *inputs, **options)
+            loss = loss + checkpoint(self._plain_rows, *inputs, **options)[0]
         return self.gradients(loss)
 
     def _plain_rows(
@@ -75,11 +116,13 @@ class Problem:
         hidden: Tensor,
         latent: Tensor,
         w2: Tensor,
+        weights: Tensor,
         softcapping: float | None = None,
-    ) -> Tensor:
-        rows = hidden, latent, self.target_hidden[part], self.labels[part], self.weights[part]
+        case: Case = DEFAULT,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        rows = hidden, latent, self.target_hidden[part], self.labels[part], weights
         capped = dict.fromkeys(("draft_transform", "target_transform"), (1.0, softcapping))
-        return plain_head_loss(*rows, self.lm_head, w2, terms={"ce": CE, "l1": L1}, **capped)[0]
+        return plain_head_loss(*rows, self.lm_head, w2, terms=case.objective.by_name, **capped)
 
     def capped(self) -> tuple[Tensor, ...]:
         """The head loss with a soft cap of both sides, in chunks of the same budget."""
@@ -89,12 +132,12 @@ class Problem:
         self,
         transform: LogitTransform = IDENTITY,
         rows_of_chunk: int | None = None,
-        objective: Objective = DEFAULT,
+        case: Case = DEFAULT,
     ) -> tuple[Tensor, ...]:
         head = HeadWeights(self.output_weight, self.w2, self.shard, transform)
         how = rows_of_chunk or self.chunk_rows, self.compile, transform
-        head_loss = HeadLoss(head, objective, *how, tp_group=self.group)
-        rows = self.hidden, self.latent, self.target_hidden, self.labels, self.weights
+        head_loss = HeadLoss(head, case.objective, *how, tp_group=self.group)
+        rows = self.hidden, self.latent, self.target_hidden, self.labels, self._weights(case)
         return self.gradients(head_loss(*rows).loss)
 
 

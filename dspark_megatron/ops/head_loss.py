@@ -95,7 +95,8 @@ class HeadLossOutput:
 
     @property
     def accept_rate(self) -> Tensor:
-        """[n] chance that the target keeps a draft token, 1 - L1 / 2 (paper Eq. 8)."""
+        """[n] chance that the target keeps a draft token, 1 - L1 / 2 (paper Eq. 8). Within some
+        1e-6 in fp32."""
         if "l1" not in self.terms:
             raise ValueError("the accept rate needs target_hidden: it compares with the target")
         return accept_rate(self.terms["l1"])
@@ -131,8 +132,9 @@ class HeadLoss:
         Gradients reach hidden, latent and head.markov_w2, whole on every rank for hidden and
         latent. Forward, for each slot and rank: an all-gather of 5 floats (3 without target_hidden,
         1 more with labels from the target, 2 more with Renyi's divergence), with target_hidden an
-        all-reduce of 2 floats (1 more each with KL or LK-hybrid and with reverse KL, 2 more with
-        JS), each one call a chunk; and, in one call, an all-reduce of the gradient [n, h + r].
+        all-reduce of 2 floats (1 more each with KL or LK-hybrid and with reverse KL, 2 more each
+        with JS and with LK-alpha), each one call a chunk; and, in one call, an all-reduce of the
+        gradient [n, h + r].
         Backward: none.
         Raises ValueError when the objective needs target_hidden and there is none.
         """

@@ -48,7 +48,7 @@ def logit_terms(
     run = compiled if compile else in_tiles
     columns = shard.local_columns(labels)
     if tp_group.size() == 1:
-        in_place = not compile and not objective.needs_log_ratio and u.dtype == precise(u.dtype)
+        in_place = not compile and u.dtype == precise(u.dtype)
         return run(all_passes)(u, t, columns, objective, in_place)
     found = all_gather(run(statistics)(u, t, columns, objective), tp_group=tp_group)
     ce, lse, columns = combine(found, columns, tp_group.rank(), objective)
@@ -127,18 +127,19 @@ def distances(u: Tensor, t: Tensor, lse: Tensor, objective: Objective) -> Tensor
 
 
 def _pair(u: Tensor, t: Tensor, lse: Tensor, objective: Objective) -> Pair:
-    ratio = _log_ratio(u, t, lse) if objective.needs_log_ratio else None
-    return _compared(exp_shifted(u, lse[:, 0]), exp_shifted(t, lse[:, 1]), ratio)
+    p, q = exp_shifted(u, lse[:, 0]), exp_shifted(t, lse[:, 1])
+    return Pair(p, q, objective.keeps_q, _log_ratio(_apart(u, t, objective), lse))
 
 
-def _log_ratio(u: Tensor, t: Tensor, lse: Tensor) -> Tensor:
-    """log p - log q, in fp32: bf16 logits of some 30 apart differ by steps of 1/8."""
-    return u.to(lse.dtype).sub(t).sub_((lse[:, 0] - lse[:, 1])[:, None])
+def _apart(u: Tensor, t: Tensor, objective: Objective) -> Tensor | None:
+    """u - t where a distance needs it, in fp32: bf16 logits of some 30 apart differ by steps of
+    1/8."""
+    return u.to(precise(u.dtype)).sub(t) if objective.needs_log_ratio else None
 
 
-def _compared(p: Tensor, q: Tensor, log_ratio: Tensor | None) -> Pair:
-    difference = torch.sub(p, q, out=q) if log_ratio is None else p - q
-    return Pair(p, q, difference, log_ratio)
+def _log_ratio(apart: Tensor | None, lse: Tensor) -> Tensor | None:
+    """log p - log q in place of u - t."""
+    return None if apart is None else apart.sub_((lse[:, 0] - lse[:, 1])[:, None])
 
 
 def _distances(
@@ -212,6 +213,7 @@ def all_passes(
 ) -> Tensor:
     """The three passes on a rank that has the whole vocabulary; p and q are made once, in_place
     over the logits. `u` becomes the gradient; returns the terms, [terms, c]."""
+    apart = None if t is None else _apart(u, t, objective)
     found, exponentials = _statistics(u, t, columns, objective, in_place)
     ce, lse, columns = combine(found[None], columns, 0, objective)
     maxima = found[1 : 1 + 2 * len(exponentials) : 2].t()
@@ -220,8 +222,8 @@ def all_passes(
     sums = ce.new_zeros(objective.num_sums, len(ce))
     directions: dict[str, Tensor] = {}
     if t is not None:
-        ratio = _log_ratio(u, t, lse) if objective.needs_log_ratio else None
-        sums, directions = _distances(_compared(p, others[0], ratio), objective, summed=True)
+        pair = Pair(p, others[0], objective.keeps_q, _log_ratio(apart, lse))
+        sums, directions = _distances(pair, objective, summed=True)
     halfway = others[1] if len(others) > 1 else None
     _gradient(u, p, directions, sums, columns, objective, halfway)
     return _terms(ce, lse, sums, objective)

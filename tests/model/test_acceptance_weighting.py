@@ -41,7 +41,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("world, tp, micro_batch_size", [(1, 1, 4), (2, 1, 1), (4, 2, 2)])
+LAYOUTS = [(1, 1, 4), (2, 1, 1), (4, 2, 2), (4, 4, 4)]
+"""Ranks, tensor-parallel size and micro-batch."""
+
+
+@pytest.mark.parametrize("world, tp, micro_batch_size", LAYOUTS)
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_equals_the_plain_twin(pool, case, world, tp, micro_batch_size):
     shape, keys, divisor = CASES[case]

@@ -457,6 +457,9 @@ def plain_distances(logits: Tensor, target_logits: Tensor, names: set[str]) -> d
     def l1() -> Tensor:
         return (log_p.exp() - log_q.exp()).abs().sum(dim=-1)
 
+    def shared() -> Tensor:
+        return torch.minimum(log_p.exp(), log_q.exp()).sum(dim=-1)  # 1 - L1 / 2, exact if small
+
     def lk_hybrid() -> Tensor:
         mixing = torch.exp(-3 * (1 - l1() / 2)).detach()
         return mixing * kl(log_q, log_p) + (1 - mixing) * l1() / 2
@@ -467,7 +470,7 @@ def plain_distances(logits: Tensor, target_logits: Tensor, names: set[str]) -> d
         "reverse_kl": lambda: kl(log_p, log_q),
         "js": lambda: (kl(log_p, log_m) + kl(log_q, log_m)) / 2,
         "renyi_half": lambda: -2 * ((log_p + log_q) / 2).logsumexp(dim=-1),
-        "lk_alpha": lambda: -(1 - l1() / 2).clamp(min=1e-5).log(),
+        "lk_alpha": lambda: -shared().clamp(min=1e-5).log(),
         "lk_hybrid": lk_hybrid,
     }
     return {name: formula() for name, formula in formulas.items() if name in names}

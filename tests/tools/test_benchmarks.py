@@ -13,12 +13,15 @@ import benchmarking
 import pytest
 import torch
 import torch.distributed as dist
+from loss_variants import OBJECTIVES
 from transformers import AutoModelForCausalLM
 
+from dspark_megatron.config.objective.terms import TERMS
 from support.tiny_target import VOCAB_SIZE, tiny_config
 from support.tool_runs import figures, run_tool
 
 CPU = torch.device("cpu")
+RENYI = OBJECTIVES["renyi_half"]
 SMALL = "--hidden 32 --ffn 48 --heads 4 --kv-heads 2 --head-dim 8 --rank 8 --rounds 1".split()
 
 
@@ -65,10 +68,28 @@ def check_wrong_gradients(runtime):
     benchmark_loss.check_gradients(problem, problem.head_loss(), expected, "float32")
     with pytest.raises(ValueError, match="gradient of w2 at TP 1"):
         benchmark_loss.check_gradients(problem, (hidden, latent, 1.01 * w2), expected, "float32")
+    other, expected = problem.head_loss(case=OBJECTIVES["dpard"]), problem.plain(case=RENYI)
+    with pytest.raises(ValueError, match="objective renyi_half: the gradient of hidden at TP 1"):
+        benchmark_loss.check_gradients(problem, other, expected, "float32", "renyi_half")
 
 
 def test_a_loss_with_wrong_gradients_is_not_measured(pool):
     pool.run(check_wrong_gradients, world=1, tp=1)
+
+
+def objective_rows(runtime):
+    sizes = "--rows 20 --vocab 64 --hidden 8 --rank 4 --chunk-rows 8 --rounds 1"
+    return benchmark_loss.measure_objectives(runtime, benchmark_loss.parse_arguments(sizes.split()))
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_every_objective_beside_the_default(pool, tp):
+    """measure_objectives raises where the gradients of one are not the plain ones."""
+    for rows in pool.run(objective_rows, world=tp, tp=tp):
+        names = [row["objective"] for row in rows]
+        assert names == ["default", *TERMS[2:], "dpace", "dpard"]
+        assert all(row["ms"] > 0 and row["tp"] == tp for row in rows)
+        assert rows[0]["time / default"] == 1
 
 
 @pytest.mark.slow

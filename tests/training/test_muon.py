@@ -205,6 +205,28 @@ def test_a_run_goes_on_at_any_layout(pool, tiny_run, muon_run, tmp_path):
     assert curve(run)[-1]["loss"] < 0.95 * curve(run)[0]["loss"]
 
 
+def stored_tensors(run, iteration):
+    """All of a checkpoint: weights, momentum, and AdamW's moments of the rest."""
+    from dspark_megatron.storage.torch_dist_folder import TorchDistFolder
+
+    folder = TorchDistFolder(run / "checkpoints" / f"iter_{iteration:07d}")
+    return {name: folder.tensor(name) for name in folder.shapes}
+
+
+def test_skipped_steps_leave_weights_and_momentum_alone(pool, tiny_run, muon_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(muon_run, run)
+    bad = dict(skip_gradient_norm_above=1e-6, max_skipped_steps=8)
+    config = muon_config(tiny_run, run, distributed=False, resume_from=4, **bad)
+    pool.run(run_training, world=2, tp=1, config=config)
+    assert curve(run)[-1]["skipped_steps"] == 8 and latest(run) == 12
+    before, after = stored_tensors(muon_run, 4), stored_tensors(run, 12)
+    momentum = [tensor for name, tensor in before.items() if "momentum_buffer" in name]
+    assert momentum and all(tensor.any() for tensor in momentum)
+    assert before.keys() == after.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+
+
 def test_bfloat16_with_fp32_main_weights_follows_float32(pool, tiny_run, muon_run, tmp_path):
     config = muon_config(tiny_run, tmp_path, dtype="bfloat16", tp=2)
     pool.run(run_training, world=2, tp=2, config=config)

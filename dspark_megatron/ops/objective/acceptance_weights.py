@@ -18,6 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dspark_megatron.ops.objective.distances import accept_rate
+
 
 @dataclass(frozen=True)
 class BlockSlots:
@@ -87,5 +89,5 @@ class AcceptanceWeights:
 
     def of(self, ce: Tensor, l1: Tensor) -> Tensor:
         """[r] from the cross entropy and the raw L1 distance of each slot, [r] each."""
-        likely = (1 - l1 / 2).clamp(0, 1) if self.by_target else (-ce).exp()
+        likely = accept_rate(l1) if self.by_target else (-ce).exp()
         return acceptance_weights((1 - self.alpha) * likely + self.alpha, self.slots)

@@ -34,13 +34,18 @@ class Objective(LossTerms):
     @property
     def distances(self) -> tuple[str, ...]:
         """Those of the second pass, in the order in which they are taken: L1 comes last, since it
-        overwrites p - q, and always, since metrics show the accept rate."""
+        may overwrite q, and always, since metrics show the accept rate."""
         parts = [name for term in self.weights for name in COMPOSED.get(term, (None, (term,)))[1]]
         return *(name for name in DISTANCES if name in parts and name != "l1"), "l1"
 
     @property
     def needs_log_ratio(self) -> bool:
         return any(DISTANCES[name].needs_log_ratio for name in self.distances)
+
+    @property
+    def keeps_q(self) -> bool:
+        """Whether a distance pulls to q itself."""
+        return any(DISTANCES[name].is_pull for name in self.distances)
 
     @property
     def num_sums(self) -> int:
@@ -63,7 +68,8 @@ class Objective(LossTerms):
     def slopes(self, distances: dict[str, Tensor]) -> dict[str, Tensor | float]:
         """What the gradient of each distance weighs in that of a slot's loss; [c] where a composed
         term has a factor for each slot."""
-        slopes: dict[str, Tensor | float] = {name: getattr(self, name) for name in self.distances}
+        weights = self.by_name  # the overlap is no term by itself
+        slopes: dict[str, Tensor | float] = {x: weights.get(x, 0.0) for x in self.distances}
         for term, (function, _) in COMPOSED.items():
             if (weight := getattr(self, term)) > 0:
                 for name, slope in function(distances)[1].items():
