@@ -102,14 +102,15 @@ def assert_followed(found, bound=1e-6):
         assert is_read
 
 
+FAST = {"lr": 0.1}  # so that the average is further from the weights than rounding to bf16
 PLAIN, MUON = {"use_distributed_optimizer": False}, {"name": "muon"}
 LAYOUTS = [
     (1, 1, {}, "float32"),
     (2, 2, {}, "float32"),
     (2, 1, {}, "float32"),
     (2, 1, PLAIN, "float32"),
-    (4, 2, {}, "bfloat16"),
-    (2, 2, PLAIN, "bfloat16"),
+    (4, 2, FAST, "bfloat16"),
+    (2, 2, FAST | PLAIN, "bfloat16"),
     (4, 2, MUON, "float32"),
     (2, 1, MUON | PLAIN, "float32"),
 ]
@@ -173,6 +174,13 @@ def test_a_run_that_goes_on_has_the_same_curve_and_average(pool, tiny_run, whole
     assert not same_bits(tensors(run), tensors(run, "trained"))
 
 
+def without_padding(run):
+    """The average of each tensor of an export: the vocabulary is padded as the layout needs it."""
+    from dspark_megatron.conversion.sources import CheckpointSource
+
+    return dict(CheckpointSource(run, weights="ema").tensors())
+
+
 def resaved(runtime, config, output):
     """The newest checkpoint, loaded at this layout and saved elsewhere."""
     from dspark_megatron.mcore.averages.moving_average import MovingAverage
@@ -203,14 +211,14 @@ def test_the_average_goes_from_layout_to_layout_bit_by_bit(
         run = tmp_path / "run"
         config = averaged(tiny_run, run, tp=2, optimizer=MUON, iterations=2)
         pool.run(run_training, world=4, tp=2, config=config)
-    before = tensors(run)
+    before = without_padding(run)
     for world, tp, distributed in [(4, 2, True), (4, 4, True), (2, 1, False)]:
         output = tmp_path / f"{world}_{tp}"
         optimizer = {"name": name, "use_distributed_optimizer": distributed}
         config = averaged(tiny_run, run, tp=tp, optimizer=optimizer)
         pool.run(resaved, world=world, tp=tp, config=config, output=output)
         run = output
-        assert same_bits(tensors(run), before)
+        assert same_bits(without_padding(run), before)
 
 
 def test_an_average_that_begins_in_a_run_starts_at_its_weights(pool, tiny_run, unbroken, tmp_path):
@@ -238,13 +246,12 @@ WHOLE = ("--dtype", "same", "--skip-logits")
 
 
 def test_an_export_of_the_average(tiny_run, whole_run, tmp_path, capsys):
-    from dspark_megatron.conversion.sources import CheckpointSource
     from dspark_megatron.storage.safetensors_folder import SafetensorsFolder
 
     out, target = tmp_path / "export", tiny_run["target"]["path"]
     of_run = ["--checkpoint", whole_run, "--target", target]
     assert convert("export", *of_run, "--output", out, "--weights", "ema", *WHOLE) == 0
-    expected = dict(CheckpointSource(whole_run, weights="ema").tensors())
+    expected = without_padding(whole_run)
     folder = SafetensorsFolder(out)
     assert same_bits({name: folder.tensor(name) for name in expected}, expected)
     assert f"a decay of {DECAY}" in (out / "README.md").read_text()
