@@ -214,7 +214,7 @@ def test_the_average_goes_from_layout_to_layout_bit_by_bit(
     before = without_padding(run)
     for world, tp, distributed in [(4, 2, True), (4, 4, True), (2, 1, False)]:
         output = tmp_path / f"{world}_{tp}"
-        optimizer = {"name": name, "use_distributed_optimizer": distributed}
+        optimizer = {"name": name, "use_distributed_optimizer": distributed or name == "adamw"}
         config = averaged(tiny_run, run, tp=tp, optimizer=optimizer)
         pool.run(resaved, world=world, tp=tp, config=config, output=output)
         run = output
