@@ -16,10 +16,12 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import get_args
 
 import torch
 import torch.distributed as dist
 
+from dspark_megatron.config.evaluate import Weights
 from dspark_megatron.conversion.draft_folder import read_config
 from dspark_megatron.conversion.engines.listing import engine_lines, engine_record, find_engines
 from dspark_megatron.conversion.export import convert_folder, export_checkpoint
@@ -61,6 +63,7 @@ def export(args: argparse.Namespace) -> Iterator[str]:
         args.output,
         options(args),
         iteration=args.iteration,
+        weights=args.weights,
         fingerprint=fingerprint(args),
     )
     args.input = output
@@ -132,6 +135,7 @@ def verify(args: argparse.Namespace) -> Iterator[str]:
         checkpoint=args.checkpoint,
         target_dir=args.target,
         iteration=args.iteration,
+        weights=args.weights,
         target_checkpoint=args.target_checkpoint,
         allow_unknown=getattr(args, "allow_unknown", ()),
     )
@@ -160,7 +164,7 @@ def compare(args: argparse.Namespace) -> list[str]:
 
     runtime = start(Launch.alone(), 1)
     try:
-        source = CheckpointSource(args.checkpoint, args.iteration)
+        source = CheckpointSource(args.checkpoint, args.iteration, args.weights)
         facts = TargetFacts.of(load_target_config(args.target), args.target.resolve().name)
         folder = DraftFolder(
             args.input, args.layout, facts, allow_unknown=getattr(args, "allow_unknown", ())
@@ -185,7 +189,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     command = commands.add_parser("export", help="training checkpoint to folder, then verify")
     command.set_defaults(run=export)
     command.add_argument("--checkpoint", type=Path, required=True)
-    command.add_argument("--iteration", type=iteration, help=ITERATION_HELP)
+    _add_checkpoint_options(command)
     _add_output_options(command, dtype="bf16")
     _add_skip_logits(command)
 
@@ -216,7 +220,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     command.add_argument("--checkpoint", type=Path, help="compare tensors and logits")
     _add_allow_unknown(command)
     _add_target(command, required=False)
-    command.add_argument("--iteration", type=iteration, help=ITERATION_HELP)
+    _add_checkpoint_options(command)
     _add_skip_logits(command)
 
     command = commands.add_parser("engines", help="what each engine reads, by version")
@@ -228,6 +232,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def iteration(text: str) -> int | str:
     return text if text == BEST else int(text)
+
+
+def _add_checkpoint_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--iteration", type=iteration, help=ITERATION_HELP)
+    command.add_argument(
+        "--weights",
+        choices=get_args(Weights),
+        default="trained",
+        help="`ema`: their moving average (optimizer.ema_decay); default: trained",
+    )
 
 
 def _add_output_options(command: argparse.ArgumentParser, dtype: str) -> None:

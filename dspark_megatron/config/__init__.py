@@ -45,6 +45,12 @@ class Config:
             getattr(self, section.name).validate()
         if trains:
             self._check_given()
+            require(
+                self.evaluate.weights != "ema" or self.optimizer.ema_decay is not None,
+                "evaluate.weights=ema evaluates a moving average of the weights, and "
+                "optimizer.ema_decay is null; set optimizer.ema_decay=0.999, say, or "
+                "evaluate.weights=trained",
+            )
         loss = self.loss
         confidence = self.model.enable_confidence_head
         require(

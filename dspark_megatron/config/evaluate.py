@@ -6,6 +6,9 @@ from typing import Literal
 from dspark_megatron.config.rules import positive
 from dspark_megatron.errors import require
 
+Weights = Literal["trained", "ema"]
+"""Of a checkpoint: as the last step left them, or their moving average."""
+
 
 @dataclass(kw_only=True)
 class EvaluateConfig:
@@ -55,6 +58,9 @@ class EvaluateConfig:
     simulation read it. Empty means that none is written."""
     best: bool = False
     """Evaluate the checkpoint with the best held-out tau instead of the newest one."""
+    weights: Weights = "trained"
+    """Which weights of the draft are evaluated, in training too. `ema`: their moving average
+    (`optimizer.ema_decay`)."""
     heldout_files: list[str] = field(default_factory=list)
     """Files of answers that are not trained on, in the forms of data.train_files."""
     heldout_samples: int | None = None
@@ -73,6 +79,10 @@ class EvaluateConfig:
             not (self.checkpoint and self.untrained),
             f"evaluate.checkpoint ({self.checkpoint}) and evaluate.untrained name two drafts; give "
             "one of them",
+        )
+        require(
+            not (self.untrained and self.weights == "ema"),
+            "evaluate.untrained has no moving average yet; set evaluate.weights=trained",
         )
         require(
             (self.every is None) != bool(self.heldout_files),

@@ -42,6 +42,9 @@ class OptimizerConfig:
     """Of Muon's matrices. Null is `weight_decay`."""
     muon_steps: int = 5
     """Newton-Schulz iterations in a step of Muon."""
+    ema_decay: float | None = None
+    """Each step takes a moving average of the weights to `d average + (1 - d) weights`, d being
+    this. Training does not depend on it. Null: there is no average."""
     clip_grad: float = 1.0
     """Largest gradient norm. With 0 gradients are not clipped."""
     use_distributed_optimizer: bool = True
@@ -64,6 +67,11 @@ class OptimizerConfig:
             value = getattr(self, name)
             require(0 <= value < 1, f"optimizer.{name} ({value}) must be in [0, 1)")
         not_negative("optimizer", self, "weight_decay", "clip_grad")
+        decay = self.ema_decay
+        require(
+            decay is None or 0 < decay < 1,
+            f"optimizer.ema_decay ({decay}) must be > 0 and < 1, such as 0.999, or null",
+        )
         self.lr_scale.validate()
         self._validate_muon()
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+from dspark_megatron.config.evaluate import Weights
 from dspark_megatron.conversion.folder_writer import WriteOptions, write_draft_folder
 from dspark_megatron.conversion.sources import CheckpointSource, FolderSource
 from dspark_megatron.conversion.target_match import open_draft_folder
@@ -20,6 +21,7 @@ def export_checkpoint(
     options: WriteOptions | None = None,
     *,
     iteration: int | str | None = None,
+    weights: Weights = "trained",
     fingerprint: Fingerprint | None = None,
 ) -> Path:
     """Write the draft of a run, checkpoints or `iter_*` folder to output_dir and return it.
@@ -27,7 +29,7 @@ def export_checkpoint(
     fingerprint: how training fingerprinted the target; None skips that comparison. Raises
     ConfigError before anything is written when the export could not be used.
     """
-    source = CheckpointSource(checkpoint, iteration)
+    source = CheckpointSource(checkpoint, iteration, weights)
     _check_fingerprint(source.reader, Path(target_dir), fingerprint)
     options = options or WriteOptions()
     return write_draft_folder(source, Path(target_dir), Path(output_dir), options)

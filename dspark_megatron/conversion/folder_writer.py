@@ -87,7 +87,7 @@ def write_draft_folder(
     history = source.history()
     # Iteration 0 is an import, whose sidecar came with it.
     iteration = history.get("iterations") or None
-    checkpoint = NamedCheckpoint.at(source.path) if iteration else None
+    checkpoint = NamedCheckpoint.at(source.path, history["weights"]) if iteration else None
     with_temperatures = check_sidecar(
         source.neighbours(), shape.num_draft_tokens, iteration, checkpoint
     )

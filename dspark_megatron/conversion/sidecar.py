@@ -13,7 +13,11 @@ from typing import Any
 from dspark_megatron.bounded_text import read_json
 from dspark_megatron.conversion.layouts.anchor_slot import block_of_config
 from dspark_megatron.errors import ConfigError, require
-from dspark_megatron.storage.checkpoints.named import NamedCheckpoint, is_same_checkpoint
+from dspark_megatron.storage.checkpoints.named import (
+    NamedCheckpoint,
+    checkpoint_facts,
+    is_same_checkpoint,
+)
 from dspark_megatron.storage.writing import json_text
 
 SIDECAR = "dspark_sts.json"
@@ -55,8 +59,8 @@ def check_sidecar(
         or checkpoint is None
         or calibrated.is_same(checkpoint)
         or _came_with(folder, calibrated, checkpoint),
-        f"{file} was calibrated for {calibrated and calibrated.path}, this draft is "
-        f"{checkpoint and checkpoint.path}; calibrate again, or move the file away",
+        f"{file} was calibrated for {calibrated and calibrated.describe()}, this draft "
+        f"is {checkpoint and checkpoint.describe()}; calibrate again, or move the file away",
     )
     return True
 
@@ -67,6 +71,7 @@ def _came_with(folder: Path, calibrated: NamedCheckpoint, checkpoint: NamedCheck
     there, here = Path(calibrated.path), Path(checkpoint.path)
     return (
         calibrated.digest is None
+        and calibrated.weights == checkpoint.weights
         and here.parts[-2:] == there.parts[-2:]
         and here.absolute().parents[1] == folder.absolute()
         and not os.path.exists(there)  # False for what no file can be called
@@ -116,8 +121,7 @@ def sidecar_json(calibration: dict[str, Any]) -> str:
         "ece_before": before,
         "ece_after": after,
         "iteration": calibration["iteration"],
-        "checkpoint": calibration["checkpoint"],
-        "checkpoint_digest": calibration.get("checkpoint_digest"),
+        **checkpoint_facts(calibration),
         "note": calibration["verdict"],
     }
     return json_text(content, indent=2) + "\n"
@@ -136,18 +140,18 @@ def check_place(folder: Path, num_draft_tokens: int, facts: dict[str, Any], forc
     file = folder / SIDECAR
     if force or not file.exists():
         return
-    same, of = False, "not of a calibration"
+    same, of, named = False, "not of a calibration", NamedCheckpoint.of_facts(facts)
     try:
         found = read_json(file)
-        of = f"of iteration {found['iteration']} of {found['checkpoint']}"
-        named = map(NamedCheckpoint.of_facts, (found, facts))
-        same = found["iteration"] == facts["iteration"] and is_same_checkpoint(*named)
+        there = NamedCheckpoint.of_facts(found)
+        of = f"of iteration {found['iteration']} of {there and there.describe()}"
+        same = found["iteration"] == facts["iteration"] and is_same_checkpoint(there, named)
     except (OSError, ValueError, KeyError, TypeError):
         pass
     require(
         same,
         f"{file} is {of}, the records are of iteration {facts['iteration']} of "
-        f"{facts['checkpoint']}; give --force to replace it, or choose another --output",
+        f"{named and named.describe()}; give --force to replace it, or choose another --output",
     )
 
 

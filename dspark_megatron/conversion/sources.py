@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dspark_megatron.bounded_text import read_json
+from dspark_megatron.config.evaluate import Weights
 from dspark_megatron.conversion.draft_folder import DraftFolder
 from dspark_megatron.conversion.layouts.hf_config import DraftDescription
 from dspark_megatron.conversion.layouts.names import (
@@ -46,8 +47,14 @@ class CheckpointSource:
     """A training checkpoint, by `find_checkpoint`. Raises ConfigError that lists every wrong
     tensor."""
 
-    def __init__(self, path: str | Path, iteration: int | str | None = None) -> None:
-        self.reader = CheckpointReader(find_checkpoint(path, iteration))
+    def __init__(
+        self,
+        path: str | Path,
+        iteration: int | str | None = None,
+        weights: Weights = "trained",
+    ) -> None:
+        self.reader = CheckpointReader(find_checkpoint(path, iteration), weights)
+        self.weights = weights
         self.path = self.reader.path
         check_whole(self.path)
         check_megatron_tensors(self.reader.shape, self.reader.names(), str(self.path))
@@ -67,6 +74,8 @@ class CheckpointSource:
         return {
             "iterations": self.reader.meta["iteration"],
             "samples": self.reader.meta["consumed_samples"],
+            "weights": self.weights,
+            "ema_decay": self.reader.meta.get("ema_decay"),
             "evaluation": self._evaluation,
         }
 
@@ -79,7 +88,7 @@ class CheckpointSource:
         try:
             found: Any = read_json(file)
             named = NamedCheckpoint.of_facts(found)
-            evaluated = is_same_checkpoint(named, NamedCheckpoint.at(self.path))
+            evaluated = is_same_checkpoint(named, NamedCheckpoint.at(self.path, self.weights))
             figures = {
                 name: {"prompts": int(x["prompts"]), "tau": x["tau"] and float(x["tau"])}
                 for name, x in found["files"].items()

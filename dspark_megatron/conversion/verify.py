@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dspark_megatron.config.evaluate import Weights
 from dspark_megatron.conversion.draft_folder import DraftFolder
 from dspark_megatron.conversion.engines.verdicts import Verdict, engine_verdicts
 from dspark_megatron.conversion.layouts.attention_config import lookup
@@ -38,6 +39,7 @@ def verify_folder(
     checkpoint: str | Path | None = None,
     target_dir: str | Path | None = None,
     iteration: int | str | None = None,
+    weights: Weights = "trained",
     target_checkpoint: str | Path = "",
     allow_unknown: Collection[str] = (),
 ) -> list[str]:
@@ -60,7 +62,7 @@ def verify_folder(
         problems += _token_problems(folder.config, target_config)
     source = None
     if checkpoint:
-        source = CheckpointSource(checkpoint, iteration)
+        source = CheckpointSource(checkpoint, iteration, weights)
         problems += _source_problems(folder, source)
     with_temperatures = False
     try:
@@ -84,7 +86,8 @@ def verify_folder(
         summary.append(f"{' and '.join(folder.shared)}: equal to the target's ({where})")
     if source is not None:
         sources.append(source.tensors())
-        summary.append(f"every trained tensor equals the checkpoint's ({source.path})")
+        of = "checkpoint's" if weights == "trained" else "moving average in the checkpoint"
+        summary.append(f"every trained tensor equals the {of} ({source.path})")
     # An export has one type; folders of others may hold some tensors in another one.
     exact = dtype if source is not None else None
     problems = _value_problems(folder, exact, chain.from_iterable(sources))

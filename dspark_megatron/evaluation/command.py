@@ -47,7 +47,7 @@ from dspark_megatron.run.ranks.runtime import Launch, Runtime, main_ranks_folder
 from dspark_megatron.storage.checkpoints.named import NamedCheckpoint
 from dspark_megatron.storage.checkpoints.whole import check_whole
 from dspark_megatron.storage.target_folder import stop_token_ids
-from dspark_megatron.storage.training_checkpoint import read_meta
+from dspark_megatron.storage.training_checkpoint import check_has, read_meta
 from dspark_megatron.storage.writing import claim_file, write_json
 from dspark_megatron.targets.megatron.pipeline import PipelineTarget
 from dspark_megatron.targets.start_checks import check_pieces_agree, check_target_logits
@@ -127,10 +127,12 @@ def with_checkpoint(config: Config) -> tuple[Config, Path | None]:
 
 
 def check_checkpoint(plan: RunPlan, checkpoint: Path, *, rank: int = 0) -> None:
-    """ConfigError for a damaged checkpoint, or one of another target or draft. The main rank alone
+    """ConfigError for a damaged checkpoint, one of another target or draft, or one without the
+    weights that are asked for. The main rank alone
     reads all of it, where that is asked for."""
     check_whole(checkpoint, plan.config.storage.verify if rank == 0 else "size")
     check_same_run(checkpoint, draft_identity(plan))
+    check_has(checkpoint, plan.config.evaluate.weights)
 
 
 def _file_facts(settings: EvaluateConfig, checkpoint: Path | None) -> Facts:
@@ -154,7 +156,7 @@ def _scheduled_cut(
     if settings.temperatures:
         iteration = read_meta(checkpoint)["iteration"] if checkpoint else 0
         folder = Path(settings.temperatures)
-        named = NamedCheckpoint.at(checkpoint) if checkpoint else None
+        named = NamedCheckpoint.at(checkpoint, settings.weights) if checkpoint else None
         temperatures = read_temperatures(folder, num_draft_tokens, iteration, named)
     return ScheduledCut(settings.scheduler, sps, num_draft_tokens, temperatures)
 
@@ -179,9 +181,9 @@ def build_decoder(
     """The decoder of a checkpoint folder (None: the untrained draft) and its iteration.
     first_prompt [1, s]: token ids to check the target's logits on."""
     draft = build_draft(plan, runtime).eval()
-    iteration = 0
+    iteration, weights = 0, plan.config.evaluate.weights
     if checkpoint is not None:
-        iteration = load_checkpoint(checkpoint, draft, optimizer=None).iteration
+        iteration = load_checkpoint(checkpoint, draft, None, weights=weights).iteration
     elif warm_start := WarmStart.open(plan):
         warm_start.load(draft, tp_group=runtime.tp_group)
     agree(draft_facts(draft, runtime.tp_group.rank()))
@@ -212,13 +214,15 @@ def _ties(
 
 def _facts(plan: RunPlan, checkpoint: Path | None, iteration: int) -> dict[str, Any]:
     """What was evaluated and how."""
+    weights = plan.config.evaluate.weights
+    named = NamedCheckpoint.at(checkpoint, weights).facts() if checkpoint else {"checkpoint": None}
     names = (
         *("temperature", "max_new_tokens", "seed", "batch_size", "scheduler"),
         "context_edges",
     )
     return {
         "target": plan.config.target.path,
-        **(NamedCheckpoint.at(checkpoint).facts() if checkpoint else {"checkpoint": None}),
+        **named,
         "iteration": iteration,
         "block_size": plan.shape.block_size,
         "num_draft_tokens": plan.shape.num_draft_tokens,

@@ -113,12 +113,13 @@ def check_same_draft(
     Checkpoints are compared by their digests, where both are known: a run may have moved."""
     named = map(NamedCheckpoint.of_facts, (facts, others))
     is_same = is_same_checkpoint(*named)
+    facts, others = ({"weights": "trained", **one} for one in (facts, others))
     for key in SAME_DRAFT:
-        if key == "checkpoint" and not is_same and facts.get(key) == others.get(key):
-            key = "checkpoint_digest"
-        mine, wanted = facts.get(key), others.get(key)
-        same = is_same if key.startswith("checkpoint") else mine == wanted
-        require(same, said(key, mine, wanted))
+        same = is_same if key == "checkpoint" else facts.get(key) == others.get(key)
+        if key == "checkpoint" and not is_same:
+            names = ("weights", key, "checkpoint_digest")
+            key = next((x for x in names if facts.get(x) != others.get(x)), key)
+        require(same, said(key, facts.get(key), others.get(key)))
 
 
 def drafted_tokens(facts: dict[str, Any]) -> Any:

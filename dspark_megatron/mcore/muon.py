@@ -41,12 +41,13 @@ class MuonOptimizer(MegatronOptimizer):
         weights = [Weight(name, parameters[name], split) for name, split in splits.items()]
         self._dp_group, is_spread = model.dp_cp_group, config.use_distributed_optimizer
         self._is_copy = not is_spread
-        self._owners = Owners(
+        self._parameters = {weight.name: weight.parameter.detach() for weight in weights}
+        self.owners = Owners(
             weights, tp_group=model.tp_group, dp_group=self._dp_group if is_spread else None
         )
         self._gradients = {weight.name: _gradient(weight.parameter) for weight in weights}
         self.reload_model_params()
-        self._own = [one for one in map(self._owners.own, self._owners.rounds) if one is not None]
+        self._own = [one for one in map(self.owners.own, self.owners.rounds) if one is not None]
         matrices = [matrix for weight in self._own for matrix in weight.matrices]
         optimizer = torch.optim.Muon(
             _groups(config, self._own, list(splits)),
@@ -62,9 +63,9 @@ class MuonOptimizer(MegatronOptimizer):
     @torch.no_grad()
     def reload_model_params(self, state_dict: Any = None) -> None:
         """Take the main weights from the parameters. Collectives: `Owners.gathered` a round."""
-        for one in self._owners.rounds:
-            whole = self._owners.gathered(one, lambda weight: weight.parameter.detach())
-            if own := self._owners.own(one):
+        for one in self.owners.rounds:
+            whole = self.owners.gathered(one, lambda weight: weight.parameter.detach())
+            if own := self.owners.own(one):
                 own.matrices = own.matrices or [x.new_empty(x.shape).float() for x in whole]
                 for matrix, value in zip(own.matrices, whole, strict=True):
                     matrix.copy_(value)
@@ -80,14 +81,14 @@ class MuonOptimizer(MegatronOptimizer):
     @torch.no_grad()
     def step_with_ready_grads(self) -> bool:
         """Collectives: `Owners.gathered` of fp32 gradients and `Owners.spread` a round."""
-        for one in self._owners.rounds:
-            whole = self._owners.gathered(one, lambda weight: weight.parameter.main_grad)
-            if own := self._owners.own(one):
+        for one in self.owners.rounds:
+            whole = self.owners.gathered(one, lambda weight: weight.parameter.main_grad)
+            if own := self.owners.own(one):
                 for matrix, gradient in zip(own.matrices, whole, strict=True):
                     matrix.grad = gradient
             self.optimizer.step()  # of what has a gradient
             self.optimizer.zero_grad()
-            self._owners.spread(one)
+            self.owners.spread(one, own.matrices if own else [], self._parameters)
         return True
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -1,6 +1,6 @@
 """Weights that tensor-parallel ranks hold in parts, each whole on one rank that owns it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,26 +60,32 @@ class Owners:
             parts = list(received.chunk(ranks))
         return own.split.joined([one.view_as(own.parameter) for one in parts]) if own else []
 
-    def spread(self, one: Round) -> None:
-        """Fill every rank's parameters from the owners' matrices. One all-to-all over the
+    def spread(self, one: Round, matrices: list[Tensor], into: Mapping[str, Tensor]) -> None:
+        """Fill every rank's parts from the owners' matrices. One all-to-all over the
         tensor-parallel ranks, and where owners are spread over data-parallel ranks a broadcast by
-        each of these, in the type of the parameters."""
+        each of these, in the type of the parts.
+
+        matrices: in the place of this rank's own weight, whole; none where it owns none. into: by
+        name, this rank's part of every weight of the round."""
         for place, weights in enumerate(one):
             if not weights:
                 continue
-            sizes = [weight.parameter.numel() for weight in weights]
-            flat = weights[0].parameter.new_empty(sum(sizes))
+            parts = [into[weight.name] for weight in weights]
+            sizes = [part.numel() for part in parts]
+            flat = parts[0].new_empty(sum(sizes))
             if place == self._place:
-                self._own_parts(one, sizes, flat)
+                self._own_parts(one, matrices, sizes, flat)
             if self._dp_group is not None:
                 dist.broadcast(flat, group=self._dp_group, group_src=place)
-            for weight, part in zip(weights, flat.split(sizes), strict=True):
-                weight.parameter.copy_(part.view_as(weight.parameter))
+            for part, value in zip(parts, flat.split(sizes), strict=True):
+                part.copy_(value.view_as(part))
 
-    def _own_parts(self, one: Round, sizes: list[int], flat: Tensor) -> None:
+    def _own_parts(
+        self, one: Round, matrices: list[Tensor], sizes: list[int], flat: Tensor
+    ) -> None:
         """Fill `flat` with this rank's parts of the weights that this data-parallel rank owns."""
         ranks, own = self._tp_group.size(), self.own(one)
-        parts = own.split.parts(own.matrices, ranks) if own else []
+        parts = own.split.parts(matrices, ranks) if own else []
         handed = torch.cat([flat[:0], *(part.to(flat.dtype).flatten() for part in parts)])
         if ranks == 1:
             flat.copy_(handed)

@@ -1,6 +1,7 @@
 """Estimates of tau on held-out answers while a run trains."""
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -10,6 +11,7 @@ from dspark_megatron.data.dataset import ConversationDataset
 from dspark_megatron.data.files.sources import check_apart
 from dspark_megatron.errors import printable
 from dspark_megatron.evaluation.estimate import EstimateSettings, estimate_acceptance
+from dspark_megatron.mcore.averages.moving_average import MovingAverage
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.ops.logit_transform import TargetHead
 from dspark_megatron.run.check import RunPlan
@@ -37,6 +39,8 @@ class HeldOut:
             "samples": count,
             "temperature": settings.temperature,
         }
+        if settings.weights != "trained":
+            self.conditions["weights"] = settings.weights
         """Estimates compare when these are equal."""
 
     @classmethod
@@ -59,19 +63,26 @@ class HeldOut:
         return iteration % self.every == 0
 
     def estimate(
-        self, state: RunState, draft: DSparkDraftModel, target: Target, reporter: Reporter | None
+        self,
+        state: RunState,
+        draft: DSparkDraftModel,
+        average: MovingAverage | None,
+        target: Target,
+        reporter: Reporter | None,
     ) -> RunState:
         """Estimate, report, and return the state with what is then the best. The draft is left in
-        training mode, and nothing that training reads is changed."""
+        training mode, and nothing that training reads is changed. average: of the draft's weights,
+        for `evaluate.weights: ema`."""
         draft.eval()
-        figures = estimate_acceptance(
-            draft,
-            target,
-            TargetHead(draft.lm_head, self.target_transform),
-            self.samples,
-            EstimateSettings.of(self.config, draft, samples_per_pass=self.samples_per_pass),
-            dp_group=self.runtime.dp_group,
-        )
+        with self._chosen_weights(draft, average):
+            figures = estimate_acceptance(
+                draft,
+                target,
+                TargetHead(draft.lm_head, self.target_transform),
+                self.samples,
+                EstimateSettings.of(self.config, draft, samples_per_pass=self.samples_per_pass),
+                dp_group=self.runtime.dp_group,
+            )
         draft.train()
         if self._is_best(figures["tau"], state.best):
             state = replace(
@@ -81,6 +92,14 @@ class HeldOut:
             row = {"iteration": state.iteration, "consumed_samples": state.consumed_samples}
             reporter.log_heldout({**row, **figures}, is_best=state.is_best)
         return state
+
+    def _chosen_weights(
+        self, draft: DSparkDraftModel, average: MovingAverage | None
+    ) -> AbstractContextManager[None]:
+        if self.config.evaluate.weights == "trained":
+            return nullcontext()
+        assert average is not None, "the config asks for one"
+        return average.in_place_of_weights(draft)
 
     def _is_best(self, tau: float | None, best: BestEstimate | None) -> bool:
         """Whether a tau beats the best one, or there is none to compare with; one that is no number

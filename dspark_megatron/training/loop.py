@@ -12,6 +12,7 @@ from dspark_megatron.data.ahead import StepsAhead
 from dspark_megatron.data.batch import MicroBatches
 from dspark_megatron.data.dataset import ConversationDataset
 from dspark_megatron.errors import printable
+from dspark_megatron.mcore.averages.moving_average import MovingAverage
 from dspark_megatron.mcore.optimizer import (
     build_optimizer,
     build_scheduler,
@@ -43,6 +44,7 @@ from dspark_megatron.training.padding import describe_padding
 from dspark_megatron.training.reporter import Reporter
 from dspark_megatron.training.resuming import (
     RunEnd,
+    average_text,
     checkpoint_to_resume,
     finished_state,
     finished_text,
@@ -113,6 +115,8 @@ class Trainer:
         self.end = RunEnd.of(config.train, len(dataset))
         self.iterations = self.end.last_iteration(self.state)
         self.meta = {"format": FORMAT, **identity, **export_settings(plan)}
+        if config.optimizer.ema_decay is not None:
+            self.meta["ema_decay"] = config.optimizer.ema_decay
         self.meta |= {"num_samples": len(dataset), "resumed_from": self.settings.resume_from}
         if runtime.is_main:
             write_config(output_dir, config)
@@ -126,6 +130,7 @@ class Trainer:
         self.target = states_source(plan, runtime, dataset, self.draft)
         self.model = wrap_data_parallel(self.draft, config.optimizer)
         self.optimizer = build_optimizer(config.optimizer, self.model, plan.dtype)
+        self.average = MovingAverage.of(config.optimizer, self.optimizer, self.draft)
         unit = self.end.progress_of_a_step
         self.scheduler = build_scheduler(
             config.optimizer, self.optimizer, self.end.steps, unit=unit
@@ -134,8 +139,10 @@ class Trainer:
             self.state = self._resumed(resume_from)
             self.scheduler.step(self.end.progress(self.state))
             self._say(f"continuing from {resume_from}: {self.end.describe(self.state)}")
+            self._say(average_text(resume_from, config.optimizer.ema_decay))
         agree(draft_facts(self.draft, runtime.tp_group.rank()))
-        self.saves = Saves(self.settings, self.checkpoints, self.meta, self.draft, self.optimizer)
+        parts = self.draft, self.optimizer, self.average
+        self.saves = Saves(self.settings, self.checkpoints, self.meta, *parts)
         self.step = GradientStep(
             config.loss,
             self.model,
@@ -174,7 +181,8 @@ class Trainer:
             if self.heldout is not None and (last or self.heldout.is_due(iteration)):
                 started = time.perf_counter()
                 assert not isinstance(self.target, StoredStates), "the config refuses it"
-                self.state = self.heldout.estimate(self.state, self.draft, self.target, reporter)
+                parts = self.draft, self.average, self.target
+                self.state = self.heldout.estimate(self.state, *parts, reporter)
                 clock += time.perf_counter() - started
             reason = self._agreed(stop.reason(limit))
             is_over = bool(reason) or last or self.bad_steps.are_too_many
@@ -209,7 +217,8 @@ class Trainer:
 
     def _train_step(self, metrics: MetricSums) -> float | None:
         """One step; returns the gradient norm before clipping, None where it was skipped. A
-        skipped one leaves weights, moments and metrics as they were; data and learning rate go on.
+        skipped one leaves weights, moments, average and metrics as they were; data and learning
+        rate go on.
         """
         micro_batches = self.steps.of_step(self.state.consumed_samples)
         before = metrics.packed()
@@ -224,7 +233,10 @@ class Trainer:
             skipped_steps=self.state.skipped_steps + bool(reason),
         )
         if reason is None:
-            return float(self.optimizer.step()[1])
+            norm = float(self.optimizer.step()[1])
+            if self.average is not None:
+                self.average.move()
+            return norm
         own = MetricSums.unpacked(metrics.packed() - before)
         skipped = self.bad_steps.skip(self.state, reason, own)
         metrics.restore(before)
@@ -260,9 +272,9 @@ class Trainer:
         self.saves.save(replace(self.state, open_metrics=tuple(open_metrics)), waits=waits)
 
     def _resumed(self, folder: Path) -> RunState:
-        """The state of a checkpoint, once draft and optimizer are filled from it. A best checkpoint
-        that somebody has deleted is let go."""
-        state = load_checkpoint(folder, self.draft, self.optimizer)
+        """The state of a checkpoint, once draft, optimizer and average are filled from it. A best
+        checkpoint that somebody has deleted is let go."""
+        state = load_checkpoint(folder, self.draft, self.optimizer, self.average)
         if state.best and not iteration_folder(self.checkpoints, state.best.iteration).is_dir():
             state = replace(state, best=None)
         if self.runtime.is_main:

@@ -143,3 +143,19 @@ def finished_text(state: str, train: TrainConfig) -> str:
     """What is said of a run that had reached its end before it was started."""
     key = "train.iterations" if train.iterations is not None else "train.epochs"
     return f"nothing is left to do: the run is at {state}; {key} must ask for more to continue it"
+
+
+def average_text(folder: Path, decay: float | None) -> str:
+    """What is said of the moving average of a run that continues from a checkpoint with this
+    optimizer.ema_decay; empty where it simply goes on, or there is none."""
+    before = read_meta(folder).get("ema_decay")
+    if before == decay:
+        return ""
+    if before is None:
+        return f"{folder.name} has no moving average of the weights: it starts at these weights"
+    if decay is None:
+        return (
+            f"the moving average of {folder.name} is dropped: optimizer.ema_decay is null and was "
+            f"{before}"
+        )
+    return f"the moving average goes on with optimizer.ema_decay {decay}; it was {before}"

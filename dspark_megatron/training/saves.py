@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dspark_megatron.config import TrainConfig
+from dspark_megatron.mcore.averages.moving_average import MovingAverage
 from dspark_megatron.mcore.optimizer import make_state
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.run.checkpoints.saving import RunningSave, start_save
@@ -24,9 +25,10 @@ class Saves:
         meta: dict[str, Any],
         draft: DSparkDraftModel,
         optimizer: Any,
+        average: MovingAverage | None,
     ) -> None:
         self.settings, self.checkpoints, self.meta = settings, checkpoints, meta
-        self.draft, self.optimizer = draft, optimizer
+        self.draft, self.optimizer, self.average = draft, optimizer, average
         self._running: RunningSave | None = None
         self._seconds = 0.0
 
@@ -44,7 +46,8 @@ class Saves:
             make_state(self.optimizer)
             copies = self.settings.async_save and not waits
             place = self.checkpoints, state, self.meta
-            self._running = start_save(*place, self.draft, self.optimizer, copies=copies)
+            what = self.draft, self.optimizer, self.average
+            self._running = start_save(*place, *what, copies=copies)
         if not copies:
             self.finish()
 

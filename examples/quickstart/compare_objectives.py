@@ -89,6 +89,11 @@ ROWS: dict[str, dict[str, Any]] = {
     "default, confidence stops": loss(DEFAULT_TERMS, confidence_stop_gradient=True),
     "default, constant rate": {**loss(DEFAULT_TERMS), "optimizer": {"schedule": "constant"}},
     "default, Muon": {**loss(DEFAULT_TERMS), "optimizer": {"name": "muon"}},
+    "default, EMA": {
+        **loss(DEFAULT_TERMS),
+        "optimizer": {"ema_decay": 0.98},  # a memory of about 50 of the 200 steps
+        "evaluate": {"weights": "ema"},
+    },
 }
 """Sections of the config that a row changes. All others are compared with the first."""
 COLUMNS = [

@@ -15,6 +15,7 @@ from dspark_megatron.evaluation.draft_records import (
     check_same_draft,
     drafted_tokens,
 )
+from dspark_megatron.storage.checkpoints.named import checkpoint_facts
 
 LISTED = ("temperature", "prompt_files")
 """Facts in which they may differ."""
@@ -37,7 +38,7 @@ def load_records(paths: Sequence[str | Path]) -> DraftRecords:
     names = ("confidence_logits", "accept_rate", "proposed", "accepted")
     tensors = {name: torch.cat([getattr(r, name) for r in files.values()]) for name in names}
     facts = {key: first.facts[key] for key in SAME_DRAFT}
-    facts["checkpoint_digest"] = first.facts.get("checkpoint_digest")
+    facts |= checkpoint_facts(first.facts)
     for key in LISTED:
         values = [r.facts[key] for r in files.values()]
         flat = [x for value in values for x in (value if isinstance(value, list) else [value])]

@@ -19,8 +19,8 @@ from dspark_megatron.evaluation.pages.plots import (
 from dspark_megatron.evaluation.serving.serving_plot import serving_plot
 
 FACTS = (
-    *("target", "checkpoint", "iteration", "block_size", "num_draft_tokens", "temperature"),
-    *("max_new_tokens", "seed", "batch_size", "scheduler"),
+    *("target", "checkpoint", "weights", "iteration", "block_size", "num_draft_tokens"),
+    *("temperature", "max_new_tokens", "seed", "batch_size", "scheduler"),
 )
 FILE_COLUMNS = {
     "prompts": "prompts",
@@ -48,7 +48,7 @@ def report_page(
 ) -> str:
     """The page's HTML. Arguments: what `report_inputs` reads."""
     files = _short_names(evaluation["files"])
-    facts = {**evaluation, "num_draft_tokens": drafted_tokens(evaluation)}
+    facts = {"weights": "trained", **evaluation, "num_draft_tokens": drafted_tokens(evaluation)}
     templates = Environment(
         loader=PackageLoader("dspark_megatron.evaluation", "pages"),
         autoescape=True,

@@ -7,6 +7,7 @@ from typing import Any
 import numpy
 
 from dspark_megatron.data.origins import Origins
+from dspark_megatron.mcore.averages.moving_average import MovingAverage
 from dspark_megatron.mcore.optimizer import build_optimizer, make_state, wrap_data_parallel
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.planning.observing.observer import Observer
@@ -20,6 +21,7 @@ from dspark_megatron.training.step import GradientStep
 
 WEIGHTS, FROZEN = "draft weights", "frozen embedding and head"
 GRADIENTS, OPTIMIZER = "draft gradients (fp32)", "optimizer state (fp32)"
+AVERAGE = "moving average (fp32)"
 STATES = "target states of a micro-batch"
 FORWARD, LOSS = "the draft's forward pass", "the draft's loss"
 BACKWARD, UPDATE = "the draft's backward pass", "the optimizer's step"
@@ -42,6 +44,8 @@ class DraftStep:
         with observer.phase("being built", kind=OPTIMIZER):
             self.optimizer = build_optimizer(plan.config.optimizer, self.model, plan.dtype)
             make_state(self.optimizer)
+        with observer.phase("being built", kind=AVERAGE):
+            self.average = MovingAverage.of(plan.config.optimizer, self.optimizer, draft)
         groups = dict(tp_group=runtime.tp_group, dp_group=runtime.dp_group)
         self.step: Any = GradientStep(
             plan.config.loss,
@@ -76,6 +80,8 @@ class DraftStep:
         self.step.run(batches, metrics)
         self.judge.reason(metrics)
         self.optimizer.step()
+        if self.average is not None:
+            self.average.move()
 
 
 class _ObservedForward:

@@ -15,6 +15,7 @@ from dspark_megatron.planning.observing.gpu_kernels import gpu_kernels
 from dspark_megatron.planning.observing.observer import Observer
 from dspark_megatron.planning.observing.work import Work
 from dspark_megatron.planning.on_paper.draft_step import (
+    AVERAGE,
     BACKWARD,
     FORWARD,
     FROZEN,
@@ -119,6 +120,8 @@ def observe_on_paper(
 
 def _observe(step: DraftStep, observer: Observer, plan: RunPlan) -> DraftObservation:
     held = {kind: observer.alive[kind] for kind in (FROZEN, WEIGHTS, GRADIENTS, OPTIMIZER)}
+    if step.average is not None:
+        held[AVERAGE] = observer.alive[AVERAGE]
     observer.peaks.clear()
     step.run([full_micro_batch(plan)])
     work = observer.work

@@ -24,10 +24,11 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dspark_megatron.errors import ConfigError
+from dspark_megatron.mcore.averages.moving_average import MovingAverage
 from dspark_megatron.mcore.checkpoint_writer import PlannedSave
 from dspark_megatron.model.draft_model import DSparkDraftModel
 from dspark_megatron.run.checkpoints.commit import clear, complete, new_folder, point_to
-from dspark_megatron.run.checkpoints.sharding import SHARDING, sharded_state
+from dspark_megatron.run.checkpoints.sharding import SHARDING, sharded_average, sharded_state
 from dspark_megatron.run.checkpoints.state import RunState
 from dspark_megatron.run.ranks.places import at
 from dspark_megatron.run.ranks.runtime import from_main_rank
@@ -42,11 +43,12 @@ def save_checkpoint(
     meta: dict[str, Any],
     model: DSparkDraftModel,
     optimizer: Any | None,
+    average: MovingAverage | None = None,
     *,
     keep_last: int,
 ) -> Path:
     """Start a save and wait for its end."""
-    save = start_save(checkpoints, state, meta, model, optimizer, copies=False)
+    save = start_save(checkpoints, state, meta, model, optimizer, average, copies=False)
     return save.finish(keep_last=keep_last)
 
 
@@ -56,24 +58,29 @@ def start_save(
     meta: dict[str, Any],
     model: DSparkDraftModel,
     optimizer: Any | None,
+    average: MovingAverage | None = None,
     *,
     copies: bool,
 ) -> "RunningSave":
     """Plan a checkpoint of all ranks and begin to write it; the one before must be finished.
 
     meta: what identifies the run, written to dspark.json. optimizer: None saves weights only
-    (Megatron-Core cannot save one that has taken no step). copies: model and optimizer may change
-    from now on; else they must not until the save is finished. Copies need host memory for what
-    this rank writes.
+    (Megatron-Core cannot save one that has taken no step). average: the meta has its `ema_decay`.
+    copies: model, optimizer and average may change from now on; else they must not until the save
+    is finished. Copies need host memory for what this rank writes.
 
-    Collective over the whole world: a broadcast of an object, and what Megatron-Core gathers to
-    plan. ConfigError, with the older checkpoints as they were, where that finds no room.
+    Collective over the whole world: a broadcast of an object, what Megatron-Core gathers to plan,
+    and `MovingAverage.parts`. ConfigError, with the older checkpoints as they were, where that
+    finds no room.
     """
     final, is_main = iteration_folder(checkpoints, state.iteration), dist.get_rank() == 0
     at(f"saving iteration {state.iteration}", longer=True)
     with _told_by_one_rank(final):
         partial = from_main_rank(new_folder(final) if is_main else None)
     tensors = sharded_state(model, optimizer, is_loading=False)
+    if average is not None:
+        parts = {name: part.cpu() for name, part in average.parts()}
+        tensors["average"] = sharded_average(tensors["model"], parts)
     with _told_by_one_rank(final):
         planned = PlannedSave.of(tensors, partial, content_metadata=SHARDING, copies=copies)
     thread = ThreadPoolExecutor(1, thread_name_prefix=final.name)

@@ -40,6 +40,7 @@ _OPTIONAL: dict[str, type] = {
     "loss": dict,
     "target_logits": dict,
     "optimizer": dict,
+    "ema_decay": float,
     "data_fingerprint": str,
     "template_date": str,
 }

@@ -25,6 +25,8 @@ META = "dspark.json"
 """Beside the tensors of our own checkpoints: what they are."""
 OPTIMIZER_PREFIX = "optimizer."
 """Of the names of its tensors."""
+AVERAGE_PREFIX = f"{OPTIMIZER_PREFIX}ema."
+"""Of the moving average of the draft's tensors; what follows is a tensor's own name."""
 _DCP = "torch.distributed.checkpoint"
 _PLANS = ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
 _ENTRIES = (
