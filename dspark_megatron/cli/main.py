@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 import dspark_megatron
 from dspark_megatron.cli.exit_codes import DONE, EXIT_CODES, INTERRUPTED
@@ -19,6 +20,7 @@ from dspark_megatron.errors import ConfigError, print_error
 @dataclass(frozen=True)
 class Command:
     name: str
+    """One word, or two where a command has several actions."""
     module: str
     """Below `dspark_megatron.cli`."""
     summary: str
@@ -43,17 +45,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] == "--version":
         print(f"dspark-megatron {dspark_megatron.__version__}")
         return DONE
-    if words[0] not in COMMANDS:
-        return print_error(
-            ConfigError(f"there is no command {words[0]!r}; `dspark --help` lists all of them")
-        )
-    return run_command(words[0], words[1:])
+    name, rest = split_command(words)
+    if name in COMMANDS:
+        return run_command(name, rest)
+    actions = [command for command in COMMANDS.values() if command.name.startswith(f"{name} ")]
+    if actions and rest[:1] in ([], ["-h"], ["--help"]):
+        print("\n".join([f"usage: dspark {name} ACTION [options]", "", *map(_row, actions)]))
+        return DONE
+    unknown, of = (" ".join(words[:2]), f" {name}") if actions else (name, "")
+    return print_error(
+        ConfigError(f"there is no command {unknown!r}; `dspark{of} --help` lists all of them")
+    )
+
+
+def split_command(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The name of the command, of one word or two, and its arguments."""
+    two = " ".join(words[:2])
+    return (two, list(words[2:])) if two in COMMANDS else (words[0], list(words[1:]))
 
 
 def run_command(name: str, argv: Sequence[str], prog: str | None = None) -> int:
     """Also for the older commands, which keep their names. prog: the name that the help shows."""
-    command = COMMANDS[name]
-    module = import_module(f"dspark_megatron.cli.{command.module}")
+    parser = parser_of(name, prog)
+    args = parser.parse_intermixed_args(argv)
+    try:
+        code = module_of(name).run(args, Output(json=args.json, quiet=args.quiet))
+    except ConfigError as error:
+        return print_error(error)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return code or DONE
+
+
+def module_of(name: str) -> Any:
+    return import_module(f"dspark_megatron.cli.{COMMANDS[name].module}")
+
+
+def parser_of(name: str, prog: str | None = None) -> argparse.ArgumentParser:
+    """All options of a command."""
+    command, module = COMMANDS[name], module_of(name)
     parser = argparse.ArgumentParser(
         prog=prog or f"dspark {name}",
         description=f"{command.summary[0].upper()}{command.summary[1:]}.",
@@ -63,14 +93,7 @@ def run_command(name: str, argv: Sequence[str], prog: str | None = None) -> int:
     module.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
-    args = parser.parse_intermixed_args(argv)
-    try:
-        code = module.run(args, Output(json=args.json, quiet=args.quiet))
-    except ConfigError as error:
-        return print_error(error)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    return code or DONE
+    return parser
 
 
 def overview() -> str:
@@ -82,11 +105,15 @@ def overview() -> str:
     ]
     for group, commands in GROUPS.items():
         lines += ["", f"{group}:"]
-        lines += [f"  {command.name:<10} {command.summary}" for command in commands]
+        lines += map(_row, commands)
     lines += ["", "exit codes:"]
-    lines += [f"  {code.number:<10} {code.meaning}" for code in EXIT_CODES]
+    lines += [f"  {code.number:<16} {code.meaning}" for code in EXIT_CODES]
     lines += ["", "`dspark COMMAND --help` shows the options of a command, with examples."]
     return "\n".join(lines)
+
+
+def _row(command: Command) -> str:
+    return f"  {command.name:<16} {command.summary}"
 
 
 if __name__ == "__main__":

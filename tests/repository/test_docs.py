@@ -14,6 +14,7 @@ from unittest import mock
 import pytest
 
 from dspark_megatron.config import Config
+from support.dspark_lines import check_dspark, is_dspark
 from support.paths import ROOT
 
 PACKAGE = ROOT / "dspark_megatron"
@@ -139,10 +140,14 @@ def commands(page: Path) -> list[list[str]]:
     found = []
     for line in lines:
         line = re.sub(r"(^|\s)#.*", "", line).strip()
-        if re.match(r"(\w+=\S+ )*(python|torchrun|make|\S+\.sh|sbatch) ", line):
-            words = shlex.split(re.sub(r"(?<!=)\[|\](?= |$)", " ", line))
-            found.append([word for word in words if "=" not in word])
+        if re.match(r"(\w+=\S+ )*(python|torchrun|dspark|make|\S+\.sh|sbatch) ", line):
+            found.append([word for word in words_of(line) if "=" not in word])
     return found
+
+
+def words_of(line: str) -> list[str]:
+    """Optional ones too."""
+    return shlex.split(re.sub(r"(?<!=)\[|\](?= |$)", " ", line))
 
 
 def without_launcher(words: list[str]) -> list[str]:
@@ -174,7 +179,9 @@ ALL = {page: commands(page) for page in PAGES}
 @pytest.mark.parametrize("page", [page for page in PAGES if ALL[page]], ids=name_of)
 def test_commands_have_these_options(page):
     for words in ALL[page]:
-        if words[0] in ("python", "torchrun"):
+        if is_dspark(words):
+            check_dspark(words)
+        elif words[0] in ("python", "torchrun"):
             check_program(without_launcher(words))
         elif words[0] == "make":
             assert re.search(rf"(?m)^{words[1]}:", text_of(ROOT / "Makefile")), words
@@ -182,6 +189,13 @@ def test_commands_have_these_options(page):
             script = words[1 if words[0] == "sbatch" else 0]
             files = [w for w in words if w.endswith((".sh", ".sbatch"))]
             assert all((ROOT / file).is_file() for file in files or [script]), words
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_dspark_commands_within_a_line_exist(page):
+    for word in code(page):
+        if word.startswith("dspark "):
+            check_dspark(words_of(word), whole=False)
 
 
 def check_program(words: list[str]) -> None:
