@@ -29,6 +29,7 @@ class Command:
 GROUPS: dict[str, tuple[Command, ...]] = {
     "prepare": (
         Command("plan", "prepare.plan", "write the run that a target needs on given GPUs"),
+        Command("doctor", "prepare.doctor", "see whether a machine has what training needs"),
     ),
     "train": (),
     "deliver": (),

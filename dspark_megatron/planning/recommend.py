@@ -1,31 +1,30 @@
 """From a target's config and a machine to a layout and the YAML of a run."""
 
-import dataclasses
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import PretrainedConfig
 
 from dspark_megatron.config import Config
 from dspark_megatron.config.loading import config_from_dict, merged_sections, nested_overrides
-from dspark_megatron.errors import require
+from dspark_megatron.data.files.sources import check_apart, find_files
+from dspark_megatron.errors import printable, require
 from dspark_megatron.planning.cost.describe import time_lines
 from dspark_megatron.planning.cost.machine import GIB, Machine
 from dspark_megatron.planning.cost.run_cost import Bill, cost_lines
 from dspark_megatron.planning.cost.store import store_cost, store_lines
 from dspark_megatron.planning.dry_run import describe_plan
-from dspark_megatron.planning.layouts import (
-    SEARCHED,
-    Candidate,
-    best_layout,
-    layout_words,
-    layouts,
-)
+from dspark_megatron.planning.layouts import Candidate, best_layout, layout_words, layouts
+from dspark_megatron.planning.run_data import PlannedData, read_data
+from dspark_megatron.planning.run_yaml import run_yaml
 from dspark_megatron.storage.target_folder import load_target_config
 
 TAPS = 5
+LENGTH, ROUND = 4096, 64
+"""Tokens of a sample in the paper, and of what a shorter one is made a multiple."""
+TRAIN_FILE = "data/train.jsonl"
+"""Stands in the YAML where no data are given."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,8 @@ class Wish:
 
     target: str
     """The target's folder, or its `config.json`."""
-    seq_length: int = 4096
+    seq_length: int | None = None
+    """Null is the paper's 4096, or less where the longest sample of `data` has less."""
     global_batch_size: int = 512
     micro_batch_size: int = 1
     bill: Bill = field(default_factory=Bill)
@@ -42,6 +42,11 @@ class Wish:
     """`section.key=value`"""
     taps: int = TAPS
     """How many layers of the target feed the draft, where no override names them."""
+    data: list[str] = field(default_factory=list)
+    """Entries of data.train_files, which are read. Empty: only the layout is planned."""
+    prompts: list[str] = field(default_factory=list)
+    held_out: list[str] = field(default_factory=list)
+    show_progress: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,8 @@ class Search:
     refused: dict[int, str]
     """Tensor-parallel sizes that the rules do not allow, with the reason."""
     best: Candidate
+    bill: Bill
+    data: PlannedData | None
 
 
 def search(wish: Wish, machine: Machine) -> Search:
@@ -71,22 +78,31 @@ def search(wish: Wish, machine: Machine) -> Search:
     sections = merged_sections(_sections(wish, folder, target_config, changes), changes)
     config = config_from_dict(sections)
     config.validate()
-    asked = config
+    asked, data, bill = config, None, wish.bill
+    fixed = {f"{section}.{key}" for section, keys in changes.items() for key in keys}
+    if wish.data:
+        data = read_data(asked, show_progress=wish.show_progress)
+        asked = config = _shortened(data, wish, fixed)
+        bill = replace(bill, samples=data.report.kept)
     if asked.model.mask_token_id is None:  # no size depends on it
         mask = _stand_in(target_config)
         config = replace(asked, model=replace(asked.model, mask_token_id=mask))
-    fixed = {f"{section}.{key}" for section, keys in changes.items() for key in keys}
     found, refused = layouts(config, target_config, machine, fixed=fixed)
     best = best_layout(found, machine)
-    return Search(wish, machine, target_config, asked, fixed, found, refused, best)
+    return Search(wish, machine, target_config, asked, fixed, found, refused, best, bill, data)
 
 
 def recommend(wish: Wish, machine: Machine) -> str:
     """YAML of a run that fits the machine, with the plan as its comments. Raises ConfigError when
     the rules or the memory allow none."""
-    done = search(wish, machine)
-    best, bill = done.best, wish.bill
+    return run_text(search(wish, machine))
+
+
+def run_text(done: Search) -> str:
+    """The YAML, with the plan as its comments."""
+    best, bill, machine = done.best, done.bill, done.machine
     lines = [
+        *(done.data.lines() if done.data else []),
         f"{machine.nodes} node(s) of {machine.gpus_per_node} GPUs with {machine.gpu_memory_gib:g} "
         f"GiB, of which {machine.margin:g} are planned with",
         "",
@@ -103,7 +119,8 @@ def recommend(wish: Wish, machine: Machine) -> str:
     ]
     comment = "\n".join(lines).splitlines()  # a folder's name may have several
     config = replace(best.plan.config, model=done.asked.model)  # without the stand-in
-    return "".join(f"# {line}".rstrip() + "\n" for line in comment) + _yaml(config)
+    head = "".join(f"# {printable(line)}".rstrip() + "\n" for line in comment)
+    return head + run_yaml(config, done.data, placeholder=_placeholder(done))
 
 
 def evenly_spread_layers(num_layers: int, taps: int = TAPS) -> list[int]:
@@ -143,6 +160,17 @@ def candidate_lines(found: list[Candidate], best: Candidate) -> list[str]:
 def _check(wish: Wish) -> None:
     wish.bill.validate()
     require(
+        not wish.data or wish.bill.samples is None,
+        f"--samples ({wish.bill.samples}) are counted in the files of --data; leave out either",
+    )
+    require(
+        not (wish.data and any(text.startswith("data.train_files=") for text in wish.overrides)),
+        "data.train_files are the files of --data; leave out either",
+    )
+    for entry in (*wish.data, *wish.prompts, *wish.held_out):
+        find_files(entry)
+    check_apart(wish.data, wish.held_out)
+    require(
         not any(text.startswith("target.path=") for text in wish.overrides),
         "target.path is the target that is planned for; name it as the target, not as an override",
     )
@@ -165,18 +193,34 @@ def _sections(
     depth = target_config.get_text_config().num_hidden_layers
     has_taps = "target_layer_ids" in changes.get("model", {})
     taps = {} if has_taps else {"target_layer_ids": evenly_spread_layers(depth, wish.taps)}
+    held_out = {"heldout_files": wish.held_out, "every": 500} if wish.held_out else {}
     length = {} if "iterations" in changes.get("train", {}) else {"epochs": 10}
     return {
         "target": {"path": folder},
         "model": {**taps, "mask_token_id": None},
-        "data": {"train_files": ["data/train.jsonl"], "max_length": wish.seq_length},
+        "data": {"train_files": wish.data or [TRAIN_FILE], "max_length": wish.seq_length or LENGTH},
         "train": {
             "output_dir": f"runs/{name}-dspark",
             **length,
             "micro_batch_size": wish.micro_batch_size,
             "global_batch_size": wish.global_batch_size,
         },
+        "evaluate": {"prompt_files": wish.prompts, **held_out},
     }
+
+
+def _shortened(data: PlannedData, wish: Wish, fixed: set[str]) -> Config:
+    """Planned for the length that the samples have, if nobody has said another."""
+    config = data.config
+    if wish.seq_length is not None or "data.max_length" in fixed:
+        return config
+    longest = min(LENGTH, -(-data.longest // ROUND) * ROUND)
+    return replace(config, data=replace(config.data, max_length=longest))
+
+
+def _placeholder(done: Search) -> str:
+    """The train_files that the user is to replace; empty where they are said."""
+    return "" if done.wish.data or "data.train_files" in done.fixed else TRAIN_FILE
 
 
 def _stand_in(target_config: PretrainedConfig) -> int:
@@ -186,31 +230,11 @@ def _stand_in(target_config: PretrainedConfig) -> int:
     return next(i for i in range(text.vocab_size) if i not in taken)
 
 
-def _yaml(config: Config) -> str:
-    """Keys that differ from the defaults, and what the user is to look at."""
-    chosen = {}
-    for section in dataclasses.fields(Config):
-        values, plain = (getattr(c, section.name) for c in (config, Config()))
-        shown = {
-            entry.name: getattr(values, entry.name)
-            for entry in dataclasses.fields(values)
-            if getattr(values, entry.name) != getattr(plain, entry.name)
-            or f"{section.name}.{entry.name}" in (*SEARCHED, "model.mask_token_id")
-            or entry.name in ("max_length", "micro_batch_size")
-        }
-        if shown:
-            chosen[section.name] = shown
-    text = yaml.safe_dump(chosen, sort_keys=False, default_flow_style=None)
-    missing = "mask_token_id: null"
-    hint = "  # to be set: an id that never occurs in the data, such as a reserved token"
-    return text.replace(missing, missing + hint)
-
-
 def stored_lines(done: Search) -> list[str]:
     """What a store of the target's states would take and gain; none where the run reads one."""
     if done.best.plan.config.target.is_stored:
         return []
-    samples = done.wish.bill.samples or 10**6
+    samples = done.bill.samples or 10**6
     reader, rates = reading_layout(done), done.machine.rates
     cost = store_cost(done.best.plan, done.best.time, reader.time, samples, rates)
     return store_lines(cost, samples, layout_words(reader.plan), rates)

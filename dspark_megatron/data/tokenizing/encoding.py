@@ -43,6 +43,11 @@ class Encoded(NamedTuple):
     failures: list[Failure]
 
 
+def mask_token_found(mask_token_id: int | None) -> str:
+    """How the reason begins for a line that has the mask token."""
+    return f"model.mask_token_id ({mask_token_id}) stands"
+
+
 class LineEncoder:
     """Makes samples by one tokenizer and one set of rules. It can be pickled."""
 
@@ -98,7 +103,7 @@ class LineEncoder:
             count = sample.input_ids[: self.rules.max_length].tolist().count(mask_token_id)
             require(
                 not count,
-                f"model.mask_token_id ({mask_token_id}) stands {count} times in this line, and "
+                f"{mask_token_found(mask_token_id)} {count} times in this line, and "
                 "the draft takes it for an unknown token; choose one that never occurs in the data",
             )
         return samples

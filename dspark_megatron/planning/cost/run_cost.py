@@ -47,22 +47,40 @@ def run_steps(train: TrainConfig, samples: int | None) -> int | None:
     return math.ceil(train.epochs * samples / train.global_batch_size)
 
 
+@dataclass(frozen=True)
+class RunCost:
+    steps: int
+    hours: float
+    gpu_hours: float
+    price: float | None
+    """In the currency of the bill; None without a price of a GPU-hour."""
+
+
+def run_cost(plan: RunPlan, time: StepTime, bill: Bill, gpus: int) -> RunCost | None:
+    """None where the number of steps is not known."""
+    steps = run_steps(plan.config.train, bill.samples)
+    if steps is None:
+        return None
+    hours = steps * time.total / HOUR
+    price = None if bill.price is None else hours * gpus * bill.price
+    return RunCost(steps, hours, hours * gpus, price)
+
+
 def cost_lines(plan: RunPlan, time: StepTime, bill: Bill, gpus: int) -> list[str]:
     train, rate = plan.config.train, step_tokens(plan) / time.total
     lines = [f"tokens a second: {rate:,.0f}, {rate / gpus:,.0f} a GPU (samples of full length)"]
-    steps = run_steps(train, bill.samples)
-    if steps is None:
+    cost = run_cost(plan, time, bill, gpus)
+    if cost is None:
         epoch = 1e6 / train.global_batch_size * time.total / HOUR
         return [
             *lines,
             f"hours of the run: not known without its samples; {epoch:,.1f} for a million of them "
             f"once, {epoch * gpus:,.0f} GPU-hours{_price(epoch * gpus, bill)}",
         ]
-    hours = steps * time.total / HOUR
     return [
         *lines,
-        f"hours of the run: {hours:,.1f} for {steps:,} steps, {hours * gpus:,.0f} GPU-hours"
-        f"{_price(hours * gpus, bill)}",
+        f"hours of the run: {cost.hours:,.1f} for {cost.steps:,} steps, {cost.gpu_hours:,.0f} "
+        f"GPU-hours{_price(cost.gpu_hours, bill)}",
     ]
 
 
