@@ -3,6 +3,8 @@
 import sys
 import unicodedata
 
+BAD_INPUT, FAILED, INTERRUPTED = 2, 3, 130
+"""Exit codes of ranks and commands; cli/exit_codes.py has all of them, in words."""
 _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 """Unicode categories of characters that a terminal obeys, hides, or cannot show."""
 
@@ -32,4 +34,4 @@ def printable(text: str) -> str:
 def print_error(error: ConfigError) -> int:
     """Print it as a command's last words; returns the command's exit code."""
     print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
-    return 2
+    return BAD_INPUT

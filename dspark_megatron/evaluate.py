@@ -1,13 +1,12 @@
 """Evaluate a drafter: `torchrun --nproc-per-node N -m dspark_megatron.evaluate --config FILE ...`.
 
-Of the config it needs the target, the prompts and a checkpoint, which knows its draft. Decodes
-prompt files by real speculative decoding with the target and reports tau, acceptance by position
-and speed, as a table and as JSON.
+The older name of `dspark evaluate`, for ranks that are started already.
 """
 
 import argparse
 
-from dspark_megatron.run.ranks.launcher import end_with_launcher
+from dspark_megatron.cli.output import Output
+from dspark_megatron.cli.train.evaluate import rank
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -18,16 +17,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The imports within are slow; those of the work need the CPU support that `launch`
-    installs."""
-    arguments = parse_arguments(argv)
-    end_with_launcher()
-    from dspark_megatron.run.ranks.runtime import launch
-
-    with launch() as job:
-        from dspark_megatron.evaluation.command import run
-
-        run(job, arguments)
+    rank(parse_arguments(argv), Output())
 
 
 if __name__ == "__main__":

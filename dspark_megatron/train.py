@@ -1,9 +1,12 @@
-"""Train a drafter: `torchrun --nproc-per-node N -m dspark_megatron.train --config FILE ...`."""
+"""Train a drafter: `torchrun --nproc-per-node N -m dspark_megatron.train --config FILE ...`.
+
+The older name of `dspark train`, for ranks that are started already.
+"""
 
 import argparse
 
-from dspark_megatron.run.ranks.launcher import end_with_launcher
-from dspark_megatron.training.stop_requests import stop_requests
+from dspark_megatron.cli.output import Output
+from dspark_megatron.cli.train.train import rank
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -19,18 +22,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The imports within are slow, and no signal may be lost meanwhile; those of the work need the
-    CPU support that `launch` installs."""
-    arguments = parse_arguments(argv)
-    end_with_launcher()
-    with stop_requests() as stop:
-        from dspark_megatron.run.ranks.runtime import launch
-
-        with launch() as job:
-            from dspark_megatron.planning.dry_run import describe_run
-            from dspark_megatron.training.command import run
-
-            run(job, arguments, stop, describe_run)
+    """Ends well also where it was stopped before its first step: a launcher of ranks takes any
+    other code for a failure."""
+    rank(parse_arguments(argv), Output())
 
 
 if __name__ == "__main__":

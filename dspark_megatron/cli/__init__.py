@@ -1,1 +1,2 @@
-"""The `dspark` command: doors to everything that a user does. Nothing else imports this package."""
+"""The `dspark` command: doors to everything that a user does. Only the older names of its commands
+import this package."""

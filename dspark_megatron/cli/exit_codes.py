@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 
+from dspark_megatron.errors import BAD_INPUT, FAILED, INTERRUPTED
+
 DONE = 0
 NOT_SOUND = 1
-BAD_INPUT = 2
-FAILED = 3
-INTERRUPTED = 130
 
 
 @dataclass(frozen=True)

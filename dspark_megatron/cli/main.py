@@ -1,7 +1,8 @@
 """The way from `dspark COMMAND` to the module of the command.
 
 A module of a command has `EXAMPLES`, `add_arguments(parser)` and `run(args, output)`, which returns
-an exit code or nothing. What it imports at its top must be light, since `--help` shall be at once.
+an exit code or nothing; `args.words` are the command and its arguments as they were given. What it
+imports at its top must be light, since `--help` shall be at once.
 """
 
 import argparse
@@ -30,8 +31,14 @@ GROUPS: dict[str, tuple[Command, ...]] = {
     "prepare": (
         Command("plan", "prepare.plan", "write the run that a target needs on given GPUs"),
         Command("doctor", "prepare.doctor", "see whether a machine has what training needs"),
+        Command("cache", "prepare.cache", "store the target's states of a run's data on disk"),
     ),
-    "train": (),
+    "train": (
+        Command("train", "train.train", "train a drafter, or continue a run that was stopped"),
+        Command(
+            "evaluate", "train.evaluate", "measure a drafter by decoding prompts with its target"
+        ),
+    ),
     "deliver": (),
 }
 COMMANDS = {command.name: command for group in GROUPS.values() for command in group}
@@ -68,7 +75,7 @@ def split_command(words: Sequence[str]) -> tuple[str, list[str]]:
 def run_command(name: str, argv: Sequence[str], prog: str | None = None) -> int:
     """Also for the older commands, which keep their names. prog: the name that the help shows."""
     parser = parser_of(name, prog)
-    args = parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(argv, argparse.Namespace(words=[*name.split(), *argv]))
     try:
         code = module_of(name).run(args, Output(json=args.json, quiet=args.quiet))
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""The work of `python -m dspark_megatron.evaluate`."""
+"""The work of `dspark evaluate` on a rank."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -53,14 +53,15 @@ from dspark_megatron.targets.megatron.pipeline import PipelineTarget
 from dspark_megatron.targets.start_checks import check_pieces_agree, check_target_logits
 
 
-def run(job: Launch, arguments: Namespace) -> None:
+def run(job: Launch, arguments: Namespace) -> dict[str, Any]:
     config = load_config(arguments.config, arguments.overrides, trains=False)
     set_time_limit(config.train.timeout_minutes)
     agree_at_launch(job, launch_facts(config, command="evaluate"))
-    evaluate(job, config)
+    return evaluate(job, config)
 
 
-def evaluate(job: Launch, config: Config) -> None:
+def evaluate(job: Launch, config: Config) -> dict[str, Any]:
+    """What was evaluated, how, and the figures by prompt file."""
     config, checkpoint = with_checkpoint(config)
     settings = config.evaluate
     plan = check(config, job.world_size, use="evaluate")
@@ -101,6 +102,7 @@ def evaluate(job: Launch, config: Config) -> None:
         print(printable(table(figures, greedy=settings.temperature == 0)), flush=True)
         print(printable(context_table(figures, settings.context_edges)), flush=True)
         print(printable(f"wrote {output}"), flush=True)
+    return {**facts, "files": figures}
 
 
 def with_checkpoint(config: Config) -> tuple[Config, Path | None]:

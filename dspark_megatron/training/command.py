@@ -1,4 +1,4 @@
-"""The work of `python -m dspark_megatron.train`."""
+"""The work of `dspark train` on a rank."""
 
 from argparse import Namespace
 from collections.abc import Callable
@@ -7,13 +7,14 @@ from dspark_megatron.config import Config
 from dspark_megatron.config.loading import load_config
 from dspark_megatron.errors import printable
 from dspark_megatron.run.check import check
+from dspark_megatron.run.checkpoints.state import RunState
 from dspark_megatron.run.identity import fix_template_day
 from dspark_megatron.run.ranks.agreement import agree_at_launch
 from dspark_megatron.run.ranks.facts import launch_facts
 from dspark_megatron.run.ranks.places import set_time_limit
 from dspark_megatron.run.ranks.runtime import Launch, start
+from dspark_megatron.training.ending.stop_requests import StopRequests
 from dspark_megatron.training.loop import train
-from dspark_megatron.training.stop_requests import StopRequests
 
 
 def run(
@@ -21,8 +22,9 @@ def run(
     arguments: Namespace,
     stop: StopRequests,
     describe_run: Callable[[Config, int], str],
-) -> None:
-    """describe_run: the text of a dry run from a config and the number of ranks."""
+) -> RunState | None:
+    """The state that the run has ended in; None where there was nothing to do. describe_run: the
+    text of a dry run from a config and the number of ranks."""
     config = load_config(arguments.config, arguments.overrides)
     set_time_limit(config.train.timeout_minutes)
     if job.has_rank or not arguments.dry_run:
@@ -31,8 +33,8 @@ def run(
     if arguments.dry_run:
         if job.rank == 0:
             print(printable(describe_run(config, job.world_size)), flush=True)
-        return
+        return None
     plan = check(config, job.world_size, use="train")
     runtime = start(job, config.parallel.tensor_parallel, shards_target=plan.shards_target)
     fix_template_day(plan, job.main_ranks)
-    train(plan, runtime, stop)
+    return train(plan, runtime, stop)

@@ -37,35 +37,34 @@ from dspark_megatron.run.states import check_stored_states, states_source
 from dspark_megatron.storage.checkpoints.meta import FORMAT
 from dspark_megatron.storage.checkpoints.whole import iteration_folder
 from dspark_megatron.targets.stored.target import StoredStates
+from dspark_megatron.training.ending.run_end import RunEnd, check_length, finished_text
+from dspark_megatron.training.ending.stop_requests import StopReason, StopRequests
 from dspark_megatron.training.health.bad_steps import BadSteps
 from dspark_megatron.training.heldout import HeldOut
 from dspark_megatron.training.metrics import MetricSums
 from dspark_megatron.training.padding import describe_padding
 from dspark_megatron.training.reporter import Reporter
-from dspark_megatron.training.resuming import (
-    RunEnd,
-    average_text,
-    checkpoint_to_resume,
-    finished_state,
-    finished_text,
-)
+from dspark_megatron.training.resuming import average_text, checkpoint_to_resume, finished_state
 from dspark_megatron.training.saves import Saves
 from dspark_megatron.training.step import GradientStep
-from dspark_megatron.training.stop_requests import StopReason, StopRequests
 
 
-def train(plan: RunPlan, runtime: Runtime, stop: StopRequests) -> None:
-    """Train until the run's end or until a rank is to stop; every rank calls it."""
+def train(plan: RunPlan, runtime: Runtime, stop: StopRequests) -> RunState | None:
+    """Train until the run's end or until a rank is to stop; every rank calls it. The state it ended
+    in; None where nothing was left to do."""
     agree(target_facts(plan))
     with claimed_output(plan.config, runtime) as output_dir:
-        _train(plan, runtime, stop, output_dir)
+        return _train(plan, runtime, stop, output_dir)
 
 
-def _train(plan: RunPlan, runtime: Runtime, stop: StopRequests, output_dir: Path) -> None:
+def _train(
+    plan: RunPlan, runtime: Runtime, stop: StopRequests, output_dir: Path
+) -> RunState | None:
     at("looking for a checkpoint", longer=True)
     resume_from = checkpoint_to_resume(plan, output_dir / "checkpoints", runtime)
     if finished := finished_state(plan, resume_from, output_dir, runtime):
-        return finish_again(plan, runtime, output_dir, finished)
+        finish_again(plan, runtime, output_dir, finished)
+        return None
     agree(start_facts(plan, resume_from))
     if plan.config.target.is_stored:
         at("checking target.cache", longer=True)
@@ -75,14 +74,16 @@ def _train(plan: RunPlan, runtime: Runtime, stop: StopRequests, output_dir: Path
     at("reading the held-out answers", longer=True)
     heldout = HeldOut.load(plan, runtime)
     dataset = load_train_data(plan, runtime)
+    check_length(plan.config.train, len(dataset))
     if resume_from is not None:
         check_same_run(resume_from, {"data_fingerprint": dataset.fingerprint})
         end, state = RunEnd.of(plan.config.train, len(dataset)), read_state(resume_from)
         if end.is_reached(state):
-            return finish_again(plan, runtime, output_dir, end.describe(state))
+            finish_again(plan, runtime, output_dir, end.describe(state))
+            return None
     trainer = Trainer(plan, runtime, dataset, output_dir, resume_from, draft, heldout)
     with trainer.steps:
-        trainer.run(stop)
+        return trainer.run(stop)
 
 
 def finish_again(plan: RunPlan, runtime: Runtime, output_dir: Path, state: str) -> None:
@@ -154,8 +155,9 @@ class Trainer:
         )
         self.bad_steps = BadSteps(config.train, self.step, self.optimizer, dataset.origins, runtime)
 
-    def run(self, stop: StopRequests) -> None:
-        """Steps until the run's end, saving on the way, at the end and on a stop."""
+    def run(self, stop: StopRequests) -> RunState:
+        """Steps until the run's end, saving on the way, at the end and on a stop. Returns the last
+        state."""
         if self.runtime.is_main and not self.settings.resume:
             self._say(set_aside(self.checkpoints))
         reporter = self.reporter = self._reporter()
@@ -193,6 +195,7 @@ class Trainer:
         if reporter is not None:
             reporter.close()
             self._report_end(reason)
+        return self.state
 
     def _wait_for_checks(self, states: StoredStates) -> None:
         """Until every rank has compared its shards: no run completes on states unchecked. Every ten

@@ -1,75 +1,20 @@
-"""Where a run ends, in what was asked for; which checkpoint it continues from, and whether anything
-is left to do from there: known before data and target are read.
+"""Which checkpoint a run continues from, and whether anything is left to do from there: known
+before data and target are read.
 """
 
-import math
-from dataclasses import dataclass
 from pathlib import Path
 
-from dspark_megatron.config import Config, TrainConfig
+from dspark_megatron.config import Config
 from dspark_megatron.config.loading import load_config
 from dspark_megatron.errors import ConfigError, require
 from dspark_megatron.run.check import RunPlan
-from dspark_megatron.run.checkpoints.state import RunState, check_same_run, read_state
+from dspark_megatron.run.checkpoints.state import check_same_run, read_state
 from dspark_megatron.run.identity import run_identity
 from dspark_megatron.run.ranks.runtime import Runtime, from_main_rank, main_ranks_folder
 from dspark_megatron.storage.checkpoints.tracker import latest_iteration, mend_tracker
 from dspark_megatron.storage.checkpoints.whole import check_whole, iteration_folder
 from dspark_megatron.storage.training_checkpoint import find_checkpoint, read_meta
-
-
-@dataclass(frozen=True)
-class RunEnd:
-    """Stays what it is when the batch size changes on the way."""
-
-    iterations: int | None
-    """Null where samples were asked for."""
-    samples: int | None
-    """Null where iterations were asked for."""
-    global_batch_size: int
-
-    @classmethod
-    def of(cls, train: TrainConfig, num_samples: int) -> "RunEnd":
-        """num_samples: of one epoch."""
-        samples = None
-        if train.epochs is not None:
-            samples = max(1, math.ceil(train.epochs * num_samples))
-        return cls(train.iterations, samples, train.global_batch_size)
-
-    def is_reached(self, state: RunState) -> bool:
-        if self.iterations is not None:
-            return state.iteration >= self.iterations
-        return state.consumed_samples >= (self.samples or 0)
-
-    def last_iteration(self, state: RunState) -> int:
-        """The iteration that a run in this state ends with; its own when it has ended."""
-        if self.iterations is not None:
-            return max(state.iteration, self.iterations)
-        left = max(0, (self.samples or 0) - state.consumed_samples)
-        return state.iteration + math.ceil(left / self.global_batch_size)
-
-    @property
-    def steps(self) -> int:
-        """Of a run that has this batch size from its start to its end."""
-        return self.iterations or math.ceil((self.samples or 0) / self.global_batch_size)
-
-    @property
-    def progress_of_a_step(self) -> int:
-        """In the unit of `progress`."""
-        return 1 if self.iterations is not None else self.global_batch_size
-
-    def progress(self, state: RunState) -> int:
-        """Iterations or samples so far, whichever the end is in. The learning rate goes by it."""
-        return state.iteration if self.iterations is not None else state.consumed_samples
-
-    def describe(self, state: RunState) -> str:
-        """Where a run in this state stands."""
-        if self.iterations is not None:
-            return f"iteration {state.iteration:,} of {self.iterations:,}"
-        samples, consumed = self.samples or 0, state.consumed_samples
-        more = f", {consumed - samples:,} more in the last batch" if consumed > samples else ""
-        done = min(consumed, samples)
-        return f"iteration {state.iteration:,}, {done:,} of {samples:,} samples{more}"
+from dspark_megatron.training.ending.run_end import RunEnd
 
 
 def checkpoint_to_resume(plan: RunPlan, checkpoints: Path, runtime: Runtime) -> Path | None:
@@ -137,12 +82,6 @@ def _has_data_of(output_dir: Path, config: Config) -> bool:
         return load_config(output_dir / "config.yaml").data == config.data
     except ConfigError:
         return False
-
-
-def finished_text(state: str, train: TrainConfig) -> str:
-    """What is said of a run that had reached its end before it was started."""
-    key = "train.iterations" if train.iterations is not None else "train.epochs"
-    return f"nothing is left to do: the run is at {state}; {key} must ask for more to continue it"
 
 
 def average_text(folder: Path, decay: float | None) -> str:

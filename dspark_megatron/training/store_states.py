@@ -1,4 +1,4 @@
-"""The work of tools/prepare_target_cache.py."""
+"""The work of `dspark cache` on a rank."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -25,7 +25,8 @@ from dspark_megatron.targets.stored.safetensors_layout import SafetensorsLayout
 from dspark_megatron.targets.stored.writer import StatesWriter
 
 
-def run(job: Launch, args: Namespace) -> None:
+def run(job: Launch, args: Namespace) -> Path:
+    """Returns the folder of the states."""
     config, output = _checked_config(args)
     set_time_limit(config.train.timeout_minutes)
     own = {name: getattr(args, name) for name in ("output", "dtype", "format", "shard_mib")}
@@ -37,6 +38,7 @@ def run(job: Launch, args: Namespace) -> None:
     agree(target_facts(plan))
     with own_folder(output, "the folder of the states", runtime):
         store_states(plan, runtime, output, args)
+    return output
 
 
 def _checked_config(args: Namespace) -> tuple[Config, Path]:

@@ -21,7 +21,7 @@ from dspark_megatron.config import Config
 from dspark_megatron.config.loading import config_from_dict
 from dspark_megatron.run.ranks.runtime import Launch, Runtime, launch, start
 from dspark_megatron.storage.writing import write_json
-from dspark_megatron.training.stop_requests import StopReason, StopRequests
+from dspark_megatron.training.ending.stop_requests import StopReason, StopRequests
 
 if TYPE_CHECKING:
     from dspark_megatron.evaluation.decoding import Decoder

@@ -35,7 +35,7 @@ def allocated(runtime, config):
     """Bytes of this rank: target, frozen replicas, draft weights, gradient buckets, optimizer."""
     from dspark_megatron.run import states as states_source
     from dspark_megatron.training import loop
-    from dspark_megatron.training.stop_requests import StopRequests
+    from dspark_megatron.training.ending.stop_requests import StopRequests
     from support.target_states import elements
 
     kept = []

@@ -29,9 +29,10 @@ ABOVE = {
     # It runs the step of training, on no device.
     "planning": {"run", "evaluation", "training"},
     "megatron_lm": {"run", "evaluation", "training"},
-    "train": {"run", "training", "planning"},
-    "evaluate": {"run", "evaluation"},
-    "cli": {"run", "evaluation", "training", "planning", "train", "evaluate"},
+    "cli": {"run", "evaluation", "training", "planning"},
+    # Other names of its commands.
+    "train": {"cli"},
+    "evaluate": {"cli"},
     "__main__": {"cli"},
 }
 MAY_IMPORT = BELOW | {room: set(BELOW) | more for room, more in ABOVE.items()}

@@ -9,7 +9,7 @@ from argparse import Namespace
 import pytest
 import yaml
 
-from dspark_megatron.errors import ConfigError
+from dspark_megatron.errors import FAILED, ConfigError
 from dspark_megatron.run.ranks.job import Launch
 from dspark_megatron.training.command import run
 from support.paths import ROOT
@@ -109,7 +109,7 @@ def test_a_rank_that_does_not_come_is_named_by_those_that_wait(tmp_path, how):
         for rank in ranks:
             rank.kill()
             rank.wait()
-    assert ranks[0].returncode == 1, text
+    assert ranks[0].returncode == FAILED, text
     (line,) = (line for line in text.splitlines() if line.startswith("error: "))
     assert "ranks waited" in line and "for each other (train.timeout_minutes): rank 1 (" in line
     silent = "gives no sign of life; it was last heard of at step 3"

@@ -20,8 +20,8 @@ CURVE = ("loss", "ce_loss", "l1_loss", "confidence_loss", "tau", "grad_norm", "l
 def run_training(runtime, config, minutes_ago=(), stopped=()):
     """minutes_ago: when each rank was launched; stopped: ranks that have had a signal since."""
     from dspark_megatron.run.check import check
+    from dspark_megatron.training.ending.stop_requests import stop_requests
     from dspark_megatron.training.loop import train
-    from dspark_megatron.training.stop_requests import stop_requests
 
     plan = check(config, runtime.world_size, use="train")
     with stop_requests() as stop:

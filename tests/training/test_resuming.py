@@ -12,7 +12,7 @@ from dspark_megatron.config import TrainConfig
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.run.checkpoints.state import RunState
 from dspark_megatron.storage.training_checkpoint import CheckpointReader, find_checkpoint
-from dspark_megatron.training.resuming import RunEnd
+from dspark_megatron.training.ending.run_end import RunEnd
 from support.tiny_target import tiny_config
 from support.training_runs import curve, latest, run_training, run_until_stopped, status
 

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-from dspark_megatron.errors import printable
+from dspark_megatron.errors import FAILED, printable
 
 _last_calls: list[Callable[[], None]] = []
 
@@ -24,8 +24,8 @@ def at_end(call: Callable[[], None]) -> Iterator[None]:
         call()
 
 
-def end_process(message: str = "") -> None:
-    """End with code 1, whatever the other threads do."""
+def end_process(message: str = "", code: int = FAILED) -> None:
+    """End with this exit code, whatever the other threads do."""
     if message:
         say(message)
     for call in reversed(_last_calls):
@@ -34,7 +34,7 @@ def end_process(message: str = "") -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
-    os._exit(1)
+    os._exit(code)
 
 
 def say(message: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.errors import BAD_INPUT, INTERRUPTED, ConfigError, require
 from dspark_megatron.mcore.prepare import prepare_megatron
 from dspark_megatron.run.ranks.ending import end_process
 from dspark_megatron.run.ranks.job import Launch
@@ -62,14 +62,16 @@ def launch() -> Iterator[Launch]:
     try:
         job = Launch.from_environment()
     except ConfigError as error:
-        end_process(f"error: {error}")
+        end_process(f"error: {error}", BAD_INPUT)
         raise
     watch = Watch(job)
     watch.start()
     try:
         yield job
     except ConfigError as error:
-        fail(job, f"error: {error}{job.whose()}", job.store)
+        fail(job, f"error: {error}{job.whose()}", job.store, BAD_INPUT)
+    except KeyboardInterrupt:  # whoever has sent the signal says so
+        fail(job, "", job.store, INTERRUPTED)
     except BaseException as error:
         if isinstance(error, SystemExit) and not error.code:
             raise

@@ -11,6 +11,7 @@ import time
 
 import torch.distributed as dist
 
+from dspark_megatron.errors import FAILED
 from dspark_megatron.run.ranks.absent import Sign, absence, goes_on, silent
 from dspark_megatron.run.ranks.ending import end_process, say, tell_torchrun
 from dspark_megatron.run.ranks.job import Launch
@@ -125,20 +126,22 @@ def lost_ranks(job: Launch) -> str:
     )
 
 
-def fail(job: Launch, message: str, store: dist.Store) -> None:
-    """Publish the message if no rank was faster, print it once, end this process with code 1."""
+def fail(job: Launch, message: str, store: dist.Store, code: int = FAILED) -> None:
+    """Publish message and exit code if no rank was faster, print the message once, end this process
+    with that code."""
     # A collective that broke because its peer failed must not hide the peer's own message.
     with contextlib.suppress(Exception):
-        mine = f"{job.rank}\n{job.node}\n{message}"
+        mine = f"{job.rank}\n{job.node}\n{code}\n{message}"
         if store.compare_set(_FAILURE_KEY, "", mine).decode() != mine:
             end_after_another(job, store)
     tell_torchrun(job.rank)
-    end_process(message)
+    end_process(message, code)
 
 
 def end_after_another(job: Launch, store: dist.Store) -> None:
-    """End since another rank has failed. One rank of each other node says what that one said."""
-    rank, node, message = store.get(_FAILURE_KEY).decode().split("\n", 2)
-    if node != job.node and job.local_rank == 0:
+    """End as another rank has, with its exit code. One rank of each other node says what that one
+    said."""
+    rank, node, code, message = store.get(_FAILURE_KEY).decode().split("\n", 3)
+    if message and node != job.node and job.local_rank == 0:
         say(f"rank {rank} on another node has ended the run:\n{message}")
-    end_process()
+    end_process(code=int(code))
