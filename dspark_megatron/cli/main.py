@@ -28,7 +28,9 @@ GROUPS: dict[str, tuple[Command, ...]] = {
     "prepare": (
         Command("plan", "prepare.plan", "write the run that a target needs on given GPUs"),
     ),
-    "train": (),
+    "train": (
+        Command("report", "train.report", "curves, acceptance and calibration of runs on one page"),
+    ),
     "deliver": (),
 }
 COMMANDS = {command.name: command for group in GROUPS.values() for command in group}

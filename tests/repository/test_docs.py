@@ -139,7 +139,7 @@ def commands(page: Path) -> list[list[str]]:
     found = []
     for line in lines:
         line = re.sub(r"(^|\s)#.*", "", line).strip()
-        if re.match(r"(\w+=\S+ )*(python|torchrun|make|\S+\.sh|sbatch) ", line):
+        if re.match(r"(\w+=\S+ )*(python|torchrun|make|dspark|\S+\.sh|sbatch) ", line):
             words = shlex.split(re.sub(r"(?<!=)\[|\](?= |$)", " ", line))
             found.append([word for word in words if "=" not in word])
     return found
@@ -176,6 +176,8 @@ def test_commands_have_these_options(page):
     for words in ALL[page]:
         if words[0] in ("python", "torchrun"):
             check_program(without_launcher(words))
+        elif words[0] == "dspark":
+            check_program(["dspark_megatron", *words[1:]])
         elif words[0] == "make":
             assert re.search(rf"(?m)^{words[1]}:", text_of(ROOT / "Makefile")), words
         else:
@@ -189,7 +191,8 @@ def check_program(words: list[str]) -> None:
         return
     words = words[1:] if words[0] == "-m" else words
     options = {word for word in words if word.startswith("--")}
-    command = words[:2] if words[0].endswith("convert_checkpoint.py") else words[:1]
+    several = words[0].endswith(("convert_checkpoint.py", "dspark_megatron"))
+    command = words[:2] if several else words[:1]
     known = set(re.findall(r"(?<![\w-])--[\w-]+", help_of(*command)))
     assert known, f"{command} says nothing of itself"
     assert not options - known, f"{command} has no {options - known}"
