@@ -133,7 +133,7 @@ def svg(figure: Figure, name: str) -> str:
     body = re.sub(r'<g id="[^"]*"', "<g", body)  # nothing refers to them, and each picture has them
     body = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", body)
     body = body.replace("xlink:href", "href")
-    body = re.sub(r"#[0-9a-f]{6}\b", lambda found: themed(found[0]), body)
+    body = re.sub(r"(?<=: )#[0-9a-f]{6}\b", lambda found: themed(found[0]), body)
     width, height = (72 * inches for inches in figure.get_size_inches())
     return (
         f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{_escaped(name)}">{body}'

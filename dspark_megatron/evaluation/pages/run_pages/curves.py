@@ -74,7 +74,7 @@ class Steps:
     def curve(self, rows: Sequence[Row], key: str, slot: int | None = None) -> "Curve":
         """Of the rows that have a number there; few enough points to be drawn."""
         points = [(row.get(self.key), _value(row, key, slot)) for row in rows]
-        known = [(x, y) for x, y in points if _is_number(x) and _is_number(y)]
+        known = [(x, y) for x, y in points if is_number(x) and is_number(y)]
         size = math.ceil(len(known) / MOST_POINTS) or 1
         parts = [known[i : i + size] for i in range(0, len(known), size)]
         means = [[sum(column) / len(part) for column in zip(*part, strict=True)] for part in parts]
@@ -93,10 +93,10 @@ def _value(row: Row, key: str, slot: int | None) -> Any:
 
 
 def _ratio(a: Any, b: Any) -> float | None:
-    return a / b if _is_number(a) and b else None
+    return a / b if is_number(a) and b else None
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
@@ -114,7 +114,7 @@ def _other_panels(rows: Sequence[Sequence[Row]], panels: Sequence[Panel]) -> lis
     for of_run in rows:
         for row, first in ((row, of_run[0]) for row in of_run):
             for key in row.keys() - known:
-                if _is_number(row[key]) and not key.startswith(NOT_DRAWN):
+                if is_number(row[key]) and not key.startswith(NOT_DRAWN):
                     found[key] = found.get(key, False) or row[key] != first.get(key)
     return [Panel(key, key.replace("_", " ")) for key in sorted(found) if found[key]]
 

@@ -21,7 +21,7 @@ from dspark_megatron.evaluation.pages.drawing import (
 )
 from dspark_megatron.evaluation.pages.plots import mean_ece, reliability_line, slot_line
 from dspark_megatron.evaluation.pages.run_pages.comparison import decoded
-from dspark_megatron.evaluation.pages.run_pages.curves import SIZE, Picture
+from dspark_megatron.evaluation.pages.run_pages.curves import SIZE, Picture, is_number
 from dspark_megatron.evaluation.pages.run_pages.run_files import RunFiles
 
 BY_SLOT = {
@@ -30,22 +30,26 @@ BY_SLOT = {
 }
 _APART = 0.06
 """Slots between the intervals of two runs."""
+MOST_WITH_INTERVALS = 4
+"""Runs; with more of them the bars would hide the lines."""
 
 
 def slot_pictures(runs: Sequence[RunFiles]) -> list[Picture]:
     """Decoded acceptance by slot, dotted for the untrained draft."""
     pictures = []
+    crowded = len(runs) > MOST_WITH_INTERVALS
     for key, caption in BY_SLOT.items():
         figure, axes = _panel()
         for order, run in enumerate(runs):
-            offset = _APART * (order - (len(runs) - 1) / 2)
+            offset = 0 if crowded else _APART * (order - (len(runs) - 1) / 2)
             look = series_style(order)
             for evaluation, line in (
                 (run.untrained, {"linestyle": ":", "alpha": 0.6}),
                 (run.evaluation, {}),
             ):
                 if evaluation is not None:
-                    slot_line(axes, decoded(evaluation), key, offset, **look | line)
+                    bars = {"confidence_intervals": None} if crowded else {}
+                    slot_line(axes, decoded(evaluation) | bars, key, offset, **look | line)
         if axes.containers:
             pictures.append(_by_slot(figure, axes, caption))
     return pictures
@@ -56,8 +60,9 @@ def last_rates(runs: Sequence[RunFiles]) -> list[Picture]:
     figure, axes = _panel()
     for order, run in enumerate(runs):
         rates = run.metrics[-1].get("accept_rate") if run.metrics else None
-        if isinstance(rates, list):
-            axes.plot(gaps(rates), marker="o", markersize=3, linewidth=1.2, **series_style(order))
+        if isinstance(rates, list) and any(map(is_number, rates)):
+            known = [rate if is_number(rate) else None for rate in rates]
+            axes.plot(gaps(known), marker="o", markersize=3, linewidth=1.2, **series_style(order))
     return [_by_slot(figure, axes, "accept rate at the end of training")] if axes.lines else []
 
 
@@ -70,8 +75,8 @@ def _by_slot(figure: Figure, axes: Axes, caption: str) -> Picture:
 
 def before_and_after(runs: Sequence[RunFiles]) -> list[Picture]:
     """Decoded tau of each run, untrained and trained, with its confidence interval."""
-    figure, axes = _panel()
-    shown = []
+    figure = new_figure(SIZE[0], max(SIZE[1], 0.35 * len(runs)))
+    axes, shown = figure.subplots(), []
     for order, run in enumerate(runs):
         before, after = (decoded(e).get("tau") for e in (run.untrained, run.evaluation))
         if before is None or after is None:

@@ -101,7 +101,7 @@ def _read_rows(run: RunFiles) -> None:
 def _rows(run: RunFiles, name: str) -> list[Row]:
     """The rows of a file that may not be there; lines that are none are counted and said."""
     rows, damaged, path = [], [], run.path(name)
-    if not path.exists():
+    if not path.is_file():
         return []
     try:
         with path.open(encoding="utf-8", errors="replace") as file:

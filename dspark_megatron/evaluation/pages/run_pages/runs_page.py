@@ -19,6 +19,7 @@ from dspark_megatron.evaluation.pages.run_pages.curves import (
     curves,
 )
 from dspark_megatron.evaluation.pages.run_pages.outcomes import (
+    MOST_WITH_INTERVALS,
     before_and_after,
     calibration_pictures,
     last_rates,
@@ -49,6 +50,7 @@ def runs_page(runs: Sequence[RunFiles]) -> str:
         training=[*acceptance_curves(runs, steps), *curves(runs, PANELS, steps)],
         thinned=any(len(run.metrics) > MOST_POINTS for run in runs),
         most_points=MOST_POINTS,
+        with_intervals=len(runs) <= MOST_WITH_INTERVALS,
         outcomes=[*before_and_after(runs), *slot_pictures(runs), *last_rates(runs)],
         calibration=calibration_pictures(runs),
         runs=[{"name": run.name, "notes": run.notes, "part": _part(run)} for run in runs],
