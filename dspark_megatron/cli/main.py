@@ -38,6 +38,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command(
             "evaluate", "train.evaluate", "measure a drafter by decoding prompts with its target"
         ),
+        Command("report", "train.report", "curves, acceptance and calibration of runs on one page"),
     ),
     "deliver": (),
 }

@@ -60,15 +60,7 @@ def calibrate_and_report(folder: Path) -> None:
         "--output",
         str(folder),
     )
-    run(
-        "python",
-        "tools/evaluation_report.py",
-        str(folder / "evaluation.json"),
-        "--calibration",
-        str(folder / "calibration.json"),
-        "--output",
-        str(folder / "report.html"),
-    )
+    run("python", "-m", "dspark_megatron", "report", str(folder))
 
 
 def closing_table(results: dict[str, dict], seconds: dict[str, float], folder: Path) -> str:

@@ -203,7 +203,7 @@ def check_program(words: list[str]) -> None:
         return
     words = words[1:] if words[0] == "-m" else words
     options = {word for word in words if word.startswith("--")}
-    has_commands = words[0].endswith(("convert_checkpoint.py", "cli.main"))
+    has_commands = words[0].endswith(("convert_checkpoint.py", "dspark_megatron", "cli.main"))
     command = words[:2] if has_commands else words[:1]
     known = set(re.findall(r"(?<![\w-])--[\w-]+", help_of(*command)))
     assert known, f"{command} says nothing of itself"

@@ -5,6 +5,12 @@ from dspark_megatron.config.objective.loss import LossConfig
 
 def objective_words(loss: LossConfig, *, with_confidence_head: bool) -> str:
     """Terms, what slots weigh in them, the confidence head's loss, and the divisor."""
+    terms = terms_words(loss, with_confidence_head=with_confidence_head)
+    return f"{terms}; normalization: {loss.normalization}; {_slots(loss)}"
+
+
+def terms_words(loss: LossConfig, *, with_confidence_head: bool) -> str:
+    """Terms, what slots weigh in them, and the confidence head's loss."""
     weights = {name: weight for name, weight in loss.terms.by_name.items() if weight > 0}
     terms = " + ".join(f"{weight:g} {name}" for name, weight in weights.items())
     parts = [f"({terms}) by {_weighting(loss)}"] if terms else []
@@ -12,7 +18,7 @@ def objective_words(loss: LossConfig, *, with_confidence_head: bool) -> str:
         by = "reach" if loss.confidence_weights == "reach" else _decay(loss)
         whom = ", of its head alone," if loss.confidence_stop_gradient else ""
         parts.append(f"{loss.confidence_head_alpha:g} confidence{whom} by {by}")
-    return f"{' + '.join(parts)}; normalization: {loss.normalization}; {_slots(loss)}"
+    return " + ".join(parts)
 
 
 def _weighting(loss: LossConfig) -> str:

@@ -1,21 +1,26 @@
-"""Pictures of an evaluation as Matplotlib figures, from the figures in its JSON files.
-
-Figures are drawn by their own Agg canvas: pyplot and the backend of the process are not touched.
-"""
+"""Pictures of an evaluation as Matplotlib figures, from the figures in its JSON files."""
 
 import io
 from collections.abc import Sequence
 from typing import Any
 
-from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-INK, FAINT = "#333333", "#cccccc"
-BLUE, ORANGE, GREEN = "#1f6fb4", "#d9822b", "#3a8a4d"
-COLORS = (BLUE, ORANGE, GREEN, "#8250a0", "#b03a48", "#5b6670", "#a08a1f", "#2a9d9d")
+from dspark_megatron.evaluation.pages.drawing import (
+    BLUE,
+    FAINT,
+    INK,
+    gaps,
+    legend,
+    new_figure,
+    plain,
+    ramp,
+    series_style,
+    style,
+)
+
 FEW = 20
 """Bins with fewer rounds are drawn faint."""
 
@@ -29,37 +34,37 @@ def png(figure: Figure) -> bytes:
 def reliability_diagram(survival: dict[str, Any]) -> Figure:
     """Predicted against observed survival by slot, before and after calibration, and how many
     predictions each bin has. survival: that of `calibrate`."""
-    figure = _figure(8.4, 5.2)
+    figure = new_figure(8.4, 5.2)
     panels = figure.subplots(
         2, 2, sharex=True, sharey="row", gridspec_kw={"height_ratios": [3.2, 1]}
     )
     for (upper, lower), when in zip(panels.T, ("before", "after"), strict=True):
         figures = survival[when]
-        colors = _ramp(len(figures["ece"]))
+        colors = ramp(len(figures["ece"]))
         upper.plot([0, 1], [0, 1], color=FAINT, linewidth=1, zorder=1)
         for slot, color in enumerate(colors):
-            _reliability_line(upper, figures, slot, color)
-        known = [x for x in figures["ece"] if x is not None]
-        error = f"ECE {100 * sum(known) / len(known):.1f}% (mean of slots)" if known else ""
-        _style(upper, title=f"{when} calibration: {error}", limits=(0, 1))
+            reliability_line(upper, figures, slot, color)
+        mean = mean_ece(figures)
+        error = "" if mean is None else f"ECE {100 * mean:.1f}% (mean of slots)"
+        style(upper, title=f"{when} calibration: {error}", limits=(0, 1))
         _counts(lower, figures["bin_count"], colors)
-        _style(lower, xlabel="predicted survival", title="")
+        style(lower, xlabel="predicted survival", title="")
     panels[0, 0].set_ylabel("observed survival")
     panels[1, 0].set_ylabel("predictions")
-    _legend(panels[0, 1], "slot")
+    legend(panels[0, 1], "slot")
     return figure
 
 
 def threshold_plot(sweep: dict[str, Any]) -> Figure:
     """Acceptance, tau and draft tokens by confidence threshold, before and after calibration.
     sweep: that of `calibrate`."""
-    figure = _figure(8.4, 3.0)
+    figure = new_figure(8.4, 3.0)
     shares, lengths, tokens = figure.subplots(1, 3)
-    for when, style in (("before", ":"), ("after", "-")):
+    for when, line in (("before", ":"), ("after", "-")):
         figures = sweep[when]
         x, label = figures["threshold"], f"{when} calibration"
-        shares.plot(x, _gaps(figures["acceptance"]), style, color=BLUE, label=label)
-        lengths.plot(x, figures["tau"], style, color=BLUE)
+        shares.plot(x, gaps(figures["acceptance"]), line, color=BLUE, label=label)
+        lengths.plot(x, figures["tau"], line, color=BLUE)
     after = sweep["after"]
     accepted, rejected = after["accepted_tokens"], after["rejected_tokens"]
     tokens.stackplot(
@@ -69,21 +74,21 @@ def threshold_plot(sweep: dict[str, Any]) -> Figure:
         colors=[BLUE, FAINT],
         labels=["accepted", "rejected"],
     )
-    _style(shares, title="acceptance of verified tokens", xlabel="threshold")
-    _style(lengths, title="tau", xlabel="threshold")
-    _style(tokens, title="draft tokens, after calibration", xlabel="threshold")
+    style(shares, title="acceptance of verified tokens", xlabel="threshold")
+    style(lengths, title="tau", xlabel="threshold")
+    style(tokens, title="draft tokens, after calibration", xlabel="threshold")
     for axes, low in ((shares, 0), (lengths, 1), (tokens, 0)):
         axes.set_xlim(0, 1)
         axes.set_ylim(bottom=low)
     for axes in (shares, tokens):
-        _legend(axes)
+        legend(axes)
     return figure
 
 
 def slot_plot(files: dict[str, dict[str, Any]]) -> Figure:
     """Acceptance and survival by slot, a line for each prompt file, with confidence intervals where
     the evaluation has them. files: figures by name, as in `evaluation.json`."""
-    figure = _figure(8.4, 3.2)
+    figure = new_figure(8.4, 3.2)
     titles = {
         "accept_rate": "accepted, of those reached",
         "prefix_survival": "survived with all slots before",
@@ -93,8 +98,8 @@ def slot_plot(files: dict[str, dict[str, Any]]) -> Figure:
     for axes, (name, title) in zip(panels, titles.items(), strict=True):
         for i, (file, figures) in enumerate(files.items()):
             offset = step * (i - (len(files) - 1) / 2)
-            _slot_line(axes, figures, name, offset, label=file, order=i)
-        _style(axes, title=title, xlabel="slot")
+            slot_line(axes, figures, name, offset, label=file, **series_style(i))
+        style(axes, title=title, xlabel="slot")
         axes.set_ylim(0, 1.02)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     lines, names = panels[0].get_legend_handles_labels()
@@ -104,7 +109,13 @@ def slot_plot(files: dict[str, dict[str, Any]]) -> Figure:
     return figure
 
 
-def _reliability_line(axes: Axes, figures: dict[str, Any], slot: int, color: Any) -> None:
+def mean_ece(survival: dict[str, Any]) -> float | None:
+    """Calibration error over all slots of which it is known. survival: before or after."""
+    known = [x for x in survival["ece"] if x is not None]
+    return sum(known) / len(known) if known else None
+
+
+def reliability_line(axes: Axes, figures: dict[str, Any], slot: int, color: Any) -> None:
     counts, x, y = (figures[name][slot] for name in ("bin_count", "bin_predicted", "bin_observed"))
     enough = [i for i, count in enumerate(counts) if count >= FEW]
     few = [i for i, count in enumerate(counts) if 0 < count < FEW]
@@ -120,30 +131,22 @@ def _reliability_line(axes: Axes, figures: dict[str, Any], slot: int, color: Any
     )
 
 
-def _slot_line(
-    axes: Axes, figures: dict[str, Any], name: str, offset: float, *, label: str, order: int
+def slot_line(
+    axes: Axes, figures: dict[str, Any], name: str, offset: float, *, label: str = "", **line: Any
 ) -> None:
-    """offset: of the slots, so that the intervals of several files stay apart."""
-    values = _gaps(figures[name])
+    """offset: of the slots, so that the intervals of several files stay apart. line: its looks."""
+    values = gaps(figures[name])
     axes.errorbar(
         [slot + offset for slot in range(len(values))],
         values,
         yerr=_errors(values, (figures.get("confidence_intervals") or {}).get(name)),
-        label=_plain(label),
-        color=COLORS[order % len(COLORS)],
-        linestyle="-" if order < len(COLORS) else "--",
+        label=plain(label),
         marker="o",
         markersize=3,
         linewidth=1.2,
         elinewidth=0.8,
         capsize=2,
-    )
-
-
-def _plain(label: str) -> str:
-    """A file's name, which is no formula, and which Matplotlib would leave out behind a "_"."""
-    return (
-        f"\u200b{label}".replace("$", r"\$") if label.startswith("_") else label.replace("$", r"\$")
+        **line,
     )
 
 
@@ -155,42 +158,6 @@ def _counts(axes: Axes, counts: Sequence[Sequence[int]], colors: Sequence[Any]) 
     for slot_counts, color in zip(counts, colors, strict=True):
         axes.bar(edges, slot_counts, 1 / bins, bottom, align="edge", color=color)
         bottom = [a + b for a, b in zip(bottom, slot_counts, strict=True)]
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _style(
-    axes: Axes, *, title: str, xlabel: str = "", limits: tuple[float, float] | None = None
-) -> None:
-    axes.set_title(title, fontsize=9, color=INK, loc="left")
-    axes.set_xlabel(xlabel, fontsize=8, color=INK)
-    axes.yaxis.label.set(fontsize=8, color=INK)
-    axes.tick_params(labelsize=8, color=FAINT, labelcolor=INK)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.grid(axis="y", color="#eeeeee", linewidth=0.8)
-    axes.set_axisbelow(True)
-    if limits:
-        axes.set(xlim=limits, ylim=limits)
-
-
-def _legend(axes: Axes, title: str | None = None) -> None:
-    axes.legend(
-        title=title, fontsize=7, title_fontsize=7, frameon=False, labelcolor=INK, loc="best"
-    )
-
-
-def _ramp(count: int) -> list[Any]:
-    """Colours from the first slot, dark, to the last, light."""
-    return [colormaps["viridis"](0.9 * i / max(count - 1, 1)) for i in range(count)]
-
-
-def _gaps(values: Sequence[float | None]) -> list[float]:
-    return [float("nan") if value is None else value for value in values]
 
 
 def _errors(

@@ -1,21 +1,14 @@
 """An evaluation on one self-contained HTML page, from its JSON files alone. Its text is in
-`report.html.jinja`, which escapes whatever comes from outside; here are its tables."""
+`parts.jinja`; here are its tables and pictures."""
 
-import base64
 from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from matplotlib.figure import Figure
-
 from dspark_megatron.evaluation.draft_records import drafted_tokens
-from dspark_megatron.evaluation.pages.plots import (
-    png,
-    reliability_diagram,
-    slot_plot,
-    threshold_plot,
-)
+from dspark_megatron.evaluation.pages.drawing import svg
+from dspark_megatron.evaluation.pages.plots import reliability_diagram, slot_plot, threshold_plot
+from dspark_megatron.evaluation.pages.template import render, shown
 from dspark_megatron.evaluation.serving.serving_plot import serving_plot
 
 FACTS = (
@@ -47,26 +40,39 @@ def report_page(
     simulation: list[dict[str, Any]] | None = None,
 ) -> str:
     """The page's HTML. Arguments: what `report_inputs` reads."""
+    return render(
+        "report.html.jinja",
+        title=f"Evaluation of the draft of iteration {shown(evaluation.get('iteration'))}",
+        part=evaluation_part(evaluation, calibration, simulation),
+    )
+
+
+def evaluation_part(
+    evaluation: dict[str, Any],
+    calibration: dict[str, Any] | None,
+    simulation: list[dict[str, Any]] | None,
+    *,
+    run: str = "",
+) -> dict[str, Any]:
+    """What the macro `evaluation` of `parts.jinja` shows. run: the name of the run whose page it is
+    on, which draws reliability, and slots over all prompts, itself."""
     files = _short_names(evaluation["files"])
     facts = {"weights": "trained", **evaluation, "num_draft_tokens": drafted_tokens(evaluation)}
-    templates = Environment(
-        loader=PackageLoader("dspark_megatron.evaluation", "pages"),
-        autoescape=True,
-        trim_blocks=True,
-        undefined=StrictUndefined,
-    )
-    templates.filters |= {"shown": _shown, "base64": _base64}
-    return templates.get_template("report.html.jinja").render(
-        title=f"Evaluation of the draft of iteration {_shown(evaluation.get('iteration'))}",
-        facts=[[key.replace("_", " "), facts.get(key)] for key in FACTS],
-        by_file=_by_file(files),
-        with_intervals=any(map(_intervals, files.values())),
-        slot_plot=slot_plot(files),
-        accept_rate=_by_slot(files, "accept_rate"),
-        prefix_survival=_by_slot(files, "prefix_survival"),
-        calibration=calibration and _calibration(calibration),
-        simulation=simulation and _simulation(simulation),
-    )
+    slots = not run or len(files) > 1
+    return {
+        "facts": [[key.replace("_", " "), facts.get(key)] for key in FACTS],
+        "by_file": _by_file(files),
+        "with_intervals": any(map(_intervals, files.values())),
+        "slot_plot": svg(slot_plot(files), _of("acceptance by slot", run)) if slots else "",
+        "accept_rate": _by_slot(files, "accept_rate"),
+        "prefix_survival": _by_slot(files, "prefix_survival"),
+        "calibration": calibration and _calibration(calibration, run),
+        "simulation": simulation and _simulation(simulation, run),
+    }
+
+
+def _of(picture: str, run: str) -> str:
+    return f"{picture} of {run}" if run else picture
 
 
 def _by_file(files: dict[str, dict[str, Any]]) -> Table:
@@ -89,7 +95,7 @@ def _by_slot(files: dict[str, dict[str, Any]], key: str) -> Table:
     return ["slot", *range(max(map(len, rows)) - 1)], rows
 
 
-def _calibration(calibration: dict[str, Any]) -> dict[str, Any]:
+def _calibration(calibration: dict[str, Any], run: str) -> dict[str, Any]:
     before, after = (calibration["survival"][when] for when in ("before", "after"))
     columns = {
         "temperature": calibration["temperatures"],
@@ -103,12 +109,13 @@ def _calibration(calibration: dict[str, Any]) -> dict[str, Any]:
     }
     by_slot = [[slot, *row] for slot, row in enumerate(zip(*columns.values(), strict=True))]
     sweep = calibration["threshold_sweep"]
+    drawn = "" if run else svg(reliability_diagram(calibration["survival"]), "reliability")
     thresholds = zip(*sweep["after"].values(), strict=True)
     return {
         **calibration,
-        "reliability_diagram": reliability_diagram(calibration["survival"]),
+        "reliability_diagram": drawn,
         "by_slot": (["slot", *columns], by_slot),
-        "threshold_plot": threshold_plot(sweep),
+        "threshold_plot": svg(threshold_plot(sweep), _of("confidence threshold", run)),
         "by_threshold": (
             [name.replace("_", " ") for name in sweep["after"]],
             [[f"{row[0]:g}", *row[1:]] for row in thresholds],
@@ -116,9 +123,11 @@ def _calibration(calibration: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _simulation(figures: list[dict[str, Any]]) -> dict[str, Any]:
+def _simulation(figures: list[dict[str, Any]], run: str) -> dict[str, Any]:
     levels = sorted({row["requests"] for row in figures})
-    tables: dict[str, Any] = {"serving_plot": serving_plot(figures)}
+    tables: dict[str, Any] = {
+        "serving_plot": svg(serving_plot(figures), _of("serving simulation", run))
+    }
     for key in ("tokens_per_second", "verified"):
         by_policy: dict[str, dict[int, float]] = {}
         for row in figures:
@@ -141,18 +150,5 @@ def _intervals(figures: dict[str, Any]) -> dict[str, Any]:
 
 def _with_interval(value: float | None, pair: Sequence[float | None] | None) -> str:
     if not pair or None in pair:
-        return _shown(value)
-    return f"{_shown(value)}\n{_shown(pair[0])}–{_shown(pair[1])}"
-
-
-def _shown(value: Any) -> str:
-    """A value as text, with the digits that are worth reading."""
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
-    return str(value)
-
-
-def _base64(figure: Figure) -> str:
-    return base64.b64encode(png(figure)).decode()
+        return shown(value)
+    return f"{shown(value)}\n{shown(pair[0])}–{shown(pair[1])}"
