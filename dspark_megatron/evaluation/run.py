@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from dspark_megatron.config import EvaluateConfig
 from dspark_megatron.data.prompts.chat_prompts import Prompt
@@ -16,6 +15,7 @@ from dspark_megatron.evaluation.draft_records import DraftRecords
 from dspark_megatron.evaluation.estimate import EstimateSettings, answer_sample, estimate_acceptance
 from dspark_megatron.evaluation.figures import acceptance, comparison
 from dspark_megatron.evaluation.generation import Decoded, Generation
+from dspark_megatron.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,7 @@ def evaluate_prompts(
         mine = range(dp_group.rank(), len(prompts), dp_group.size())
         ids, seeds = [prompts[i].input_ids for i in mine], [config.seed + i for i in mine]
         passes = 2 if config.compare_plain else 1
-        with tqdm(
-            total=passes * len(ids), desc=name, unit="prompt", disable=not show_progress
-        ) as bar:
+        with Progress(passes * len(ids), name, "prompts", show=show_progress) as bar:
             shares = [decoder.speculative(ids, seeds, on_answer=bar.update)]
             if config.compare_plain:
                 shares.append(decoder.plain(ids, seeds, on_answer=bar.update))

@@ -3,6 +3,7 @@
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -47,6 +48,9 @@ from dspark_megatron.training.reporter import Reporter
 from dspark_megatron.training.resuming import average_text, checkpoint_to_resume, finished_state
 from dspark_megatron.training.saves import Saves
 from dspark_megatron.training.step import GradientStep
+from dspark_megatron.training.watching.flops import target_flops
+from dspark_megatron.training.watching.lines import end_lines, start_lines
+from dspark_megatron.training.watching.speed import Speed
 
 
 def train(plan: RunPlan, runtime: Runtime, stop: StopRequests) -> RunState | None:
@@ -154,6 +158,10 @@ class Trainer:
             device=runtime.device,
         )
         self.bad_steps = BadSteps(config.train, self.step, self.optimizer, dataset.origins, runtime)
+        self.speed = Speed(self.step.forward_step.parts, runtime.device, runtime.world_size)
+        trained = sum(p.numel() for p in draft.parameters() if p.requires_grad)
+        where = dict(trained=trained, iterations=self.iterations, resume_from=resume_from)
+        self._say("\n".join(start_lines(plan, runtime, dataset, output_dir, **where)))
 
     def run(self, stop: StopRequests) -> RunState:
         """Steps until the run's end, saving on the way, at the end and on a stop. Returns the last
@@ -161,8 +169,9 @@ class Trainer:
         if self.runtime.is_main and not self.settings.resume:
             self._say(set_aside(self.checkpoints))
         reporter = self.reporter = self._reporter()
-        start = self.state.iteration
-        metrics, clock = self._open_metrics(), time.perf_counter()
+        start, began = self.state.iteration, time.perf_counter()
+        metrics = self._open_metrics()
+        self.speed.begin(target_flops(self.plan) if reporter is not None else None)
         limit = self.settings.exit_duration_minutes
         # Signals only: with a limit shorter than its start, a requeued run would never get on.
         reason = self._agreed(stop.reason(None))
@@ -172,20 +181,20 @@ class Trainer:
             grad_norm = self._train_step(metrics)
             iteration = self.state.iteration
             last = self.end.is_reached(self.state)
+            self.speed.step()
             if reporter is not None:
                 reporter.step()
             if last and isinstance(self.target, StoredStates):
                 self._wait_for_checks(self.target)
             if last or iteration % self.settings.log_every == 0:
-                seconds = time.perf_counter() - clock
-                self._log(reporter, metrics, grad_norm, seconds)
-                metrics, clock = self._new_metrics(), time.perf_counter()
+                self._log(reporter, metrics, grad_norm)
+                metrics = self._new_metrics()
             if self.heldout is not None and (last or self.heldout.is_due(iteration)):
                 started = time.perf_counter()
                 assert not isinstance(self.target, StoredStates), "the config refuses it"
                 parts = self.draft, self.average, self.target
                 self.state = self.heldout.estimate(self.state, *parts, reporter)
-                clock += time.perf_counter() - started
+                self.speed.leave_out(time.perf_counter() - started)
             reason = self._agreed(stop.reason(limit))
             is_over = bool(reason) or last or self.bad_steps.are_too_many
             is_due = self.state.is_best or iteration % self.settings.save_every == 0
@@ -194,7 +203,7 @@ class Trainer:
             self.bad_steps.check(iteration)
         if reporter is not None:
             reporter.close()
-            self._report_end(reason)
+            self._report_end(reason, reporter.last, time.perf_counter() - began)
         return self.state
 
     def _wait_for_checks(self, states: StoredStates) -> None:
@@ -203,12 +212,13 @@ class Trainer:
         while any(self._largest(float(not states.is_checked(10.0)))):
             at("comparing the stored states with their checksums", longer=True)
 
-    def _report_end(self, reason: StopReason) -> None:
+    def _report_end(self, reason: StopReason, row: dict[str, Any] | None, seconds: float) -> None:
         """On the main rank, after the last save."""
         state = self.end.describe(self.state)
         if self.end.is_reached(self.state):
             write_status(self.output_dir, "completed")
             self._say(f"completed: {state}")
+            self._say("\n".join(end_lines(self.output_dir, self.state, row, seconds)))
             return
         write_status(self.output_dir, "stopped")
         limit = f"its time limit of {self.settings.exit_duration_minutes} minutes"
@@ -226,7 +236,9 @@ class Trainer:
         micro_batches = self.steps.of_step(self.state.consumed_samples)
         before = metrics.packed()
         self.optimizer.zero_grad()
-        self.step.run(micro_batches, metrics)
+        parts = self.step.forward_step.parts
+        with parts.part("draft"):
+            self.step.run(micro_batches, metrics)
         self.scheduler.step(self.end.progress_of_a_step)
         reason = self.bad_steps.reason(metrics)
         self.state = replace(
@@ -236,7 +248,8 @@ class Trainer:
             skipped_steps=self.state.skipped_steps + bool(reason),
         )
         if reason is None:
-            norm = float(self.optimizer.step()[1])
+            with parts.part("optimizer"):
+                norm = float(self.optimizer.step()[1])
             if self.average is not None:
                 self.average.move()
             return norm
@@ -252,7 +265,6 @@ class Trainer:
         reporter: Reporter | None,
         metrics: MetricSums,
         grad_norm: float | None,
-        seconds: float,
     ) -> None:
         total = metrics.reduced(dp_group=self.runtime.dp_group)
         if reporter is None:
@@ -264,10 +276,13 @@ class Trainer:
             "grad_norm": grad_norm,
             "learning_rate": self.scheduler.get_lr({}),  # of parts with a scale of 1
             "skipped_steps": self.state.skipped_steps,
-            "tokens_per_second": total.scalars["tokens"].item() / seconds,
-            "save_seconds": self.saves.seconds(),
-            "data_wait_share": self.steps.seconds_waited() / seconds,
         }
+        row |= self.speed.figures(
+            tokens=total.scalars["tokens"].item(),
+            flops=total.scalars["flops"].item(),
+            waited=self.steps.seconds_waited(),
+            saved=self.saves.seconds(),
+        )
         reporter.log(row)
 
     def _save(self, metrics: MetricSums, *, waits: bool) -> None:
@@ -316,6 +331,7 @@ class Trainer:
             iterations=self.iterations,
             start=self.state.iteration,
             tensorboard=self.settings.tensorboard,
+            rank="GPU" if self.runtime.device.type == "cuda" else "rank",
         )
 
     def _say(self, text: str) -> None:

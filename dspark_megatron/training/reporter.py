@@ -1,5 +1,5 @@
-"""What a run shows and keeps: metrics.jsonl, heldout.jsonl, skipped_samples.jsonl, TensorBoard, a
-progress bar. Main rank only."""
+"""What a run shows and keeps: metrics.jsonl, heldout.jsonl, skipped_samples.jsonl, TensorBoard,
+progress. Main rank only."""
 
 import json
 import math
@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
+from dspark_megatron.progress import Progress, say
 from dspark_megatron.storage.writing import disk_named, json_text, write_text
 from dspark_megatron.training.health.spikes import Spikes
+from dspark_megatron.training.watching.lines import short, step_line
 
 
 class Reporter:
@@ -20,7 +21,19 @@ class Reporter:
     of metrics.jsonl always has the means of the steps since the last one.
     """
 
-    def __init__(self, output_dir: Path, *, iterations: int, start: int, tensorboard: bool) -> None:
+    def __init__(
+        self,
+        output_dir: Path,
+        *,
+        iterations: int,
+        start: int,
+        tensorboard: bool,
+        rank: str = "rank",
+    ) -> None:
+        """rank: what one is called in the lines, GPU or rank."""
+        self.last: dict[str, Any] | None = None
+        """The row that was logged last."""
+        self._iterations, self._rank = iterations, rank
         self._heldout = output_dir / "heldout.jsonl"
         self._skipped = output_dir / "skipped_samples.jsonl"
         self._metrics = output_dir / "metrics.jsonl"
@@ -32,10 +45,10 @@ class Reporter:
         self._board = None
         if tensorboard:
             self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=start + 1)
-        self._bar = tqdm(total=iterations, initial=start, desc="training", unit="step")
+        self._progress = Progress(iterations, "training", "step", done=start, own_lines=True)
 
     def step(self) -> None:
-        self._bar.update()
+        self._progress.update()
 
     def log(self, row: dict[str, Any]) -> None:
         """One logged step: a line of metrics.jsonl and its TensorBoard scalars."""
@@ -44,8 +57,11 @@ class Reporter:
         with disk_named(self._metrics):
             self._file.write(json_text(row) + "\n")
             self._file.flush()
-        shown = {name: f"{row[name]:.4g}" for name in ("loss", "tau") if row.get(name) is not None}
-        self._bar.set_postfix(shown)
+        names = [name for name in ("loss", "tau") if row.get(name) is not None]
+        shown = [f"{name} {short(row[name])}" for name in names]
+        self._progress.note(", ".join(shown))
+        self._progress.line(step_line(row, self._iterations, rank=self._rank))
+        self.last = row
         self._to_board(row)
 
     def log_heldout(self, row: dict[str, Any], *, is_best: bool) -> None:
@@ -54,7 +70,7 @@ class Reporter:
         self._to_board(row, prefix="heldout/")
         tau = row["tau"]
         shown = "no number" if tau is None or not math.isfinite(tau) else f"{tau:.4f}"
-        tqdm.write(
+        say(
             f"held-out answers at iteration {row['iteration']}: tau {shown}"
             + (", the best so far" if is_best else "")
         )
@@ -64,9 +80,7 @@ class Reporter:
         _append(self._skipped, row)
         named = [f"{s['file']}:{s['line']}" for s in row["samples"] if s["at_fault"]]
         fault = f", and so is the loss of {', '.join(named[:3])}" if named else ""
-        tqdm.write(
-            f"step {row['iteration']} was skipped: {row['reason']}{fault}; see {self._skipped}"
-        )
+        say(f"step {row['iteration']} was skipped: {row['reason']}{fault}; see {self._skipped}")
 
     def _to_board(self, row: dict[str, Any], prefix: str = "") -> None:
         if self._board is None:
@@ -81,7 +95,7 @@ class Reporter:
             self._board.flush()
 
     def close(self) -> None:
-        self._bar.close()
+        self._progress.close()
         self._file.close()
         if self._board is not None:
             self._board.close()

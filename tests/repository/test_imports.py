@@ -10,15 +10,16 @@ PACKAGE = ROOT / "dspark_megatron"
 BELOW = {
     "errors": set(),
     "bounded_text": {"errors"},
+    "progress": {"errors"},
     "config": {"errors", "bounded_text"},
     "shape": {"errors", "config"},
     "ops": {"errors", "config"},
     "mcore": {"errors", "config"},
-    "data": {"errors", "config", "ops", "storage"},
+    "data": {"errors", "progress", "config", "ops", "storage"},
     "storage": {"errors", "bounded_text", "config", "shape"},
     # The draft reads the blocks of a batch by their names.
     "model": {"errors", "config", "shape", "ops", "mcore", "data"},
-    "targets": {"errors", "config", "shape", "ops", "mcore", "data", "storage"},
+    "targets": {"errors", "progress", "config", "shape", "ops", "mcore", "data", "storage"},
     "conversion": {"errors", "bounded_text", "config", "shape", "ops", "data", "storage", "model"},
 }
 """What a room may import. Those that follow may import all of these, and what is named for each."""

@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from dspark_megatron.data.files.jsonl import read_jsonl
 from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.progress import Progress
 from dspark_megatron.storage.writing import whole_file
 
 SAMPLE_KEYS = ("input_ids", "loss_mask")
@@ -146,7 +145,7 @@ def collect_answers(
     digest = hashlib.sha256(json.dumps(records).encode()).hexdigest()
     answers = open_partial(partial, {"prompts_sha256": digest, **settings})
     failures = dict.fromkeys(i for i in range(len(records)) if i not in answers)
-    with tqdm(total=len(records), initial=len(answers), unit="answer") as progress:
+    with Progress(len(records), "answering", "answers", done=len(answers)) as progress:
         for results in answer(list(failures)):
             failures |= results
             made = {i: result for i, result in results.items() if isinstance(result, Answer)}

@@ -16,7 +16,7 @@ from dspark_megatron.data.tokenizing.batches import (
     line_batches,
 )
 from dspark_megatron.data.tokenizing.encoding import Encoded, LineEncoder
-from dspark_megatron.data.tokenizing.progress import Progress, bytes_of
+from dspark_megatron.data.tokenizing.progress import TokenizingProgress, bytes_of
 from dspark_megatron.data.tokenizing.workers import chosen_workers, encoded_batches
 from dspark_megatron.errors import ConfigError
 
@@ -75,7 +75,7 @@ class Tokenizing:
         streams.offsets.write(array("q", [0]).tobytes())
         batches = line_batches(self.files, self._read_indexed)
         work = encoded_batches(batches, self._encoder, self._workers)
-        with Progress(self.files, show=self._show_progress) as progress:
+        with TokenizingProgress(self.files, show=self._show_progress) as progress:
             for batch, encoded in work:
                 self._take(batch, encoded, streams)
                 progress.add(batch, self.report)

@@ -40,7 +40,8 @@ def end_process(message: str = "", code: int = FAILED) -> None:
 def say(message: str) -> None:
     """Print an error, on a line of its own: this rank or another may have a progress bar."""
     tqdm = sys.modules.get("tqdm")
-    has_bar = os.environ.get("WORLD_SIZE", "1") != "1" or (tqdm and tqdm.tqdm._instances)
+    may_have = os.environ.get("WORLD_SIZE", "1") != "1" or (tqdm and tqdm.tqdm._instances)
+    has_bar = may_have and sys.stderr.isatty()
     with contextlib.suppress(OSError):  # who read it may be gone
         print(f"{chr(10) * bool(has_bar)}{printable(message)}", file=sys.stderr, flush=True)
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from dspark_megatron.data.batch import Batch, padded
 from dspark_megatron.data.dataset import ConversationDataset
 from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.progress import Progress
 from dspark_megatron.storage.checksums import checksum_of, keep_checksums
 from dspark_megatron.storage.folder_lock import LOCK
 from dspark_megatron.storage.writing import PARTIAL, claim_folder, write_json
@@ -105,7 +105,8 @@ class StatesWriter:
         shares = [missing[i :: dp_group.size()] for i in range(dp_group.size())]
         passes = [sum(self._num_passes(i, micro_batch_size) for i in share) for share in shares]
         mine = dp_group.rank()
-        progress = tqdm(total=passes[mine], unit=" batches", disable=dist.get_rank() != 0)
+        is_main = dist.get_rank() == 0
+        progress = Progress(passes[mine], "storing states", "batches", show=is_main)
         for shard in shares[mine]:
             tensors: dict[int, dict[str, torch.Tensor]] = {}
             for batch in self._batches(shard, micro_batch_size):
