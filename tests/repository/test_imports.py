@@ -29,6 +29,7 @@ ABOVE = {
     # It runs the step of training, on no device.
     "planning": {"run", "evaluation", "training"},
     "megatron_lm": {"run", "evaluation", "training"},
+    "api": {"run", "evaluation", "training"},
     "train": {"run", "training", "planning"},
     "evaluate": {"run", "evaluation"},
     "cli": {"run", "evaluation", "training", "planning", "train", "evaluate"},
