@@ -45,6 +45,7 @@ setup(
         "modelopt": ["nvidia-modelopt>=0.47", "requests"],  # weights of more GPTModels
         "data": ["datasets>=4", "pyarrow>=21"],  # Parquet, Zstandard, data sets of the Hub
         "quickstart": ["gguf", "accelerate"],  # reading the GGUF target
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material", "mkdocstrings[python]"],
         "dev": [
             *("pytest", "pytest-xdist", "hypothesis", "markdown-it-py"),
             *("ruff", "mypy", "types-PyYAML", "pre-commit", "build"),

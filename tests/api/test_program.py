@@ -1,4 +1,4 @@
-"""A program of its own: the import is light, the example runs, ranks that are not joined are told."""
+"""A program of its own: a light import, the example, ranks that are not joined yet."""
 
 import os
 import subprocess
