@@ -15,7 +15,7 @@ CORE_TESTS := tests/model/test_draft_model.py tests/model/test_device_discipline
 # worker, so that what its tests share is made once.
 WORKERS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: quickstart quickstart-long test test-fast test-core faults gpu-check lint format package clean
+.PHONY: quickstart quickstart-long test test-fast test-core faults gpu-check lint format package docs clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python examples/quickstart/quickstart.py
@@ -63,5 +63,13 @@ $(VENV)/.installed: setup.py constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[data,dev,quickstart]"
 	touch $@
 
+# The pages of docs/, with a search and a reference of keys and API, in site/. Dead links fail.
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+
+$(VENV)/.docs: setup.py constraints.txt $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

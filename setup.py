@@ -25,7 +25,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["dspark_megatron", "dspark_megatron.*"]),
     entry_points={"console_scripts": ["dspark = dspark_megatron.cli.main:main"]},
-    package_data={"dspark_megatron": ["**/*.jinja"]},
+    package_data={"dspark_megatron": ["py.typed", "**/*.jinja"]},
     install_requires=[
         "torch>=2.11",
         "megatron-core>=0.16,<0.20",
@@ -45,6 +45,7 @@ setup(
         "modelopt": ["nvidia-modelopt>=0.47", "requests"],  # weights of more GPTModels
         "data": ["datasets>=4", "pyarrow>=21"],  # Parquet, Zstandard, data sets of the Hub
         "quickstart": ["gguf", "accelerate"],  # reading the GGUF target
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material", "mkdocstrings[python]"],
         "dev": [
             *("pytest", "pytest-xdist", "hypothesis", "markdown-it-py"),
             *("ruff", "mypy", "types-PyYAML", "pre-commit", "build"),

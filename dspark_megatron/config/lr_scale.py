@@ -12,7 +12,9 @@ class LearningRateScales:
     context: float = 1.0
     """Of what reads the taps: `fc` and its norm."""
     markov_head: float = 1.0
+    """Of the Markov head."""
     confidence_head: float = 1.0
+    """Of the confidence head."""
 
     def validate(self) -> None:
         positive("optimizer.lr_scale", self, "context", "markov_head", "confidence_head")

@@ -33,9 +33,13 @@ class OptimizerConfig:
     lr_scale: LearningRateScales = field(default_factory=LearningRateScales)
     """By part of the draft, what its learning rate is multiplied by. A run keeps them."""
     adam_beta1: float = 0.9
+    """Decay of AdamW's mean of gradients."""
     adam_beta2: float = 0.999
+    """Decay of AdamW's mean of squared gradients."""
     adam_eps: float = 1e-8
+    """Added to the denominator of AdamW's step."""
     weight_decay: float = 0.0
+    """Decoupled weight decay of AdamW."""
     muon_momentum: float = 0.95
     """Nesterov's, of Muon."""
     muon_weight_decay: float | None = None

@@ -1,4 +1,4 @@
-"""The trained tensors of a draft in memory, against the name table and filled from it."""
+"""The trained tensors of a draft in memory: against the name table, filled from it, and whole."""
 
 from collections.abc import Callable
 
@@ -8,8 +8,11 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from torch import Tensor
 
 from dspark_megatron.conversion.layouts.names import (
+    Rule,
     check_megatron_tensors,
+    name_table,
     raise_if_any,
+    to_hugging_face,
     to_megatron,
 )
 from dspark_megatron.conversion.target_match import not_finite
@@ -55,3 +58,23 @@ def fill_draft(
         waiting.pop(name).copy_(tensor)
     if waiting:
         raise ValueError(f"the name table lacks the draft's parameters {sorted(waiting)}")
+
+
+@torch.no_grad()
+def whole_tensors(draft: DSparkDraftModel, *, tp_group: dist.ProcessGroup) -> dict[str, Tensor]:
+    """Every trained tensor by canonical name, whole and on the CPU, in the type that it has. One
+    all-gather for each parameter that is split."""
+    own = dict(draft.named_parameters())
+    table = {entry.megatron: entry for entry in name_table(draft.shape)}
+
+    def whole(name: str) -> Tensor:
+        entry, parameter = table[name], own[name].detach()
+        if entry.split is None or tp_group.size() == 1:
+            return parameter.cpu()
+        parts = [torch.empty_like(parameter) for _ in range(tp_group.size())]
+        dist.all_gather(parts, parameter.contiguous(), group=tp_group)
+        matrices = len(entry.hugging_face) if entry.rule is Rule.STACK else 1
+        split = [part.chunk(matrices, dim=entry.split) for part in parts]
+        return torch.cat([rank[i] for i in range(matrices) for rank in split], entry.split).cpu()
+
+    return dict(to_hugging_face(draft.shape, whole))

@@ -1,6 +1,7 @@
-"""Where a draft to be written comes from: a training checkpoint or a folder of any layout."""
+"""Where a draft to be written comes from: a training checkpoint, a folder of any layout, memory."""
 
 import functools
+import os
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -118,6 +119,29 @@ class FolderSource:
 
     def neighbours(self) -> Path:
         return self.path
+
+    def history(self) -> dict[str, Any]:
+        return {}
+
+
+class ChangedDraft:
+    """A draft whose weights are no longer those of its source: what belonged to them beside the
+    tensors, temperatures for one, is not carried on."""
+
+    def __init__(self, source: DraftSource, tensors: dict[str, Tensor]) -> None:
+        """tensors: whole, by canonical name."""
+        self.description, self.path = source.description, source.path
+        self._tensors = tensors
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        return iter(self._tensors.items())
+
+    def dtype(self) -> torch.dtype:
+        return _widest(tensor.dtype for tensor in self._tensors.values())
+
+    def neighbours(self) -> Path:
+        """Where there is nothing."""
+        return Path(os.devnull)
 
     def history(self) -> dict[str, Any]:
         return {}

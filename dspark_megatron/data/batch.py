@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dspark_megatron.config import Config
 from dspark_megatron.data.blocks import DraftBlocks, anchor_seed, draft_blocks, sample_anchors
+from dspark_megatron.data.conversation import Sample
 from dspark_megatron.data.dataset import ConversationDataset
 from dspark_megatron.data.sampler import Blend, SampleRef, StepSampler
 from dspark_megatron.ops.transfer import PackedTensors
@@ -95,12 +96,17 @@ class MicroBatches:
         return [self._of(refs) for refs in self._sampler.micro_batches(consumed_samples)]
 
     def _of(self, refs: list[SampleRef]) -> MicroBatch:
-        model, loss, seed = self._config.model, self._config.loss, self._config.train.seed
-        ids, masks = zip(*(self._dataset[ref.sample_index] for ref in refs), strict=True)
-        anchors = [
-            sample_anchors(mask, model.num_anchors, anchor_seed(seed, *ref), loss)
-            for mask, ref in zip(masks, refs, strict=True)
-        ]
-        reach = model.attention.reach(model.num_layers)
-        blocks = draft_blocks(ids, masks, anchors, model.num_draft_tokens, loss, reach=reach)
-        return MicroBatch.of(ids, blocks, tuple(ref.sample_index for ref in refs))
+        return micro_batch([self._dataset[ref.sample_index] for ref in refs], refs, self._config)
+
+
+def micro_batch(samples: Sequence[Sample], refs: Sequence[SampleRef], config: Config) -> MicroBatch:
+    """One of these samples, with the anchors that each use of a sample has in a run."""
+    model, loss, seed = config.model, config.loss, config.train.seed
+    ids, masks = zip(*samples, strict=True)
+    anchors = [
+        sample_anchors(mask, model.num_anchors, anchor_seed(seed, *ref), loss)
+        for mask, ref in zip(masks, refs, strict=True)
+    ]
+    reach = model.attention.reach(model.num_layers)
+    blocks = draft_blocks(ids, masks, anchors, model.num_draft_tokens, loss, reach=reach)
+    return MicroBatch.of(ids, blocks, tuple(ref.sample_index for ref in refs))

@@ -26,6 +26,8 @@ from dspark_megatron.evaluation.run import (
 )
 from dspark_megatron.evaluation.scheduled_cut import ScheduledCut
 from dspark_megatron.evaluation.serving.sps_table import read_sps_table, sps_of_step
+from dspark_megatron.model.draft_model import DSparkDraftModel
+from dspark_megatron.ops.logit_transform import TargetHead
 from dspark_megatron.run.build import build_draft, build_target, load_target_head
 from dspark_megatron.run.check import RunPlan, check
 from dspark_megatron.run.checkpoints.loading import load_checkpoint
@@ -49,6 +51,7 @@ from dspark_megatron.storage.checkpoints.whole import check_whole
 from dspark_megatron.storage.target_folder import stop_token_ids
 from dspark_megatron.storage.training_checkpoint import check_has, read_meta
 from dspark_megatron.storage.writing import claim_file, write_json
+from dspark_megatron.targets.base import DecodingTarget
 from dspark_megatron.targets.megatron.pipeline import PipelineTarget
 from dspark_megatron.targets.start_checks import check_pieces_agree, check_target_logits
 
@@ -191,14 +194,24 @@ def build_decoder(
     agree(draft_facts(draft, runtime.tp_group.rank()))
     target, path = build_target(plan, runtime), plan.config.target.path
     assert not isinstance(target, PipelineTarget), "the check refuses stages for this use"
-    target_head = load_target_head(plan, draft, target)
-    if plan.config.target.check_logits:
-        check_target_logits(target, path, target_head, draft.vocab_shard, first_prompt)
-    check_pieces_agree(target, first_prompt)
+    target_head = checked_head(plan, draft, target, first_prompt)
     settings, stop_ids = plan.config.evaluate, stop_token_ids(path, plan.tokenizer)
     sampling = Sampling(settings.temperature, settings.max_new_tokens, frozenset(stop_ids))
     decoder = Decoder(target, draft, target_head, sampling, batch_size=settings.batch_size, cut=cut)
     return decoder, iteration
+
+
+def checked_head(
+    plan: RunPlan, draft: DSparkDraftModel, target: DecodingTarget, first_prompt: Tensor
+) -> TargetHead:
+    """The target's LM head, compared with its own logits on a prompt [1, s]; ConfigError where they
+    differ, or where the target does not go on from its cache as it should."""
+    head = load_target_head(plan, draft, target)
+    if plan.config.target.check_logits:
+        path = plan.config.target.path
+        check_target_logits(target, path, head, draft.vocab_shard, first_prompt)
+    check_pieces_agree(target, first_prompt)
+    return head
 
 
 def _ties(

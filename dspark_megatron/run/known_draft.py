@@ -43,6 +43,14 @@ def with_draft_of(config: Config, checkpoint: Path) -> Config:
     return _with_shape(config, CheckpointReader(checkpoint).shape)
 
 
+def with_initial_draft(config: Config) -> Config:
+    """The config with the draft of `train.initial_checkpoint` wherever the model section is at its
+    defaults."""
+    shape = _named_shape(config)
+    assert shape is not None, "train.initial_checkpoint names it"
+    return _with_shape(config, shape)
+
+
 def with_some_draft(config: Config) -> Config:
     """For what needs the target and its data alone. A model section that names no taps or mask
     token is filled up: from the checkpoint that the config names or has, or else with a draft that

@@ -30,6 +30,7 @@ ABOVE = {
     # It runs the step of training, on no device.
     "planning": {"run", "evaluation", "training"},
     "megatron_lm": {"run", "evaluation", "training"},
+    "api": {"run", "evaluation", "training"},
     "cli": {"run", "evaluation", "training", "planning"},
     # Other names of its commands.
     "train": {"cli"},

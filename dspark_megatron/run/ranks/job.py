@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from dspark_megatron.errors import ConfigError
+from dspark_megatron.errors import ConfigError, require
 
 _MAIN_RANKS_KEY = "dspark_main_ranks"
 _JOIN_MINUTES = 10.0
@@ -60,6 +60,23 @@ class Launch:
         """A job of this process only, whatever the environment says."""
         store = dist.HashStore()
         return cls(0, 1, 0, store, store)
+
+    @classmethod
+    def of_program(cls) -> "Launch":
+        """The job of a program that is not one of our commands: the ranks that torch.distributed
+        has, else this process. ConfigError where the environment tells of ranks that are not joined
+        yet."""
+        local_rank, store = int(os.environ.get("LOCAL_RANK", 0)), dist.HashStore()
+        if dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size(), local_rank, store, store)
+        ranks = int(os.environ.get("WORLD_SIZE", 1))
+        require(
+            ranks == 1,
+            f"WORLD_SIZE says that this process is one of {ranks}, and torch.distributed is not "
+            "initialized; call torch.distributed.init_process_group() first, or unset WORLD_SIZE "
+            "for a process of its own",
+        )
+        return cls(0, 1, local_rank, store, store)
 
     def main_ranks(self, make: Callable[[], str]) -> str:
         """What `make` returns on the main rank, on every rank; before there are process groups.

@@ -1,5 +1,6 @@
 """A job of ranks: how all of them end together, their device and process groups."""
 
+import atexit
 import contextlib
 import datetime
 import math
@@ -167,3 +168,42 @@ def start(
     # Megatron-Core's layers want its random states; no number of ours comes from them.
     model_parallel_cuda_manual_seed(1)
     return Runtime.joined(device)
+
+
+def join(tensor_parallel: int | None = None) -> Runtime:
+    """The groups of a program that is not one of our commands.
+
+    Where Megatron-Core has groups they are taken as they are. Where torch.distributed alone is
+    initialized, its ranks get tensor-parallel groups of this size; None takes all of them. Else
+    this process becomes a job of one rank, which ends with it. Collective over the world where
+    groups are made. ConfigError where the groups that are there do not suit.
+    """
+    from megatron.core import parallel_state
+
+    if not parallel_state.model_parallel_is_initialized():
+        was_initialized, job = dist.is_initialized(), Launch.of_program()
+        size = tensor_parallel or job.world_size
+        require(
+            job.world_size % size == 0,
+            f"tensor_parallel ({size}) must divide the {job.world_size} ranks of torch.distributed",
+        )
+        runtime = start(job, size)
+        if not was_initialized:
+            atexit.register(dist.destroy_process_group)
+        return runtime
+    device = torch.device(torch.cuda.current_device() if torch.cuda.is_available() else "cpu")
+    runtime = Runtime.joined(device)
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    contexts = parallel_state.get_context_parallel_world_size()
+    require(
+        stages == contexts == 1,
+        f"Megatron-Core has groups of {stages} pipeline stages and {contexts} context-parallel "
+        "ranks; a draft needs 1 of both",
+    )
+    found = runtime.tp_group.size()
+    require(
+        tensor_parallel in (None, found),
+        f"tensor_parallel ({tensor_parallel}) must be that of the groups that Megatron-Core has "
+        f"({found}); leave it out",
+    )
+    return runtime
