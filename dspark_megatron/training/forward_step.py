@@ -24,7 +24,6 @@ from dspark_megatron.ops.objective.acceptance_weights import AcceptanceWeights, 
 from dspark_megatron.ops.objective.objective import Objective
 from dspark_megatron.targets.base import StatesSource, TargetStates
 from dspark_megatron.training.metrics import MetricSums
-from dspark_megatron.training.watching.flops import DraftFlops
 from dspark_megatron.training.watching.step_parts import StepParts
 
 
@@ -70,7 +69,6 @@ class ForwardStep:
         self.confidence_alpha = loss.confidence_head_alpha if has_head else 0.0
         self.with_target = loss.needs_target_logits(with_confidence_head=has_head)
         self.parts = StepParts(device)
-        self.flops = DraftFlops.of(draft.shape, with_target=self.with_target)
         # Wrappers and optimizers fill the parameters anew and never replace them.
         self.objective, head = Objective.of(loss), draft.head_weights()
         size = len(head.lm_head), head.lm_head.dtype
@@ -120,7 +118,6 @@ class ForwardStep:
                 self._target_states(batch, metrics)
             return None
         metrics.add(blocks=len(blocks.eval_mask), slots=len(blocks.labels))
-        metrics.add(flops=self.flops.micro_batch(blocks))
         batch = batch.to(self.device)
         states = self._target_states(batch, metrics)
         stop = {"confidence_stop_gradient": True} if self.loss.confidence_stop_gradient else {}

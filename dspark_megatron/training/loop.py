@@ -48,7 +48,6 @@ from dspark_megatron.training.reporter import Reporter
 from dspark_megatron.training.resuming import average_text, checkpoint_to_resume, finished_state
 from dspark_megatron.training.saves import Saves
 from dspark_megatron.training.step import GradientStep
-from dspark_megatron.training.watching.flops import target_flops
 from dspark_megatron.training.watching.lines import end_lines, start_lines
 from dspark_megatron.training.watching.speed import Speed
 
@@ -171,7 +170,7 @@ class Trainer:
         reporter = self.reporter = self._reporter()
         start, began = self.state.iteration, time.perf_counter()
         metrics = self._open_metrics()
-        self.speed.begin(target_flops(self.plan) if reporter is not None else None)
+        self.speed.begin()
         limit = self.settings.exit_duration_minutes
         # Signals only: with a limit shorter than its start, a requeued run would never get on.
         reason = self._agreed(stop.reason(None))
@@ -279,7 +278,6 @@ class Trainer:
         }
         row |= self.speed.figures(
             tokens=total.scalars["tokens"].item(),
-            flops=total.scalars["flops"].item(),
             waited=self.steps.seconds_waited(),
             saved=self.saves.seconds(),
         )

@@ -65,6 +65,6 @@ def test_a_run_in_a_log_file(tiny_run, tmp_path):
         assert min(parts) >= 0 and 0 < sum(parts) <= row["step_seconds"]
         both = row["tokens_per_second"] / 2
         assert row["tokens_per_second_per_rank"] == pytest.approx(both)
-        assert row["tflops_per_rank"] > 0 and row["peak_memory_gib"] > 0.01
+        assert row["peak_memory_gib"] > 0.01
     page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     assert not {key for key in curve(output)[0] if f"`{key}`" not in page}

@@ -23,7 +23,6 @@ from dspark_megatron.planning.target.target_pass import (
 )
 from dspark_megatron.targets.huggingface.split import (
     TargetSplit,
-    layer_of,
     meta_target,
     split_dimension,
     style_of,
@@ -97,3 +96,9 @@ def formula_bytes(
     kept = [(n, p) for n, p in model.named_parameters() if layer_of(n) <= last_layer]
     parts = [p.nbytes // (ways(n, p, model, split) * split.shards) for n, p in kept]
     return sum(parts)
+
+
+def layer_of(name: str) -> int:
+    """Number of the decoder layer that a parameter belongs to; -1 for none."""
+    number = name.partition("layers.")[2].partition(".")[0]
+    return int(number) if number.isdigit() else -1

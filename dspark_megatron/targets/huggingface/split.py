@@ -69,26 +69,6 @@ def meta_target(target_config: PretrainedConfig, dtype: torch.dtype) -> PreTrain
     return _built(_Described(target_config.to_json_string(), target_config), dtype)
 
 
-def weights_per_token(model: PreTrainedModel, last_layer: int | None = None) -> int:
-    """Of the matrices of the decoder layers up to that one, those that a token goes through: of
-    experts as many as are chosen."""
-    chosen = getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 1
-    total = 0
-    for name, parameter in model.named_parameters():
-        layer = layer_of(name)
-        if parameter.dim() < 2 or layer < 0 or (last_layer is not None and layer > last_layer):
-            continue
-        experts = len(parameter) if parameter.dim() == 3 else 1
-        total += parameter.numel() // experts * min(chosen, experts)
-    return total
-
-
-def layer_of(name: str) -> int:
-    """Number of the decoder layer that a parameter belongs to; -1 for none."""
-    number = name.partition("layers.")[2].partition(".")[0]
-    return int(number) if number.isdigit() else -1
-
-
 @dataclass(frozen=True)
 class _Described:
     """A config that is the same as another with the same text."""

@@ -16,12 +16,10 @@ class Speed:
 
     def __init__(self, parts: StepParts, device: torch.device, world_size: int) -> None:
         self._parts, self._device, self._world_size = parts, device, world_size
-        self._target_flops: float | None = 0.0
         self._steps, self._start = 0, time.perf_counter()
 
-    def begin(self, target_flops: float | None) -> None:
-        """The first step comes. target_flops: of a token; None where they are not known."""
-        self._target_flops = target_flops
+    def begin(self) -> None:
+        """The first step comes."""
         self._restart()
 
     def step(self) -> None:
@@ -32,15 +30,11 @@ class Speed:
         """Time that is none of the steps'."""
         self._start += seconds
 
-    def figures(
-        self, *, tokens: float, flops: float, waited: float, saved: float
-    ) -> dict[str, float | str | None]:
-        """And begin anew. tokens, flops: of all ranks; flops: of draft and loss. waited, saved:
-        seconds for micro-batches and for checkpoints."""
+    def figures(self, *, tokens: float, waited: float, saved: float) -> dict[str, float | str]:
+        """And begin anew. tokens: of all ranks. waited, saved: seconds for micro-batches and for
+        checkpoints."""
         seconds, steps = time.perf_counter() - self._start, max(self._steps, 1)
         parts, rate = self._parts.seconds(), tokens / seconds
-        known = self._target_flops is not None
-        total = flops + tokens * (self._target_flops or 0.0)
         self._restart()
         return {
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z"),
@@ -51,7 +45,6 @@ class Speed:
             "data_wait_share": waited / seconds,
             "tokens_per_second": rate,
             "tokens_per_second_per_rank": rate / self._world_size,
-            "tflops_per_rank": total / seconds / self._world_size / 1e12 if known else None,
             "peak_memory_gib": peak_memory(self._device) / 2**30,
         }
 
