@@ -21,7 +21,7 @@ PACKAGE = ROOT / "dspark_megatron"
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "examples").rglob("*.md")),
 ]
 KEYS = {f"{name}.{key}" for name, section in Config().to_dict().items() for key in section}
@@ -71,7 +71,7 @@ def test_links_lead_somewhere(page):
 def test_every_page_is_linked_from_the_readme_or_the_page_of_training():
     starts = ROOT / "README.md", ROOT / "docs" / "training.md"
     linked = {path.resolve() for start in starts for _, path, _ in links(start)}
-    assert not set((ROOT / "docs").glob("*.md")) - linked
+    assert not set((ROOT / "docs").rglob("*.md")) - linked
 
 
 def test_every_room_is_in_the_table_of_the_architecture():
