@@ -40,7 +40,13 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         ),
         Command("report", "train.report", "curves, acceptance and calibration of runs on one page"),
     ),
-    "deliver": (),
+    "deliver": (
+        Command("export", "deliver.export", "write a run's draft as a folder that engines load"),
+        Command("import", "deliver.import_draft", "make a checkpoint of a draft's folder"),
+        Command("convert", "deliver.convert", "write a draft's folder in another layout"),
+        Command("verify", "deliver.verify", "check a draft's folder, a run or stored data"),
+        Command("served engines", "deliver.served.engines", "say what each engine reads"),
+    ),
 }
 COMMANDS = {command.name: command for group in GROUPS.values() for command in group}
 

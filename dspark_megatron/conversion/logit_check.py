@@ -6,6 +6,7 @@ It holds one whole draft at a time.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,6 +26,22 @@ TOKENS = 24
 """Context of the fixed input."""
 
 
+@dataclass(frozen=True)
+class Difference:
+    """Of the two sides' numbers on a fixed input."""
+
+    name: str
+    largest_difference: float
+    standard_deviation: float
+    """Of the numbers themselves."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name} on a fixed input: largest difference to the checkpoint's "
+            f"{self.largest_difference:.3g}, standard deviation {self.standard_deviation:.3g}"
+        )
+
+
 def compare_logits(
     folder: DraftFolder,
     source: CheckpointSource,
@@ -32,9 +49,8 @@ def compare_logits(
     *,
     tp_group: dist.ProcessGroup,
     target_checkpoint: str | Path = "",
-) -> list[str]:
-    """A line for the logits and one for the confidence, with the largest difference between the
-    two sides and the spread of the numbers themselves. tp_group: of one rank."""
+) -> list[Difference]:
+    """Of the logits, and of the confidence where there is a head. tp_group: of one rank."""
     matrices = shared_matrices(target_dir, target_checkpoint)
     target = dict(zip((EMBEDDING, LM_HEAD), matrices, strict=True))
 
@@ -54,15 +70,10 @@ def compare_logits(
 
     theirs = _results(source.description.shape, from_checkpoint, of_target, tp_group)
     ours = _results(folder.shape, from_folder, of_folder, tp_group)
-    lines = []
-    for (name, found), (_, wanted) in zip(ours, theirs, strict=True):
-        difference = (found - wanted).abs().max().item()
-        spread = wanted.std().item()
-        lines.append(
-            f"{name} on a fixed input: largest difference to the checkpoint's {difference:.3g}, "
-            f"standard deviation {spread:.3g}"
-        )
-    return lines
+    return [
+        Difference(name, (found - wanted).abs().max().item(), wanted.std().item())
+        for (name, found), (_, wanted) in zip(ours, theirs, strict=True)
+    ]
 
 
 @torch.no_grad()

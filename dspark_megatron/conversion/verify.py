@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,29 @@ from dspark_megatron.storage.target_folder import load_target_config
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def verify_folder(
+@dataclass(frozen=True)
+class FolderReport:
+    """What a sound folder holds, and what the engines make of it."""
+
+    layout: str
+    checked: list[str]
+    verdicts: list[Verdict]
+
+    def lines(self) -> list[str]:
+        return [*self.checked, *(line for one in self.verdicts for line in _verdict_lines(one))]
+
+    def record(self) -> dict[str, Any]:
+        """As JSON has it."""
+        engines = [{"loads": one.loads, **vars(one)} for one in self.verdicts]
+        return {"layout": self.layout, "checked": self.checked, "engines": engines}
+
+
+def verify_folder(folder_dir: str | Path, **options: Any) -> list[str]:
+    """The lines of `check_folder`."""
+    return check_folder(folder_dir, **options).lines()
+
+
+def check_folder(
     folder_dir: str | Path,
     *,
     layout: str = "auto",
@@ -42,13 +65,12 @@ def verify_folder(
     weights: Weights = "trained",
     target_checkpoint: str | Path = "",
     allow_unknown: Collection[str] = (),
-) -> list[str]:
+) -> FolderReport:
     """Check names, shapes, types, finite values, config; with target_dir whether the draft is this
     target's; with checkpoint what the config says of the draft, in whatever spelling, and every
     trained tensor bit by bit. allow_unknown: as DraftFolder has it.
 
-    Returns lines that say what was checked, and for each engine whether it loads the folder. Raises
-    ConfigError that lists every problem of the folder itself.
+    Raises ConfigError that lists every problem of the folder itself.
     """
     target_config = load_target_config(target_dir) if target_dir else None
     facts = None
@@ -98,7 +120,7 @@ def verify_folder(
         folder_name=str(folder.path.resolve()),
         target_config=target_config,
     )
-    return [*summary, *(line for verdict in verdicts for line in _verdict_lines(verdict))]
+    return FolderReport(folder.layout.name, summary, verdicts)
 
 
 def _summary(folder: DraftFolder) -> list[str]:

@@ -1,5 +1,5 @@
-"""The work of tools/verify_storage.py: every file of checkpoints, stored states and tokenized data,
-in full."""
+"""Whether what a run has stored is sound: every file of checkpoints, stored states and tokenized
+data, in full."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -53,8 +53,8 @@ def verify(path: Path) -> Iterator[Verdict]:
     checkpoints = [path] if is_one else list(iterations_in(folder).values())
     require(
         bool(checkpoints),
-        f"{path} holds neither checkpoints nor stored states nor tokenized data; give a run, an "
-        "iter_* folder, a tokens_* folder or what tools/prepare_target_cache.py wrote",
+        f"{path} holds neither a draft nor checkpoints nor stored states nor tokenized data; give "
+        "a draft's folder, a run, an iter_* folder, a tokens_* folder or stored states",
     )
     for checkpoint in checkpoints:
         of_files = list(_of_files(checkpoint))

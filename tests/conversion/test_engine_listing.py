@@ -21,7 +21,7 @@ def test_each_engine_is_told_with_its_version_and_each_of_its_rules(capsys):
 
 def test_one_engine_as_json(capsys):
     assert convert_checkpoint.main(["engines", "--engine", "VLLM", "--json"]) == 0
-    (record,) = json.loads(capsys.readouterr().out)
+    (record,) = json.loads(capsys.readouterr().out)["engines"]
     assert record["engine"] == VLLM and record["version"] == "0.33.0"
     assert record["keys"]["mask_token_id"][0] == "dflash_config.mask_token_id"
     assert record["keys"]["markov_head_type"] == ["not read"]

@@ -14,6 +14,7 @@ from dspark_megatron.conversion.export import export_checkpoint
 from dspark_megatron.conversion.layouts import names
 from dspark_megatron.conversion.verify import verify_folder
 from dspark_megatron.errors import ConfigError
+from dspark_megatron.storage import target_weights
 from dspark_megatron.storage.safetensors_folder import SafetensorsFolder
 from dspark_megatron.storage.target_folder import shared_weights
 from dspark_megatron.storage.training_checkpoint import CheckpointReader
@@ -252,7 +253,7 @@ def test_shared_weights_are_found_or_refused(tmp_path, target):
 
 
 def test_command(tmp_path, target, run, capsys, monkeypatch):
-    monkeypatch.setattr(tool, "weights_fingerprint", lambda path, checkpoint: FINGERPRINT)
+    monkeypatch.setattr(target_weights, "weights_fingerprint", lambda path, checkpoint: FINGERPRINT)
     out = tmp_path / "out"
     command = ["export", "--checkpoint", str(run), "--target", str(target), "--output", str(out)]
     assert tool.main([*command, "--dtype", "fp16", "--max-shard-size", "3KB", "--skip-logits"]) == 0

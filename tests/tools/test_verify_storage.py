@@ -73,4 +73,7 @@ def test_weights_that_are_no_numbers_are_damage(verify, tmp_path):
 
 def test_what_is_neither_is_said(verify, tmp_path):
     code, text = verify(tmp_path)
-    assert code == 2 and f"error: {tmp_path} holds neither checkpoints nor stored states" in text
+    assert (
+        code == 2
+        and f"error: {tmp_path} holds neither a draft nor checkpoints nor stored states" in text
+    )

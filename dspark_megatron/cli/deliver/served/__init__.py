@@ -1,0 +1,1 @@
+"""`dspark served ACTION`: what engines read, and what a served draft gives."""
