@@ -25,7 +25,8 @@ def test_the_navigation_names_every_page_once():
     settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     named = pages(settings["nav"])
     assert len(named) == len(set(named))
-    there = {path.name for path in (ROOT / "docs").glob("*.md")}
+    docs = ROOT / "docs"
+    there = {path.relative_to(docs).as_posix() for path in docs.rglob("*.md")}
     assert set(named) == there | MADE and not there & MADE
 
 
