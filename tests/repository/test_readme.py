@@ -27,42 +27,37 @@ from support.tiny_tokenizer import tiny_tokenizer
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PLACES = {
-    "examples/qwen3-8b.yaml": str(ROOT / "examples/qwen3-8b.yaml"),
     "RUN": "runs/tiny",
     "TARGET": "target",
-    "evaluation.json": "runs/tiny/evaluation.json",
     "NAME": "tiny",
 }
 """Words of the README as they are here; other words stay."""
 MASK = tiny_tokenizer(VOCAB_SIZE).mask_token_id
-TINY = (
-    f"parallel.tensor_parallel=1 target.path=target data.train_files=[chats.jsonl] "
-    f"model.num_layers=1 model.target_layer_ids=[0,2] model.mask_token_id={MASK} "
-    "model.markov_rank=8 model.num_anchors=6 data.max_length=48 train.epochs=1 "
-    "train.output_dir=runs/8b train.global_batch_size=12 evaluate.prompt_files=[]"
-)
 CHANGES = {
     "make quickstart": {},
     "make test": None,  # is running
-    "torchrun --nproc-per-node 8 -m dspark_megatron.train --config examples/qwen3-8b.yaml": {
-        "add": TINY
-    },
-    "torchrun --nproc-per-node 8 -m dspark_megatron.train --config run.yaml [--dry-run] "
-    "[section.key=value ...]": {"add": "--dry-run", "then": "train.tensorboard=false"},
-    "torchrun --nproc-per-node 8 -m dspark_megatron.evaluate --config run.yaml "
-    "[section.key=value ...]": {"add": "evaluate.records=drafts.safetensors"},
-    "python tools/convert_checkpoint.py export --checkpoint RUN --target TARGET --output DIR": {},
-    "python tools/convert_checkpoint.py import --input DRAFT --target TARGET --output RUN": {
-        "places": {"DRAFT": "DIR", "RUN": "imported"}
-    },
-    "python tools/convert_checkpoint.py convert --input DRAFT --target TARGET --output DIR "
-    "--layout specforge": {"places": {"DRAFT": "DIR", "DIR": "specforge"}},
-    "python tools/convert_checkpoint.py verify --input DIR [--checkpoint RUN] [--target TARGET]": {
-        "add": "--checkpoint RUN --target TARGET"
-    },
-    "python tools/plan.py --target TARGET --gpus-per-node 8 --nodes 1": {
+    'pip install ".[data]"': None,  # test_package.py installs the wheel
+    "dspark plan --target TARGET --data chats.jsonl --gpu h100 --output planned.yaml": {
         "add": f"model.mask_token_id={MASK} model.target_layer_ids=[0,2]"
     },
+    "dspark train run.yaml --gpus 8 [section.key=value ...]": {
+        "add": "--dry-run",
+        "then": "train.tensorboard=false",
+    },
+    "dspark evaluate run.yaml --gpus 8 [section.key=value ...]": {
+        "add": "evaluate.records=drafts.safetensors"
+    },
+    "dspark doctor --gpus 8": None,  # tests/cli/test_doctor.py
+    "dspark report RUN": {},
+    "dspark cache run.yaml --gpus 8 --output STATES": {},
+    "dspark export RUN": {"add": "--force"},
+    "dspark import DRAFT --target TARGET --output RUN": {
+        "places": {"DRAFT": "runs/tiny/export", "RUN": "imported"}
+    },
+    "dspark convert DRAFT --target TARGET --output DIR --layout specforge": {
+        "places": {"DRAFT": "runs/tiny/export", "DIR": "specforge"}
+    },
+    "dspark verify DIR": {"places": {"DIR": "runs/tiny/export"}},
     "python tools/generate_responses.py --target TARGET --input prompts.jsonl "
     "--output answers.jsonl": {
         "add": "--max-new-tokens 2",
@@ -74,15 +69,12 @@ CHANGES = {
         "again": "served.jsonl exists already; delete it or choose another --output",
     },
     "python tools/inspect_data.py --config run.yaml": {},
-    "torchrun --nproc-per-node 8 tools/prepare_target_cache.py --config run.yaml "
-    "--output STATES": {},
     "python tools/calibrate_confidence.py --records drafts.safetensors --output RUN": {},
     "torchrun --nproc-per-node 8 tools/measure_sps.py --config run.yaml --output sps.json": {
         "add": "--batch-tokens 1 32 --rounds 1 --context-length 8"
     },
     "python tools/simulate_serving.py --records drafts.safetensors --sps sps.json "
     "--output serving.json --requests 1 2 4 8": {"add": "--interpolate"},
-    "python -m dspark_megatron report RUN": {},
 }
 """What each command needs to be quick. `places`: words of this one; `add`: arguments; `then`: those
 of another run; `again`: how a second run is refused."""
@@ -92,7 +84,11 @@ def readme_commands():
     """Lines of code blocks that begin as commands, comments aside."""
     blocks = README.split("```")[1::2]
     lines = (line.partition("#")[0].strip() for block in blocks for line in block.splitlines())
-    return [line for line in lines if line.startswith(("make ", "torchrun ", "python "))]
+    return [
+        line
+        for line in lines
+        if line.startswith(("make ", "torchrun ", "python ", "dspark ", "pip "))
+    ]
 
 
 def test_the_table_has_every_command_of_the_readme():
@@ -146,11 +142,17 @@ def run_here(words):
     parallel_state.destroy_model_parallel()
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        code = exit_code(words[1:] if words[0] == "python" else without_launcher(words))
+        code = exit_code(program_of(words))
     return code, said.getvalue()
 
 
-def without_launcher(words):
+def program_of(words):
+    """What Python runs. A command that would start ranks is one here."""
+    if words[0] == "python":
+        return words[1:]
+    if words[0] == "dspark":
+        named = shlex.join(words[1:]).replace("--gpus 8", "--as-rank")
+        return ["dspark_megatron", *shlex.split(named)]
     return words[4:] if words[3] == "-m" else words[3:]
 
 
@@ -208,7 +210,7 @@ def test_every_command_of_the_readme_works_twice_in_one_folder(place, monkeypatc
             if change is not None and not {"add", "then"} & change.keys():
                 check(line, change, words_of(line, change, server.url, ""), is_second)
     server.shutdown()
-    for run, card in (("tiny", "DIR"), ("quickstart", "runs/quickstart/export")):
+    for run, card in (("tiny", "runs/tiny/export"), ("quickstart", "runs/quickstart/export")):
         assert (place / "runs" / run / "run_status").read_text() == "completed\n"
         tau = re.search(r"\| 4 \| (\d\.\d{3}) \|", (place / card / "README.md").read_text())
         assert 1 <= float(tau[1]) <= 4
