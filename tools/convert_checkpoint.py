@@ -38,6 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s")
     words = sys.argv[1:] if argv is None else argv
     if words[:1] and words[0] in COMMANDS:
+        if {"-h", "--help"} & set(words):
+            print(f"{__doc__}\nThe command as it is now:\n")
         name = COMMANDS[words[0]]
         prog = f"convert_checkpoint.py {words[0]}"
         return run_command(name, renamed(words[1:], OPTIONS[words[0]]), prog)
