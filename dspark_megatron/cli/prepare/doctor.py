@@ -16,7 +16,7 @@ from dspark_megatron.errors import ConfigError, require
 EXAMPLES = """\
   dspark doctor
   dspark doctor --gpus 8 run.yaml
-  torchrun --nnodes 2 --nproc-per-node 8 -m dspark_megatron.cli.main doctor --folder /shared/runs"""
+  torchrun --nnodes 2 --nproc-per-node 8 -m dspark_megatron doctor --folder /shared/runs"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
