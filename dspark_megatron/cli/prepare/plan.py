@@ -102,8 +102,6 @@ def _output_file(args: argparse.Namespace) -> Path | None:
 def _next(args: argparse.Namespace, file: Path) -> list[str]:
     if not args.data:
         return [f"wrote {file}"]
-    nodes = f"--nnodes {args.nodes} " * (args.nodes > 1)
-    return [
-        f"wrote {file}; start it with: torchrun {nodes}--nproc-per-node {args.gpus_per_node} "
-        f"-m dspark_megatron.train --config {file}"
-    ]
+    nodes = f" --nodes {args.nodes}" * (args.nodes > 1)
+    start = f"dspark train {file} --gpus {args.gpus_per_node}{nodes}"
+    return [f"wrote {file}; next: {start}"]
