@@ -31,6 +31,8 @@ GROUPS: dict[str, tuple[Command, ...]] = {
     "prepare": (
         Command("plan", "prepare.plan", "write the run that a target needs on given GPUs"),
         Command("doctor", "prepare.doctor", "see whether a machine has what training needs"),
+        Command("data", "prepare.data", "show what a run would train on"),
+        Command("generate", "prepare.generate", "let a target answer prompts, to train on"),
         Command("cache", "prepare.cache", "store the target's states of a run's data on disk"),
     ),
     "train": (
@@ -38,6 +40,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command(
             "evaluate", "train.evaluate", "measure a drafter by decoding prompts with its target"
         ),
+        Command("calibrate", "train.calibrate", "fit temperatures of a draft's confidence head"),
         Command("report", "train.report", "curves, acceptance and calibration of runs on one page"),
     ),
     "deliver": (

@@ -1,4 +1,4 @@
-"""The work of tools/inspect_data.py."""
+"""What `dspark data` says of a run's data."""
 
 import sys
 from argparse import Namespace

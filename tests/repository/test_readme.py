@@ -58,18 +58,16 @@ CHANGES = {
         "places": {"DRAFT": "runs/tiny/export", "DIR": "specforge"}
     },
     "dspark verify DIR": {"places": {"DIR": "runs/tiny/export"}},
-    "python tools/generate_responses.py --target TARGET --input prompts.jsonl "
-    "--output answers.jsonl": {
+    "dspark generate --target TARGET --input prompts.jsonl --output answers.jsonl": {
         "add": "--max-new-tokens 2",
         "again": "answers.jsonl exists already; delete it or choose another --output",
     },
-    "python tools/generate_responses.py --endpoint URL --model NAME --input prompts.jsonl "
-    "--output answers.jsonl": {
+    "dspark generate --endpoint URL --model NAME --input prompts.jsonl --output answers.jsonl": {
         "places": {"answers.jsonl": "served.jsonl"},
         "again": "served.jsonl exists already; delete it or choose another --output",
     },
-    "python tools/inspect_data.py --config run.yaml": {},
-    "python tools/calibrate_confidence.py --records drafts.safetensors --output RUN": {},
+    "dspark data run.yaml": {},
+    "dspark calibrate --records drafts.safetensors --output RUN": {},
     "torchrun --nproc-per-node 8 tools/measure_sps.py --config run.yaml --output sps.json": {
         "add": "--batch-tokens 1 32 --rounds 1 --context-length 8"
     },

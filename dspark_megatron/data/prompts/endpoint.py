@@ -3,7 +3,7 @@
 import random
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,10 +128,10 @@ def _body(record: dict, seed: int, sampling: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def describe_failures(failures: list[NoAnswer | None], output: Path) -> str:
+def describe_failures(failures: Sequence[Exception | None], output: Path) -> str:
     """How many prompts have no answer, by reason with an example of each, and what to do. None: a
     prompt was not asked."""
-    known = [failure for failure in failures if failure is not None]
+    known = [failure for failure in failures if isinstance(failure, NoAnswer)]
     reasons = Counter(failure.reason for failure in known)
     examples = {failure.reason: failure for failure in known}
     lines = [f"{len(failures)} prompts have no answer:"]

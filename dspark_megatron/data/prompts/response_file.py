@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -131,7 +131,7 @@ def collect_answers(
     output: Path,
     records: list[dict],
     settings: dict,
-    answer: Callable[[list[int]], Iterable[dict[int, Answer | Exception]]],
+    answer: Callable[[list[int]], Iterable[Mapping[int, Answer | Exception]]],
     *,
     leave_out_failed: bool = False,
 ) -> Outcome:

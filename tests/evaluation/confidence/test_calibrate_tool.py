@@ -1,5 +1,7 @@
 """tools/calibrate_confidence.py: what it writes, and what it does not overwrite."""
 
+import contextlib
+import io
 import json
 import math
 
@@ -19,7 +21,12 @@ def run(tmp_path, *options, edit=lambda records: None, **changes):
     edit(records)
     records.save(tmp_path / "drafts.safetensors")
     files = ["--records", tmp_path / "drafts.safetensors", "--output", tmp_path / "export"]
-    calibrate_confidence.main([*map(str, files), *options])
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        code = calibrate_confidence.main([*map(str, files), *options])
+    if code:
+        assert code == 2
+        raise SystemExit(said.getvalue())
     return tmp_path / "export"
 
 
