@@ -172,6 +172,7 @@ def card(name, files=("a.jsonl",)):
     history = {
         "iterations": 10,
         "samples": 80,
+        "weights": "trained",
         "evaluation": {
             "temperature": 0.0,
             "files": {file: {"prompts": 3, "tau": 1.5} for file in files},
