@@ -70,6 +70,7 @@ class Run:
                 meta,
                 self.draft,
                 self.optimizer,
+                average=None,
             )
             for name, in_background in VARIANTS.items()
         }
