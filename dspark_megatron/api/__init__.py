@@ -1,0 +1,1 @@
+"""The package from Python: a draft and its target."""

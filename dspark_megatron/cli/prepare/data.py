@@ -7,7 +7,7 @@ the data and the target's tokenizer, and loads no weights.
 
 import argparse
 
-from dspark_megatron.cli.config_argument import add_config
+from dspark_megatron.cli.config_argument import add_config, given_config
 from dspark_megatron.cli.output import Output
 
 EXAMPLES = """\
@@ -26,11 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, output: Output) -> None:
-    if args.config is not None and (args.config_option is not None or "=" in args.config):
-        args.overrides = [args.config, *args.overrides]
-        args.config = args.config_option
-    elif args.config is None:
-        args.config = args.config_option
+    given_config(args, needed=False)
     from dspark_megatron.mcore.prepare import prepare_megatron
 
     prepare_megatron()

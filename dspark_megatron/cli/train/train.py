@@ -42,9 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, output: Output) -> int:
-    config = load_config(
-        given_config(args), args.overrides
-    )  # a wrong value is said before all else
+    file = given_config(args)
+    config = load_config(file, args.overrides)  # a wrong value is said before all else
     if is_rank(args):
         return rank(args, output)
     if args.dry_run:
