@@ -16,11 +16,11 @@ class Speed:
 
     def __init__(self, parts: StepParts, device: torch.device, world_size: int) -> None:
         self._parts, self._device, self._world_size = parts, device, world_size
-        self._steps, self._start = 0, time.perf_counter()
+        self.begin()
 
     def begin(self) -> None:
-        """The first step comes."""
-        self._restart()
+        """The next step is the first that counts."""
+        self._steps, self._start = 0, time.perf_counter()
 
     def step(self) -> None:
         """One more is done."""
@@ -35,7 +35,7 @@ class Speed:
         checkpoints."""
         seconds, steps = time.perf_counter() - self._start, max(self._steps, 1)
         parts, rate = self._parts.seconds(), tokens / seconds
-        self._restart()
+        self.begin()
         return {
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z"),
             "step_seconds": seconds / steps,
@@ -47,9 +47,6 @@ class Speed:
             "tokens_per_second_per_rank": rate / self._world_size,
             "peak_memory_gib": peak_memory(self._device) / 2**30,
         }
-
-    def _restart(self) -> None:
-        self._steps, self._start = 0, time.perf_counter()
 
 
 def peak_memory(device: torch.device) -> int:
