@@ -3,10 +3,9 @@
 import itertools
 import json
 
-import generate_responses as tool
 import pytest
 
-from dspark_megatron.data.prompts import json_server
+from dspark_megatron.data.prompts import endpoint, json_server
 from dspark_megatron.data.prompts.address import checked_address
 from support.chat_server import KEY, Server, running
 
@@ -73,7 +72,7 @@ def test_an_endless_body_is_cut_at_the_size_limit(server, run, monkeypatch):
 @pytest.mark.parametrize("asked", ["1e9", "inf", "61"])
 def test_a_long_wait_that_the_server_asks_for_is_cut_and_told(server, run, monkeypatch, asked):
     monkeypatch.setattr(json_server, "LONGEST_DELAY", 0.01)
-    monkeypatch.setattr(tool.endpoint, "LONGEST_DELAY", 0.01)
+    monkeypatch.setattr(endpoint, "LONGEST_DELAY", 0.01)
     options = "--retries=2", "--retry-delay=0"
     busy = ask(
         server, run, lambda handler: handler.reply(429, {}, [("Retry-After", asked)]), *options
