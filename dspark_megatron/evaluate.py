@@ -13,6 +13,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Evaluate a DSpark drafter.")
     parser.add_argument("--config", help="YAML file of a run; or give its keys as overrides")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.set_defaults(drafts=[])
     return parser.parse_intermixed_args(argv)
 
 

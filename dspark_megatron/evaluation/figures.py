@@ -39,6 +39,27 @@ def acceptance(generations: Sequence[Generation], num_draft_tokens: int) -> dict
     }
 
 
+def tau_difference(
+    ours: Sequence[Generation], theirs: Sequence[Generation]
+) -> dict[str, float | list[float] | None]:
+    """Of two drafts on the same prompts: `value`, our tau less theirs, and its 95% `interval`. Both
+    are resampled together, so how hard a prompt is drops out. Null where there is nothing to count,
+    and the interval below two prompts."""
+    taus, once, times = [], torch.ones(1, len(ours)), _times_drawn(len(ours))
+    for generations in (ours, theirs):
+        lengths = [[sum(r.length for r in g.rounds), len(g.rounds)] for g in generations]
+        counts = torch.tensor(lengths, dtype=torch.float64).reshape(-1, 2)
+        parts, wholes = (torch.cat([once.double(), times]) @ counts).unbind(1)
+        taus.append(_ratios(parts, wholes))
+    value, *resampled = (taus[0] - taus[1]).tolist()
+    bounds = torch.tensor(_QUANTILES, dtype=torch.float64)
+    interval = torch.tensor(resampled, dtype=torch.float64).nanquantile(bounds).tolist()
+    return {
+        "value": _none_for_nan(value),
+        "interval": _none_for_nan(interval) if len(ours) > 1 else None,
+    }
+
+
 def speed(decoded: Sequence[Decoded]) -> float | None:
     """Tokens per second of one replica; an answer's first token belongs to its prompt's pass."""
     tokens = sum(len(g.token_ids) - 1 for d in decoded for g in d.generations)
@@ -83,13 +104,18 @@ def _intervals(parts: Tensor, wholes: Tensor, num_draft_tokens: int) -> dict[str
     prompts = len(parts)
     if prompts < 2:
         return None
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(prompts, (RESAMPLES, prompts), generator=generator)
-    times = torch.zeros(RESAMPLES, prompts, dtype=torch.float64)
-    times.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+    times = _times_drawn(prompts)
     ratios = _ratios(times @ parts, times @ wholes)  # [resamples, f]
     bounds = torch.tensor(_QUANTILES, dtype=torch.float64)
     return _by_name(ratios.nanquantile(bounds, dim=0).t(), num_draft_tokens)
+
+
+def _times_drawn(prompts: int) -> Tensor:
+    """How often each resample has each prompt: [resamples, p], the same at every call."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(prompts, (RESAMPLES, prompts), generator=generator)
+    times = torch.zeros(RESAMPLES, prompts, dtype=torch.float64)
+    return times.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
 
 
 def _ratios(parts: Tensor, wholes: Tensor) -> Tensor:

@@ -14,10 +14,34 @@ def table(rows: dict[str, dict[str, Any]], greedy: bool) -> str:
     return _aligned([_cells(name, figures, greedy) for name, figures in rows.items()])
 
 
+def drafts_table(drafts: dict[str, dict[str, dict[str, Any]]], greedy: bool) -> str:
+    """Figures by draft and prompt file, one line each; files one after the other, so that drafts
+    stand below each other. `to the first`: difference of tau, with its 95% interval."""
+    files = list(next(iter(drafts.values())))
+    lines = []
+    for file in files:
+        for draft, figures in drafts.items():
+            cells = _cells(file, figures[file], greedy)
+            named = {"draft": draft, **({"file": file} if len(files) > 1 else {})}
+            shown = {"to the first": _difference(figures[file].get("tau_difference"))}
+            kept = ("file", "tau", "95%")
+            rest = {head: cell for head, cell in cells.items() if head not in kept}
+            lines.append({**named, "tau": cells["tau"], "95%": cells["95%"], **shown, **rest})
+    return _aligned(lines)
+
+
+def _difference(found: dict[str, Any] | None) -> str:
+    if found is None or found["value"] is None:
+        return "-"
+    interval = found["interval"]
+    around = "" if interval is None else " ({:+.2f} to {:+.2f})".format(*interval)
+    return f"{found['value']:+.3f}{around}"
+
+
 def _aligned(lines: list[dict[str, str]]) -> str:
     """Lines by heading, under the headings."""
     columns = [[head, *(line[head] for line in lines)] for head in lines[0]]
-    padded = [_padded(column, left=i == 0) for i, column in enumerate(columns)]
+    padded = [_padded(column, left=column[0] in ("draft", "file")) for column in columns]
     return "\n".join("  ".join(line) for line in zip(*padded, strict=True))
 
 

@@ -1,6 +1,6 @@
 """Evaluate a draft on prompt files: decode every prompt, count, report."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from dspark_megatron.evaluation.context_lengths import by_context
 from dspark_megatron.evaluation.decoding import Decoder
 from dspark_megatron.evaluation.draft_records import DraftRecords
 from dspark_megatron.evaluation.estimate import EstimateSettings, answer_sample, estimate_acceptance
-from dspark_megatron.evaluation.figures import acceptance, comparison
+from dspark_megatron.evaluation.figures import acceptance, comparison, tau_difference
 from dspark_megatron.evaluation.generation import Decoded, Generation
 from dspark_megatron.progress import Progress
 
@@ -65,20 +65,23 @@ def evaluate_prompts(
     *,
     dp_group: dist.ProcessGroup,
     show_progress: bool,
+    plain: Mapping[str, list[Decoded] | None] | None = None,
 ) -> dict[str, FileResult]:
     """Results by file name, the same on every rank. Prompts are dealt out to data-parallel ranks; a
-    prompt's random numbers depend on its place in its file alone."""
-    results = {}
+    prompt's random numbers depend on its place in its file alone. plain: what the target alone has
+    made of these files before, each rank's share; else it decodes them too, if it is wanted."""
+    results, known = {}, plain or {}
     for name, prompts in files.items():
         mine = range(dp_group.rank(), len(prompts), dp_group.size())
         ids, seeds = [prompts[i].input_ids for i in mine], [config.seed + i for i in mine]
-        passes = 2 if config.compare_plain else 1
+        decodes_plain = config.compare_plain and known.get(name) is None
+        passes = 2 if decodes_plain else 1
         with Progress(passes * len(ids), name, "prompts", show=show_progress) as bar:
             shares = [decoder.speculative(ids, seeds, on_answer=bar.update)]
-            if config.compare_plain:
+            if decodes_plain:
                 shares.append(decoder.plain(ids, seeds, on_answer=bar.update))
-        speculative, *plain = zip(*_gather(shares, dp_group), strict=True)
-        results[name] = FileResult(list(speculative), list(plain[0]) if plain else None)
+        speculative, *new = zip(*_gather(shares, dp_group), strict=True)
+        results[name] = FileResult(list(speculative), list(new[0]) if new else known.get(name))
     return results
 
 
@@ -95,6 +98,18 @@ def all_figures(
         everything = [g for part in parts for g in part.generations]
         figures["all"] = _figures(everything, speculative, plain or None, *how)
     return figures
+
+
+def add_differences(
+    figures: dict[str, dict[str, Any]],
+    results: dict[str, FileResult],
+    first: dict[str, FileResult],
+) -> None:
+    """`tau_difference` of each file, and of all: to another draft's tau on the same prompts."""
+    pairs = {name: (results[name].generations, first[name].generations) for name in results}
+    ours, theirs = ([g for pair in pairs.values() for g in pair[i]] for i in (0, 1))
+    for name in figures:
+        figures[name]["tau_difference"] = tau_difference(*pairs.get(name, (ours, theirs)))
 
 
 def estimates(

@@ -4,6 +4,7 @@ import contextlib
 
 import torch.distributed as dist
 import transformers
+from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
@@ -107,17 +108,24 @@ def frozen_rows(plan: RunPlan, shard: VocabShard) -> list[Tensor]:
 
 
 def build_target(
-    plan: RunPlan, runtime: Runtime, *, with_last_hidden: bool = True
+    plan: RunPlan,
+    runtime: Runtime,
+    *,
+    with_last_hidden: bool = True,
+    built: HuggingFaceTarget | MegatronTarget | None = None,
 ) -> HuggingFaceTarget | MegatronTarget | PipelineTarget:
     """The frozen target, this rank's part of it; without its last hidden states, only as much of it
-    as the taps need."""
+    as the taps need. built: the same target for other taps, whose weights are used again."""
     require(
         not plan.config.target.is_stored,
         "this needs the target itself, not states of some samples; set target.provider=huggingface",
     )
     at("loading the target", longer=True)
     if plan.config.target.provider == "megatron":
-        return _build_megatron_target(plan, runtime, with_last_hidden=with_last_hidden)
+        assert not isinstance(built, HuggingFaceTarget), "of the same provider"
+        return _build_megatron_target(
+            plan, runtime, with_last_hidden=with_last_hidden, model=built and built.model
+        )
     if not runtime.is_main:
         transformers.utils.logging.disable_progress_bar()
     return HuggingFaceTarget(
@@ -127,11 +135,12 @@ def build_target(
         dp_group=runtime.dp_group,
         device=runtime.device,
         with_last_hidden=with_last_hidden,
+        model=built and built.model,
     )
 
 
 def _build_megatron_target(
-    plan: RunPlan, runtime: Runtime, *, with_last_hidden: bool
+    plan: RunPlan, runtime: Runtime, *, with_last_hidden: bool, model: GPTModel | None
 ) -> MegatronTarget | PipelineTarget:
     target, parallel = plan.config.target, plan.config.parallel
     stages = parallel.pipeline_parallel
@@ -139,13 +148,14 @@ def _build_megatron_target(
         tp_group=runtime.tp_group, pp_size=stages, ep_size=parallel.expert_parallel
     )
     stage = groups.pp.rank()
-    model = GPTSource.open(target, plan.target_config).model(
-        groups,
-        device=runtime.device,
-        sequence_parallel=parallel.sequence_parallel,
-        pre_process=stage == 0,
-        post_process=stage == stages - 1,
-    )
+    if model is None:
+        model = GPTSource.open(target, plan.target_config).model(
+            groups,
+            device=runtime.device,
+            sequence_parallel=parallel.sequence_parallel,
+            pre_process=stage == 0,
+            post_process=stage == stages - 1,
+        )
     kept = dict(with_last_hidden=with_last_hidden, with_output_layer=target.check_logits)
     layer_ids = plan.shape.target_layer_ids
     if stages > 1:

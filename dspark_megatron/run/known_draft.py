@@ -1,6 +1,7 @@
 """The model section of a config from what is known of the draft: its checkpoint, or nothing."""
 
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from dspark_megatron.config.attention import AttentionConfig
 from dspark_megatron.conversion.draft_folder import DraftFolder
 from dspark_megatron.conversion.layouts.foreign_configs import TargetFacts
 from dspark_megatron.errors import ConfigError, require
+from dspark_megatron.run.initial.initial_weights import is_draft_folder
 from dspark_megatron.shape import DraftShape
 from dspark_megatron.shape.rope import draft_rope
 from dspark_megatron.storage.checkpoints.tracker import BEST
@@ -16,31 +18,48 @@ from dspark_megatron.storage.target_folder import load_target_config, load_token
 from dspark_megatron.storage.training_checkpoint import CheckpointReader, find_checkpoint
 
 
-def evaluated_checkpoint(config: Config) -> Path | None:
-    """The `iter_*` folder that is evaluated; None for the untrained draft."""
+def evaluated_draft(config: Config) -> Path | None:
+    """The `iter_*` folder, or the folder of a draft in any layout, that is evaluated; None for the
+    untrained draft."""
     settings = config.evaluate
     if settings.untrained:
         return None
-    run = settings.checkpoint or config.train.output_dir
+    named = settings.checkpoint or config.train.output_dir
     require(
-        bool(run),
-        "evaluate.checkpoint is missing; name a run, a checkpoint or an import of a draft (or set "
+        bool(named),
+        "evaluate.checkpoint is missing; name a run, a checkpoint or the folder of a draft (or set "
         "evaluate.untrained=true)",
     )
-    if (Path(run) / "config.json").is_file() and not (Path(run) / "checkpoints").is_dir():
-        _draft_folder(Path(run), config)  # which says what is no DSpark draft
-        raise ConfigError(
-            f"{run} is the folder of a draft, and a checkpoint is evaluated; import it: "
-            f"python tools/convert_checkpoint.py import --input {run} --target "
-            f"{config.target.path} --output RUN, and set evaluate.checkpoint=RUN"
-        )
-    return find_checkpoint(run, BEST if settings.best else None)
+    if not is_draft_folder(Path(named)):
+        return find_checkpoint(named, BEST if settings.best else None)
+    require(
+        not settings.best and settings.weights == "trained",
+        f"{named} is the folder of a draft, which holds its weights once; leave evaluate.best and "
+        "evaluate.weights out, or name a run",
+    )
+    return Path(named)
 
 
-def with_draft_of(config: Config, checkpoint: Path) -> Config:
-    """The config with the checkpoint's draft wherever the model section is at its defaults; other
-    values stay, and are compared with the checkpoint's as a run's are."""
-    return _with_shape(config, CheckpointReader(checkpoint).shape)
+def with_draft_of(config: Config, draft: Path) -> Config:
+    """The config with the draft of a checkpoint or a folder wherever the model section is at its
+    defaults; other values stay, and are compared with the draft's as a run's are."""
+    folder = is_draft_folder(draft)
+    reader = _draft_folder(draft, config) if folder else CheckpointReader(draft)
+    return _with_shape(config, reader.shape)
+
+
+def without_draft(config: Config, keep: Collection[str] = ()) -> Config:
+    """The config with the model keys that a draft's shape decides at their defaults, but for those
+    to keep."""
+    decided = {field.name for field in dataclasses.fields(DraftShape)}
+    decided |= {"initialize_from_target_layers"}  # a layer of the target for each of the draft
+    plain = ModelConfig()
+    changes = {
+        field.name: getattr(plain, field.name)
+        for field in dataclasses.fields(plain)
+        if field.name in decided and field.name not in keep
+    }
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
 
 
 def with_initial_draft(config: Config) -> Config:

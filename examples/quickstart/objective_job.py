@@ -85,12 +85,13 @@ def evaluate(job: Launch, config: Config, runtime: Runtime) -> dict[str, Any]:
     """What decoding the held-out prompts gains, what the estimate says of the file's own answers,
     and how far the confidence head is off."""
     from dspark_megatron.data.prompts.chat_prompts import load_prompts
-    from dspark_megatron.evaluation.command import build_decoder, with_checkpoint
+    from dspark_megatron.evaluation.command import build_decoder
+    from dspark_megatron.evaluation.drafts import with_known_draft
     from dspark_megatron.evaluation.run import all_figures, evaluate_prompts
     from dspark_megatron.run.check import check
 
     target = replace(config.target, provider="huggingface", cache="")
-    config, checkpoint = with_checkpoint(replace(config, target=target))
+    config, checkpoint = with_known_draft(replace(config, target=target))
     plan, settings = check(config, job.world_size, use="evaluate"), config.evaluate
     (file,) = settings.prompt_files
     limits = settings.max_prompts, settings.max_prompt_length

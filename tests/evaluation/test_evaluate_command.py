@@ -13,7 +13,7 @@ from dspark_megatron.conversion.layouts.hf_config import DraftDescription, huggi
 from dspark_megatron.conversion.layouts.names import hugging_face_shapes
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.evaluation.draft_records import DraftRecords
-from dspark_megatron.run.known_draft import evaluated_checkpoint, with_draft_of
+from dspark_megatron.run.known_draft import evaluated_draft, with_draft_of
 from dspark_megatron.shape import draft_shape
 from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.storage.target_weights import weights_fingerprint
@@ -80,9 +80,9 @@ def configured(wanted, **changes):
     return load_config(None, [f"{key}={value}" for key, value in keys.items()], trains=False)
 
 
-def evaluate(runtime, config, fault=None):
-    """The command's own steps on the ranks of the pool. fault: a lossy target, found at start or,
-    where that is not looked at, in its answers."""
+def evaluate(runtime, config, fault=None, names=()):
+    """The command's own steps on the ranks of the pool. names: drafts to compare. fault: a lossy
+    target, found at start or, where that is not looked at, in its answers."""
     from dspark_megatron.evaluation import command
     from dspark_megatron.run.ranks.runtime import Launch
     from dspark_megatron.targets.huggingface.target import HuggingFaceTarget
@@ -94,7 +94,7 @@ def evaluate(runtime, config, fault=None):
     if fault == "in the answers":
         command.check_pieces_agree = lambda *_: None
     try:
-        command.evaluate(Launch.alone(), config)
+        command.evaluate(Launch.alone(), config, names)
     except ConfigError as error:
         return str(error)
     finally:
@@ -132,7 +132,7 @@ def test_a_lossy_decoder_ends_without_figures(pool, wanted, tmp_path, fault, mes
 
 def test_the_draft_is_the_checkpoints(wanted, tiny_run):
     config = configured(wanted)
-    model = with_draft_of(config, evaluated_checkpoint(config)).model
+    model = with_draft_of(config, evaluated_draft(config)).model
     assert {name: getattr(model, name) for name in OWN} == OWN
     assert model.target_layer_ids == tiny_run["model"]["target_layer_ids"]
     assert model.mask_token_id == tiny_run["model"]["mask_token_id"]
@@ -161,10 +161,63 @@ def test_what_is_still_asked_for(pool, wanted, changes, message):
     assert message in said
 
 
-def test_the_folder_of_a_draft_is_to_be_imported(wanted, draft, tmp_path):
-    config = configured(wanted, evaluate__checkpoint=draft)
-    with pytest.raises(ConfigError, match="convert_checkpoint.py import --input"):
-        evaluated_checkpoint(config)
+def figures_of(pool, config, *names):
+    """What the main rank returns, with or without drafts by name."""
+    found = pool.run(evaluate, world=1, tp=1, config=config, names=names)
+    assert found == [None]
+    return json.loads(Path(config.evaluate.output).read_text())
+
+
+def without_times(figures):
+    times = ("tokens_per_second", "drafts_per_second", "plain_tokens_per_second", "speedup")
+    return {key: value for key, value in figures.items() if key not in times}
+
+
+def test_the_folder_of_a_draft_is_evaluated_as_its_import_is(pool, wanted, draft, run):
+    of_import = figures_of(pool, configured(wanted))
+    of_folder = figures_of(pool, configured(wanted, evaluate__checkpoint=draft))
+    assert of_folder["iteration"] is None and of_folder["checkpoint"] == str(draft)
+    (ours,), (theirs,) = of_folder["files"].values(), of_import["files"].values()
+    assert without_times(ours) == without_times(theirs)
+
+
+def test_several_drafts_decode_the_same_prompts(pool, wanted, tiny_run, draft, run, unbroken):
+    """Of other blocks and taps than the first."""
+    config = configured(wanted, evaluate__checkpoint="''", evaluate__temperature=1)
+    together = figures_of(pool, config, str(draft), str(run), str(unbroken))["drafts"]
+    assert [found["draft"] for found in together] == [str(draft), str(run), str(unbroken)]
+    alone = [
+        figures_of(pool, configured(wanted, evaluate__checkpoint=name, evaluate__temperature=1))
+        for name in (draft, run, unbroken)
+    ]
+    differences = []
+    for one, other in zip(together, alone, strict=True):
+        (ours,), (theirs,) = one["files"].values(), other["files"].values()
+        differences.append(ours.pop("tau_difference", None))
+        assert without_times(ours) == without_times(theirs)
+        assert ours["plain_tokens_per_second"] > 0
+    first, same, other = differences
+    assert first is None and same == {"value": 0.0, "interval": [0.0, 0.0]}
+    taus = [next(iter(found["files"].values()))["tau"] for found in together]
+    assert other["value"] == pytest.approx(taus[2] - taus[0])
+    assert other["interval"][0] <= other["value"] <= other["interval"][1]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"evaluate__weights": "ema"}, "holds its weights once"),
+        ({"evaluate__best": "true"}, "holds its weights once"),
+        ({"model__block_size": 5}, "is of another draft: block_size"),
+    ],
+)
+def test_what_a_folder_cannot_be(pool, wanted, draft, changes, message):
+    config = configured(wanted, evaluate__checkpoint=draft, **changes)
+    (said,) = pool.run(evaluate, world=1, tp=1, config=config)
+    assert message in said
+
+
+def test_the_folder_of_another_kind_of_draft(wanted, draft, tmp_path):
     other = tmp_path / "dflash"
     other.mkdir()
     dflash = {**json.loads((Path(draft) / "config.json").read_text()), "dflash_config": {}}
@@ -172,7 +225,7 @@ def test_the_folder_of_a_draft_is_to_be_imported(wanted, draft, tmp_path):
     tensors = {"fc.weight": torch.zeros(1)}
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match="this is a DFlash draft"):
-        evaluated_checkpoint(configured(wanted, evaluate__checkpoint=other))
+        with_draft_of(configured(wanted), other)
 
 
 @pytest.mark.commands

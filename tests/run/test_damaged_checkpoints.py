@@ -29,13 +29,13 @@ def run(pool, tiny_run, tmp_path_factory):
 def readers(runtime, config, folder):
     """What reads a run's newest checkpoint: by name, functions that give no answer."""
     from dspark_megatron.conversion.export import export_checkpoint
-    from dspark_megatron.evaluation.command import check_checkpoint
+    from dspark_megatron.evaluation.drafts import check_draft
     from dspark_megatron.mcore.optimizer import build_optimizer, wrap_data_parallel
     from dspark_megatron.run.build import build_draft
     from dspark_megatron.run.check import check
     from dspark_megatron.run.checkpoints.loading import load_checkpoint
     from dspark_megatron.run.initial.initial_weights import InitialWeights
-    from dspark_megatron.run.known_draft import evaluated_checkpoint, with_draft_of
+    from dspark_megatron.run.known_draft import evaluated_draft, with_draft_of
     from dspark_megatron.training.resuming import checkpoint_to_resume, finished_state
 
     run = Path(config.train.output_dir)
@@ -52,9 +52,9 @@ def readers(runtime, config, folder):
         load_checkpoint(chosen, draft, optimizer)
 
     def evaluate():
-        chosen = evaluated_checkpoint(config)
+        chosen = evaluated_draft(config)
         with_draft_of(config, chosen)
-        check_checkpoint(plan, chosen)
+        check_draft(plan, chosen)
         load_checkpoint(chosen, draft, None)
 
     def start_from():

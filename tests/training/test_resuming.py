@@ -261,19 +261,19 @@ def start_from(runtime, config):
     InitialWeights.open(check(config, runtime.world_size))
 
 
-def evaluated_checkpoint(runtime, config):
-    from dspark_megatron.evaluation.command import check_checkpoint
+def evaluate(runtime, config):
+    from dspark_megatron.evaluation.drafts import check_draft
     from dspark_megatron.run.check import check
-    from dspark_megatron.run.known_draft import evaluated_checkpoint as chosen
+    from dspark_megatron.run.known_draft import evaluated_draft
 
-    check_checkpoint(check(config, runtime.world_size), chosen(config))
+    check_draft(check(config, runtime.world_size), evaluated_draft(config))
 
 
 def test_all_other_readers_of_a_checkpoint_name_the_file_too(pool, tiny_run, run, tmp_path):
     shard = run / "checkpoints" / "iter_0000003" / "__0_0.distcp"
     cut(shard)
     new = config_of(tiny_run, tmp_path / "new", initial_checkpoint=str(run))
-    for function, config in ((start_from, new), (evaluated_checkpoint, config_of(tiny_run, run))):
+    for function, config in ((start_from, new), (evaluate, config_of(tiny_run, run))):
         with pytest.raises(AssertionError, match="__0_0.distcp is damaged or incomplete"):
             train_on(pool, config, function)
     with pytest.raises(ConfigError, match="__0_0.distcp is damaged or incomplete") as error:

@@ -97,7 +97,7 @@ def _evaluate(args: argparse.Namespace) -> bool:
     """Make the records; whether this is the rank that calibrates on them."""
     from dspark_megatron.cli.train.evaluate import rank
     from dspark_megatron.config.loading import load_config
-    from dspark_megatron.run.known_draft import evaluated_checkpoint, with_draft_of
+    from dspark_megatron.run.known_draft import evaluated_draft, with_draft_of
     from dspark_megatron.storage.writing import claim_file
 
     require(
@@ -116,14 +116,14 @@ def _evaluate(args: argparse.Namespace) -> bool:
     }
     overrides = [*args.overrides, *(f"evaluate.{key}={value}" for key, value in own.items())]
     config = load_config(args.config, overrides, trains=False)
-    checkpoint = evaluated_checkpoint(config)
-    config = with_draft_of(config, checkpoint) if checkpoint else config
+    draft = evaluated_draft(config)
+    config = with_draft_of(config, draft) if draft else config
     require(
         config.model.enable_confidence_head,
         "model.enable_confidence_head is false: there is no head to calibrate",
     )
     claim_file(args.output / "calibration.json", "--output")
-    rank(argparse.Namespace(config=args.config, overrides=overrides), Output())
+    rank(argparse.Namespace(config=args.config, overrides=overrides, drafts=[]), Output())
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -1,7 +1,7 @@
 """Weights to start a run from: another run's checkpoint, an import, or a draft folder as it is."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -56,19 +56,12 @@ class InitialWeights:
             "the folder of a draft",
         )
         if is_draft_folder(path):
-            facts = TargetFacts.of(plan.target_config, plan.config.target.path)
-            folder = DraftFolder(path, target=facts)
-            _check_shape(folder.shape, plan, path)
-            if _reads_values():
-                target = plan.config.target
-                problems = shared_problems(folder, target.path, target.checkpoint)
-                raise_if_any(problems + _bad_values(folder.names(), folder.tensor), str(path))
-            return cls(path, folder)
+            return cls(path, open_draft_folder(plan, path, free=_FREE))
         reader = CheckpointReader(find_checkpoint(path))
         verify = plan.config.storage.verify if _reads_values() else "size"
         check_whole(reader.path, verify)
         check_megatron_tensors(reader.shape, reader.names(), str(reader.path))
-        _check_shape(reader.shape, plan, reader.path)
+        _check_shape(reader.shape, plan, reader.path, _FREE)
         if _reads_values():
             _check_target(reader.meta["target_fingerprint"], plan.target_fingerprint, reader.path)
             raise_if_any(_bad_values(reader.names(), reader.tensor), str(reader.path))
@@ -87,9 +80,22 @@ class InitialWeights:
             fill_draft(draft, self.folder.tensor, tp_group=tp_group)
 
 
+def open_draft_folder(plan: RunPlan, path: Path, *, free: Sequence[str] = ()) -> DraftFolder:
+    """A draft's folder whose weights fit the plan's draft and target; ConfigError as in
+    `InitialWeights.open`. free: keys of the shape that may differ."""
+    facts = TargetFacts.of(plan.target_config, plan.config.target.path)
+    folder = DraftFolder(path, target=facts)
+    _check_shape(folder.shape, plan, path, free)
+    if _reads_values():
+        target = plan.config.target
+        problems = shared_problems(folder, target.path, target.checkpoint)
+        raise_if_any(problems + _bad_values(folder.names(), folder.tensor), str(path))
+    return folder
+
+
 def is_draft_folder(path: Path) -> bool:
     """And not a run or a checkpoint."""
-    return (path / "config.json").is_file()
+    return (path / "config.json").is_file() and not (path / "checkpoints").is_dir()
 
 
 def initial_folder(path: Path) -> Path:
@@ -116,9 +122,9 @@ def _check_target(found: str, wanted: str, path: Path) -> None:
     )
 
 
-def _check_shape(found: DraftShape, plan: RunPlan, path: Path) -> None:
-    rope_is_free = plan.config.train.initial_rope == "other"
-    free = (*_FREE, _ROPE) if rope_is_free else _FREE
+def _check_shape(found: DraftShape, plan: RunPlan, path: Path, free: Sequence[str]) -> None:
+    if free and plan.config.train.initial_rope == "other":
+        free = (*free, _ROPE)
     there, here = _told_apart(found), _told_apart(plan.shape)
     names = [key for key in {**here, **there} if key not in free]
     different = {key: (there.get(key), here.get(key)) for key in names}
@@ -126,8 +132,7 @@ def _check_shape(found: DraftShape, plan: RunPlan, path: Path) -> None:
     told = ", ".join(_difference(key, *both) for key, both in different.items())
     require(
         not different,
-        f"train.initial_checkpoint {path} is of another draft: {told}; {_way_out(different)}, or "
-        "start without it",
+        f"{path} is of another draft: {told}; {_way_out(different)}, or name another",
     )
 
 

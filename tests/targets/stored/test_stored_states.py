@@ -376,8 +376,8 @@ def test_what_needs_the_target_says_so(run, tiny_run, tmp_path):
     with pytest.raises(ConfigError, match="needs the target for answers whose states are not"):
         evaluate = {"every": 2, "heldout_files": [str(other)]}
         cached(run, "x", "somewhere", evaluate=evaluate)
-    from dspark_megatron.evaluation.command import with_checkpoint
+    from dspark_megatron.evaluation.drafts import with_known_draft
 
     with pytest.raises(ConfigError, match="stored states have none of new tokens"):
         prompts = {"prompt_files": [str(other)]}
-        with_checkpoint(cached(run, "x", "somewhere", evaluate=prompts))
+        with_known_draft(cached(run, "x", "somewhere", evaluate=prompts))
