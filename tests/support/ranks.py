@@ -5,13 +5,15 @@
 """
 
 import datetime
+import functools
 import importlib
 import multiprocessing
 import os
+import sys
 import threading
 import traceback
 from collections.abc import Callable
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from typing import Any
 
 import torch.distributed as dist
@@ -71,7 +73,7 @@ class RankPool:
         return answers, failures, False
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = _context()
         self._store = dist.TCPStore("localhost", 0, None, True, wait_for_workers=False)
         for rank in range(self._ranks):
             ours, theirs = context.Pipe()
@@ -86,6 +88,26 @@ class RankPool:
             process.kill()
             process.join()
         self._processes, self._pipes = [], []
+
+
+@functools.cache
+def _context() -> Any:
+    """Starts processes as forks of one that has imported what ranks need, which takes seconds. That
+    one has no threads and no process group."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["support.imported"])
+    own = os.environ.get("PYTHONPATH")
+    if own is not None:
+        os.environ["PYTHONPATH_OF_TESTS"] = own
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    try:
+        forkserver.ensure_running()
+    finally:
+        for name in ("PYTHONPATH", "PYTHONPATH_OF_TESTS"):
+            os.environ.pop(name, None)
+        if own is not None:
+            os.environ["PYTHONPATH"] = own
+    return context
 
 
 def _end_with_the_session() -> None:
