@@ -78,8 +78,9 @@ class Progress:
             self._speak()
 
     def line(self, text: str) -> None:
-        """A plain line on stderr, where there is no bar."""
-        if not self.has_bar:
+        """A plain line on stderr, where there is no bar. TQDM_DISABLE, which `--quiet` sets, keeps
+        it to itself."""
+        if not self.has_bar and not os.environ.get("TQDM_DISABLE"):
             sys.stdout.flush()  # both may be one file
             print(printable(text), file=sys.stderr, flush=True)
 

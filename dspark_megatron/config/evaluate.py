@@ -18,7 +18,8 @@ class EvaluateConfig:
     """Files in the forms of data.train_files. Each line or row has `messages`, `turns` (the first
     one is used) or `prompt`."""
     checkpoint: str = ""
-    """A run folder, checkpoint folder or `iter_*` folder. Empty means train.output_dir."""
+    """A run folder, checkpoint folder or `iter_*` folder, or the folder of a draft in any layout.
+    Empty means train.output_dir."""
     untrained: bool = False
     """Evaluate the draft as it is before the first step: made from train.seed and, if it starts
     from them, the target's layers."""

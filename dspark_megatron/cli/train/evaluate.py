@@ -50,8 +50,12 @@ def run(args: argparse.Namespace, output: Output) -> int:
 def sort_arguments(args: argparse.Namespace) -> None:
     """Tell drafts, the config and single settings apart: `args.drafts`, `args.config` and
     `args.overrides`. ConfigError where they contradict each other."""
-    overrides = [text for text in args.given if _is_override(text)]
-    others = [text for text in args.given if text not in overrides]
+    given, args.prompts = list(args.given), list(args.prompts or ())
+    for text in filter(_is_override, list(args.prompts)):  # settings may follow the files
+        args.prompts.remove(text)
+        given.append(text)
+    overrides = [text for text in given if _is_override(text)]
+    others = [text for text in given if text not in overrides]
     configs = [text for text in others if not Path(text).is_dir()]
     drafts = [text for text in others if Path(text).is_dir()]
     if args.config is not None:
@@ -113,7 +117,7 @@ def _options(args: argparse.Namespace) -> Iterator[str]:
     """The options as the settings that they stand for."""
     if args.target is not None:
         yield f"target.path={args.target}"
-    if args.prompts is not None:
+    if args.prompts:
         yield f"evaluate.prompt_files=[{', '.join(map(repr, args.prompts))}]"
     if args.output is not None:
         yield f"evaluate.output={args.output}"
