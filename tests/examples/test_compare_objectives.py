@@ -22,6 +22,7 @@ FIRST = next(iter(tool.ROWS))
 def runs(tmp_path, monkeypatch):
     """A folder of jobs, none of them complete, where no command runs."""
     monkeypatch.setattr(tool, "RUNS", tmp_path)
+    monkeypatch.setattr(tool, "KEPT", tmp_path / "objective_figures.json")
     monkeypatch.setattr(tool, "store_states", lambda job: None)
     monkeypatch.setattr(tool, "run_command", finish)
     tool.split_data(tmp_path, tool.TRAIN_SAMPLES)
@@ -73,6 +74,21 @@ def test_a_complete_job_is_not_run_again(runs, capsys):
     assert all(job.figures() for job in jobs())
     assert tool.run_all(jobs(), 1) == []
     assert capsys.readouterr().out == ""
+
+
+def test_figures_that_are_kept_count_as_complete_elsewhere(runs, capsys):
+    tool.run_all(jobs(seeds=[1]), 1)
+    tool.keep(jobs(seeds=[1]))
+    for file in runs.glob("jobs/*/figures.json"):
+        file.unlink()
+    tool.run_all(jobs(), 1)
+    tool.keep(jobs(seeds=[2]))  # beside the others
+    capsys.readouterr()
+    listed = jobs(kept=tool.kept_figures())
+    assert len(tool.kept_figures()) == len(listed) and tool.run_all(listed, 1) == []
+    assert capsys.readouterr().out == ""
+    longer = jobs(overrides=["train.iterations=300"], kept=tool.kept_figures())
+    assert not any(job.figures() for job in longer)
 
 
 def test_a_job_of_other_settings_is_run_again_and_what_differs_is_said(runs, capsys):
