@@ -25,7 +25,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["dspark_megatron", "dspark_megatron.*"]),
     entry_points={"console_scripts": ["dspark = dspark_megatron.cli.main:main"]},
-    package_data={"dspark_megatron": ["py.typed", "**/*.jinja"]},
+    package_data={"dspark_megatron": ["py.typed", "**/*.jinja", "data/prompts/sets/*.jsonl"]},
     install_requires=[
         "torch>=2.11",
         "megatron-core>=0.16,<0.20",

@@ -15,8 +15,9 @@ class EvaluateConfig:
     """Real speculative decoding of prompt files, and estimates on held-out answers in training."""
 
     prompt_files: list[str] = field(default_factory=list)
-    """Files in the forms of data.train_files. Each line or row has `messages`, `turns` (the first
-    one is used) or `prompt`."""
+    """Files in the forms of data.train_files, or the sets `chat`, `maths` and `code`, which come
+    with the package. Each line or row has `messages`, `turns` (the first one is used) or
+    `prompt`."""
     checkpoint: str = ""
     """A run folder, checkpoint folder or `iter_*` folder, or the folder of a draft in any layout.
     Empty means train.output_dir."""

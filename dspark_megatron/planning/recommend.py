@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 from dspark_megatron.config import Config
 from dspark_megatron.config.loading import config_from_dict, merged_sections, nested_overrides
 from dspark_megatron.data.files.sources import check_apart, find_files
+from dspark_megatron.data.prompts.prompt_sets import find_prompts
 from dspark_megatron.errors import printable, require
 from dspark_megatron.planning.cost.describe import time_lines
 from dspark_megatron.planning.cost.machine import GIB, Machine
@@ -167,8 +168,10 @@ def _check(wish: Wish) -> None:
         not (wish.data and any(text.startswith("data.train_files=") for text in wish.overrides)),
         "data.train_files are the files of --data; leave out either",
     )
-    for entry in (*wish.data, *wish.prompts, *wish.held_out):
+    for entry in (*wish.data, *wish.held_out):
         find_files(entry)
+    for entry in wish.prompts:
+        find_prompts(entry)
     check_apart(wish.data, wish.held_out)
     require(
         not any(text.startswith("target.path=") for text in wish.overrides),

@@ -138,6 +138,13 @@ def test_the_draft_is_the_checkpoints(wanted, tiny_run):
     assert model.mask_token_id == tiny_run["model"]["mask_token_id"]
 
 
+def test_figures_of_a_set_go_by_its_name(pool, wanted, tmp_path):
+    config = configured(wanted, evaluate__prompt_files="[chat,maths]", evaluate__max_prompts=1)
+    assert pool.run(evaluate, world=1, tp=1, config=config) == [None]
+    files = json.loads((tmp_path / "evaluation.json").read_text())["files"]
+    assert {name: files[name]["prompts"] for name in files} == {"chat": 1, "maths": 1, "all": 2}
+
+
 def test_results_lie_beside_the_checkpoint(pool, wanted, run):
     evaluation = pool.run(evaluate, world=1, tp=1, config=configured(wanted, evaluate__output="''"))
     assert evaluation == [None]

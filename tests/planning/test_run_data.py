@@ -55,7 +55,7 @@ def test_a_run_that_starts_as_it_is(target, tmp_path, capsys):
     data = with_mask_in_it(tmp_path, "<|mask|>")
     file, run = tmp_path / "run.yaml", f"train.output_dir={tmp_path / 'run'}"
     options = ["--taps", "2", "--gpus-per-node", "1", "--global-batch-size", "8", "--json"]
-    options += ["--price-per-gpu-hour", "2", "--output", str(file)]
+    options += ["--price-per-gpu-hour", "2", "--output", str(file), "--prompts", "chat"]
     assert main(["plan", "--target", str(target), "--data", str(data), *options, *TINY, run]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["mask_token"]["name"] == "<|reserved_33|>" and record["file"] == str(file)
@@ -64,6 +64,7 @@ def test_a_run_that_starts_as_it_is(target, tmp_path, capsys):
     dataset = load_run_data(check(config, 1, use="train"), config.data.train_files)
     assert record["data"]["samples"] == len(dataset)
     assert record["data"]["tokens"] == int(dataset.lengths.sum())
+    assert config.evaluate.prompt_files == ["chat"]
     assert config.data.max_length == 64 >= dataset.lengths.max()
     cost = record["cost"]
     assert cost["steps"] == -(-10 * len(dataset) // 8)
@@ -103,6 +104,7 @@ def test_lines_that_may_be_left_out_are_not_for_the_mask_token(target, tmp_path)
     "options, said",
     [
         (["--data", "none.jsonl"], "data file none.jsonl must exist"),
+        (["--data", "{data}", "--prompts", "math"], "or a set of prompts (chat, maths, code)"),
         (["--data", "{data}", "--samples", "5"], "--samples (5) are counted"),
         (["--data", "{data}", "--held-out", "{data}"], "must not be trained on"),
         (["--data", "{data}", "data.train_files=[x]"], "data.train_files are the files of --data"),

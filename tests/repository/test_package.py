@@ -61,6 +61,12 @@ def test_the_archive_holds_what_the_wheel_is_made_of(release):
     assert not wanted - held
 
 
+def test_the_wheel_holds_the_sets_of_prompts(site):
+    for file in (ROOT / "dspark_megatron").rglob("*.jsonl"):
+        copy = site / file.relative_to(ROOT)
+        assert copy.is_file() and copy.read_bytes() == file.read_bytes(), file
+
+
 def test_commands_work_outside_the_repository(site, tmp_path):
     where = run(site, tmp_path, "-c", "import dspark_megatron; print(dspark_megatron.__file__)")
     assert where.strip() == str(site / "dspark_megatron" / "__init__.py")

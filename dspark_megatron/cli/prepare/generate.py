@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     who = parser.add_mutually_exclusive_group(required=True)
     who.add_argument("--target", type=Path, help="Hugging Face model folder, answering here")
     who.add_argument("--endpoint", help="URL of a server, such as http://localhost:8000/v1")
-    add("--input", required=True, help="prompts: JSONL, Parquet, ... (docs/data.md)")
+    add("--input", required=True, help="prompts: JSONL, ... (docs/data.md), or chat, maths, code")
     add("--output", type=Path, required=True, help="prompts with answers, JSONL")
     add("--temperature", type=float, default=1.0, help="divides the logits; 0: greedy")
     add("--max-new-tokens", type=int, default=256, help="cut an answer there; counts end of turn")

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--target", required=True, help="the target's folder or config.json")
     files = "files of chats: then the run starts as it is written"
     add("--data", nargs="+", default=[], metavar="FILE", help=files)
-    prompts = "files of prompts that an evaluation decodes"
+    prompts = "files of prompts that an evaluation decodes, or chat, maths, code"
     add("--prompts", nargs="+", default=[], metavar="FILE", help=prompts)
     held_out = "files of answers that are not trained on, to estimate tau on while it trains"
     add("--held-out", nargs="+", default=[], metavar="FILE", help=held_out)

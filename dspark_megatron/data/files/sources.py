@@ -46,10 +46,10 @@ class DataFile(NamedTuple):
         }
 
 
-def find_files(entry: str | Path) -> list[DataFile]:
+def find_files(entry: str | Path, *, or_else: str = "") -> list[DataFile]:
     """The files of an entry, sorted by name. It may be a file, the prefix of an indexed dataset, a
     folder (its files of NAMES), a glob of these, or a data set of the library `datasets`.
-    ConfigError if there is none."""
+    ConfigError if there is none. or_else: what else the entry might have been, for the message."""
     require(bool(str(entry).strip()), "an entry of data files is empty; name a file")
     path = Path(entry)
     if str(entry).startswith(PREFIX):
@@ -63,7 +63,7 @@ def find_files(entry: str | Path) -> list[DataFile]:
         bool(matches),
         f"data file {entry} must exist: a JSONL or Parquet file, the prefix of a Megatron indexed "
         f"dataset (PREFIX.bin and PREFIX.idx), a folder, a glob of these, or {PREFIX}NAME"
-        f"{_nearest(path)}",
+        f"{or_else}{_nearest(path)}",
     )
     files = [file for match in matches for file in _files_of_match(Path(match))]
     return _once(files)

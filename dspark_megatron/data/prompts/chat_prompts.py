@@ -20,7 +20,8 @@ from dspark_megatron.data.chats.template import ChatTemplate
 from dspark_megatron.data.files.bad_lines import BadLines
 from dspark_megatron.data.files.jsonl import parse_line
 from dspark_megatron.data.files.reading import read_lines
-from dspark_megatron.data.files.sources import DataFile, find_files
+from dspark_megatron.data.files.sources import DataFile
+from dspark_megatron.data.prompts.prompt_sets import find_prompts
 from dspark_megatron.data.prompts.response_file import json_line
 from dspark_megatron.errors import ConfigError, require
 
@@ -42,8 +43,8 @@ def load_prompts(
     max_prompt_length: int,
     rules: AnswerRules | None = None,
 ) -> list[Prompt]:
-    """The first `max_prompts` (None: all) prompts of an evaluation's file, or of what else an entry
-    of data files may be.
+    """The first `max_prompts` (None: all) prompts of an evaluation's file, of what else an entry of
+    data files may be, or of a set that comes with the package.
 
     A line has `messages` (an assistant turn at the end is dropped), `turns` (strings, of which the
     first is used) or `prompt` (a string), looked for in this order. Raises ConfigError, naming each
@@ -73,7 +74,7 @@ def read_prompts(path: str | Path, template: ChatTemplate | None) -> list[Prompt
 
 def _read(path: str | Path, use: Callable[[dict], Prompt], most: int | None = None) -> list[Prompt]:
     prompts, bad_lines = [], BadLines()
-    for file, number, line in islice(_lines(find_files(path)), most):
+    for file, number, line in islice(_lines(find_prompts(path)), most):
         with bad_lines.at(file.path, number):
             prompts.append(use(parse_line(line)))
     bad_lines.check(len(prompts) + len(bad_lines), None)
