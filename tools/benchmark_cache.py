@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
         for name, rate in rates.items()
     ]
     print(f"{size / 2**30:.2f} GiB in {len(files)} shards, {len(samples)} samples")
-    print(benchmarking.table(rows, {"read as": "s", "GB / s": ".2f", "of plain": ".0%"}))
+    print(benchmarking.text_table(rows, {"read as": "s", "GB / s": ".2f", "of plain": ".0%"}))
 
 
 if __name__ == "__main__":

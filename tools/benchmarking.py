@@ -12,7 +12,6 @@ import os
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +20,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dspark_megatron.evaluation.report import text_table
+from dspark_megatron.evaluation.serving.timing import MMAP_THRESHOLD, synchronize
+from dspark_megatron.evaluation.serving.timing import interleaved_seconds as interleaved_seconds
+
 TESTS = str(Path(__file__).resolve().parents[1] / "tests")
 if TESTS not in sys.path:
     sys.path.append(TESTS)
@@ -28,15 +31,7 @@ if TESTS not in sys.path:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MIB = 2**20
 Tables = dict[str, tuple[list[dict[str, Any]], dict[str, str]]]
-"""By title: rows, and a format of each column; see `table`."""
-# Numbers of glibc's mallopt.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+"""By title: rows, and a format of each column; see `text_table`."""
 
 
 def peak_memory(
@@ -87,13 +82,7 @@ def give_tensors_own_pages() -> None:
     four times of what is alive. With pages of their own the high-water mark is within 1% of the
     bytes that PyTorch's allocator reports.
     """
-    ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 64 * 1024)
-
-
-def _use_heap_as_usual() -> None:
-    """Fresh pages cost time. These are the thresholds that glibc itself comes to in a long run."""
-    ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 32 * MIB)
-    ctypes.CDLL(None).mallopt(_TRIM_THRESHOLD, 64 * MIB)
+    ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 64 * 1024)
 
 
 def _resident(field: str) -> int:
@@ -102,32 +91,6 @@ def _resident(field: str) -> int:
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     raise ValueError(f"/proc/self/status has no {field}: peak memory on the CPU needs Linux")
-
-
-def interleaved_seconds(
-    calls: dict[Any, Callable[[], Any]],
-    device: torch.device,
-    *,
-    rounds: int,
-    warm_up: int = 1,
-    barrier: Callable[[], None] = lambda: None,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[Any, float]:
-    """Median seconds of each call. All take turns in every round, after `warm_up` rounds that are
-    not counted, so that a machine that slows down does so for all of them. clock:
-    `time.process_time` takes the processor time of all threads of this process instead, which
-    other work on the machine moves less."""
-    _use_heap_as_usual()
-    seconds: dict[Any, list[float]] = {name: [] for name in calls}
-    for _ in range(warm_up + rounds):
-        for name, call in calls.items():
-            barrier()
-            synchronize(device)
-            start = clock()
-            call()
-            synchronize(device)
-            seconds[name].append(clock() - start)
-    return {name: statistics.median(times[warm_up:]) for name, times in seconds.items()}
 
 
 def runtime_of_each_size(job: Any, sizes: list[int]) -> Iterator[Any]:
@@ -172,24 +135,6 @@ def _command() -> str:
     return " ".join([launcher, f"tools/{Path(sys.argv[0]).name}", *sys.argv[1:]])
 
 
-def table(rows: list[dict[str, Any]], formats: dict[str, str]) -> str:
-    """Rows under their column names. `formats`: a format of each column, "" for text; a cell that
-    a row lacks is shown as "-"."""
-    lines = [list(formats)]
-    for row in rows:
-        cells = ((row.get(name), form) for name, form in formats.items())
-        lines.append(["-" if value is None else format(value, form) for value, form in cells])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(formats))]
-    left = [not form for form in formats.values()]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if to_left else cell.rjust(width)
-            for cell, width, to_left in zip(line, widths, left, strict=True)
-        ).rstrip()
-        for line in lines
-    )
-
-
 def add_target_options(
     parser: argparse.ArgumentParser, families: tuple[str, ...], *, seq_length: int
 ) -> None:
@@ -217,5 +162,5 @@ def report(
         figures = {title: rows for title, (rows, _) in tables.items()}
         json_file.write_text(json.dumps({**about, "tables": figures}, indent=2) + "\n")
     parts = ["\n".join(f"{name}: {value}" for name, value in about.items())]
-    parts += [f"{title}\n{table(rows, formats)}" for title, (rows, formats) in tables.items()]
+    parts += [f"{title}\n{text_table(rows, formats)}" for title, (rows, formats) in tables.items()]
     return "\n\n".join(parts)

@@ -8,7 +8,7 @@ reach less; the ratios between the columns say what bounds what.
 
 import argparse
 
-from benchmarking import table
+from benchmarking import text_table
 
 from dspark_megatron.planning.cost.rates import Rates
 
@@ -69,7 +69,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = [row(name, tp, args) for name in TARGETS for tp in (1, 2, 4, 8)]
     print("milliseconds at the limits of the machine: arithmetic, not measured")
-    print(table(rows, FORMATS))
+    print(text_table(rows, FORMATS))
 
 
 if __name__ == "__main__":

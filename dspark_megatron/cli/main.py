@@ -49,6 +49,14 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("convert", "deliver.convert", "write a draft's folder in another layout"),
         Command("verify", "deliver.verify", "check a draft's folder, a run or stored data"),
         Command("served engines", "deliver.served.engines", "say what each engine reads"),
+        Command(
+            "served measure", "deliver.served.measure", "time verification steps of a run's target"
+        ),
+        Command(
+            "served simulate",
+            "deliver.served.simulate",
+            "replay recorded drafts as an engine would serve them",
+        ),
     ),
 }
 COMMANDS = {command.name: command for group in GROUPS.values() for command in group}

@@ -47,7 +47,7 @@ class EvaluateConfig:
     confidence head and `sps_table`: `early_stopping` is Algorithm 1, `lagged_budget` is what
     engines run."""
     sps_table: str = ""
-    """JSON table of steps per second by verified tokens, from tools/measure_sps.py or SGLang."""
+    """JSON table of steps per second by verified tokens, from `dspark served measure` or SGLang."""
     temperatures: str = ""
     """Folder with the `dspark_sts.json` of a calibration, for the scheduler. Empty means that all
     temperatures are 1."""

@@ -1,4 +1,4 @@
-"""Acceptance figures as a table on the console."""
+"""Figures as tables on the console, those of acceptance above all."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,6 +7,24 @@ from dspark_megatron.evaluation.context_lengths import spans
 
 SLOTS = 3
 """Accept rates that are shown; the JSON has all."""
+
+
+def text_table(rows: Sequence[dict[str, Any]], formats: dict[str, str]) -> str:
+    """Rows under their column names. formats: a format of each column, "" for text on the left; a
+    cell that a row lacks is shown as "-"."""
+    lines = [list(formats)]
+    for row in rows:
+        cells = ((row.get(name), form) for name, form in formats.items())
+        lines.append(["-" if value is None else format(value, form) for value, form in cells])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(formats))]
+    left = [not form for form in formats.values()]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if to_left else cell.rjust(width)
+            for cell, width, to_left in zip(line, widths, left, strict=True)
+        ).rstrip()
+        for line in lines
+    )
 
 
 def table(rows: dict[str, dict[str, Any]], greedy: bool) -> str:
@@ -40,9 +58,8 @@ def _difference(found: dict[str, Any] | None) -> str:
 
 def _aligned(lines: list[dict[str, str]]) -> str:
     """Lines by heading, under the headings."""
-    columns = [[head, *(line[head] for line in lines)] for head in lines[0]]
-    padded = [_padded(column, left=column[0] in ("draft", "file")) for column in columns]
-    return "\n".join("  ".join(line) for line in zip(*padded, strict=True))
+    names = "draft", "file"
+    return text_table(lines, {head: "" if head in names else ">" for head in lines[0]})
 
 
 def context_table(rows: dict[str, dict[str, Any]], edges: Sequence[int]) -> str:
@@ -93,11 +110,6 @@ def _cells(name: str, figures: dict[str, Any], greedy: bool) -> dict[str, str]:
         if ties := figures.get("ties_with_plain"):
             cells["= plain"] += f" ({ties} at a tie)"
     return cells
-
-
-def _padded(column: list[str], *, left: bool) -> list[str]:
-    width = max(map(len, column))
-    return [cell.ljust(width) if left else cell.rjust(width) for cell in column]
 
 
 def _show(value: float | None, digits: int = 3) -> str:

@@ -9,8 +9,9 @@ from functools import lru_cache
 from torch import Tensor
 
 from dspark_megatron.evaluation.confidence.temperature_scaling import confidence
+from dspark_megatron.evaluation.serving.settings import LAG
 from dspark_megatron.evaluation.serving.sps_table import SpsTable, sps_of_step
-from dspark_megatron.evaluation.serving.verify_policies import LAG, LaggedBudget
+from dspark_megatron.evaluation.serving.verify_policies import LaggedBudget
 from dspark_megatron.ops.prefix_scheduler import early_stopping_lengths
 
 

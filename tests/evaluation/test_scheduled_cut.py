@@ -5,8 +5,8 @@ import torch
 
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.evaluation.scheduled_cut import ScheduledCut
+from dspark_megatron.evaluation.serving.settings import LAG
 from dspark_megatron.evaluation.serving.sps_table import SampledSps
-from dspark_megatron.evaluation.serving.verify_policies import LAG
 from dspark_megatron.ops.prefix_scheduler import early_stopping_lengths, global_budget
 from support.decoded import PROMPTS, decode, two_sample_chi_square
 from support.tiny_target import tiny_config

@@ -68,10 +68,10 @@ CHANGES = {
     },
     "dspark data run.yaml": {},
     "dspark calibrate --records drafts.safetensors --output RUN": {},
-    "torchrun --nproc-per-node 8 tools/measure_sps.py --config run.yaml --output sps.json": {
+    "dspark served measure run.yaml --gpus 8 --output sps.json": {
         "add": "--batch-tokens 1 32 --rounds 1 --context-length 8"
     },
-    "python tools/simulate_serving.py --records drafts.safetensors --sps sps.json "
+    "dspark served simulate --records drafts.safetensors --sps sps.json "
     "--output serving.json --requests 1 2 4 8": {"add": "--interpolate"},
 }
 """What each command needs to be quick. `places`: words of this one; `add`: arguments; `then`: those

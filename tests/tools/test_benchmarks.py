@@ -48,19 +48,6 @@ def test_peak_memory_of_a_known_pattern():
     assert peak == pytest.approx(80 * benchmarking.MIB, rel=0.05)
 
 
-def test_calls_take_turns():
-    order = []
-    calls = {name: lambda name=name: order.append(name) for name in "ab"}
-    seconds = benchmarking.interleaved_seconds(calls, CPU, rounds=2)
-    assert order == list("ababab")
-    assert list(seconds) == ["a", "b"]
-
-
-def test_table():
-    text = benchmarking.table([{"name": "x", "n": 1234}, {"name": "long"}], {"name": "", "n": ",d"})
-    assert text.splitlines() == ["name      n", "x     1,234", "long      -"]
-
-
 def check_wrong_gradients(runtime):
     args = benchmark_loss.parse_arguments("--rows 20 --vocab 64 --hidden 8 --rank 4".split())
     problem = benchmark_loss.Problem(args, runtime.tp_group, runtime.device)

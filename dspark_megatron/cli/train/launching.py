@@ -24,13 +24,14 @@ class Placement:
     node_address: str | None = None
 
 
-def add_launch(parser: argparse.ArgumentParser) -> None:
+def add_launch(parser: argparse.ArgumentParser, default: str = "all GPUs, or 1 process") -> None:
+    """default: the processes where none are given, in words."""
     group = parser.add_argument_group(
         "processes", "Leave these out where torchrun, srun or the like starts one process a GPU."
     )
     add = group.add_argument
     about = "processes of this node, one for each of its GPUs; without a GPU they use the CPU"
-    about += " (default: all GPUs, or 1 process)"
+    about += f" (default: {default})"
     add("--gpus", "--processes", dest="gpus", type=int, metavar="N", help=about)
     add("--nodes", type=int, metavar="N", help="start the command on each of them (default: 1)")
     about = "of this node, from 0; node 0 must be the host that --rendezvous names"

@@ -119,7 +119,7 @@ def read_simulation(path: Path, evaluation: dict[str, Any]) -> list[dict[str, An
     good = isinstance(figures, list) and bool(figures)
     require(
         good and all(isinstance(row, dict) and row.keys() >= SIMULATED for row in figures),
-        f"{path} must be the JSON of tools/simulate_serving.py, with a list `figures` of "
+        f"{path} must be the JSON of `dspark served simulate`, with a list `figures` of "
         f"{', '.join(sorted(SIMULATED))}",
     )
     for row in figures:

@@ -13,9 +13,7 @@ the same steps, so policies compare on equal terms, and no policy ends an answer
 Shapes: n recorded rounds, R requests, k slots.
 """
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,46 +22,9 @@ from torch import Tensor
 from dspark_megatron.errors import require
 from dspark_megatron.evaluation.confidence.temperature_scaling import confidence as calibrated
 from dspark_megatron.evaluation.draft_records import DraftRecords
+from dspark_megatron.evaluation.serving.settings import ServingSettings
 from dspark_megatron.evaluation.serving.sps_table import SpsTable, interpolated, sps_of_step
-from dspark_megatron.evaluation.serving.verify_policies import LAG, Policy, verify_policies
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServingSettings:
-    """What is simulated beside the number of requests."""
-
-    temperatures: list[float] | None = None
-    """Of the confidence head by slot, k positive numbers; none: the confidence as it is."""
-    thresholds: tuple[float, ...] = (0.5,)
-    """Of the static policies."""
-    lag: int = LAG
-    """Steps by which the confidences that decide a budget are older than those it is spent on."""
-    draft_seconds: float = 0.0
-    """Time of the drafts of a step; decoding without drafts does not take it."""
-    rounds: int = 4096
-    """Rounds replayed by every policy, about; each takes at least 64 steps."""
-    interpolate: bool = False
-    """The scheduler, too, reads straight lines between the points of a table with floor look-up;
-    false: it reads the table as SGLang does."""
-    seed: int = 0
-
-    def check(self, num_draft_tokens: int) -> None:
-        temperatures = self.temperatures or [1.0] * num_draft_tokens
-        require(
-            len(temperatures) == num_draft_tokens and all(0 < t < math.inf for t in temperatures),
-            f"temperatures must be {num_draft_tokens} positive numbers, one for each slot of the "
-            f"records, are {temperatures}",
-        )
-        require(
-            all(0 < t < 1 for t in self.thresholds),
-            f"thresholds must lie between 0 and 1, are {list(self.thresholds)}",
-        )
-        require(self.lag >= 1, f"lag ({self.lag}) must be >= 1: a budget is of an earlier step")
-        require(
-            0 <= self.draft_seconds < math.inf,
-            f"draft_seconds ({self.draft_seconds}) must be finite and >= 0",
-        )
-        require(self.rounds >= 1, f"rounds ({self.rounds}) must be >= 1")
+from dspark_megatron.evaluation.serving.verify_policies import Policy, verify_policies
 
 
 def simulate_serving(

@@ -162,8 +162,7 @@ def read_sps_table(path: str | Path) -> SpsTable:
             return _built(form, found, path)
     raise ConfigError(
         f"{path} must have exactly the keys {keys[SampledSps]} or {keys[AdditiveSps]}, has "
-        f"{list(found)}; "
-        "tools/measure_sps.py writes such a table"
+        f"{list(found)}; `dspark served measure` writes such a table"
     )
 
 

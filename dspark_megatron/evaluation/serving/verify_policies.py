@@ -17,9 +17,6 @@ from dspark_megatron.ops.prefix_scheduler import (
     lengths_for_budget,
 )
 
-LAG = 2
-"""Steps by which the confidences that decide a budget are older than its drafts, as in SGLang."""
-
 
 @dataclass(frozen=True)
 class Policy:

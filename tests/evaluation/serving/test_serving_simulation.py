@@ -1,20 +1,17 @@
 """Replayed drafts against a case done by hand, and what must hold of any of them."""
 
-import json
-
 import pytest
-import simulate_serving as simulate_serving_tool
 import torch
 
 from dspark_megatron.errors import ConfigError
 from dspark_megatron.evaluation.draft_records import DraftRecords
 from dspark_megatron.evaluation.serving.serving_simulation import (
-    ServingSettings,
     replay,
     simulate_serving,
     tokens_gained,
 )
-from dspark_megatron.evaluation.serving.sps_table import AdditiveSps, SampledSps, write_sps_table
+from dspark_megatron.evaluation.serving.settings import ServingSettings
+from dspark_megatron.evaluation.serving.sps_table import AdditiveSps, SampledSps
 from dspark_megatron.evaluation.serving.verify_policies import threshold_lengths
 
 
@@ -190,27 +187,3 @@ def test_what_cannot_be_replayed_is_refused():
     for requests in ([], [0]):
         with pytest.raises(ConfigError, match="requests must be"):
             simulate_serving(EASY_THEN_HARD, TABLE, requests, settings)
-
-
-def test_the_tool_writes_figures_and_a_picture(tmp_path, capsys):
-    EASY_THEN_HARD.save(tmp_path / "drafts.safetensors")
-    write_sps_table(tmp_path / "sps.json", SampledSps([1, 2, 3, 6], [10.0, 8.0, 5.5, 2.0], 6))
-    (tmp_path / "dspark_sts.json").write_text('{"temperatures": [0.2, 0.2]}')
-    output = tmp_path / "serving.json"
-    command = [f"--records={tmp_path}/drafts.safetensors", f"--sps={tmp_path}/sps.json"]
-    command += [f"--output={output}", f"--temperatures={tmp_path}", "--rounds=64"]
-    assert simulate_serving_tool.main([*command, "--requests", "1", "2"]) == 0
-    written = json.loads(output.read_text())
-    assert written["temperatures"] == [0.2, 0.2] and written["drafts"] == {"block_size": 2}
-    rows = {(row["requests"], row["policy"]): row for row in written["figures"]}
-    assert rows[1, "early stopping"]["tokens_per_second"] == pytest.approx(4 / (1 / 5.5 + 1 / 10))
-    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    assert "early stopping" in capsys.readouterr().out
-
-    output.unlink()
-    assert simulate_serving_tool.main([*command, "--requests", "1", "3"]) == 2
-    assert "and it ends at 6" in capsys.readouterr().err and not output.exists()
-    assert simulate_serving_tool.main([*command, f"--output={tmp_path}/none/a.json"]) == 2
-    (tmp_path / "dspark_sts.json").unlink()
-    assert simulate_serving_tool.main(command) == 2
-    assert "must hold a dspark_sts.json" in capsys.readouterr().err
