@@ -47,6 +47,10 @@ CHANGES = {
     "dspark evaluate run.yaml --gpus 8 [section.key=value ...]": {
         "add": "evaluate.records=drafts.safetensors"
     },
+    "dspark evaluate DRAFT RUN --target TARGET --prompts chat maths code --gpus 8": {
+        "places": {"DRAFT": "runs/tiny/export", "code": "prompts.jsonl"},
+        "add": "evaluate.max_prompts=1 evaluate.max_new_tokens=2",
+    },
     "dspark doctor --gpus 8": None,  # tests/cli/test_doctor.py
     "dspark report RUN": {},
     "dspark cache run.yaml --gpus 8 --output STATES": {},

@@ -24,6 +24,11 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     values = list(found.values())
     together = bool(values) and all(isinstance(value, dict) for value in values)
     require(
+        "drafts" not in found,
+        f"{path} compares several drafts, and a page of an evaluation is of one; evaluate each "
+        "run by itself and name the runs: dspark report RUN RUN",
+    )
+    require(
         "files" in found or not together,
         f"{path} puts several evaluations together ({', '.join(found)}); give a file that one "
         "evaluation wrote (evaluate.output)",
