@@ -2,6 +2,7 @@
 out of docs/, and anchors as GitHub makes them.
 """
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -68,15 +69,15 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Links to files of the repository that are no pages lead to the repository, if its address is
     known, and are plain text otherwise."""
 
-    def leads(match: re.Match) -> bool:
-        return "://" in match[3] or files.get_file_from_path(match[3]) is not None
+    # The README is a page of docs/ here, and its other links start at the root.
+    is_readme = page.file.src_uri == "index.md"
+    folder = ROOT if is_readme else (ROOT / "docs" / page.file.src_uri).parent
 
     def out(match: re.Match) -> str:
-        if leads(match):
+        text, place = match[2], (folder / match[3]).resolve()
+        named = match[3] if is_readme else os.path.relpath(place, ROOT / "docs")
+        if "://" in match[3] or files.get_file_from_path(named) is not None:
             return match[0]
-        text, place = match[2], (ROOT / "docs" / match[3]).resolve()
-        if page.file.src_uri == "index.md":
-            place = (ROOT / match[3]).resolve()
         if not place.exists():
             return match[0]  # the strict build names it
         if not config.repo_url:

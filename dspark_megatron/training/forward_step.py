@@ -105,7 +105,11 @@ class ForwardStep:
     def expect(self, batches: Sequence[MicroBatch]) -> None:
         """Called before those of a step, in their order: the target is told of those whose states
         will be asked for."""
-        self.target.expect([x for x in batches if self.learns(x) or self.target.lockstep])
+        self.target.expect(self.asked_for(batches))
+
+    def asked_for(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Those whose states the target is asked for."""
+        return [x for x in batches if self.learns(x) or self.target.lockstep]
 
     def __call__(self, batch: MicroBatch, model: Any, metrics: MetricSums) -> Tensor | None:
         """[] with gradients; None where nothing is learnt. Adds to `metrics`. model: the draft, or

@@ -48,6 +48,7 @@ from dspark_megatron.training.reporter import Reporter
 from dspark_megatron.training.resuming import average_text, checkpoint_to_resume, finished_state
 from dspark_megatron.training.saves import Saves
 from dspark_megatron.training.step import GradientStep
+from dspark_megatron.training.watching.flops import StepFlops
 from dspark_megatron.training.watching.lines import end_lines, start_lines
 from dspark_megatron.training.watching.speed import Speed
 
@@ -157,6 +158,7 @@ class Trainer:
             device=runtime.device,
         )
         self.bad_steps = BadSteps(config.train, self.step, self.optimizer, dataset.origins, runtime)
+        self.flops = StepFlops.of(plan)
         self.speed = Speed(self.step.forward_step.parts, runtime.device, runtime.world_size)
         trained = sum(p.numel() for p in draft.parameters() if p.requires_grad)
         where = dict(trained=trained, iterations=self.iterations, resume_from=resume_from)
@@ -238,6 +240,8 @@ class Trainer:
         parts = self.step.forward_step.parts
         with parts.part("draft"):
             self.step.run(micro_batches, metrics)
+        if self.flops is not None:
+            metrics.add(flops=self.flops.of_step(micro_batches, self.step.forward_step))
         self.scheduler.step(self.end.progress_of_a_step)
         reason = self.bad_steps.reason(metrics)
         self.state = replace(
@@ -278,6 +282,7 @@ class Trainer:
         }
         row |= self.speed.figures(
             tokens=total.scalars["tokens"].item(),
+            flops=None if self.flops is None else total.scalars["flops"].item(),
             waited=self.steps.seconds_waited(),
             saved=self.saves.seconds(),
         )

@@ -26,6 +26,7 @@ SCALARS = (
     "tokens",
     "positions",
     "padding",
+    "flops",
 )
 """Numerators and denominators, in the order they travel."""
 
@@ -56,14 +57,14 @@ class MetricSums:
             total += value
 
     def reduced(self, *, dp_group: dist.ProcessGroup) -> "MetricSums":
-        """The sums over all data-parallel ranks: one all-reduce of 22 + 2d doubles."""
+        """The sums over all data-parallel ranks: one all-reduce of 23 + 2d doubles."""
         packed = self.packed()
         if dp_group.size() > 1:
             dist.all_reduce(packed, group=dp_group)
         return MetricSums.unpacked(packed)
 
     def packed(self) -> Tensor:
-        """All sums as one vector of 22 + 2d doubles, to travel or to be kept."""
+        """All sums as one vector of 23 + 2d doubles, to travel or to be kept."""
         scalars = torch.stack([self.scalars[name] for name in SCALARS])
         return torch.cat([scalars, self.accept_sum, self.accept_count])
 
@@ -74,7 +75,8 @@ class MetricSums:
             return self
         packed = torch.tensor(kept, dtype=torch.float64, device=self.accept_sum.device)
         metrics = MetricSums.unpacked(packed)
-        metrics.scalars["tokens"].zero_()  # the clock starts anew, too
+        for name in ("tokens", "flops"):  # the clock starts anew, too
+            metrics.scalars[name].zero_()
         return metrics
 
     def restore(self, packed: Tensor) -> None:

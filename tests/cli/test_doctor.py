@@ -29,6 +29,7 @@ def test_two_ranks_and_a_folder_that_is_not_there(tmp_path):
     record = json.loads(done.stdout)
     found = {one["check"]: one for one in record["findings"]}
     assert record["ranks"] == 2 and not record["sound"]
+    assert found["import"]["ranks"] == [0] and found["import"]["verdict"] == "ok"
     assert found["gloo all-reduce"]["text"] == "works over 2 ranks"
     assert found["shared folder"]["verdict"] == "missing"
     assert "on ranks [0, 1]; make it" in found["shared folder"]["text"]
@@ -41,6 +42,14 @@ def test_a_package_out_of_range_has_a_way_out():
     absent = machine_checks._problem(Requirement("no-such-package>=1"))
     assert absent.startswith("no-such-package is not installed")
     assert not machine_checks._problem(Requirement("torch>=2"))
+
+
+def test_a_package_that_does_not_import_is_named(tmp_path, monkeypatch):
+    (tmp_path / "broken_kernels.py").write_text("raise OSError('undefined symbol:\\n _ZN3c10')")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = machine_checks.imports("broken_kernels")
+    assert found.verdict == machine_checks.MISSING
+    assert "cannot be imported (OSError: undefined symbol: _ZN3c10); install" in found.text
 
 
 def test_little_shared_memory_is_a_warning(tmp_path):

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,10 @@ import pytest
 from support.paths import ROOT
 from support.tiny_target import tiny_config
 
+OF_TIME = re.compile(
+    "time|.*_seconds|data_wait_share|tokens_per_second.*|tflops_per_rank|peak_memory_gib"
+)
+"""Keys of a logged step whose values are no part of the curve."""
 CURVE = ("loss", "ce_loss", "l1_loss", "confidence_loss", "tau", "grad_norm", "learning_rate")
 
 
@@ -45,6 +50,11 @@ def train_in_own_folder(runtime, config, folders):
 def curve(output):
     lines = Path(output, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
+
+
+def untimed(rows):
+    """What two runs must have alike."""
+    return [{key: row[key] for key in row if not OF_TIME.fullmatch(key)} for row in rows]
 
 
 def assert_same_curve(got, expected, rel=1e-4):

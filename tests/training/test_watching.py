@@ -20,11 +20,12 @@ def test_a_step_of_the_log():
         "grad_norm": 0.5,
         "learning_rate": 6e-4,
         "tokens_per_second_per_rank": 8100.0,
+        "tflops_per_rank": 211.9,
         "peak_memory_gib": 61.0,
         "step_seconds": 8.35,
     }
-    line = "step 120/4000  loss 2.31  tau 2.9  grad 0.5  lr 6e-4  8.1k tok/s/GPU  61 GiB  ETA 9 h"
-    assert step_line(row, 4000, rank="GPU") == line
+    line = "step 120/4000  loss 2.31  tau 2.9  grad 0.5  lr 6e-4  8.1k tok/s/GPU  "
+    assert step_line(row, 4000, rank="GPU") == line + "212 TFLOP/s/GPU  61 GiB  ETA 9 h"
     nothing = {"iteration": 1, "loss": float("nan"), "tau": None}
     assert step_line(nothing, 2, rank="GPU") == "step 1/2"
     assert [small(x) for x in (1.25e-5, 0.0, 1e-2)] == ["1.25e-5", "0", "1e-2"]

@@ -53,7 +53,7 @@ def check_rank(folder: Path | None) -> list[list[tuple[str, str, str]]]:
     from dspark_megatron.run.ranks.places import set_time_limit
     from dspark_megatron.run.ranks.runtime import launch
 
-    with launch() as job:
+    with launch(with_megatron=False) as job:
         import torch.distributed as dist
 
         from dspark_megatron.cli.prepare.machine_checks import findings

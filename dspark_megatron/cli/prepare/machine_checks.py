@@ -1,6 +1,7 @@
 """What training needs of a machine, a finding for each: what is there, and the way out where it is
 not."""
 
+import importlib
 import os
 import platform
 import resource
@@ -12,15 +13,17 @@ import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from packaging.requirements import Requirement
 
 from dspark_megatron.errors import ConfigError
+from dspark_megatron.mcore.prepare import silence_megatron
 from dspark_megatron.run.ranks.job import Launch
-from dspark_megatron.run.ranks.runtime import Runtime, start
+from dspark_megatron.run.ranks.runtime import Runtime, start_without_megatron
 from dspark_megatron.run.ranks.shared_folder import check_shared
 
 OK, WARNING, MISSING = "ok", "warning", "missing"
@@ -39,12 +42,14 @@ def findings(job: Launch, folder: Path | None) -> Iterator[Finding]:
     """Of this rank; every rank of the job calls it, with the same folder."""
     yield python()
     yield from packages()
+    if job.local_rank == 0:
+        yield imports()
     yield gpus(job)
     if torch.cuda.is_available():
         yield from gpu_abilities()
     yield open_files()
     yield shared_memory()
-    runtime = start(job, 1)
+    runtime = start_without_megatron(job)
     yield all_reduce(runtime)
     if folder is not None:
         yield from disk(folder, runtime)
@@ -77,6 +82,28 @@ def packages() -> Iterator[Finding]:
         good = ", ".join(f"{one.name} {_version(one.name)}" for one in own)
         verdict = OK if absent or not problems else WARNING
         yield Finding(f"extra {extra}", verdict, text if absent else "; ".join(problems) or good)
+
+
+def imports(module: str = "megatron.core") -> Finding:
+    """Whether Megatron-Core can be imported with the kernels that it looks for by itself, of which
+    one built for another PyTorch breaks it. One rank of a node is enough.
+
+    As it is imported it calls torch.compile for its functions, which alone imports PyTorch's
+    compiler: most of the time, and nothing that is looked at here.
+    """
+    silence_megatron()
+    try:
+        with mock.patch.object(torch, "compile", lambda function=None, **_: function or _same):
+            importlib.import_module(module)
+    except Exception as error:  # whatever an extension raises
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        text = f"{module} cannot be imported ({reason}); install again what this names, built for "
+        return Finding("import", MISSING, f"{text}torch {torch.__version__}")
+    return Finding("import", OK, f"{module} can be imported")
+
+
+def _same(function: Any) -> Any:
+    return function
 
 
 def _version(name: str) -> str | None:

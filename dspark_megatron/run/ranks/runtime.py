@@ -53,13 +53,15 @@ class Runtime:
 
 
 @contextlib.contextmanager
-def launch() -> Iterator[Launch]:
+def launch(*, with_megatron: bool = True) -> Iterator[Launch]:
     """Run a job so that the first failure of any rank ends every rank with that one message.
 
     A failing rank leaves its message in the store. Ranks that wait in a collective cannot raise,
-    so a thread on each rank looks for the message and ends the process.
+    so a thread on each rank looks for the message and ends the process. with_megatron: false for a
+    job that does without Megatron-Core, whose import takes seconds.
     """
-    prepare_megatron()
+    if with_megatron:
+        prepare_megatron()
     try:
         job = Launch.from_environment()
     except ConfigError as error:
@@ -139,11 +141,32 @@ def start(
     others.
     """
     at("joining the ranks", longer=True)
-    limit = _DAY if uneven else datetime.timedelta(seconds=2 * time_limit(longer=True))
     order_kernels(tensor_parallel, shards_target=shards_target)
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+    device, limit = _joined(job, uneven=uneven)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_parallel,
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=math.ceil(limit.total_seconds() / 60),
+    )
+    # Megatron-Core's layers want its random states; no number of ours comes from them.
+    model_parallel_cuda_manual_seed(1)
+    return Runtime.joined(device)
+
+
+def start_without_megatron(job: Launch) -> Runtime:
+    """Join all ranks and make no groups: each of the runtime's is the world."""
+    at("joining the ranks", longer=True)
+    device, _ = _joined(job)
+    world: Any = dist.group.WORLD
+    return Runtime(dist.get_rank(), dist.get_world_size(), device, world, world)
+
+
+def _joined(job: Launch, *, uneven: bool = False) -> tuple[torch.device, datetime.timedelta]:
+    """This rank's device, once all ranks have joined, and how long they wait for each other."""
+    limit = _DAY if uneven else datetime.timedelta(seconds=2 * time_limit(longer=True))
     if torch.cuda.is_available():
         device = torch.device("cuda", job.local_rank)
         torch.cuda.set_device(device)
@@ -160,14 +183,7 @@ def start(
             world_size=job.world_size,
             timeout=limit,
         )
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor_parallel,
-        create_gloo_process_groups=False,
-        distributed_timeout_minutes=math.ceil(limit.total_seconds() / 60),
-    )
-    # Megatron-Core's layers want its random states; no number of ours comes from them.
-    model_parallel_cuda_manual_seed(1)
-    return Runtime.joined(device)
+    return device, limit
 
 
 def join(tensor_parallel: int | None = None) -> Runtime:

@@ -19,6 +19,8 @@ def step_line(row: dict[str, Any], iterations: int, *, rank: str) -> str:
     parts = [f"step {step}/{iterations}", *_numbers(row)]
     if (rate := row.get("tokens_per_second_per_rank")) is not None:
         parts.append(f"{short(rate)} tok/s/{rank}")
+    if (flops := row.get("tflops_per_rank")) is not None:
+        parts.append(f"{short(flops)} TFLOP/s/{rank}")
     if (memory := row.get("peak_memory_gib")) is not None:
         parts.append(f"{memory:.3g} GiB")
     if seconds is not None:

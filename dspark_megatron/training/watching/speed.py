@@ -30,11 +30,14 @@ class Speed:
         """Time that is none of the steps'."""
         self._start += seconds
 
-    def figures(self, *, tokens: float, waited: float, saved: float) -> dict[str, float | str]:
-        """And begin anew. tokens: of all ranks. waited, saved: seconds for micro-batches and for
-        checkpoints."""
+    def figures(
+        self, *, tokens: float, flops: float | None, waited: float, saved: float
+    ) -> dict[str, float | str | None]:
+        """And begin anew. tokens, flops: of all ranks; flops None where they are not known. waited,
+        saved: seconds for micro-batches and for checkpoints."""
         seconds, steps = time.perf_counter() - self._start, max(self._steps, 1)
         parts, rate = self._parts.seconds(), tokens / seconds
+        ranks_seconds = seconds * self._world_size
         self.begin()
         return {
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z"),
@@ -45,6 +48,7 @@ class Speed:
             "data_wait_share": waited / seconds,
             "tokens_per_second": rate,
             "tokens_per_second_per_rank": rate / self._world_size,
+            "tflops_per_rank": None if flops is None else flops / ranks_seconds / 1e12,
             "peak_memory_gib": peak_memory(self._device) / 2**30,
         }
 
