@@ -7,6 +7,7 @@ import pytest
 
 from dspark_megatron.cli.exit_codes import BAD_INPUT
 from dspark_megatron.cli.main import main
+from dspark_megatron.cli.train import ranks
 from support.draft_folders import write_checkpoint, write_target
 from support.shapes import VANILLA
 from support.tiny_target import tiny_config
@@ -118,6 +119,7 @@ def everything(folder):
 @pytest.mark.parametrize("typed", MISTAKES)
 def test_a_mistake_is_one_sentence(folder, monkeypatch, capsys, typed):
     monkeypatch.chdir(folder)
+    monkeypatch.setattr(ranks, "start_ranks", lambda *_: pytest.fail("it started ranks"))
     before = everything(folder)
     try:
         code = main(typed.split())
