@@ -5,6 +5,18 @@ import warnings
 
 from dspark_megatron.mcore import cpu_support, loadable_adam
 
+_COLLECTIVE = r"`torch\.distributed\.\w+` is (deprecated|a private function)"
+_KNOWN: tuple[tuple[type[Warning], str, str], ...] = (
+    (UserWarning, r"megatron\.", "Transformer Engine and Apex are not installed"),
+    (UserWarning, r"megatron\.", "Apex is not installed"),
+    (UserWarning, r"megatron\.", "full scope is deprecated"),
+    (FutureWarning, r"megatron\.", r"`(load|save)_state_dict` is deprecated"),
+    (UserWarning, r"megatron\.core\.optimizer", r"The \.grad attribute of a Tensor"),
+    (FutureWarning, r"torch\.distributed\.c10d_logger", _COLLECTIVE),
+)
+"""Category, module and beginning of each warning that Megatron-Core gives on every rank and that
+no user can act on: what is not installed, and what it calls that is deprecated."""
+
 
 def prepare_megatron() -> None:
     """Make Megatron-Core usable on this machine; before anything else imports it."""
@@ -14,11 +26,7 @@ def prepare_megatron() -> None:
 
 
 def silence_megatron() -> None:
-    """Before it is imported.
-
-    It tells every rank what is not installed, what it deprecates of its own and which deprecated
-    collectives of PyTorch it calls; none of that is for the user to act on, so it is silenced.
-    """
-    for module in (r"megatron\.", r"torch\.distributed\.c10d_logger"):
-        warnings.filterwarnings("ignore", module=module)
+    """Before it is imported. Any warning of Megatron-Core that is not known is shown."""
+    for category, module, message in _KNOWN:
+        warnings.filterwarnings("ignore", message, category, module)
     logging.getLogger("megatron").setLevel(logging.ERROR)

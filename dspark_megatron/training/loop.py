@@ -49,7 +49,7 @@ from dspark_megatron.training.resuming import average_text, checkpoint_to_resume
 from dspark_megatron.training.saves import Saves
 from dspark_megatron.training.step import GradientStep
 from dspark_megatron.training.watching.flops import StepFlops
-from dspark_megatron.training.watching.lines import end_lines, start_lines
+from dspark_megatron.training.watching.lines import end_lines, start_lines, stopped_lines
 from dspark_megatron.training.watching.speed import Speed
 
 
@@ -224,10 +224,9 @@ class Trainer:
         write_status(self.output_dir, "stopped")
         limit = f"its time limit of {self.settings.exit_duration_minutes} minutes"
         cause = "a signal" if reason == StopReason.SIGNAL else limit
-        self._say(
-            f"stopped by {cause} after {state}; nothing is lost: the same command continues from "
-            "there"
-        )
+        world = self.runtime.world_size
+        lines = stopped_lines(cause, self.output_dir, self.state, state, self.settings, world)
+        self._say("\n".join(lines))
 
     def _train_step(self, metrics: MetricSums) -> float | None:
         """One step; returns the gradient norm before clipping, None where it was skipped. A

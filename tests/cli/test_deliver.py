@@ -51,6 +51,16 @@ def test_a_run_is_all_that_an_export_needs(trained, capsys):
     assert stored["kind"] == "stored" and stored["files"][-1]["damage"] == ""
 
 
+def test_the_record_of_an_export_says_what_it_was_made_of(trained, capsys):
+    settings = {"target": {"path": "target", "checkpoint": "gpt", "provider": "megatron"}}
+    (trained / "config.yaml").write_text(yaml.safe_dump(settings))
+    code, record = as_json(capsys, "export", "run", "--skip-logits", "--no-shared-weights")
+    assert code == DONE
+    assert record["output"].endswith("run/export") and record["target"] == "target"
+    assert record["target_checkpoint"] == "gpt"
+    assert record["checkpoint"] == str(trained / "checkpoints" / "iter_0000100")
+
+
 def test_there_and_back(trained, capsys):
     main(["export", "run/checkpoints", "--dtype", "fp32", "--skip-logits"])
     for _ in range(2):
@@ -59,6 +69,7 @@ def test_there_and_back(trained, capsys):
         assert code == DONE and record["layout"] == "modelopt"
         code, record = as_json(capsys, "import", "m", "--target", "target", "--output", "back")
         assert code == DONE and record["checkpoint"].endswith("back/checkpoints/iter_0000000")
+        assert (record["target"], record["target_checkpoint"]) == ("target", None)
 
 
 def test_what_is_not_sound_and_what_cannot_be_checked(trained, capsys):
@@ -74,6 +85,7 @@ def test_what_is_not_sound_and_what_cannot_be_checked(trained, capsys):
         (["export", "target"], "target/config.yaml is not there, so the target is not known"),
         (["export", "run", "--iteration", "7"], "no checkpoint of iteration 7"),
         (["import", "run/export", "--output", "x"], "give --target"),
+        (["convert", "run/export", "--output", "x"], "give --target"),
     ):
         assert main(words) == BAD_INPUT, words
         assert message in capsys.readouterr().err

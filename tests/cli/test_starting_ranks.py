@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -57,6 +58,12 @@ class Command:
             time.sleep(0.01)
         self.ranks = psutil.Process(self.process.pid).children()
 
+    def wait_for_text(self, text):
+        deadline = time.monotonic() + 240
+        while text not in self.text():
+            assert self.process.poll() is None and time.monotonic() < deadline, self.text()
+            time.sleep(0.01)
+
     def end(self):
         """The exit code, once every rank has ended, too."""
         code = self.process.wait(240)
@@ -99,11 +106,13 @@ def test_stopped_by_ctrl_c_then_killed_then_complete(run_of, tmp_path, capsys):
     assert second.end() == FAILED
     text = second.files[1].read_text()
     assert text.count("error: rank 1 was killed by signal 9 (SIGKILL)") == 1
-    assert "Traceback" not in text and "training:" not in text
+    assert "Traceback" not in text and "ETA" not in text
     assert second.files[0].read_text() == ""
 
     length = f"train.iterations={stopped_at + 1}"
-    assert Command(tmp_path, "train", config, length).end() == DONE
+    third = Command(tmp_path, "train", config, length, "--quiet")
+    assert third.end() == DONE
+    assert third.text() == "", "Megatron-Core, too, has nothing to say"
     assert status(output) == "completed\n" and latest(output) == stopped_at + 1
     started = psutil.Process().children(recursive=True)
     assert main(["train", str(config), length]) == DONE
@@ -111,6 +120,40 @@ def test_stopped_by_ctrl_c_then_killed_then_complete(run_of, tmp_path, capsys):
     assert f"nothing is left to do: the run is at iteration {stopped_at + 1:,}" in said
     assert f"dspark evaluate {output}" in said
     assert psutil.Process().children(recursive=True) == started
+
+
+@pytest.mark.commands
+def test_nodes_that_differ_end_with_one_sentence_each(run_of, tmp_path):
+    """Node 1 waits for node 0, and no stack trace follows when that one is gone first."""
+    config, _ = run_of
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        meeting = f"localhost:{free.getsockname()[1]}"
+    nodes = []
+    for rank in (1, 0):
+        folder = tmp_path / f"node{rank}"
+        folder.mkdir()
+        words = ["--nodes", 2, "--node-rank", rank, "--rendezvous", meeting, "--processes", 1]
+        nodes.append(Command(folder, "train", config, *words, f"optimizer.lr=0.00{rank + 1}"))
+    for node in nodes:
+        assert node.end() == BAD_INPUT, node.text()
+        text = node.text()
+        assert text.count("they differ: optimizer.lr is 0.00") == 1, text
+        assert "frame #" not in text and "Traceback" not in text and "[W" not in text, text
+
+
+@pytest.mark.commands
+def test_a_stop_is_heeded_while_the_first_node_is_waited_for(run_of, tmp_path):
+    config, _ = run_of
+    with socket.socket() as taken:  # bound, and nobody listens
+        taken.bind(("localhost", 0))
+        meeting = f"localhost:{taken.getsockname()[1]}"
+        words = ["--nodes", 2, "--node-rank", 1, "--rendezvous", meeting]
+        node = Command(tmp_path, "train", config, *words)
+        node.wait_for_text(" waits at ")
+        node.process.send_signal(signal.SIGTERM)
+        assert node.end() == INTERRUPTED
+    assert "Traceback" not in node.text()
 
 
 @pytest.mark.commands

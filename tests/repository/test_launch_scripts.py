@@ -1,7 +1,7 @@
-"""The scripts of examples/multi_node with stand-ins on PATH for torchrun and Slurm's commands.
+"""The scripts of examples/multi_node with stand-ins on PATH for dspark and Slurm's commands.
 
 They show what the scripts do with those commands, not that a real Slurm does with them what its
-manual says. tests/run/test_multi_node.py runs launch_node.sh with the real torchrun.
+manual says. tests/run/test_multi_node.py runs launch_node.sh with the real dspark.
 """
 
 import os
@@ -17,7 +17,7 @@ from support.paths import ROOT
 SCRIPTS = ROOT / "examples" / "multi_node"
 STAND_INS = {
     "srun": 'echo "srun $*" >> "$CALLS"; eval "$SRUN_DOES"',
-    "torchrun": 'echo "torchrun $*" >> "$CALLS"; eval "$TORCHRUN_DOES"',
+    "dspark": 'echo "dspark $*" >> "$CALLS"',
     "scancel": 'echo "scancel $*" >> "$CALLS"',
     "scontrol": 'if [ "$1" = show ]; then printf "a-%s\\nb\\n" "$3"; '
     'else echo "scontrol $*" >> "$CALLS"; fi',
@@ -40,7 +40,6 @@ def environment(tmp_path):
         "CALLS": str(tmp_path / "calls"),
         "STATUS": str(tmp_path / "out" / "run_status"),
         "SRUN_DOES": "",
-        "TORCHRUN_DOES": "",
         "SLURM_NNODES": "2",
         "SLURM_JOB_ID": "123456",
         "SLURM_JOB_NODELIST": "nodelist",
@@ -78,13 +77,11 @@ def wait_for_call(environment, name):
 def test_what_a_node_of_a_slurm_job_runs(environment):
     environment["SRUN_DOES"] = 'shift 2; SLURM_NODEID=1 SLURMD_NODENAME=b "$@"'
     assert sbatch(environment, "train.epochs=2").wait(120) == 0
-    srun, torchrun = calls(environment)
+    srun, dspark = calls(environment)
     assert "--cpus-per-task=16" in srun
-    assert torchrun == (
-        "torchrun --nnodes 2 --nproc-per-node gpu --rdzv-backend c10d "
-        "--rdzv-endpoint a-nodelist:23456 --rdzv-id 123456.0 --rdzv-conf is_host=false "
-        "--local-addr b -m dspark_megatron.train --config my run.yaml "
-        f"train.output_dir={Path(environment['STATUS']).parent} train.epochs=2"
+    assert dspark == (
+        f"dspark train --config my run.yaml train.output_dir={Path(environment['STATUS']).parent} "
+        "train.epochs=2 --nodes 2 --node-rank 1 --rendezvous a-nodelist:23456 --node-address b"
     )
 
 
@@ -108,7 +105,7 @@ def test_only_a_stopped_run_is_requeued(environment, srun_does, requeued, code):
     "srun_does, requeued",
     [
         ('echo stopped > "$STATUS"; exit 143', True),
-        ("exit 143", True),  # torchrun was still starting
+        ("exit 130", True),  # it was still starting
         ('echo completed > "$STATUS"', False),
     ],
 )
@@ -120,13 +117,3 @@ def test_a_signal_is_passed_to_the_tasks_and_the_job_requeued(environment, srun_
     assert job.wait(120) == 0
     assert "scancel --signal=TERM 123456" in calls(environment)
     assert ("scontrol requeue 123456" in calls(environment)) == requeued
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_before_there_are_ranks_ends_torchrun(environment, number):
-    settings = {"NODES": "2", "NODE_RANK": "0", "RENDEZVOUS": "a:1"}
-    environment |= {**settings, "TORCHRUN_DOES": "exec sleep 60"}
-    node = start(environment, SCRIPTS / "launch_node.sh", "--config", "run.yaml")
-    wait_for_call(environment, "torchrun")
-    node.send_signal(number)
-    assert node.wait(120) == 128 + signal.SIGTERM

@@ -52,6 +52,8 @@ def test_killed_stopped_and_continued_at_other_layouts(tiny_run, unbroken, tmp_p
     code, text = finish(process)
     assert f"iter_{killed_at:07d}" in text and "stopped by a signal" in text
     assert killed_at < latest(output) < 20
+    assert f"saved in {output}/checkpoints/iter_{latest(output):07d}" in text
+    assert f"next: dspark train {output} --gpus 1\n" in text
     code, text = finish(launch(config_file, 2, "parallel.tensor_parallel=1"))
     assert code == 0, text
     assert_same_curve(curve(output), curve(unbroken))

@@ -2,11 +2,14 @@
 
 import re
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 import torch
 
-from dspark_megatron.training.watching.lines import small, step_line
+from dspark_megatron.config import TrainConfig
+from dspark_megatron.run.checkpoints.state import RunState
+from dspark_megatron.training.watching.lines import small, step_line, stopped_lines
 from dspark_megatron.training.watching.step_parts import StepParts
 from support.paths import ROOT
 from support.training_runs import curve, finish, launch, write_config
@@ -29,6 +32,25 @@ def test_a_step_of_the_log():
     nothing = {"iteration": 1, "loss": float("nan"), "tau": None}
     assert step_line(nothing, 2, rank="GPU") == "step 1/2"
     assert [small(x) for x in (1.25e-5, 0.0, 1e-2)] == ["1.25e-5", "0", "1e-2"]
+
+
+@pytest.mark.parametrize(
+    "iteration, ranks_of_node, settings, saved, options",
+    [
+        (12, 4, {}, "saved in runs/x/checkpoints/iter_0000012", "--gpus 4"),
+        (0, 4, {}, "nothing is saved, since no step was taken", "--gpus 4"),
+        (3, 2, {}, "saved", "--gpus 2 --nodes 2 --node-rank R --rendezvous HOST:PORT"),
+        (3, 4, {"resume": False}, "saved", "--gpus 4 train.resume=true train.overwrite=false"),
+    ],
+)
+def test_a_stopped_run_names_its_checkpoint_and_the_command_that_goes_on(
+    iteration, ranks_of_node, settings, saved, options, monkeypatch
+):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks_of_node))
+    train, state = TrainConfig(output_dir="runs/x", **settings), RunState(iteration, 8 * iteration)
+    first, second = stopped_lines("a signal", Path("runs/x"), state, "so much", train, 4)
+    assert first.startswith(f"stopped by a signal after so much; {saved}")
+    assert second == f"next: dspark train runs/x {options}"
 
 
 def test_a_part_within_another_is_counted_by_itself_alone(monkeypatch):

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from dspark_megatron.cli.deliver import draft_options
 from dspark_megatron.cli.output import Output
-from dspark_megatron.errors import require
 
 EXAMPLES = """\
   dspark convert drafts/x --target models/Qwen3-8B --layout specforge --output drafts/x-specforge
@@ -14,22 +13,21 @@ EXAMPLES = """\
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="DRAFT", help="the draft's folder")
-    draft_options.add_target(parser, "the target's folder (needed)")
-    about = "the folder that is written (needed)"
-    parser.add_argument("--output", type=Path, metavar="DIR", required=True, help=about)
+    draft_options.add_target(parser)
+    draft_options.add_output(parser)
     draft_options.add_read_folder(parser)
     draft_options.add_written_folder(parser, dtype="same")
     draft_options.add_rope(parser)
 
 
 def run(args: argparse.Namespace, output: Output) -> None:
-    require(args.target is not None, "the target is not known; give --target")
+    target = draft_options.given_target(args)
     from dspark_megatron.cli.deliver.draft_check import check_draft, way_back
     from dspark_megatron.conversion.export import convert_folder
 
     folder = convert_folder(
         args.folder,
-        args.target,
+        target,
         args.output,
         draft_options.write_options(args),
         layout=args.from_layout,
@@ -39,4 +37,4 @@ def run(args: argparse.Namespace, output: Output) -> None:
     output.line(f"wrote {folder}")
     way_back(folder, args.layout, output)
     record = check_draft(folder, args, output, layout=args.layout)
-    output.result({"output": str(folder), "target": str(args.target), **record})
+    output.result({**draft_options.written_record(folder, args), **record})

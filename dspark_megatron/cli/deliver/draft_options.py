@@ -4,13 +4,17 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from dspark_megatron.errors import require
+
 LAYOUTS = ("hf", "speculators", "modelopt", "specforge")
 """As `conversion.layouts.table` has them; a test compares, since that takes long to import."""
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 BEST = "best"
 
 
-def add_target(parser: argparse.ArgumentParser, about: str = "the target's folder") -> None:
+def add_target(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
+    """default: where it is taken from without the option, which is needed where there is none."""
+    about = f"the target's folder ({f'default: {default}' if default else 'needed'})"
     parser.add_argument("--target", type=Path, metavar="DIR", help=about)
     parser.add_argument(
         "--target-checkpoint",
@@ -18,6 +22,32 @@ def add_target(parser: argparse.ArgumentParser, about: str = "the target's folde
         help="the Megatron-LM checkpoint with the target's weights, where training had "
         "target.checkpoint",
     )
+
+
+def given_target(args: argparse.Namespace) -> Path:
+    """ConfigError without one."""
+    require(args.target is not None, "the target is not known; give --target")
+    return args.target
+
+
+def add_output(
+    parser: argparse.ArgumentParser, *, metavar: str = "DIR", default: str | None = None
+) -> None:
+    """default: the folder that is written without the option, which is needed where there is
+    none."""
+    what = "the folder that is written" if metavar == "DIR" else "the run folder that is written"
+    about = f"{what} ({default or 'needed'})"
+    parser.add_argument("--output", type=Path, metavar=metavar, required=not default, help=about)
+
+
+def written_record(output: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """What was written, and whose target the draft has, as JSON has it."""
+    checkpoint = args.target_checkpoint or None
+    return {
+        "output": str(output),
+        "target": str(args.target),
+        "target_checkpoint": checkpoint,
+    }
 
 
 def add_checkpoint_choice(parser: argparse.ArgumentParser) -> None:

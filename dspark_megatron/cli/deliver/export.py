@@ -16,10 +16,8 @@ EXAMPLES = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     about = "a run, its checkpoints/ or one iter_* folder"
     parser.add_argument("run", type=Path, metavar="RUN", help=about)
-    draft_options.add_target(parser, "the target's folder (default: the run's)")
-    parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="the folder that is written (RUN/export)"
-    )
+    draft_options.add_target(parser, default="the run's")
+    draft_options.add_output(parser, default="RUN/export")
     draft_options.add_checkpoint_choice(parser)
     draft_options.add_written_folder(parser, dtype="bf16")
     draft_options.add_skip_logits(parser)
@@ -31,17 +29,19 @@ def run(args: argparse.Namespace, output: Output) -> None:
         args.output = run_folder(args.run) / "export"
     from dspark_megatron.cli.deliver.draft_check import check_draft, fingerprint_of, way_back
     from dspark_megatron.conversion.export import export_checkpoint
+    from dspark_megatron.storage.training_checkpoint import find_checkpoint
 
+    checkpoint = find_checkpoint(args.run, args.iteration)
     folder = export_checkpoint(
-        args.run,
+        checkpoint,
         args.target,
         args.output,
         draft_options.write_options(args),
-        iteration=args.iteration,
         weights=args.weights,
         fingerprint=fingerprint_of(args),
     )
     output.line(f"wrote {folder}")
     way_back(folder, args.layout, output)
     record = check_draft(folder, args, output, run=args.run, layout=args.layout)
-    output.result({"output": str(folder), "target": str(args.target), **record})
+    made = draft_options.written_record(folder, args)
+    output.result({**made, "checkpoint": str(checkpoint), **record})

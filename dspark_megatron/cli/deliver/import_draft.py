@@ -5,7 +5,6 @@ from pathlib import Path
 
 from dspark_megatron.cli.deliver import draft_options
 from dspark_megatron.cli.output import Output
-from dspark_megatron.errors import require
 
 EXAMPLES = """\
   dspark import models/dspark_qwen3_8b_block7 --target models/Qwen3-8B --output runs/published
@@ -14,9 +13,8 @@ EXAMPLES = """\
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="DRAFT", help="the draft's folder")
-    draft_options.add_target(parser, "the target's folder (needed)")
-    about = "the run folder that is written (needed)"
-    parser.add_argument("--output", type=Path, metavar="RUN", required=True, help=about)
+    draft_options.add_target(parser)
+    draft_options.add_output(parser, metavar="RUN")
     parser.add_argument(
         "--tensor-parallel",
         type=int,
@@ -29,13 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, output: Output) -> None:
-    require(args.target is not None, "the target is not known; give --target")
+    target = draft_options.given_target(args)
     from dspark_megatron.cli.deliver.draft_check import fingerprint_of
     from dspark_megatron.conversion.import_draft import import_folder
 
     checkpoint = import_folder(
         args.folder,
-        args.target,
+        target,
         args.output,
         fingerprint=fingerprint_of(args),
         target_checkpoint=args.target_checkpoint or "",
@@ -45,7 +43,7 @@ def run(args: argparse.Namespace, output: Output) -> None:
         rope=draft_options.given_rope(args),
     )
     output.result(
-        {"output": str(args.output), "checkpoint": str(checkpoint), "target": str(args.target)},
+        {**draft_options.written_record(args.output, args), "checkpoint": str(checkpoint)},
         [
             f"wrote {checkpoint}",
             f"start a run from it: train.initial_checkpoint={args.output}",

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help=about)
     add = parser.add_argument_group("for a draft's folder").add_argument
     add("--run", type=Path, metavar="RUN", help="compare tensors and logits with this run's")
-    draft_options.add_target(parser, "the target's folder (default: that of --run)")
+    draft_options.add_target(parser, default="that of --run")
     draft_options.add_checkpoint_choice(parser)
     draft_options.add_read_folder(parser)
     draft_options.add_skip_logits(parser)

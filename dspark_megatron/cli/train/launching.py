@@ -122,7 +122,22 @@ def run_on_ranks(
     returns the exit code. stop_text: what happens on the first Ctrl-C."""
     if is_rank(args):
         return rank(args, output)
+    _load_torch()
     placed = placement(args)
     from dspark_megatron.cli.train.ranks import start_ranks
 
     return start_ranks([*args.words, "--as-rank"], placed, stop_text)
+
+
+def _load_torch() -> None:
+    """So that its C++ side speaks of errors only in this process, which reads that as it loads; the
+    ranks are not told. A launcher says itself what is wrong, and would else add a stack trace
+    whenever the node that serves the rendezvous ends first."""
+    name = "TORCH_CPP_LOG_LEVEL"
+    if name in os.environ:
+        return
+    os.environ[name] = "ERROR"
+    try:
+        import torch  # noqa: F401
+    finally:
+        del os.environ[name]

@@ -9,8 +9,10 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from types import FrameType
@@ -26,6 +28,8 @@ from dspark_megatron.cli.train.launching import Placement
 from dspark_megatron.errors import ConfigError, printable
 
 _JOIN_MINUTES = 10
+_STAY_SECONDS = 3.0
+"""Node 0 stays so long after a failure, since the other nodes look every second what it was."""
 
 
 def start_ranks(words: list[str], placed: Placement, stop_text: str) -> int:
@@ -43,8 +47,11 @@ def start_ranks(words: list[str], placed: Placement, stop_text: str) -> int:
     stops = Stops(stop_text)
     with tempfile.TemporaryDirectory(prefix="dspark_") as folder, stops.heeded():
         try:
+            _wait_for_first_node(placed)
             elastic_launch(_launch_config(placed, folder), sys.executable)(*program)
         except ChildFailedError as error:
+            if placed.nodes > 1 and placed.node_rank == 0:
+                time.sleep(_STAY_SECONDS)  # while `error` lives, so does the store that it served
             return exit_code(error.failures, stop_asked=stops.asked)
         except KeyboardInterrupt:
             return INTERRUPTED
@@ -55,6 +62,20 @@ def start_ranks(words: list[str], placed: Placement, stop_text: str) -> int:
                 "its port is free and reached from all, and start the same command on each node"
             ) from error
     return DONE
+
+
+def _wait_for_first_node(placed: Placement) -> None:
+    """Until it answers or the time is over, which PyTorch then says. PyTorch itself waits a minute
+    for it, and no signal is heeded meanwhile."""
+    if placed.node_rank == 0:
+        return
+    host, _, port = placed.rendezvous.rpartition(":")
+    until = time.monotonic() + 60 * _JOIN_MINUTES
+    while time.monotonic() < until:
+        with contextlib.suppress(OSError):
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        time.sleep(1)
 
 
 def _launch_config(placed: Placement, folder: str) -> LaunchConfig:

@@ -87,9 +87,14 @@ class Launch:
 
     def whose(self) -> str:
         """Which node an error is of, where there are several and each has files of its own."""
-        if os.environ.get("LOCAL_WORLD_SIZE", str(self.world_size)) == str(self.world_size):
+        if ranks_of_node(self.world_size) == self.world_size:
             return ""
         return f" (rank {self.rank} on {socket.gethostname()})"
+
+
+def ranks_of_node(world_size: int) -> int:
+    """How many of a job's ranks this node has: all of them where nothing says otherwise."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
 
 
 def _connected(host: str, port: int, rank: int, *, serve: bool) -> dist.TCPStore:

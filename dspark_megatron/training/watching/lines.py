@@ -4,11 +4,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+from dspark_megatron.config import TrainConfig
 from dspark_megatron.config.objective.words import objective_words
 from dspark_megatron.data.dataset import ConversationDataset
 from dspark_megatron.progress import describe_seconds
 from dspark_megatron.run.check import RunPlan
 from dspark_megatron.run.checkpoints.state import RunState
+from dspark_megatron.run.ranks.job import ranks_of_node
 from dspark_megatron.run.ranks.runtime import Runtime
 from dspark_megatron.storage.checkpoints.whole import iteration_folder
 
@@ -97,3 +99,28 @@ def end_lines(
         f"newest checkpoint: {newest}{best}",
         f"next: dspark evaluate {output_dir}   or   dspark export {output_dir}",
     ]
+
+
+def stopped_lines(
+    cause: str, output_dir: Path, state: RunState, where: str, settings: TrainConfig, world: int
+) -> list[str]:
+    """That a run was stopped and what is saved of it, and the command that goes on. where: how far
+    it is, in words. world: its ranks."""
+    saved = "nothing is saved, since no step was taken"
+    if state.iteration:
+        saved = f"saved in {iteration_folder(output_dir / 'checkpoints', state.iteration)}"
+    return [
+        f"stopped by {cause} after {where}; {saved}",
+        f"next: {continuing_command(output_dir, settings, world)}",
+    ]
+
+
+def continuing_command(output_dir: Path, settings: TrainConfig, world: int) -> str:
+    """What continues a run on as many ranks, by the config in its folder."""
+    per_node = ranks_of_node(world)
+    words = [f"dspark train {output_dir} --gpus {per_node}"]
+    if per_node < world:
+        words.append(f"--nodes {world // per_node} --node-rank R --rendezvous HOST:PORT")
+    if not settings.resume:  # the folder's config would begin anew
+        words.append("train.resume=true train.overwrite=false")
+    return " ".join(words)
