@@ -43,5 +43,5 @@ def draw_marks(axes: Axes, kind: str, places: Sequence[float], color: str) -> No
     ends = [[(place, 0.0), (place, 1.0)] for place in distinct]
     look = {"colors": color, "linewidths": 0.8, "linestyles": line, "alpha": 0.7, "zorder": 1}
     axes.add_collection(LineCollection(ends, transform=over, **look), autolim=False)
-    tops = [1.0] * len(distinct)
+    tops = [1.04] * len(distinct)
     axes.plot(distinct, tops, sign, markersize=4, color=color, transform=over, clip_on=False)
