@@ -27,8 +27,7 @@ class Commands:
             overrides = ("train.output_dir=NEW_RUN", *overrides)
         else:
             overrides = (*self._place(), *overrides)
-        file = "RUN.yaml" if self.config is None else str(self.folder / "config.yaml")
-        return _line("train", file, *overrides)
+        return _line("train", self._file(), *overrides)
 
     def train_with_heldout(self) -> str:
         if self.config is not None and self.config.evaluate.every is not None:
@@ -64,11 +63,16 @@ class Commands:
         return "\n".join([*lines, _line("calibrate", str(self.folder))])
 
     def _evaluate(self, *overrides: str) -> str:
-        words = self._place()
-        if self.config is None or not self.config.evaluate.prompt_files:
-            words.append("evaluate.prompt_files=[PROMPTS]")
-        run = "RUN.yaml" if self.config is None else str(self.folder)
-        return _line("evaluate", run, *words, *self._loaded_target(), *overrides)
+        if self.config is not None and (self.folder / "checkpoints").is_dir():
+            run = [str(self.folder)]
+        else:
+            run = [self._file(), *self._place()]
+        given = self.config is not None and self.config.evaluate.prompt_files
+        prompts = [] if given else ["--prompts", "chat"]
+        return _line("evaluate", *run, *self._loaded_target(), *overrides, *prompts)
+
+    def _file(self) -> str:
+        return "RUN.yaml" if self.config is None else str(self.folder / "config.yaml")
 
     def _loaded_target(self) -> list[str]:
         """For what stored states do not serve."""

@@ -10,6 +10,7 @@ import pytest
 from dspark_megatron.cli.config_argument import given_config
 from dspark_megatron.cli.exit_codes import BAD_INPUT, DONE
 from dspark_megatron.cli.main import main, parser_of
+from dspark_megatron.cli.train.evaluate import sort_arguments
 from dspark_megatron.config.loading import load_config
 from dspark_megatron.evaluation.confidence.calibration import CalibrationSettings, calibrate
 from dspark_megatron.evaluation.pages.run_pages.comparison import cautions, summary
@@ -263,10 +264,12 @@ def check_commands(commands):
     for words in commands:
         check_dspark(words)
         args = parser_of(words[1]).parse_intermixed_args(words[2:])
-        if words[1] != "calibrate":
-            assert Path(args.config).exists()
-            overrides = [word.replace("STEPS", "5") for word in args.overrides]
-            configs.append(load_config(given_config(args), overrides, trains=words[1] == "train"))
+        if words[1] == "calibrate":
+            continue
+        (given_config if words[1] == "train" else sort_arguments)(args)
+        assert Path(args.config).exists()
+        overrides = [word.replace("STEPS", "5") for word in args.overrides]
+        configs.append(load_config(args.config, overrides, trains=words[1] == "train"))
     return configs
 
 
@@ -286,6 +289,7 @@ def test_commands_fit_the_settings_of_the_run(make_run, sections):
     folder = make_run("run", {"run_status": "stopped\n"}, **sections)
     if not sections:
         folder = folder.rename(folder.with_name("moved"))
+        (folder / "checkpoints").mkdir()
     lines = [line for note in read_run(folder).notes for line in note.command.splitlines()]
     configs = check_commands(map(shlex.split, lines))
     assert {Path(config.train.output_dir).resolve() for config in configs} == {folder.resolve()}
