@@ -23,7 +23,7 @@ class TargetConfig:
     layout. `path` then needs no safetensors. For provider `cache` give the same one, if the states
     were stored with it."""
     cache: str = ""
-    """Folder of stored states, written by `tools/prepare_target_cache.py` or as DeepSpec's cache
+    """Folder of stored states, written by `dspark cache` or as DeepSpec's cache
     (version 2)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the target: `auto` (as saved), `float32`, `bfloat16` or `float16`."""
@@ -59,7 +59,7 @@ class TargetConfig:
         require(
             bool(self.cache) or not self.is_stored,
             "target.provider 'cache' needs target.cache: name the folder that "
-            "tools/prepare_target_cache.py has written, or set target.provider=huggingface",
+            "`dspark cache` has written, or set target.provider=huggingface",
         )
         require(
             self.shard_across_data_parallel >= 0,

@@ -100,7 +100,7 @@ def read_temperatures(
 ) -> list[float]:
     """Of each draft token; ConfigError as in `check_sidecar`, and when there are none."""
     found = check_sidecar(folder, num_draft_tokens, iteration, checkpoint)
-    require(found, f"{folder} must hold a {SIDECAR}; tools/calibrate_confidence.py makes one")
+    require(found, f"{folder} must hold a {SIDECAR}; `dspark calibrate` makes one")
     return read_json(folder / SIDECAR)["temperatures"]
 
 

@@ -132,7 +132,7 @@ class ConversationEncoder:
         return encodings
 
     def _encode_answered(self, record: dict) -> Encoding:
-        """A chat with the tokens that its target saw and wrote, as tools/generate_responses.py
+        """A chat with the tokens that its target saw and wrote, as `dspark generate`
         keeps them. It needs no template, and reasoning may be masked as in any chat."""
         token_ids, mask = _checked_tokens(record)
         self._check_vocabulary(token_ids)

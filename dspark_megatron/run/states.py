@@ -115,7 +115,7 @@ def open_stored_states(plan: RunPlan) -> StatesReader:
     if wrong:
         raise ConfigError(
             f"the stored states {folder} are not of this run: {'; '.join(wrong)}. Change the "
-            "config, or store the states of this run with tools/prepare_target_cache.py"
+            "config, or store the states of this run with `dspark cache`"
         )
     return reader
 
@@ -146,7 +146,7 @@ def reader_of_states(folder: Path, manifest: dict[str, Any]) -> StatesReader:
     raise ConfigError(
         f"{folder} must hold stored states in the form {safetensors_layout.FORMAT!r} or "
         f"DeepSpec's version {deepspec_layout.VERSION}; write them with "
-        "tools/prepare_target_cache.py"
+        "`dspark cache`"
     )
 
 

@@ -52,14 +52,7 @@ def evaluate(output: Path, *overrides: str) -> dict:
 
 def calibrate_and_report(folder: Path) -> None:
     """Temperatures of the confidence head, which the export takes along, and a page of it all."""
-    run(
-        "python",
-        "tools/calibrate_confidence.py",
-        "--records",
-        str(folder / "drafts.safetensors"),
-        "--output",
-        str(folder),
-    )
+    run("python", "-m", "dspark_megatron", "calibrate", str(folder))
     run("python", "-m", "dspark_megatron", "report", str(folder))
 
 
@@ -112,9 +105,9 @@ def main(argv: list[str] | None = None) -> None:
     seconds["evaluation"] = time.monotonic() - start - seconds["training"]
     seconds["export"] = run(
         "python",
-        "tools/convert_checkpoint.py",
+        "-m",
+        "dspark_megatron",
         "export",
-        "--checkpoint",
         str(folder),
         "--target",
         str(TARGET),

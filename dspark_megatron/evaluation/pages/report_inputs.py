@@ -54,8 +54,7 @@ def read_calibration(path: Path, evaluation: dict[str, Any]) -> dict[str, Any]:
     lacking = [key for key in CALIBRATION if key not in found]
     require(
         not lacking,
-        f"{path} must be a calibration.json of tools/calibrate_confidence.py, lacks "
-        f"{', '.join(lacking)}",
+        f"{path} must be a calibration.json of `dspark calibrate`, lacks {', '.join(lacking)}",
     )
     _check_same_draft(path, found, evaluation)
     slots = drafted_tokens(evaluation)

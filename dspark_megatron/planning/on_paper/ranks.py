@@ -24,7 +24,7 @@ def one_of_ranks(size: int) -> Iterator[dist.ProcessGroup]:
     require(
         not dist.is_initialized(),
         "a plan needs a process that has not joined a job's ranks, and this one has; make it "
-        "before they join, or with tools/plan.py",
+        "before they join, or with dspark plan",
     )
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
     try:

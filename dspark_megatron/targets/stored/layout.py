@@ -104,7 +104,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"{path} must be the readable manifest of stored states ({error}); write them with "
-            "tools/prepare_target_cache.py"
+            "`dspark cache`"
         ) from error
     require(isinstance(content, dict), f"{path} must hold a JSON object")
     return content

@@ -17,6 +17,7 @@ PLACES = ("train.output_dir", "evaluate.output", "evaluate.records")
 """Keys that say where a run writes, not what it does."""
 CONDITIONS = ("target", "temperature", "max_new_tokens", "seed", "scheduler")
 """Facts of an evaluation that must be equal for its figures to compare."""
+AVERAGE = "moving average"
 
 
 def check_runs(folders: Sequence[Path]) -> None:
@@ -53,6 +54,7 @@ def summary(run: RunFiles) -> dict[str, Any]:
         "held-out tau": best and best["tau"],
         "decoded tau": figures.get("tau"),
         "untrained tau": before.get("tau"),
+        "evaluated weights": run.evaluation and (AVERAGE if run.is_of_average else "as trained"),
         "accept@0": (figures.get("accept_rate") or [None])[0],
         "ECE before": mean_ece(survival["before"]) if survival else None,
         "ECE after": mean_ece(survival["after"]) if survival else None,
@@ -132,8 +134,8 @@ def cautions(runs: Sequence[RunFiles]) -> list[str]:
             "The objectives differ, and so do the scales of the loss. Its terms, tau and accept "
             "rates compare."
         )
-    evaluations = [(run.name, e) for run in runs for e in (run.evaluation,) if e is not None]
-    differ = _differing_conditions([e for _, e in evaluations])
+    said += _differing_weights(runs)
+    differ = _differing_conditions([run.evaluation for run in runs if run.evaluation is not None])
     if differ:
         said.append(
             f"The evaluations differ in {', '.join(differ)}, so decoded tau and acceptance do not "
@@ -145,6 +147,29 @@ def cautions(runs: Sequence[RunFiles]) -> list[str]:
             said.append(
                 f"The evaluations of {run.name} before and after training differ in "
                 f"{', '.join(differ)}, so they do not compare."
+            )
+    return said
+
+
+def _differing_weights(runs: Sequence[RunFiles]) -> list[str]:
+    """Figures of the moving average beside those of the weights as trained."""
+    decoded = {run.name: run.is_of_average for run in runs if run.evaluation is not None}
+    heldout = {run.name: run.heldout_is_of_average for run in runs if run.heldout}
+    said = []
+    for what, of_average in (("Decoded", decoded), ("Held-out", heldout)):
+        average = [name for name, is_average in of_average.items() if is_average]
+        trained = [name for name in of_average if name not in average]
+        if average and trained:
+            said.append(
+                f"{what} figures of {', '.join(average)} are of the moving average of the weights, "
+                f"those of {', '.join(trained)} of the weights as trained, so they do not compare."
+            )
+    for name in decoded:
+        if name in heldout and decoded[name] != heldout[name]:
+            first, second = ("held-out", "decoded") if heldout[name] else ("decoded", "held-out")
+            said.append(
+                f"Of {name}, {first} figures are of the moving average of the weights and {second} "
+                "ones of the weights as trained, so they do not compare."
             )
     return said
 

@@ -19,6 +19,12 @@ from dspark_megatron.evaluation.pages.drawing import (
     style,
     svg,
 )
+from dspark_megatron.evaluation.pages.run_pages.marks import (
+    Marks,
+    count_words,
+    draw_marks,
+    marks_of,
+)
 from dspark_megatron.evaluation.pages.run_pages.run_files import Row, RunFiles
 
 MOST_POINTS = 400
@@ -43,14 +49,16 @@ class Panel:
     caption: str
     may_be_log: bool = False
     from_zero: bool = False
+    is_marked: bool = False
+    """Whether it shows where this figure jumped and steps were skipped."""
 
 
 PANELS = (
-    Panel("loss", "loss", may_be_log=True),
+    Panel("loss", "loss", may_be_log=True, is_marked=True),
     *(Panel(f"{term}_loss", f"{term} term", may_be_log=True) for term in TERMS),
     Panel("confidence_loss", "confidence loss", may_be_log=True),
     Panel("confidence_abs_error", "confidence: mean absolute error", from_zero=True),
-    Panel("grad_norm", "gradient norm", may_be_log=True),
+    Panel("grad_norm", "gradient norm", may_be_log=True, is_marked=True),
     Panel("learning_rate", "learning rate", from_zero=True),
     Panel("tokens_per_second", "tokens per second", from_zero=True),
     Panel("data_wait_share", "share of time waiting for data", from_zero=True),
@@ -80,6 +88,9 @@ class Steps:
         means = [[sum(column) / len(part) for column in zip(*part, strict=True)] for part in parts]
         return [x for x, _ in means], [y for _, y in means]
 
+    def places(self, rows: Sequence[Row]) -> list[float]:
+        return [row[self.key] for row in rows if is_number(row.get(self.key))]
+
 
 Curve = tuple[list[float], list[float]]
 """x and y."""
@@ -103,7 +114,10 @@ def is_number(value: Any) -> bool:
 def curves(runs: Sequence[RunFiles], panels: Sequence[Panel], steps: Steps) -> list[Picture]:
     """A picture for each key that any run has logged: those of the panels, then the others."""
     rows = [run.metrics for run in runs]
-    drawn = (_by_run(panel, rows, steps) for panel in [*panels, *_other_panels(rows, panels)])
+    drawn = []
+    for panel in [*panels, *_other_panels(rows, panels)]:
+        marks = [marks_of(run, panel.key) for run in runs] if panel.is_marked else []
+        drawn.append(_by_run(panel, rows, steps, marks=marks))
     return [picture for picture in drawn if picture is not None]
 
 
@@ -138,10 +152,14 @@ def acceptance_curves(runs: Sequence[RunFiles], steps: Steps) -> list[Picture]:
 
 
 def _by_run(
-    panel: Panel, rows: Sequence[Sequence[Row]], steps: Steps, slot: int | None = None
+    panel: Panel,
+    rows: Sequence[Sequence[Row]],
+    steps: Steps,
+    slot: int | None = None,
+    marks: Sequence[Marks] = (),
 ) -> Picture | None:
     found = [steps.curve(of_run, panel.key, slot) for of_run in rows]
-    return _picture(panel, found, [series_style(order) for order in range(len(rows))], steps)
+    return _picture(panel, found, [series_style(order) for order in range(len(rows))], steps, marks)
 
 
 def _by_slot(rows: Sequence[Row], name: str, steps: Steps) -> Picture | None:
@@ -153,9 +171,14 @@ def _by_slot(rows: Sequence[Row], name: str, steps: Steps) -> Picture | None:
 
 
 def _picture(
-    panel: Panel, found: Sequence[Curve], looks: Sequence[dict[str, Any]], steps: Steps
+    panel: Panel,
+    found: Sequence[Curve],
+    looks: Sequence[dict[str, Any]],
+    steps: Steps,
+    marks: Sequence[Marks] = (),
 ) -> Picture | None:
-    """None where there is nothing to draw. looks: of each curve; with labels there is a legend."""
+    """None where there is nothing to draw. looks: of each curve; with labels there is a legend.
+    marks: of each curve, if there are any."""
     values = [y for _, of_curve in found for y in of_curve]
     if not values:
         return None
@@ -163,10 +186,15 @@ def _picture(
     axes = figure.subplots()
     for (x, y), look in zip(found, looks, strict=True):
         _line(axes, x, y, **look)
+    for of_run, look in zip(marks, looks, strict=False):
+        for kind, rows in of_run.items():
+            draw_marks(axes, kind, steps.places(rows), look["color"])
     _finish(axes, values, panel, steps)
     if "label" in looks[0]:
         legend_beside(figure, axes, "slot")
-    return Picture(panel.caption, svg(figure, f"{panel.caption}, by {steps.label}"))
+    counted = count_words(marks)
+    caption = f"{panel.caption} ({counted})" if counted else panel.caption
+    return Picture(caption, svg(figure, f"{caption}, by {steps.label}"))
 
 
 def _line(axes: Axes, x: Sequence[float], y: Sequence[float], **look: Any) -> None:

@@ -2,7 +2,6 @@
 cannot be shown a line that says so, with the command that makes it."""
 
 import json
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,8 @@ from dspark_megatron.evaluation.pages.report_inputs import (
     read_evaluation,
     read_simulation,
 )
+from dspark_megatron.evaluation.pages.run_pages.commands import UNTRAINED, Commands
+from dspark_megatron.storage.checkpoints.named import NamedCheckpoint
 
 ANY_OF = ("config.yaml", "metrics.jsonl", "evaluation.json")
 """A folder with none of them is no run's."""
@@ -43,6 +44,8 @@ class RunFiles:
     status: str = ""
     metrics: list[Row] = field(default_factory=list)
     heldout: list[Row] = field(default_factory=list)
+    skipped: list[Row] = field(default_factory=list)
+    """Steps that were not taken: where they are, and nothing else of them."""
     evaluation: dict[str, Any] | None = None
     untrained: dict[str, Any] | None = None
     calibration: dict[str, Any] | None = None
@@ -54,6 +57,22 @@ class RunFiles:
 
     def path(self, name: str) -> Path:
         return self.folder / name
+
+    @property
+    def is_of_average(self) -> bool:
+        """Whether it was the moving average of the weights that was evaluated."""
+        named = NamedCheckpoint.of_facts(self.evaluation or {})
+        return named is not None and named.weights == "ema"
+
+    @property
+    def heldout_is_of_average(self) -> bool:
+        """The same of the estimates while it trained, which go by the config."""
+        return self.config is not None and self.config.evaluate.weights == "ema"
+
+    @property
+    def commands(self) -> Commands:
+        completed = self.status == "completed"
+        return Commands(self.folder, self.config, completed, self.is_of_average)
 
 
 def read_run(
@@ -88,13 +107,30 @@ def _read_settings(run: RunFiles) -> None:
 
 def _read_rows(run: RunFiles) -> None:
     run.metrics, run.heldout = (_rows(run, name) for name in ("metrics.jsonl", "heldout.jsonl"))
+    _read_skipped(run)
     if not run.metrics:
-        run.say("metrics.jsonl has no training curve", _train_command(run))
-    if not run.heldout:
+        run.say("metrics.jsonl has no training curve", run.commands.train())
+    if run.heldout:
+        return
+    if run.config is not None and not run.config.needs_target_logits:
+        run.say("heldout.jsonl is missing: cross entropy alone gives no held-out tau")
+    else:
         run.say(
             "heldout.jsonl is missing: held-out tau over training is known of runs that train with "
             "evaluate.heldout_files and evaluate.every",
-            _train_command(run, "evaluate.heldout_files=[ANSWERS]", "evaluate.every=STEPS"),
+            run.commands.train_with_heldout(),
+        )
+
+
+def _read_skipped(run: RunFiles) -> None:
+    keys = ("iteration", "consumed_samples")
+    rows = _rows(run, "skipped_samples.jsonl")
+    run.skipped = [{key: row.get(key) for key in keys} for row in rows]
+    counted = run.metrics[-1].get("skipped_steps") if run.metrics else 0
+    if type(counted) is int and counted > len(rows):
+        run.say(
+            f"skipped_samples.jsonl has {len(rows):,} of the {counted:,} steps that were skipped; "
+            "the others cannot be marked in the curves"
         )
 
 
@@ -134,19 +170,16 @@ def _row(line: str) -> Row | None:
 
 def _read_evaluations(run: RunFiles) -> None:
     run.evaluation = _shown_or_said(run, "evaluation.json", read_evaluation)
-    run.untrained = _shown_or_said(run, "evaluation_untrained.json", read_evaluation)
+    run.untrained = _shown_or_said(run, UNTRAINED, read_evaluation)
     if run.evaluation is None and not run.path("evaluation.json").exists():
-        records = f"evaluate.records={run.path('drafts.safetensors')}"
-        run.say("evaluation.json is missing", _evaluate_command(run, records))
-    if run.untrained is None and not run.path("evaluation_untrained.json").exists():
-        output = f"evaluate.output={run.path('evaluation_untrained.json')}"
-        words = ("evaluate.untrained=true", "evaluate.compare_plain=false", output)
-        run.say("evaluation_untrained.json is missing", _evaluate_command(run, *words))
+        run.say("evaluation.json is missing", run.commands.evaluate_with_records())
+    if run.untrained is None and not run.path(UNTRAINED).exists():
+        run.say(f"{UNTRAINED} is missing", run.commands.evaluate_untrained())
     last, evaluated = _last_step(run), (run.evaluation or {}).get("iteration")
     if type(evaluated) is int and last is not None and evaluated < last:
         run.say(
             f"evaluation.json is of step {evaluated:,}, and the run is at {last:,}",
-            _evaluate_command(run),
+            run.commands.evaluate(),
         )
 
 
@@ -165,13 +198,7 @@ def _read_calibration(run: RunFiles, given: Path | None) -> None:
     elif run.config is not None and not run.config.model.enable_confidence_head:
         return
     elif not run.path("calibration.json").exists():
-        records = run.path("drafts.safetensors")
-        first = (
-            "" if records.exists() else f"{_evaluate_command(run, f'evaluate.records={records}')}\n"
-        )
-        words = ("--records", str(records), "--output", str(run.folder))
-        command = f"python tools/calibrate_confidence.py {shlex.join(words)}"
-        run.say("calibration.json is missing", first + command)
+        run.say("calibration.json is missing", run.commands.calibrate())
     elif run.evaluation is None:
         run.say("calibration.json left out: it is shown beside the evaluation that it belongs to")
     else:
@@ -202,21 +229,3 @@ def _shown_or_said(run: RunFiles, name: str, read: Callable[[Path], Any]) -> Any
     except ConfigError as error:
         run.say(f"{name} left out: {error}")
         return None
-
-
-def _config_words(run: RunFiles) -> list[str]:
-    path = run.path("config.yaml")
-    return ["--config", str(path) if path.exists() else "RUN.yaml"]
-
-
-def _train_command(run: RunFiles, *overrides: str) -> str:
-    return shlex.join(["python", "-m", "dspark_megatron.train", *_config_words(run), *overrides])
-
-
-def _evaluate_command(run: RunFiles, *overrides: str) -> str:
-    words = ["python", "-m", "dspark_megatron.evaluate", *_config_words(run)]
-    if run.config is None or not run.config.evaluate.prompt_files:
-        words.append("evaluate.prompt_files=[PROMPTS]")
-    if run.config is not None and run.config.target.is_stored:
-        words.append("target.provider=huggingface")
-    return shlex.join([*words, *overrides])

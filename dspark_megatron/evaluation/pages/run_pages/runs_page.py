@@ -18,6 +18,7 @@ from dspark_megatron.evaluation.pages.run_pages.curves import (
     acceptance_curves,
     curves,
 )
+from dspark_megatron.evaluation.pages.run_pages.marks import count_words, marks_of
 from dspark_megatron.evaluation.pages.run_pages.outcomes import (
     MOST_WITH_INTERVALS,
     before_and_after,
@@ -48,6 +49,7 @@ def runs_page(runs: Sequence[RunFiles]) -> str:
         cautions=cautions(runs),
         settings=(["key", *(run.name for run in runs)], differing_settings(runs)),
         training=[*acceptance_curves(runs, steps), *curves(runs, PANELS, steps)],
+        marked=[(run.name, words) for run in runs if (words := count_words([marks_of(run)]))],
         thinned=any(len(run.metrics) > MOST_POINTS for run in runs),
         most_points=MOST_POINTS,
         with_intervals=len(runs) <= MOST_WITH_INTERVALS,

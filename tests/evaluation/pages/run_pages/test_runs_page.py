@@ -3,17 +3,22 @@ folders that it refuses."""
 
 import json
 import shlex
+from pathlib import Path
 
 import pytest
 
+from dspark_megatron.cli.config_argument import given_config
 from dspark_megatron.cli.exit_codes import BAD_INPUT, DONE
-from dspark_megatron.cli.main import main
+from dspark_megatron.cli.main import main, parser_of
+from dspark_megatron.cli.train.evaluate import sort_arguments
 from dspark_megatron.config.loading import load_config
 from dspark_megatron.evaluation.confidence.calibration import CalibrationSettings, calibrate
 from dspark_megatron.evaluation.pages.run_pages.comparison import cautions, summary
 from dspark_megatron.evaluation.pages.run_pages.curves import MOST_POINTS, Steps
+from dspark_megatron.evaluation.pages.run_pages.marks import MOST_MARKS
 from dspark_megatron.evaluation.pages.run_pages.run_files import read_run
 from dspark_megatron.evaluation.pages.run_pages.runs_page import name_runs
+from support.dspark_lines import check_dspark
 from support.html_pages import Page
 from support.synthetic_records import synthetic_records
 from support.tiny_target import tiny_config, tiny_settings
@@ -117,10 +122,11 @@ def test_a_run_that_has_everything(make_run, calibration, capsys):
         "Calibration of the confidence head",
     ]
     assert "Not shown" not in page.text
-    row = ["whole", "12", "1.917", "1.900", "2.500", "1.125", "0.750"]
+    row = ["whole", "12", "1.917", "1.900", "2.500", "1.125", "as trained", "0.750"]
     start = page.cells.index("whole")
-    assert page.cells[start : start + 7] == row
-    assert page.cells[start + 9] == "4 of 4"
+    assert page.cells[start : start + 8] == row
+    assert page.cells[start + 10] == "4 of 4"
+    assert "spike" not in page.text and "skipped" not in page.text
     assert page.captions[:12] == [
         "tau, training",
         "accept rate by slot, training",
@@ -181,6 +187,65 @@ def test_evaluations_that_do_not_compare_are_named(make_run, calibration):
     assert alone.startswith("The evaluations of b before and after training differ in temperature")
 
 
+def test_figures_of_the_moving_average_are_told_apart(make_run, calibration):
+    average = {**EVALUATION, "checkpoint": "run/checkpoints/iter_12", "weights": "ema"}
+    trained = {**average, "weights": "trained"}
+    settings = {"optimizer": {"ema_decay": 0.9}, "evaluate": {"weights": "ema"}}
+    a, b, c = runs = [
+        read_run(make_run("a", whole(calibration, **{"evaluation.json": average}), **settings)),
+        read_run(make_run("b", whole(calibration, **{"evaluation.json": average}))),
+        read_run(make_run("c", whole(calibration, **{"evaluation.json": trained}))),
+    ]
+    name_runs(runs)
+    weights = [summary(run)["evaluated weights"] for run in runs]
+    assert weights == ["moving average", "moving average", "as trained"]
+    assert cautions([a]) == cautions([c]) == [], "the untrained draft compares with both"
+    among_decoded, among_heldout, within = cautions(runs)
+    assert among_decoded.startswith("Decoded figures of a, b are of the moving average")
+    assert among_heldout.startswith("Held-out figures of a are of the moving average")
+    assert within.startswith("Of b, decoded figures are of the moving average")
+    assert "evaluate.weights=ema" in b.commands.evaluate()
+
+
+def test_spikes_and_skipped_steps_are_marked(make_run, tmp_path, capsys):
+    keys = ("iteration", "consumed_samples", "loss", "ce_loss", "grad_norm")
+    calm = [{key: row[key] for key in keys} for row in metrics()]
+    rows = [{**row, "skipped_steps": 1} for row in calm]
+    rows[4]["spike"], rows[7]["spike"] = ["loss", "grad_norm"], ["loss"]
+    skipped = [{"iteration": 7, "consumed_samples": 28, "reason": "not finite", "samples": []}]
+    files = {"metrics.jsonl": lines(rows), "skipped_samples.jsonl": lines(skipped)}
+    folder, other = make_run("odd", files), make_run("calm", {"metrics.jsonl": lines(calm)})
+    page = report(folder)
+    assert "skipped_samples" not in capsys.readouterr().out
+    assert "2 spikes, 1 skipped step." in page.text
+    assert "loss (2 spikes, 1 skipped step)" in page.captions
+    assert "gradient norm (1 spike, 1 skipped step)" in page.captions
+    assert "ce term" in page.captions
+    assert lines_down(page, "loss") == 3 and lines_down(page, "ce term") == 0
+    both = report(other, folder, "--output", tmp_path / "page.html")
+    assert "odd: 2 spikes, 1 skipped step." in both.text and "calm: 2" not in both.text
+    assert lines_down(both, "loss") == 3
+
+
+def lines_down(page, name):
+    """Vertical lines from top to bottom of a picture, but for its axes."""
+    picture = next(p for p in page.pictures if p.get("aria-label").startswith(name))
+    paths = [path for path in picture.iter("path") if "opacity: 0.7" in path.get("style", "")]
+    return len(paths)
+
+
+def test_many_spikes_are_counted_and_few_drawn(make_run):
+    rows = [{"iteration": i, "loss": i % 7, "spike": ["loss"]} for i in range(1, 5000)]
+    page = report(make_run("wild", {"metrics.jsonl": lines(rows)}))
+    assert "loss (4,999 spikes)" in page.captions
+    assert 50 < lines_down(page, "loss") <= MOST_MARKS + 1
+
+
+def test_skipped_steps_that_no_file_names_are_said(make_run):
+    run = read_run(make_run("a", {"metrics.jsonl": lines(metrics(skipped_steps=3))}))
+    assert "has 0 of the 3 steps that were skipped" in run.notes[0].text
+
+
 def test_what_is_missing_comes_with_the_command_that_makes_it(make_run, capsys):
     folder = make_run("bare")
     page = report(folder)
@@ -188,16 +253,65 @@ def test_what_is_missing_comes_with_the_command_that_makes_it(make_run, capsys):
     for name in ("metrics.jsonl", "heldout.jsonl", "evaluation.json", "calibration.json"):
         assert f"bare: {name}" in said and name in page.text
     commands = [shlex.split(line) for code in page.code for line in code.splitlines()]
-    assert [words[2] if words[1] == "-m" else words[1] for words in commands] == [
-        *("dspark_megatron.train", "dspark_megatron.train"),
-        *("dspark_megatron.evaluate", "dspark_megatron.evaluate", "dspark_megatron.evaluate"),
-        "tools/calibrate_confidence.py",
-    ]
+    assert [words[1] for words in commands] == [*["train"] * 2, *["evaluate"] * 3, "calibrate"]
+    check_commands(commands)
+
+
+def check_commands(commands):
+    """Each is one that `dspark` takes, with settings that can be; returns the configs of those that
+    have one."""
+    configs = []
     for words in commands:
-        if words[1] == "-m":
-            config = words[words.index("--config") + 1]
-            overrides = [w.replace("STEPS", "5") for w in words if "=" in w]
-            load_config(config, overrides, trains=False)
+        check_dspark(words)
+        args = parser_of(words[1]).parse_intermixed_args(words[2:])
+        if words[1] == "calibrate":
+            continue
+        (given_config if words[1] == "train" else sort_arguments)(args)
+        assert Path(args.config).exists()
+        overrides = [word.replace("STEPS", "5") for word in args.overrides]
+        configs.append(load_config(args.config, overrides, trains=words[1] == "train"))
+    return configs
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"optimizer": {"ema_decay": 0.9}, "evaluate": {"weights": "ema", "output": "there.json"}},
+        {"evaluate": {"best": True, "prompt_files": ["prompts.jsonl"]}},
+        {"evaluate": {"checkpoint": "runs/other"}},
+        {"target": {"provider": "cache", "cache": "states"}},
+        {"target": {"provider": "cache", "cache": "states", "checkpoint": "megatron"}},
+        {},
+    ],
+    ids=["average", "best", "checkpoint", "stored", "stored_of_megatron", "moved"],
+)
+def test_commands_fit_the_settings_of_the_run(make_run, sections):
+    folder = make_run("run", {"run_status": "stopped\n"}, **sections)
+    if not sections:
+        folder = folder.rename(folder.with_name("moved"))
+        (folder / "checkpoints").mkdir()
+    lines = [line for note in read_run(folder).notes for line in note.command.splitlines()]
+    configs = check_commands(map(shlex.split, lines))
+    assert {Path(config.train.output_dir).resolve() for config in configs} == {folder.resolve()}
+    _, heldout, trained, untrained, records = configs
+    assert heldout.evaluate.every == 5 and not heldout.target.is_stored
+    assert trained.evaluate.records == records.evaluate.records == f"{folder}/drafts.safetensors"
+    assert untrained.evaluate.output == f"{folder}/evaluation_untrained.json"
+    assert untrained.evaluate.untrained and not trained.evaluate.untrained
+    assert trained.evaluate.output in ("", f"{folder}/evaluation.json")
+    assert not trained.target.is_stored
+
+
+def test_a_completed_run_is_not_trained_in_its_folder(make_run):
+    run = read_run(make_run("run"))
+    assert "train.output_dir=NEW_RUN" in run.notes[0].command
+
+
+def test_held_out_figures_that_cannot_be_have_no_command(make_run):
+    loss = {"terms": {"ce": 1.0, "l1": 0.0}, "confidence_head_alpha": 0.0}
+    notes = read_run(make_run("run", loss=loss)).notes
+    (heldout,) = [note for note in notes if "heldout.jsonl" in note.text]
+    assert "cross entropy alone" in heldout.text and not heldout.command
 
 
 def test_a_line_that_a_kill_cut_short_is_left_out_and_said(make_run):
