@@ -24,6 +24,19 @@ PARTS = {
     "optimizer": ("lr_scale",),
 }
 """Keys of sections that have keys of their own."""
+ELSEWHERE = {
+    "learning_rate": ("lr",),
+    "batch_size": ("global_batch_size",),
+    "max_steps": ("iterations",),
+    "train_iters": ("iterations",),
+    "num_train_epochs": ("epochs",),
+    "seq_length": ("max_length",),
+    "max_seq_length": ("max_length",),
+    "max_grad_norm": ("clip_grad",),
+    "save_steps": ("save_every",),
+    "bf16": ("dtype",),
+}
+"""What Transformers and Megatron-LM call keys that have other names here."""
 MOST_NAME_BYTES = 255
 """Of a file's name, on the usual file systems."""
 MOST_TEXT = 4000
@@ -133,7 +146,8 @@ def _build(cls: type, raw: dict[str, Any], prefix: str) -> Any:
     for key, value in raw.items():
         name = f"{prefix}{key}"
         if key not in fields:
-            near = difflib.get_close_matches(str(key)[:SHOWN], fields, n=1, cutoff=0.4)
+            elsewhere = [own for own in ELSEWHERE.get(str(key), ()) if own in fields]
+            near = elsewhere or difflib.get_close_matches(str(key)[:SHOWN], fields, n=1, cutoff=0.4)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"valid: {', '.join(fields)}"
             raise ConfigError(f"unknown config key {name[:SHOWN]}; {hint}")
         kind: Any = fields[key].type

@@ -15,7 +15,6 @@ from support.tiny_target import tiny_config
 MISTAKES = {
     "no such command": "there is no command 'no'",
     "trian run.yaml": "there is no command 'trian'",
-    "served": "",
     "served mesure": "there is no command 'served mesure'",
     # train
     "train": "name its YAML file first",
@@ -32,17 +31,12 @@ MISTAKES = {
     "train run.yaml optimizer.name=adam": "adamw",
     "train run.yaml train.iterations=0": "train.iterations (0)",
     "train run.yaml train.iterations=1.5": "train.iterations",
-    "train run.yaml train.global_batch_size=3": "train.global_batch_size",
     "train run.yaml train.dtype=float16": "train.dtype",
     "train run.yaml train.output_dir=": "train.output_dir",
     "train run.yaml model.block_size=0": "model.block_size (0)",
-    "train run.yaml model.mask_token_id=null": "model.mask_token_id",
-    "train run.yaml model.target_layer_ids=[2,1]": "model.target_layer_ids",
-    "train run.yaml model.target_layer_ids=[99]": "model.target_layer_ids",
     "train run.yaml model.markov_rank=-1": "model.markov_rank (-1)",
     "train run.yaml model.markov_rank=0": "model.confidence_head_with_markov",
     "train run.yaml loss.terms.kl2=1": "kl",
-    "train run.yaml loss.terms={}": "loss",
     "train run.yaml loss.weighting.name=depace": "dpace",
     "train run.yaml loss.preset=papers": "paper",
     "train run.yaml parallel.tensor_parallel=0": "parallel.tensor_parallel (0)",
@@ -58,7 +52,7 @@ MISTAKES = {
     "evaluate": "nothing to evaluate with",
     "evaluate nowhere": "nowhere must be the folder of a draft or a run",
     "evaluate run run": "run is named twice",
-    "evaluate run evaluate.temperature=-1": "evaluate.temperature (-1)",
+    "evaluate run evaluate.temperature=-1": "evaluate.temperature (-1.0)",
     "evaluate run evaluate.scheduler=early_stopping": "evaluate.sps_table",
     "evaluate run export evaluate.untrained=true": "chooses one draft",
     # calibrate and report
@@ -84,12 +78,10 @@ MISTAKES = {
     # data, cache, generate, doctor, plan, served
     "data missing.yaml": "missing.yaml",
     "data run.yaml --held-out": "evaluate.heldout_files",
-    "cache run.yaml": "--output",
     "generate --target nowhere --input chats.jsonl --output new.jsonl": "nowhere",
     "generate --endpoint localhost --model x --input chats.jsonl --output new.jsonl": "http",
     "plan --target nowhere": "nowhere",
-    "plan --target target --gpu h100 --nodes 0": "--nodes (0)",
-    "served measure run.yaml": "",
+    "plan --target target --gpu h100 --nodes 0": "nodes (0)",
     "served measure run.yaml --output new/sps.json": "new",
     "served simulate --records no.safetensors --sps no.json --output new.json": "no.",
 }

@@ -2,7 +2,7 @@
 
 import warnings
 
-from dspark_megatron.mcore.prepare import silence_known_warnings
+from dspark_megatron.mcore.prepare import silence_megatron
 
 OPTIMIZER = "megatron.core.optimizer.optimizer"
 
@@ -16,7 +16,7 @@ def test_only_known_warnings_are_silenced():
     ]
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        silence_known_warnings()
+        silence_megatron()
         for message, module in given:
             warnings.warn_explicit(message, UserWarning, "file.py", 1, module=module)
     assert [str(one.message) for one in seen] == [message for message, _ in given[2:]]

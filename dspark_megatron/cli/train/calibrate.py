@@ -74,9 +74,10 @@ def _place(args: argparse.Namespace) -> None:
     """Records and output are those of the run, unless they are given."""
     if args.config is not None and args.run is not None:  # as the older command names it
         args.overrides, args.run = [args.run, *args.overrides], None
+    settings = [text for text in (args.run, *args.overrides) if text and "=" in text]
     require(
-        args.run is None or "=" not in args.run,
-        f"{args.run} goes with --config; name a run's folder, or --records and --output",
+        args.config is not None or not settings,
+        f"{', '.join(settings)} goes with --config; name a run's folder, or --records and --output",
     )
     if args.run is not None:
         args.records = args.records or [Path(args.run) / "drafts.safetensors"]

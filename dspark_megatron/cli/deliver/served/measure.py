@@ -17,6 +17,7 @@ from dspark_megatron.cli.output import Output
 from dspark_megatron.cli.train.launching import add_launch, is_rank, run_on_ranks
 from dspark_megatron.config import Config
 from dspark_megatron.config.loading import load_config
+from dspark_megatron.errors import require
 from dspark_megatron.evaluation.serving.settings import StepSettings
 
 EXAMPLES = """\
@@ -47,6 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, output: Output) -> int:
     config = load_config(given_config(args), args.overrides, trains=False)
     settings_of(args).check()
+    folder = args.output.absolute().parent
+    require(folder.is_dir(), f"--output {args.output} must lie in a folder that exists: {folder}")
     if args.gpus is None and not is_rank(args):
         args.gpus = ranks_of_a_node(config, args.nodes or 1)
     return run_on_ranks(args, output, rank, STOP)
