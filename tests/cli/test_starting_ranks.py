@@ -52,14 +52,14 @@ class Command:
 
     def wait_for_steps(self, output, count):
         lines = output / "metrics.jsonl"
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 900
         while not lines.exists() or len(curve_lines(output)) < count:
             assert self.process.poll() is None and time.monotonic() < deadline, self.text()
             time.sleep(0.01)
         self.ranks = psutil.Process(self.process.pid).children()
 
     def wait_for_text(self, text):
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 900
         while text not in self.text():
             assert self.process.poll() is None and time.monotonic() < deadline, self.text()
             time.sleep(0.01)
@@ -67,7 +67,7 @@ class Command:
     def end(self):
         """The exit code, once every rank has ended, too."""
         code = self.process.wait(240)
-        _, alive = psutil.wait_procs(self.ranks, timeout=30)
+        _, alive = psutil.wait_procs(self.ranks, timeout=120)
         assert not alive
         return code
 

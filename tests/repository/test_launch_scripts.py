@@ -68,7 +68,7 @@ def calls(environment):
 
 
 def wait_for_call(environment, name):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not any(line.startswith(name) for line in calls(environment)):
         assert time.monotonic() < deadline, calls(environment)
         time.sleep(0.01)
@@ -76,7 +76,7 @@ def wait_for_call(environment, name):
 
 def test_what_a_node_of_a_slurm_job_runs(environment):
     environment["SRUN_DOES"] = 'shift 2; SLURM_NODEID=1 SLURMD_NODENAME=b "$@"'
-    assert sbatch(environment, "train.epochs=2").wait(120) == 0
+    assert sbatch(environment, "train.epochs=2").wait(600) == 0
     srun, dspark = calls(environment)
     assert "--cpus-per-task=16" in srun
     assert dspark == (
@@ -97,7 +97,7 @@ def test_what_a_node_of_a_slurm_job_runs(environment):
 def test_only_a_stopped_run_is_requeued(environment, srun_does, requeued, code):
     Path(environment["STATUS"]).write_text("stopped\n")
     environment["SRUN_DOES"] = srun_does
-    assert sbatch(environment).wait(120) == code
+    assert sbatch(environment).wait(600) == code
     assert ("scontrol requeue 123456" in calls(environment)) == requeued
 
 
@@ -114,6 +114,6 @@ def test_a_signal_is_passed_to_the_tasks_and_the_job_requeued(environment, srun_
     job = sbatch(environment)
     wait_for_call(environment, "srun")
     job.send_signal(signal.SIGTERM)
-    assert job.wait(120) == 0
+    assert job.wait(600) == 0
     assert "scancel --signal=TERM 123456" in calls(environment)
     assert ("scontrol requeue 123456" in calls(environment)) == requeued

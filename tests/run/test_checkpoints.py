@@ -107,7 +107,7 @@ def test_megatron_lists_a_checkpoint(unbroken, tmp_path):
 
     folder = unbroken / "checkpoints" / "iter_0000020"
     command = [sys.executable, *listing_command()[:-1], str(folder)]
-    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=900)
     assert not done.returncode, done.stderr
     listed = {}
     for line in done.stdout.splitlines():

@@ -104,7 +104,7 @@ def test_a_rank_that_does_not_come_is_named_by_those_that_wait(tmp_path, how):
         port = free.getsockname()[1]
     ranks = [started_alone(script, how, rank, port) for rank in range(2)]
     try:
-        text, _ = ranks[0].communicate(timeout=240)
+        text, _ = ranks[0].communicate(timeout=900)
     finally:
         for rank in ranks:
             rank.kill()

@@ -19,7 +19,7 @@ from typing import Any
 import torch.distributed as dist
 
 MAX_RANKS = 4
-TIMEOUT_SECONDS = 300
+TIMEOUT_SECONDS = 600
 MOST_LAYOUTS = 16
 """Process groups that are made one after another before the ranks start anew: gloo keeps threads of
 groups that are gone, and a thousand of them keep a machine busy."""

@@ -87,7 +87,7 @@ def launch(config_file, ranks, *overrides, module="train", **kwargs):
 
 
 def finish(process):
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=900)
     return process.returncode, output
 
 
@@ -106,7 +106,7 @@ def kill_tree(process):
         with contextlib.suppress(psutil.NoSuchProcess):  # a writer that is through
             if "multiprocessing" not in " ".join(one.cmdline()):
                 one.kill()
-    _, alive = psutil.wait_procs(started, timeout=30)
+    _, alive = psutil.wait_procs(started, timeout=120)
     commands = [one.cmdline() for one in alive]
     for one in alive:
         one.kill()

@@ -28,7 +28,7 @@ def writing_begins(when):
     write = PlannedSave.write
 
     def late(self):
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while not when() and time.monotonic() < deadline:
             time.sleep(0.001)
         write(self)
