@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from dspark_megatron.cli.exit_codes import BAD_INPUT
+from dspark_megatron.cli.exit_codes import BAD_INPUT, DONE
 from dspark_megatron.cli.main import main
 from dspark_megatron.config import TargetConfig
 from dspark_megatron.config.loading import load_config
@@ -28,7 +28,6 @@ from dspark_megatron.run.check import check
 from dspark_megatron.storage.target_folder import load_target_config
 from dspark_megatron.targets.huggingface.split import TargetSplit
 from support.paths import PUBLIC_CONFIGS, ROOT
-from support.tool_runs import run_tool
 
 NODE = Machine(gpus_per_node=8, nodes=1, gpu_memory_gib=74.5)
 MASK = "model.mask_token_id=128255"
@@ -44,17 +43,24 @@ def loaded(text, tmp_path, *overrides):
     return load_config(file, overrides)
 
 
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """The file that the command writes for a 70B target, given as its config.json."""
+    target = PUBLIC_CONFIGS / "llama-3.1-70b" / "config.json"
+    file = tmp_path_factory.mktemp("plan") / "run.yaml"
+    options = ["--samples", "512000", "--price-per-gpu-hour", "2", "--output", str(file), "--quiet"]
+    assert main(["plan", "--target", str(target), *options, MASK]) == DONE
+    return file
+
+
 @pytest.mark.slow
-def test_the_yaml_passes_its_own_dry_run(tmp_path):
-    """From the command line, with the target given as a file, and says what the run costs."""
-    target, file = PUBLIC_CONFIGS / "llama-3.1-70b" / "config.json", tmp_path / "run.yaml"
-    options = ["--samples", "512000", "--price-per-gpu-hour", "2", "--output", file]
-    run_tool("tools/plan.py", "--target", target, *options, MASK)
-    config = load_config(file)
-    dry, text = describe_run(config, 8), file.read_text()
-    planned = [line for line in dry.splitlines() if "at the highest" in line]
-    assert f"# {planned[0]}" in text
-    assert float(planned[0].split()[-1]) < NODE.usable_bytes / 2**30
+def test_the_yaml_passes_its_own_dry_run(planned):
+    """And says what the run costs."""
+    config, text = load_config(planned), planned.read_text()
+    dry = describe_run(config, 8)
+    at_the_highest = [line for line in dry.splitlines() if "at the highest" in line]
+    assert f"# {at_the_highest[0]}" in text
+    assert float(at_the_highest[0].split()[-1]) < NODE.usable_bytes / 2**30
     step = float(re.search(r"seconds of a step.*?\n#   sum +([\d.]+)", text, re.S)[1])
     hours = re.search(
         r"hours of the run: ([\d,.]+) for 10,000 steps, ([\d,]+) .*?, ([\d,]+) at 2", text
@@ -73,8 +79,9 @@ def chosen_and_rows(text):
     return [(row.split()[1:6], row.rpartition(" ")[2]) for row in rows]
 
 
-def test_the_fastest_that_fits_is_chosen():
-    rows = chosen_and_rows(recommend(wish("llama-3.1-70b", MASK), NODE))
+@pytest.mark.slow
+def test_the_fastest_that_fits_is_chosen(planned):
+    rows = chosen_and_rows(planned.read_text())
     fitting = [(float(c[1]), float(c[0]), end) for c, end in rows if end != "large"]
     assert len(rows) == 7 and min(fitting)[2] == "chosen"
     for _, gib, _ in fitting:
@@ -147,7 +154,7 @@ def test_megatron_targets_are_not_compared():
 
 def test_nothing_fits():
     with pytest.raises(ConfigError, match=r"leanest \(TP .*\) takes .* GiB a GPU.*more nodes"):
-        recommend(wish("llama-3.1-405b", MASK), NODE)
+        recommend(wish("llama-3.1-405b", MASK, "parallel.tensor_parallel=8"), NODE)
 
 
 def test_the_rules_allow_nothing():

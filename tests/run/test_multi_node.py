@@ -26,7 +26,7 @@ from support.training_runs import (
     write_config,
 )
 
-SECONDS = 240
+SECONDS = 900
 """For a start, or for an end: a hang is a failure (torchrun alone would wait 300)."""
 
 
