@@ -228,3 +228,32 @@ def test_pages_that_code_names_exist():
     for path in [*sources, ROOT / "setup.py"]:
         for page in re.findall(r"docs/\w+\.md", text_of(path)):
             assert (ROOT / page).is_file(), f"{path.name} names {page}, which is not there"
+
+
+def programs(page: Path) -> set[str]:
+    """What the commands of a page run: `dspark evaluate`, the file of a tool, ..."""
+    found = set()
+    for words in commands(page):
+        rest = without_launcher(words) if words[0] in ("torchrun", "python") else words
+        if rest[:2] == ["-m", "dspark_megatron"]:
+            rest = ["dspark", *rest[2:]]
+        if rest[0] == "dspark":
+            found.add(" ".join(rest[: 3 if rest[1] == "served" else 2]))
+        elif Path(rest[0]).suffix in (".py", ".sh"):
+            found.add(rest[0])
+    return found
+
+
+def test_every_command_of_the_docs_is_run_by_a_test_or_listed_with_the_reason():
+    """By its name in a test, in the README's table of commands, or in the list of those without."""
+    listed = text_of(ROOT / "CONTRIBUTING.md").partition("## Commands that no test runs")[2]
+    without = set(re.findall(r"`(\S+?\.py)`", listed.partition("To release")[0]))
+    files = [f for f in (ROOT / "tests").rglob("test_*.py") if f.name != Path(__file__).name]
+    tests = "\n".join(map(text_of, files))
+    words = set(re.findall(r"[\w-]+", tests))
+    pages = [page for page in PAGES if not re.search(r"\*\*Not\s+run\s+here\*\*", text_of(page))]
+    named = {program for page in pages for program in programs(page)}
+    run = {p for p in named if p in tests or Path(p).stem in words}
+    run |= {p for p in named if p.startswith("dspark ") and '", "'.join(p.split()[1:]) in tests}
+    assert named - run == without & named
+    assert without <= named, f"no page names {without - named}"
