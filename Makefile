@@ -4,12 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # What must hold on every supported Megatron-Core; the rest does not depend on its version (`ops/`
 # does not import it).
-CORE_TESTS := tests/model/test_draft_model.py tests/model/test_device_discipline.py \
-	tests/model/test_draft_attention.py \
-	tests/model/test_layer_spec.py tests/training/test_training.py tests/training/test_stopping.py \
-	tests/training/test_overlap.py tests/run/test_checkpoints.py tests/run/test_identity.py \
-	tests/run/test_initial_checkpoint.py tests/targets/huggingface/test_sharded_target.py \
-	tests/megatron_lm
+CORE_TESTS := tests/model/test_draft_model.py tests/model/test_layer_spec.py \
+	tests/training/test_training.py tests/training/test_overlap.py tests/run/test_checkpoints.py \
+	tests/run/test_identity.py tests/targets/huggingface/test_sharded_target.py tests/megatron_lm
 
 # Each worker has its own rank processes, and a rank computes in one thread. A file stays with one
 # worker, so that what its tests share is made once.
