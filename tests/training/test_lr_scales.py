@@ -77,7 +77,8 @@ def test_a_scaled_run_that_goes_on_at_another_layout_keeps_its_curve(
 
     expected = train("whole", 4, 1, 1)
     train("parts", 2, 4, 2)
-    assert_same_curve(train("parts", 4, 2, 1), expected, rel=1e-3)
+    # Muon's iterations are in bf16, 8 bits, and each CPU rounds their products in its own order.
+    assert_same_curve(train("parts", 4, 2, 1), expected, rel=1e-3 if name == "adamw" else 5e-3)
     other = tiny_config(tiny_run, train={"output_dir": str(tmp_path / "parts"), "iterations": 6})
     if name == "adamw":
         with pytest.raises(Exception, match="lr_scale.markov_head: 2.0 there, 1.0 here"):
