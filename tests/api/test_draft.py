@@ -55,7 +55,7 @@ def first_step(runtime, config):
     from dspark_megatron.run.check import check
     from dspark_megatron.run.data import sample_rules
     from dspark_megatron.training.loop import train
-    from dspark_megatron.training.stop_requests import stop_requests
+    from dspark_megatron.training.ending.stop_requests import stop_requests
 
     plan = check(config, runtime.world_size, use="train")
     rules = sample_rules(config)

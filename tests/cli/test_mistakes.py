@@ -82,7 +82,7 @@ MISTAKES = {
     "generate --endpoint localhost --model x --input chats.jsonl --output new.jsonl": "http",
     "plan --target nowhere": "nowhere",
     "plan --target target --gpu h100 --nodes 0": "nodes (0)",
-    "served measure run.yaml --output new/sps.json": "new",
+    "served measure run.yaml --output sps.json --rounds 0": "rounds",
     "served simulate --records no.safetensors --sps no.json --output new.json": "no.",
 }
 """By what was typed: words of the answer."""

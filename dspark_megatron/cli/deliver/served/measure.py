@@ -48,8 +48,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, output: Output) -> int:
     config = load_config(given_config(args), args.overrides, trains=False)
     settings_of(args).check()
-    folder = args.output.absolute().parent
-    require(folder.is_dir(), f"--output {args.output} must lie in a folder that exists: {folder}")
     if args.gpus is None and not is_rank(args):
         args.gpus = ranks_of_a_node(config, args.nodes or 1)
     return run_on_ranks(args, output, rank, STOP)
