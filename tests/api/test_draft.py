@@ -54,8 +54,8 @@ def first_step(runtime, config):
     from dspark_megatron.data.dataset import load_samples
     from dspark_megatron.run.check import check
     from dspark_megatron.run.data import sample_rules
-    from dspark_megatron.training.loop import train
     from dspark_megatron.training.ending.stop_requests import stop_requests
+    from dspark_megatron.training.loop import train
 
     plan = check(config, runtime.world_size, use="train")
     rules = sample_rules(config)

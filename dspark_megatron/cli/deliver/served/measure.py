@@ -17,7 +17,6 @@ from dspark_megatron.cli.output import Output
 from dspark_megatron.cli.train.launching import add_launch, is_rank, run_on_ranks
 from dspark_megatron.config import Config
 from dspark_megatron.config.loading import load_config
-from dspark_megatron.errors import require
 from dspark_megatron.evaluation.serving.settings import StepSettings
 
 EXAMPLES = """\
