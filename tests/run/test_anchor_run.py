@@ -6,6 +6,7 @@ import shutil
 import calibrate_confidence
 import pytest
 
+from dspark_megatron.cli.exit_codes import BAD_INPUT, DONE
 from dspark_megatron.config.loading import load_config
 from dspark_megatron.conversion.sidecar import read_temperatures
 from dspark_megatron.errors import ConfigError
@@ -102,7 +103,7 @@ def test_decoding_counts_the_tokens_that_are_drafted(evaluated):
     assert figures["estimate"]["accept_rate"][0] == pytest.approx(figures["accept_rate"][0])
 
 
-def test_a_temperature_for_each_draft_token(evaluated, tmp_path):
+def test_a_temperature_for_each_draft_token(evaluated, tmp_path, capsys):
     """As SGLang counts them: its gamma is the number of draft tokens."""
     records = evaluated.with_name("drafts.safetensors")
     assert DraftRecords.load(records).num_draft_tokens == 3
@@ -117,8 +118,5 @@ def test_a_temperature_for_each_draft_token(evaluated, tmp_path):
         config = {"sample_from_anchor": False, "block_size": size, "num_speculative_tokens": tokens}
         (tmp_path / "out" / "config.json").write_text(json.dumps(config))
         arguments = ["--records", str(records), "--output", str(tmp_path / "out")]
-        if fits:
-            calibrate_confidence.main(arguments)
-        else:
-            with pytest.raises(SystemExit, match="choose the folder of the draft"):
-                calibrate_confidence.main(arguments)
+        assert calibrate_confidence.main(arguments) == (DONE if fits else BAD_INPUT)
+        assert ("choose the folder of the draft" in capsys.readouterr().err) == (not fits)

@@ -53,7 +53,7 @@ def test_a_failure_on_one_rank_ends_all_with_its_message(tmp_path):
     assert code != 0
     assert "rank 1 failed" in text and "disk on fire" in text
     assert "rank 0 failed" not in text, "only the first failure is shown"
-    assert "\nrank 1 failed" in text, "on a line of its own"
+    assert "\nrank 1 failed" in f"\n{text}", "on a line of its own"
     assert "rank      : 1" in text.partition("Root Cause")[2], "torchrun names the same rank"
 
 
