@@ -37,7 +37,7 @@ def test_from_a_checkpoint_to_a_report(tiny_run, unbroken, tmp_path):
     ]
     program = ["-m", "dspark_megatron.evaluate", "--config", config]
     code, text = run_python(*program, *scheduled)
-    assert code == 1 and "ends at 16" in text, "eight prompts of three slots need 32 tokens"
+    assert code == 2 and "ends at 16" in text, "eight prompts of three slots need 32 tokens"
     code, text = run_python(*program, *scheduled, "evaluate.batch_size=4")
     assert code == 0, text
     written = json.loads((tmp_path / "evaluation.json").read_text())
