@@ -19,7 +19,7 @@ NOTHING: dict[str, Any] = {"ranks": []}
 OUTLIVE = 35.0
 """Seconds after which no process of a broken command may be there: ranks have 30 to notice that
 their launcher is gone."""
-CONTINUING = 180.0
+CONTINUING = 900.0
 
 
 @dataclass

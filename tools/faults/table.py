@@ -59,7 +59,7 @@ class Fault:
     """Whether the result must be that of an unbroken run."""
     second: bool = False
     """Whether the same command is started once more, meanwhile."""
-    seconds: float = 90.0
+    seconds: float = 600.0
     """After which it counts as hanging."""
     quick: bool = False
     """Whether `make test` has it."""
@@ -195,7 +195,7 @@ ENDS = (
         arguments=(IN_BACKGROUND, "train.timeout_minutes=0.2"),
         says=r"rank 1\b.* is still at waiting for the checkpoint of iteration 4",
         then=OTHERS[1],
-        seconds=200.0,
+        seconds=900.0,
     ),
     Fault(
         "full disk while states are stored",
