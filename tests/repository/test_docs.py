@@ -239,7 +239,7 @@ def programs(page: Path) -> set[str]:
             rest = ["dspark", *rest[2:]]
         if rest[0] == "dspark":
             found.add(" ".join(rest[: 3 if rest[1] == "served" else 2]))
-        elif Path(rest[0]).suffix in (".py", ".sh"):
+        elif Path(rest[0]).suffix in (".py", ".sh") and rest[0] != FOREIGN:
             found.add(rest[0])
     return found
 
