@@ -67,10 +67,11 @@ def evaluate(job: Launch, config: Config, names: Sequence[str] = ()) -> dict[str
     runtime = start(job, plan.config.parallel.tensor_parallel, uneven=True)
     drafts = [draft.as_main_rank(runtime) for draft in drafts]
     agree(target_facts(plan) | prompt_facts(files))
+    for draft in drafts:
+        agree(draft.file_facts())
     work = _Work(runtime, files, settings)
     records: list[dict[str, Any]] = []
     for draft in drafts:
-        agree(draft.file_facts())
         decoder, facts, results = work.decode(draft)
         figures = work.figures(decoder, results)
         records.append({**facts, "files": figures})
