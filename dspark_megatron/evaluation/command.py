@@ -84,7 +84,9 @@ def evaluate(job: Launch, config: Config, names: Sequence[str] = ()) -> dict[str
     if runtime.is_main:
         _write(output, whole)
         _show(records, settings)
-        where = f"wrote {output}" if output else "written nowhere: name a JSON file by --output"
+        where = (
+            f"wrote {output}" if output else "the figures are not written; --output FILE keeps them"
+        )
         print(printable(where), flush=True)
     return whole
 
