@@ -9,8 +9,9 @@ CORE_TESTS := tests/model/test_draft_model.py tests/model/test_layer_spec.py \
 	tests/run/test_identity.py tests/targets/huggingface/test_sharded_target.py tests/megatron_lm
 
 # Each worker has its own rank processes, and a rank computes in one thread. A file stays with one
-# worker, so that what its tests share is made once.
-WORKERS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+# worker, so that what its tests share is made once. Hundreds of processes start, so bytecode is kept
+# even where the environment says otherwise.
+WORKERS := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: quickstart quickstart-long test test-fast test-core faults gpu-check lint format package docs clean
 
@@ -29,7 +30,7 @@ test-fast: $(VENV)/.installed
 	$(WORKERS) -m "not slow"
 
 test-core: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not commands" $(CORE_TESTS)
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -m "not commands" $(CORE_TESTS)
 
 # The faults of docs/reliability.md, in runs/faults/faults.json: 20 minutes on two quiet cores.
 # SOAK=10: kills at random places for ten minutes instead.

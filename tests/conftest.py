@@ -1,5 +1,7 @@
 """What tests of several rooms share."""
 
+import gc
+
 import pytest
 
 from support.ranks import RankPool
@@ -29,6 +31,7 @@ def megatron_without_a_gpu():
     from dspark_megatron.mcore.prepare import prepare_megatron
 
     prepare_megatron()
+    gc.freeze()  # what is imported by now, and all tests that pytest has found
 
 
 @pytest.fixture(scope="session")

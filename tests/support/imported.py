@@ -1,5 +1,6 @@
 """What rank processes need, imported once before they are forked."""
 
+import gc
 import os
 
 import torch
@@ -15,3 +16,7 @@ torch.set_num_threads(1)
 
 import dspark_megatron.evaluation.command  # noqa: E402
 import dspark_megatron.training.loop  # noqa: E402, F401
+
+gc.collect()
+# Megatron-Core collects garbage at each save; ranks need not look through modules again.
+gc.freeze()

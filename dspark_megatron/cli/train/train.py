@@ -1,6 +1,7 @@
 """`dspark train`: train a drafter, or continue its run."""
 
 import argparse
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,9 @@ def rank(args: argparse.Namespace, output: Output) -> int:
             from dspark_megatron.planning.dry_run import describe_run
             from dspark_megatron.training.command import run as train
 
+            # Megatron-Core collects garbage at each save, half a second of a slow core if it looks
+            # through all modules again.
+            gc.freeze()
             state = train(job, args, stop, describe_run)
     if job.rank == 0 and args.dry_run:
         output.result({"dry_run": said.getvalue()})
