@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.utils._device
 
 _INSTALLED = "_dspark_megatron_cpu"
@@ -36,6 +37,7 @@ def install() -> bool:
     _redirect_factories()
     _name_cpu_tensors_as_cuda()
     _use_cpu_random_state(random)
+    _share_gloo_device()
     return True
 
 
@@ -124,3 +126,22 @@ def _use_cpu_random_state(random: Any) -> None:
     random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+def _share_gloo_device() -> None:
+    """All gloo groups of a process share one device. Each would have its own, whose thread wakes a
+    hundred times a second, and Megatron-Core makes thirty groups and more on each rank."""
+    if not dist.is_gloo_available():
+        return
+    gloo: Any = dist.ProcessGroupGloo
+    plain_init = gloo.__init__
+    device = functools.cache(gloo.create_default_device)  # at the first group: a fork has no threads
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        if len(args) == 3 and kwargs.keys() == {"timeout"}:  # how PyTorch makes a group
+            options = gloo._Options()
+            options._devices, options._timeout = [device()], kwargs["timeout"]
+            args, kwargs = (*args, options), {}
+        plain_init(self, *args, **kwargs)
+
+    gloo.__init__ = init
