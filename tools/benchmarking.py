@@ -83,6 +83,7 @@ def give_tensors_own_pages() -> None:
     bytes that PyTorch's allocator reports.
     """
     ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 64 * 1024)
+    gc.freeze()  # `peak_memory` collects garbage before each call; not among what modules hold
 
 
 def _resident(field: str) -> int:

@@ -84,7 +84,7 @@ def test_a_plan_that_is_not_what_happens_is_refused():
 def test_the_peak_of_the_target(tmp_path):
     """Measured by the benchmark."""
     file = tmp_path / "target.json"
-    sizes = ["--hidden", 128, "--ffn", 448, "--families", "llama", "--seq-length", 1024]
+    sizes = ["--hidden", 256, "--ffn", 896, "--families", "llama"]
     run_tool(*torchrun(2, "tools/benchmark_target.py", *sizes, "--json", file))
     rows = figures(file)
     assert {(row["tp"], row["shared by"], row["pieces"]) for row in rows} == {
@@ -102,7 +102,7 @@ def test_the_peak_of_the_loss(tmp_path):
     """Measured by the benchmark, in processes of its own: it compares and shows what it says."""
     file = tmp_path / "loss.json"
     sizes = [part for name, size in LOSS.items() for part in (f"--{name}", size)]
-    sizes += ["--dtype", "bfloat16", "--memory-budget-mb", 6, "--rounds", 1]
+    sizes += ["--memory-budget-mb", 6, "--rounds", 1]
     text = run_tool(*torchrun(2, "tools/benchmark_loss.py", *sizes, "--json", file))
     rows = {(row["variant"], row["tp"]): row for row in figures(file)}
     assert all(name in text for name, _ in rows)
