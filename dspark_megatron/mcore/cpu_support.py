@@ -135,7 +135,7 @@ def _share_gloo_device() -> None:
         return
     gloo: Any = dist.ProcessGroupGloo
     plain_init = gloo.__init__
-    device = functools.cache(gloo.create_default_device)  # at the first group: a fork has no threads
+    device = functools.cache(gloo.create_default_device)  # only at the first group: forks lose it
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         if len(args) == 3 and kwargs.keys() == {"timeout"}:  # how PyTorch makes a group
