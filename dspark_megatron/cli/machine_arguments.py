@@ -20,11 +20,12 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     add("--hbm", type=float, help="memory, TB/s")
     add("--nvlink", "--node-gb-per-s", type=float, help="in one direction within a node, GB/s")
     add("--network", "--network-gb-per-s", type=float, help="in one direction between nodes, GB/s")
-    share = f"share of memory, NVLink and network rate that is reached ({Rates.transfer_share})"
+    share = "share of memory, NVLink and network rate that is reached "
+    share += f"(default: {Rates.transfer_share})"
     add("--transfer-share", type=float, help=share)
-    add("--latency-us", type=float, help=f"of a collective ({Rates.latency_us:g})")
-    add("--disk", type=float, help=f"of all ranks together, GB/s ({Rates.disk:g})")
-    overlap = "weights of a sharded target arrive while it computes (default)"
+    add("--latency-us", type=float, help=f"of a collective (default: {Rates.latency_us:g})")
+    add("--disk", type=float, help=f"of all ranks together, GB/s (default: {Rates.disk:g})")
+    overlap = "weights of a sharded target arrive while it computes (default: yes)"
     add("--overlap", action=argparse.BooleanOptionalAction, default=None, help=overlap)
 
 

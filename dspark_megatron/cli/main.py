@@ -107,6 +107,17 @@ def run_command(name: str, argv: Sequence[str], prog: str | None = None) -> int:
     return code or DONE
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Ends the help of an option with its default, unless that is nothing or is told already."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        told = "default" in (action.help or "") or not action.option_strings
+        nothing = action.default in (None, "", [], (), argparse.SUPPRESS) or action.default is False
+        if told or nothing:
+            return action.help
+        return f"{action.help} (default: %(default)s)"
+
+
 def module_of(name: str) -> Any:
     return import_module(f"dspark_megatron.cli.{COMMANDS[name].module}")
 
@@ -118,7 +129,7 @@ def parser_of(name: str, prog: str | None = None) -> argparse.ArgumentParser:
         prog=prog or f"dspark {name}",
         description=f"{command.summary[0].upper()}{command.summary[1:]}.",
         epilog=f"examples:\n{module.EXAMPLES}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Help,
     )
     module.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")

@@ -1,12 +1,13 @@
 """The `dspark` command itself: its table of commands, help, and exit codes."""
 
+import re
 import subprocess
 import sys
 
 import pytest
 
 from dspark_megatron.cli.exit_codes import BAD_INPUT, EXIT_CODES
-from dspark_megatron.cli.main import COMMANDS, GROUPS, main
+from dspark_megatron.cli.main import COMMANDS, GROUPS, main, parser_of
 
 
 def test_the_overview_names_every_command_and_exit_code(capsys):
@@ -36,6 +37,18 @@ def test_help_is_at_once(name):
     assert done.returncode == 0, done.stderr
     assert "examples:\n  dspark " in done.stdout
     assert "--json" in done.stdout and "--quiet" in done.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_tells_each_default_once(name):
+    text = " ".join(parser_of(name).format_help().split())
+    assert not re.search(r"\(default: (None|False|\[\]|\(\))\)|\(default[^)]*\) \(default", text)
+
+
+def test_help_tells_a_default_of_nought():
+    help_of = {name: parser_of(name).format_help() for name in ("plan", "generate")}
+    assert "samples of a step (default: 512)" in " ".join(help_of["plan"].split())
+    assert "each batch has its own (default: 0)" in " ".join(help_of["generate"].split())
 
 
 def test_an_unknown_command_is_one_sentence(capsys):

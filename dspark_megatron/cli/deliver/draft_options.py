@@ -68,14 +68,14 @@ def add_checkpoint_choice(parser: argparse.ArgumentParser) -> None:
 
 def add_written_folder(parser: argparse.ArgumentParser, *, dtype: str) -> None:
     add = parser.add_argument
-    add("--layout", choices=LAYOUTS, default="hf", help="of the folder that is written (hf)")
+    add("--layout", choices=LAYOUTS, default="hf", help="of the folder that is written")
     add(
         "--dtype",
         choices=[*DTYPES, "same"],
         default=dtype,
         help=f"of the weights that are written; `same`: as the source has them ({dtype})",
     )
-    add("--max-shard-size", default="5GB", metavar="SIZE", help="of a safetensors file (5GB)")
+    add("--max-shard-size", default="5GB", metavar="SIZE", help="of a safetensors file")
     add(
         "--no-shared-weights",
         action="store_true",

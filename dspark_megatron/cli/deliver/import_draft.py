@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="size to check and pad for (1); the checkpoint loads at others",
+        help="size to check and pad for; the checkpoint loads at others",
     )
     draft_options.add_read_folder(parser)
     draft_options.add_rope(parser)

@@ -22,7 +22,7 @@ EXAMPLES = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("config", nargs="?", metavar="CONFIG", help="YAML of a run: its folder must be shared")
-    add("--gpus", type=int, help="ranks to start on this machine (1)")
+    add("--gpus", type=int, help="ranks to start on this machine (default: 1)")
     add("--folder", type=Path, help="another folder that all ranks must see")
     add("overrides", nargs="*", metavar="section.key=value")
 

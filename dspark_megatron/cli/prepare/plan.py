@@ -33,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--nodes", type=int, default=1)
     length = "the most tokens of a sample; 4096, or what the longest sample of --data has"
     add("--seq-length", type=int, help=length)
-    add("--global-batch-size", type=int, default=512, help="samples of a step (512)")
-    add("--micro-batch-size", type=int, default=1, help="samples that a GPU takes at once (1)")
+    add("--global-batch-size", type=int, default=512, help="samples of a step")
+    add("--micro-batch-size", type=int, default=1, help="samples that a GPU takes at once")
     add("--taps", type=int, default=5, help="layers of the target, spread evenly over [1, L-3]")
     add("--samples", type=int, help="of the training data, for hours and cost without --data")
     add("--price-per-gpu-hour", type=float, help="in any currency")

@@ -35,10 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-tokens", type=int, nargs="+", metavar="B", default=tokens, help=about)
     about = "measure the cost by request, too, of so many"
     add("--requests", type=int, nargs="+", metavar="R", default=DEFAULTS.requests, help=about)
-    about = "tokens before those of the step (default: %(default)s)"
+    about = "tokens before those of the step"
     length = DEFAULTS.context_length
     add("--context-length", type=int, metavar="L", default=length, help=about)
-    about = "turns, of which the median counts (default: %(default)s)"
+    about = "turns, of which the median counts"
     add("--rounds", type=int, metavar="N", default=DEFAULTS.rounds, help=about)
     add_launch(parser, "parallel.tensor_parallel of the run")
     parser.set_defaults(dry_run=False)

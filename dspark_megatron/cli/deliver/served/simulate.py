@@ -41,13 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--interpolate", action="store_true", help=about)
     about = f"static policies (default: {' '.join(map(str, DEFAULTS.thresholds))})"
     add("--thresholds", type=float, nargs="*", metavar="T", default=DEFAULTS.thresholds, help=about)
-    about = "age in steps of a budget's confidences (default: %(default)s)"
+    about = "age in steps of a budget's confidences"
     add("--lag", type=int, metavar="N", default=DEFAULTS.lag, help=about)
-    about = "time of the drafts of a step (default: %(default)s)"
+    about = "time of the drafts of a step"
     add("--draft-seconds", type=float, metavar="S", default=DEFAULTS.draft_seconds, help=about)
-    about = "replayed by each policy, at least (default: %(default)s)"
+    about = "replayed by each policy, at least"
     add("--rounds", type=int, metavar="N", default=DEFAULTS.rounds, help=about)
-    about = "of the order of the prompts (default: %(default)s)"
+    about = "of the order of the prompts"
     add("--seed", type=int, metavar="N", default=DEFAULTS.seed, help=about)
 
 
