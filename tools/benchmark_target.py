@@ -41,9 +41,9 @@ class Case(NamedTuple):
 
 
 def cases(args: argparse.Namespace, dp_size: int) -> Iterator[Case]:
-    """Every family in both types; of the first also a shared target and samples in pieces."""
+    """Every family in each type; of the first also a shared target and samples in pieces."""
     for family in args.families:
-        yield from (Case(family, dtype, 1, 1) for dtype in benchmarking.DTYPES)
+        yield from (Case(family, dtype, 1, 1) for dtype in args.dtypes)
     if dp_size > 1:
         yield Case(args.families[0], "float32", dp_size, 1)
     yield Case(args.families[0], "float32", 1, 4)
@@ -131,6 +131,8 @@ def measured(
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Memory of a forward pass of the target.")
     benchmarking.add_target_options(parser, ("llama", "mixtral", "deepseek_v3"), seq_length=2048)
+    types = tuple(benchmarking.DTYPES)
+    parser.add_argument("--dtypes", nargs="+", choices=types, default=types, help="of weights")
     benchmarking.add_report_options(parser)
     return parser.parse_args(argv)
 
