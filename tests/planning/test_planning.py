@@ -82,7 +82,7 @@ def test_a_plan_that_is_not_what_happens_is_refused():
 
 @pytest.mark.slow
 def test_the_peak_of_the_target(tmp_path):
-    """Measured by the benchmark; in fp32, which takes any CPU seconds where bf16 may take minutes."""
+    """Measured by the benchmark; in fp32, since bf16 takes minutes on some CPUs."""
     file = tmp_path / "target.json"
     sizes = ["--hidden", 256, "--ffn", 896, "--families", "llama", "--dtypes", "float32"]
     run_tool(*torchrun(2, "tools/benchmark_target.py", *sizes, "--json", file))
