@@ -93,8 +93,8 @@ def split_command(words: Sequence[str]) -> tuple[str, list[str]]:
 
 def run_command(name: str, argv: Sequence[str], prog: str | None = None) -> int:
     """Also for the older commands, which keep their names. prog: the name that the help shows."""
-    # PyTorch and Megatron-Core make so many objects as they load that the collector's usual steps
-    # take a sixth of a rank's start (2 of 14 s of a slow core).
+    # PyTorch and Megatron-Core make so many objects as they load that the collector, at its usual
+    # pace, takes a sixth of a rank's start.
     gc.set_threshold(10_000, 50)
     parser = parser_of(name, prog)
     args = parser.parse_intermixed_args(argv, argparse.Namespace(words=[*name.split(), *argv]))

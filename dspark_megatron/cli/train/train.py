@@ -78,8 +78,7 @@ def rank(args: argparse.Namespace, output: Output) -> int:
             from dspark_megatron.planning.dry_run import describe_run
             from dspark_megatron.training.command import run as train
 
-            # Megatron-Core collects garbage at each save, half a second of a slow core if it looks
-            # through all modules again.
+            # Megatron-Core collects garbage at each save. What modules hold is not looked at again.
             gc.freeze()
             state = train(job, args, stop, describe_run)
     if job.rank == 0 and args.dry_run:
