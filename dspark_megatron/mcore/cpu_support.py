@@ -7,6 +7,7 @@ It must run before anything imports megatron.
 
 import contextlib
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -129,18 +130,25 @@ def _use_cpu_random_state(random: Any) -> None:
 
 
 def _share_gloo_device() -> None:
-    """All gloo groups of a process share one device. Each would have its own, whose thread wakes a
-    hundred times a second, and Megatron-Core makes thirty groups and more on each rank."""
+    """All gloo groups of a process share one device, or one for each interface that
+    GLOO_SOCKET_IFNAME names. Each would have its own, whose thread wakes a hundred times a second,
+    and Megatron-Core makes thirty groups and more on each rank."""
     if not dist.is_gloo_available():
         return
     gloo: Any = dist.ProcessGroupGloo
     plain_init = gloo.__init__
-    device = functools.cache(gloo.create_default_device)  # only at the first group: forks lose it
+
+    @functools.cache  # at the first group, not before: a fork would not have their threads
+    def devices() -> list[Any]:
+        names = filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(","))
+        named = [gloo.create_device(interface=name) for name in names]
+        return named or [gloo.create_default_device()]
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         if len(args) == 3 and kwargs.keys() == {"timeout"}:  # how PyTorch makes a group
             options = gloo._Options()
-            options._devices, options._timeout = [device()], kwargs["timeout"]
+            options._devices, options._timeout = devices(), kwargs["timeout"]
+            options._threads = 2 * len(devices())
             args, kwargs = (*args, options), {}
         plain_init(self, *args, **kwargs)
 
