@@ -25,7 +25,7 @@ quickstart-long: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(WORKERS)
 
-# Two minutes on two quiet cores: all that needs neither torchrun nor ranks, and the draft on ranks.
+# All that needs neither torchrun nor ranks, and the draft on ranks.
 test-fast: $(VENV)/.installed
 	$(WORKERS) -m "not slow"
 

@@ -9,10 +9,10 @@ from support.ranks import RankPool
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """`make test-fast` leaves out whole commands, and rank processes but for those of the draft
-    model, whose step is compared with the plain one at every size."""
+    """`make test-fast` leaves out whole commands, and rank processes but for those that compare the
+    draft model's step with the plain one at every size."""
     for item in items:
-        needs_ranks = "pool" in item.fixturenames and item.path.parent.name != "model"
+        needs_ranks = "pool" in item.fixturenames and item.path.name != "test_draft_model.py"
         if needs_ranks or item.get_closest_marker("commands"):
             item.add_marker(pytest.mark.slow)
 

@@ -18,6 +18,8 @@ from support.paths import PUBLIC_CONFIGS, ROOT
 from support.target_families import make_family
 from support.tiny_target import make_target, tiny_config
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_text_has_layout_and_memory(tiny_run):
     text = describe_run(tiny_config(tiny_run, parallel={"tensor_parallel": 2}), world_size=4)

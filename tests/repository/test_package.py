@@ -11,6 +11,8 @@ import pytest
 import dspark_megatron
 from support.paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
 
 

@@ -13,6 +13,8 @@ from dspark_megatron.planning.recommend import Wish, recommend
 from support.paths import ROOT
 from support.real_targets import TARGETS
 
+pytestmark = pytest.mark.slow
+
 DOCS = ROOT / "docs" / "targets.md"
 ROWS = {
     name: (model_type, result)

@@ -7,6 +7,8 @@ import scaling_tables
 
 from support.tiny_target import make_target
 
+pytestmark = pytest.mark.slow
+
 KEYS = ["model.target_layer_ids=[0,2]", "model.mask_token_id=3", "model.num_layers=1"]
 SMALL = ["--nodes", "1", "--gpus-per-node", "2", "--at-nodes", "1", "--grow-nodes", "1", "2"]
 SIZES = ["--lengths", "32", "64", "--anchors", "4", "--gpu-memory-gib", "1"]

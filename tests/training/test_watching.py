@@ -14,6 +14,8 @@ from dspark_megatron.training.watching.step_parts import StepParts
 from support.paths import ROOT
 from support.training_runs import curve, finish, launch, write_config
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_step_of_the_log():
     row = {
