@@ -8,6 +8,7 @@ It must run before anything imports megatron.
 import contextlib
 import functools
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.utils._device
+
+from dspark_megatron.errors import ConfigError
 
 _INSTALLED = "_dspark_megatron_cpu"
 
@@ -140,7 +143,13 @@ def _share_gloo_device() -> None:
 
     @functools.cache  # at the first group, not before: a fork would not have their threads
     def devices() -> list[Any]:
-        names = filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(","))
+        names = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
+        known = [name for _, name in socket.if_nameindex()]
+        if unknown := [name for name in names if name not in known]:
+            raise ConfigError(
+                f"GLOO_SOCKET_IFNAME names {', '.join(unknown)}, which this machine does not have; "
+                f"its network interfaces are {', '.join(known)}"
+            )
         named = [gloo.create_device(interface=name) for name in names]
         return named or [gloo.create_default_device()]
 

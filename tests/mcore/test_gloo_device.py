@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from support.tool_runs import run_python
+
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux")
 
 
@@ -21,3 +23,14 @@ def threads_and_a_sum(runtime):
 
 def test_all_groups_of_a_process_share_one_device(pool):
     assert pool.run(threads_and_a_sum, world=2, tp=2) == [(1, 3.0), (1, 3.0)]
+
+
+def test_an_unknown_interface_is_named():
+    program = (
+        "import torch.distributed as dist\n"
+        "from dspark_megatron.mcore.prepare import prepare_megatron\n"
+        "prepare_megatron()\n"
+        "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)"
+    )
+    code, text = run_python("-c", program, GLOO_SOCKET_IFNAME="lo,none0")
+    assert code and "GLOO_SOCKET_IFNAME names none0, which this machine does not have" in text
